@@ -52,6 +52,7 @@ VERSION = "0.1.0"
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 SENT_LIMIT = 2 << 20  # bytes of one request as sent
+BUFFERED_LIMIT = 64 << 20  # what waitress takes in before it hangs up: up to here a sender gets our `too_large`
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
 BATCH_LIMIT = 500  # reports in one request
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
@@ -869,13 +870,11 @@ def check_report(report: Any) -> None:
         raise BadReport([], "a report is an object")
     check_envelope(report)
     for name, value in report.items():
-        if name in ENVELOPE:
-            wrong = misfit(value, strict=False)
-        else:
+        if name not in ENVELOPE:
             check_section(name, value)
-            wrong = misfit(value, strict=name in SECTION_TYPES)
+        wrong = misfit({name: value}, strict=name in SECTION_TYPES)
         if wrong is not None:
-            raise BadReport([name, *wrong[:-1]], wrong[-1])
+            raise BadReport(wrong[:-1], wrong[-1])
 
 
 def check_envelope(report: dict[str, Any]) -> None:
@@ -893,7 +892,7 @@ def check_envelope(report: dict[str, Any]) -> None:
         if not fits(report[name]):
             raise BadReport([name], f"should be: {wanted}")
     absent, errors = report.get("absent"), report.get("errors")
-    if not isinstance(report.get("agent") or {}, dict):
+    if not isinstance(report.get("agent", {}), dict):
         raise BadReport(["agent"], "should be an object")
     if absent is not None and not (isinstance(absent, list) and all(isinstance(one, str) for one in absent)):
         raise BadReport(["absent"], "should be a list of section names")
@@ -2747,7 +2746,7 @@ def run_server(monitor: Monitor) -> None:
     server = waitress.create_server(
         build_app(monitor), host=config.listen, port=config.port, threads=16, ident="", expose_tracebacks=False,
         connection_limit=8192, asyncore_use_poll=True, channel_timeout=120, cleanup_interval=30, backlog=2048,
-        max_request_header_size=1 << 15, max_request_body_size=8 * SENT_LIMIT, inbuf_overflow=SENT_LIMIT,
+        max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
         clear_untrusted_proxy_headers=False)
     for one in getattr(server, "_server_list", None) or [server]:
         one.channel_class = Channel
