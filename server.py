@@ -2648,7 +2648,7 @@ SECURITY_HEADERS = (
 def build_app(monitor: Monitor) -> Callable[..., Iterable[bytes]]:
     """The WSGI application: ingest by the direct way, everything else through Bottle's routes."""
     app = bottle.Bottle()
-    app.config["catchall"] = False  # type: ignore[index]
+    app.config["catchall"] = False
     for one in ROUTES:
         app.route(one.path, one.method, partial(handle_route, monitor, one))
     app.default_error_handler = handle_http_error
