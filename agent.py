@@ -4027,7 +4027,6 @@ def parse_arguments(argv: list[str]) -> Any:
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument("--config", metavar="FILE", help=f"settings (default: $AGENT_CONFIG or {CONFIG_PATH})")
     parser = argparse.ArgumentParser(prog=NAME, parents=[shared], description="Reports a Proxmox host to its monitor.")
-    parser.set_defaults(command="start", config=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, function in COMMANDS.items():
         one = commands.add_parser(name, parents=[shared], help=function.__doc__)
@@ -4038,7 +4037,8 @@ def parse_arguments(argv: list[str]) -> Any:
             one.add_argument(
                 "--explain", action="store_true", default=False, help="list each file read and command run"
             )
-    return parser.parse_args(argv)
+    # Not set_defaults(): the commands share the actions, and their defaults would undo a --config before the command.
+    return parser.parse_args(argv, argparse.Namespace(command="start", config=None))
 
 
 def print_warnings(config: Config) -> None:

@@ -230,10 +230,9 @@ def statements(text: str) -> list[str]:
     found, pending = [], ""
     for line in text.splitlines(keepends=True):
         pending += line
-        if line.rstrip().endswith((";", "*/")) or "; --" in line:
-            if sqlite3.complete_statement(pending):
-                found.append(pending.strip())
-                pending = ""
+        if ";" in line and sqlite3.complete_statement(pending):
+            found.append(pending.strip())
+            pending = ""
     return found
 
 
