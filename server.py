@@ -59,7 +59,8 @@ NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
 QUEUE_LIMIT = 5000  # writes that may wait for the writer
-COMMIT_INTERVAL = 0.05  # seconds: reports that come closer together share one flush to the disk
+COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer together share one flush to the disk
+FLUSHES_SAVED = 1000
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_REPORTS = 2 * DAY
@@ -229,10 +230,9 @@ def statements(text: str) -> list[str]:
     found, pending = [], ""
     for line in text.splitlines(keepends=True):
         pending += line
-        if line.rstrip().endswith((";", "*/")) or "; --" in line:
-            if sqlite3.complete_statement(pending):
-                found.append(pending.strip())
-                pending = ""
+        if ";" in line and sqlite3.complete_statement(pending):
+            found.append(pending.strip())
+            pending = ""
     return found
 
 
@@ -344,11 +344,13 @@ class Store:
         self.path, self.on_failure = path, on_failure
         self.db = connect(path)
         self.last_commit = 0.0  # monotonic
+        self._flushes = float(FLUSHES_SAVED)
         self.last_error: str | None = None
         self._queue: queue.Queue[Write | None] = queue.Queue(QUEUE_LIMIT)
         self._local = threading.local()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closed = False
+        self._astray = False  # a fault in our own code may have left memory ahead of the disk
         self._thread.start()
 
     @property
@@ -390,9 +392,15 @@ class Store:
                 return
 
     def _gather(self, first: Write) -> list[Write | None]:
-        """What has come in by now. Reports that come close together wait for company: a flush wears flash."""
-        if not first.urgent:
-            time.sleep(max(0.0, min(COMMIT_INTERVAL, self.last_commit + COMMIT_INTERVAL - time.monotonic())))
+        """What has come in by now. Under a steady load reports wait for company, as each flush wears flash; a short
+        rush does not have to: flushes not used are saved up."""
+        waited = time.monotonic() - self.last_commit
+        self._flushes = min(FLUSHES_SAVED, self._flushes + waited / COMMIT_INTERVAL)
+        if self._flushes >= 1:
+            self._flushes -= 1
+        elif not first.urgent:
+            time.sleep(max(0.0, COMMIT_INTERVAL - waited))
+            self._flushes = 0.0
         group: list[Write | None] = [first]
         while len(group) < QUEUE_LIMIT:
             try:
@@ -408,6 +416,9 @@ class Store:
                 for write in group:
                     self._attempt(db, write)
             self.last_commit, self.last_error = time.monotonic(), None
+            if self._astray:
+                self.on_failure()
+                self._astray = False
         except Exception as error:  # whatever it is, nobody of the group may wait for ever
             self.last_error = f"{type(error).__name__}: {error}"
             log(f"writer: {self.last_error}")
@@ -417,16 +428,17 @@ class Store:
         for write in group:
             write.done.set()
 
-    @staticmethod
-    def _attempt(db: sqlite3.Connection, write: Write) -> None:
+    def _attempt(self, db: sqlite3.Connection, write: Write) -> None:
         db.execute("SAVEPOINT one")
         try:
             write.value = write.work(db)
-            db.execute("RELEASE one")
-        except (Problem, Failure) as error:
+        except sqlite3.Error:
+            raise  # the database's trouble is everybody's
+        except Exception as error:
             write.error = error
             db.execute("ROLLBACK TO one")
-            db.execute("RELEASE one")
+            self._astray = self._astray or not isinstance(error, (Problem, Failure))
+        db.execute("RELEASE one")
 
 
 def store_problem(error: Exception) -> Problem:

@@ -1,0 +1,171 @@
+"""Server, section database: migrations, the one writer, what a stop or a fault leaves behind."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import server
+
+
+def schema_of(db: sqlite3.Connection) -> list[tuple[str, ...]]:
+    return [tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY 1, 2")]
+
+
+# --- migrations ---
+
+
+def test_the_schema_goes_up_down_and_up_again_to_the_same():
+    migrations = server.load_migrations()
+    assert migrations
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    for number in range(1, len(migrations) + 1):
+        before = schema_of(db)
+        server.migrate(db, migrations[:number])
+        after = schema_of(db)
+        assert after != before, f"migration {number} changes nothing"
+        assert server.rollback(db, migrations, to=number - 1) == 1
+        assert [row for row in schema_of(db) if row[1] != "sqlite_sequence"] == [
+            row for row in before if row[1] != "sqlite_sequence"
+        ]
+        server.migrate(db, migrations[:number])
+        assert schema_of(db) == after
+    assert server.schema_version(db) == len(migrations)
+
+
+def test_a_migration_that_fails_leaves_nothing_of_itself():
+    migrations = [
+        server.Migration(["CREATE TABLE a (x)"], ["DROP TABLE a"]),
+        server.Migration(["CREATE TABLE b (x)", "CREATE TABLE a (x)"], ["DROP TABLE b"]),
+    ]
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    with pytest.raises(sqlite3.OperationalError):
+        server.migrate(db, migrations)
+    assert server.schema_version(db) == 1
+    assert [row[1] for row in schema_of(db)] == ["a"]
+
+
+def test_a_semicolon_in_a_comment_or_a_text_ends_no_statement():
+    text = "CREATE TABLE a (x TEXT DEFAULT 'one; two');  -- three; four\nCREATE TABLE b (x);\n"
+    assert len(server.statements(text)) == 2
+
+
+def test_a_newer_schema_is_refused_in_one_line(config):
+    db = server.open_database(config, create=True)
+    db.execute("PRAGMA user_version = 999")
+    with pytest.raises(server.Failure, match="too old") as refused:
+        server.open_database(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_older_schema_says_to_run_migrate(config):
+    db = server.open_database(config, create=True)
+    server.rollback(db, server.load_migrations(), to=0)
+    db.execute("CREATE TABLE something_else (x)")  # not empty, so nobody makes a schema in it unasked
+    with pytest.raises(server.Failure, match="migrate"):
+        server.open_database(config, create=True)
+
+
+def test_the_database_and_the_secret_are_for_their_owner_alone(monitor, config):
+    for path in (config.database_path, config.secret_path):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+# --- the writer ---
+
+
+def test_a_write_that_is_refused_leaves_its_neighbours_alone(store):
+    def refused(db):
+        db.execute("INSERT INTO meta VALUES ('half', '1')")
+        raise server.Problem("conflict", "no")
+
+    results = []
+
+    def attempt(work):
+        try:
+            results.append(store.write(work))
+        except server.Problem as problem:
+            results.append(problem.code)
+
+    works = [refused] + [lambda db, n=n: server.set_meta(db, f"key{n}", n) for n in range(20)]
+    threads = [threading.Thread(target=attempt, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results.count("conflict") == 1 and results.count(None) == 20
+    db = store.reader()
+    assert server.get_meta(db, "half") is None
+    assert all(server.get_meta(db, f"key{n}") == str(n) for n in range(20))
+
+
+def test_a_failed_commit_is_told_to_the_one_who_wrote_and_the_next_works(store):
+    def broken(db):
+        db.execute("INSERT INTO no_such_table VALUES (1)")
+
+    with pytest.raises(server.Problem) as told:
+        store.write(broken)
+    assert told.value.code == "busy" and told.value.headers["Retry-After"]
+    store.write(lambda db: server.set_meta(db, "after", "1"))
+    assert server.get_meta(store.reader(), "after") == "1"
+
+
+def test_a_full_disk_is_told_as_storage_full(store):
+    def full(db):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(server.Problem) as told:
+        store.write(full)
+    assert told.value.code == "storage_full" and told.value.headers["Retry-After"]
+
+
+def test_a_reader_cannot_write(store):
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store.reader().execute("INSERT INTO meta VALUES ('x', 'y')")
+
+
+def test_a_closed_store_refuses_instead_of_waiting(store):
+    store.close()
+    with pytest.raises(server.Problem) as told:
+        store.write(lambda db: None)
+    assert told.value.code == "busy"
+
+
+def test_a_commit_is_flushed_to_the_disk(store):
+    """synchronous = FULL (2) in WAL: an answer of 200 means that the report is on the disk."""
+    assert store.write(lambda db: db.execute("PRAGMA synchronous").fetchone()[0]) == 2
+    assert store.write(lambda db: db.execute("PRAGMA journal_mode").fetchone()[0]) == "wal"
+
+
+def test_there_is_no_key_in_the_database_that_opens_something(monitor, register, admin, client, config):
+    token = register("pve1")
+    client.log_in()
+    content = Path(config.database_path).read_bytes() + Path(config.database_path + "-wal").read_bytes()
+    cookie = client.headers["Cookie"].partition("=")[2]
+    api_token = admin.headers["Authorization"].partition(" ")[2]
+    for secret in (token, cookie, api_token, monitor.secret.decode()):
+        assert secret.encode() not in content
+    assert server.base64.b64decode(token.removeprefix("whsec_")) not in content
+
+
+# --- sequence numbers ---
+
+
+@given(st.lists(st.integers(1, 40), max_size=60))
+def test_ranges_know_each_number_once_whatever_the_order(numbers):
+    ranges: list[list[int]] = []
+    seen: set[int] = set()
+    for number in numbers:
+        assert server.add_to_ranges(ranges, number) == (number not in seen)
+        seen.add(number)
+    assert {n for first, last in ranges for n in range(first, last + 1)} == seen
+    assert all(a[1] + 1 < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    if ranges:
+        assert server.parse_ranges(server.format_ranges(ranges)) == ranges
