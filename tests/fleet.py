@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.recorded import HOSTS, RecordedProbe, list_hosts  # noqa: E402
-
 import agent  # noqa: E402
+from tests.recorded import HOSTS, RecordedProbe, list_hosts  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
@@ -75,7 +74,8 @@ class Recording(NamedTuple):
 def load_recordings() -> tuple[list[Recording], list[Recording]]:
     """The recorded Proxmox hosts: those that are well enough to be played many times, and those in real trouble.
     A machine without guests is no member of a fleet."""
-    well, troubled = [], []
+    well: list[Recording] = []
+    troubled: list[Recording] = []
     for name in list_hosts():
         recording = collect_recording(name)
         if recording.sections.get("guests"):
@@ -87,9 +87,9 @@ def load_recordings() -> tuple[list[Recording], list[Recording]]:
 def collect_recording(name: str) -> Recording:
     """Two looks, some seconds apart: rates need both."""
     memories: dict[str, dict[str, Any]] = {}
-    agent.collect(RecordedProbe(HOSTS / name, 0), memories, agent.COLLECTORS)  # type: ignore[arg-type]
+    agent.collect(RecordedProbe(HOSTS / name, 0), memories, agent.COLLECTORS)
     probe = RecordedProbe(HOSTS / name, 1)
-    return Recording(name, probe.now(), *agent.collect(probe, memories, agent.COLLECTORS))  # type: ignore[arg-type]
+    return Recording(name, probe.now(), *agent.collect(probe, memories, agent.COLLECTORS))
 
 
 def recording_of(number: int, well: list[Recording], troubled: list[Recording]) -> Recording:
@@ -345,9 +345,9 @@ class PlayedHost:
                 if is_number(node.get(key)):
                     node[key] = round(node[key] + (load - node[key]) * weight, 2)
         total, available = node.get("memory_total_bytes"), node.get("memory_available_bytes")
-        if total and is_number(available):
-            old = available
-            node["memory_available_bytes"] = int(drift(available, self.dice, total * 0.004, total * 0.05, total * 0.8))
+        if total and available is not None:
+            old = float(available)
+            node["memory_available_bytes"] = int(drift(old, self.dice, total * 0.004, total * 0.05, total * 0.8))
             if is_number(node.get("memory_free_ratio")):
                 moved = (node["memory_available_bytes"] - old) / total
                 node["memory_free_ratio"] = round(min(1.0, max(0.0, node["memory_free_ratio"] + moved)), 4)
@@ -473,7 +473,7 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         """First all at once, so that the page is full; then spread."""
-        for number, host in enumerate(self.hosts):
+        for host in self.hosts:
             if not self.stop.is_set():
                 self.attempt(host, self.first_reports(host))
         start = time.monotonic()
