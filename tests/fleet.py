@@ -12,8 +12,8 @@ in time and in value, once per played host. One process, a few kept connections,
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
-import gzip
 import heapq
 import http.client
 import json
@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
 import agent  # noqa: E402
-from recorded import RecordedProbe, recordings  # noqa: E402
+from tests.recorded import HOSTS, RecordedProbe, list_hosts  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
@@ -55,7 +55,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state", required=True, type=Path, help="file that keeps the hosts' tokens between runs")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--interval", type=float, default=30.0, help="seconds between two reports of a host")
-    parser.add_argument("--hosts", type=Path, default=HERE / "hosts", help="folder of recordings")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args(argv)
@@ -72,17 +71,32 @@ class Recording(NamedTuple):
     errors: dict[str, Any]
 
 
-def load_recordings(folder: Path) -> list[Recording]:
-    """Every recorded Proxmox host, most telling first; a machine without Proxmox is no member of a fleet."""
-    loaded = []
-    for path in recordings(folder):
-        probe = RecordedProbe(path)
-        sections, absent, errors = agent.collect(probe, {}, list(agent.COLLECTORS))
-        if sections.get("guests"):
-            loaded.append(Recording(path.name, probe.now(), sections, absent, errors))
-    if not loaded:
-        raise SystemExit(f"fleet: no recorded hosts in {folder}")
-    return loaded
+def load_recordings() -> tuple[list[Recording], list[Recording]]:
+    """The recorded Proxmox hosts: those that are well enough to be played many times, and those in real trouble.
+    A machine without guests is no member of a fleet."""
+    well: list[Recording] = []
+    troubled: list[Recording] = []
+    for name in list_hosts():
+        recording = collect_recording(name)
+        if recording.sections.get("guests"):
+            suspended = any(one["state"] == "SUSPENDED" for one in recording.sections.get("pool_states") or ())
+            (troubled if suspended else well).append(recording)
+    return well, troubled
+
+
+def collect_recording(name: str) -> Recording:
+    """Two looks, some seconds apart: rates need both."""
+    memories: dict[str, dict[str, Any]] = {}
+    agent.collect(RecordedProbe(HOSTS / name, 0), memories, agent.COLLECTORS)
+    probe = RecordedProbe(HOSTS / name, 1)
+    return Recording(name, probe.now(), *agent.collect(probe, memories, agent.COLLECTORS))
+
+
+def recording_of(number: int, well: list[Recording], troubled: list[Recording]) -> Recording:
+    """Recordings take turns; one host in twenty is in real trouble."""
+    if troubled and number % 20 == 7:
+        return troubled[number // 20 % len(troubled)]
+    return well[number % len(well)]
 
 
 # --- values: recorded values brought to another time and another host, and moved ---
@@ -120,7 +134,9 @@ def advance_counters(value: Any, seconds: float, dice: random.Random, rates: dic
         where = f"{path}/{key}"
         if isinstance(one, (dict, list)):
             advance_counters(one, seconds, dice, rates, where)
-        elif isinstance(key, str) and key.endswith("_total") and is_number(one) and one > 0 and key != "oom_kills_total":
+        elif (
+            isinstance(key, str) and key.endswith("_total") and is_number(one) and one > 0 and key != "oom_kills_total"
+        ):
             rate = rates.setdefault(where, one / (20 * DAY))
             value[key] = one + type(one)(rate * seconds * dice.uniform(0.2, 1.8))
 
@@ -216,7 +232,9 @@ def lay_full_pool(sections: dict[str, Any], progress: float, now: float) -> None
         size = pool.get("size_bytes")
         if size:
             used = 0.86 + 0.09 * min(1.0, progress * 2)
-            pool.update(allocated_bytes=int(size * used), free_bytes=size - int(size * used), capacity_ratio=round(used, 4))
+            pool.update(
+                allocated_bytes=int(size * used), free_bytes=size - int(size * used), capacity_ratio=round(used, 4)
+            )
             return
 
 
@@ -291,7 +309,9 @@ class PlayedHost:
         old = (self.sections.get("node") or {}).get("name")
         for one in walk(self.sections):
             if isinstance(one.get("guid"), str):
-                one["guid"] = str(int(one["guid"]) ^ (hash_number(self.name) << 8)) if one["guid"].isdigit() else one["guid"]
+                one["guid"] = (
+                    str(int(one["guid"]) ^ (hash_number(self.name) << 8)) if one["guid"].isdigit() else one["guid"]
+                )
             for key in ("name", "node"):
                 if old and one.get(key) == old and "vmid" not in one:
                     one[key] = self.name
@@ -325,9 +345,9 @@ class PlayedHost:
                 if is_number(node.get(key)):
                     node[key] = round(node[key] + (load - node[key]) * weight, 2)
         total, available = node.get("memory_total_bytes"), node.get("memory_available_bytes")
-        if total and is_number(available):
-            old = available
-            node["memory_available_bytes"] = int(drift(available, self.dice, total * 0.004, total * 0.05, total * 0.8))
+        if total and available is not None:
+            old = float(available)
+            node["memory_available_bytes"] = int(drift(old, self.dice, total * 0.004, total * 0.05, total * 0.8))
             if is_number(node.get("memory_free_ratio")):
                 moved = (node["memory_available_bytes"] - old) / total
                 node["memory_free_ratio"] = round(min(1.0, max(0.0, node["memory_free_ratio"] + moved)), 4)
@@ -401,7 +421,9 @@ class PlayedHost:
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
-            sections = {name: copy.deepcopy(self.sections[name]) for name in ("node", "guests") if name in self.sections}
+            sections = {
+                name: copy.deepcopy(self.sections[name]) for name in ("node", "guests") if name in self.sections
+            }
             reports.append(self.wrap(sections, at, tick="fast", full=False))
         return reports
 
@@ -451,7 +473,7 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         """First all at once, so that the page is full; then spread."""
-        for number, host in enumerate(self.hosts):
+        for host in self.hosts:
             if not self.stop.is_set():
                 self.attempt(host, self.first_reports(host))
         start = time.monotonic()
@@ -481,8 +503,9 @@ class Sender(threading.Thread):
             print(f"fleet: {host.name}: {error}", file=sys.stderr, flush=True)
 
     def post(self, host: PlayedHost, reports: list[dict[str, Any]]) -> None:
-        body = gzip.compress(json.dumps(reports, separators=(",", ":")).encode(), 1)
-        headers = agent.sign(agent.token_key(host.token), body, f"msg_{host.run_id}_{reports[-1]['seq']}", time.time())
+        body = agent.pack(agent.to_json(reports))
+        key = base64.b64decode(host.token.removeprefix("whsec_"))
+        headers = agent.webhook_headers(key, body, int(time.time()))
         headers |= {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         path = f"/api/v1/hosts/{host.name}/reports"
         status, answer = self.connection.ask("POST", path, body, headers)
@@ -496,7 +519,9 @@ class Sender(threading.Thread):
 
 def admin_call(connection: Connection, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     headers = {"Authorization": f"Bearer {os.environ['FLEET_API_TOKEN']}", "Content-Type": "application/json"}
-    status, answer = connection.ask(method, "/api/v1" + path, None if body is None else json.dumps(body).encode(), headers)
+    status, answer = connection.ask(
+        method, "/api/v1" + path, None if body is None else json.dumps(body).encode(), headers
+    )
     return status, json.loads(answer) if answer else None
 
 
@@ -528,22 +553,24 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    loaded = load_recordings(options.hosts)
+    well, troubled = load_recordings()
     tokens, new = register(options)
     hosts = [
-        PlayedHost(n, loaded[n % len(loaded)], tokens[host_name(n)], time.time(), options.seed)
+        PlayedHost(n, recording_of(n, well, troubled), tokens[host_name(n)], time.time(), options.seed)
         for n in range(options.count)
     ]
     width = min(8, 1 + options.count // 20)
     senders = [Sender(hosts[n::width], options, new, stop) for n in range(width)]
-    print(f"fleet: playing {len(hosts)} hosts from {len(loaded)} recordings", flush=True)
+    print(f"fleet: playing {len(hosts)} hosts from {len(well) + len(troubled)} recordings", flush=True)
     for sender in senders:
         sender.start()
     stop.wait(None if options.seconds == float("inf") else options.seconds)
     stop.set()
     for sender in senders:
         sender.join(2)
-    print(f"fleet: {sum(s.sent for s in senders)} reports accepted, {sum(s.failed for s in senders)} failures", flush=True)
+    print(
+        f"fleet: {sum(s.sent for s in senders)} reports accepted, {sum(s.failed for s in senders)} failures", flush=True
+    )
     return 0
 
 
