@@ -92,6 +92,7 @@ BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
 POOLS_PATH = "/proc/spl/kstat/zfs"
+GUEST_SECONDS = 25.0  # how long a start or stop seen by the look is believed against pvestatd's last snapshot
 GUEST_PATHS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
 TASKS_PATH = "/var/log/pve/tasks/active"
 
@@ -3625,8 +3626,14 @@ def look(probe: Probe, seen: dict[str, Any]) -> dict[str, Any]:
             continue
         # TRANSITIONING: an import or export is under way, which is no state of its own.
         pools[name] = seen.get("pools", {}).get(name, state) if state == "TRANSITIONING" else state
-    guests = {path: [name for name in list_or_none(probe, path) or () if name[:1].isdigit()] for path in GUEST_PATHS}
-    return {"entries": entries, "plain": no_pools, "pools": pools, "guests": guests, "tasks": tasks_mark(probe)}
+    guests = {name.removesuffix(".scope") for path in GUEST_PATHS for name in list_or_none(probe, path) or ()}
+    return {
+        "entries": entries,
+        "plain": no_pools,
+        "pools": pools,
+        "guests": {name for name in guests if name.isdigit()},
+        "tasks": tasks_mark(probe),
+    }
 
 
 def list_or_none(probe: Probe, path: str) -> list[str] | None:
@@ -3643,6 +3650,29 @@ def tasks_mark(probe: Probe) -> tuple[int, int] | None:
     except SourceError:
         return None
     return stat.st_ino, stat.st_size
+
+
+class GuestChanges:
+    """Guests seen to start or stop. pvestatd, where the `guests` section comes from, knows up to 20 s later."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[bool, float]] = {}  # vmid -> runs, until when to believe it
+
+    def note(self, before: set[str], after: set[str], now: float) -> None:
+        for vmid in before ^ after:
+            self.seen[int(vmid)] = (vmid in after, now + GUEST_SECONDS)
+
+    def apply(self, guests: Any, now: float) -> None:
+        """Correct the status of those that pvestatd has not caught up with."""
+        self.seen = {vmid: change for vmid, change in self.seen.items() if change[1] > now}
+        for guest in guests if self.seen and isinstance(guests, list) else ():
+            runs, _ = self.seen.get(guest.get("vmid"), (None, 0.0))
+            if runs is True and guest.get("status") in ("stopped", "unknown", None):
+                guest["status"] = "running"
+            elif runs is False and guest.get("status") != "stopped":
+                guest["status"] = "stopped"
+                for name in ("uptime_seconds", "cpu_ratio", "memory_used_bytes", "memory_host_bytes"):
+                    guest.pop(name, None)  # they are those of a moment ago
 
 
 class Agent:
@@ -3663,7 +3693,8 @@ class Agent:
         self.urgent_again = False
         self.held: Collected | None = None  # pool_states that wait a moment for the pools in full
         self.held_until = 0.0
-        self.seen: dict[str, Any] | None = None
+        self.seen: dict[str, Any] = {}
+        self.guest_changes = GuestChanges()
         self.next_at: dict[str, float] = {}
         self.second_at: dict[str, float] = {}  # of each tick the first moment after the start
         self.next_look = 0.0
@@ -3737,26 +3768,21 @@ class Agent:
     def _look(self, now: float) -> None:
         """Compare with the last look; what changed is reported at once."""
         self.next_look = now + LOOK_SECONDS
-        before, self.seen = self.seen, look(self.probe, self.seen or {})
-        if before is None or self.stopping:
-            return
+        before, self.seen = self.seen, look(self.probe, self.seen)
         if before["pools"] != self.seen["pools"]:
             self._report_pools(now)
+        self.guest_changes.note(before["guests"], self.seen["guests"], now)
         if now >= self.next_at[FAST]:
             return  # the fast tick that is due has the rest
-        changed: list[str] = [
-            name for name in ("guests", "tasks") if before[name] != self.seen[name] and name in COLLECTORS
-        ]
-        if changed:
-            collected = self._collect(changed)
-            if "guests" in changed or collected.sections:
-                self._report(FAST, collected)
+        changed: list[str] = [name for name in ("guests", "tasks") if before[name] != self.seen[name]]
+        collected = self._collect([name for name in changed if name in COLLECTORS])
+        if "guests" in changed or collected.sections:
+            self._report(FAST, collected)
 
     def _report_pools(self, now: float) -> None:
         """A pool changed: its state is known now, the pools in full a moment later, if no command hangs."""
-        names = [name for name in ("pools",) if name in COLLECTORS]
-        self.urgent_again = not self.urgent.start(names) if names else False
-        held = self._collect([name for name in ("pool_states",) if name in COLLECTORS])
+        self.urgent_again = not self.urgent.start(["pools"])
+        held = self._collect(["pool_states"])
         if self.held is not None:
             self.held.add(held)
         else:
@@ -3787,6 +3813,7 @@ class Agent:
 
     def _collect(self, names: list[str]) -> Collected:
         collected = Collected(*collect(self.probe, self.memories.values, names))
+        self.guest_changes.apply(collected.sections.get("guests"), self.probe.monotonic())
         collected.memories = self.memories.changed(names, self.probe.monotonic())
         return collected
 

@@ -1,6 +1,6 @@
 """Every collector against every recorded host; then the values that matter, checked against the recordings by hand.
 
-    expectations -> node -> cluster, guests, storages -> pools
+expectations -> node -> cluster, guests, storages -> pools
 """
 
 from __future__ import annotations
