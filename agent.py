@@ -944,7 +944,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def parse_cpu_times(text: str) -> tuple[list[int], int]:
-    """/proc/stat: jiffies user nice system idle iowait irq softirq steal (guest is inside user), and the number of CPUs."""
+    """/proc/stat: jiffies user nice system idle iowait irq softirq steal (user holds guest), and the number of CPUs."""
     first = text[: text.find("\n")].split()
     try:
         jiffies = [int(word) for word in first[1:9]]
@@ -1012,7 +1012,7 @@ def parse_net_dev(text: str) -> dict[str, list[int]]:
 
 
 def parse_diskstats(text: str) -> dict[str, list[int]]:
-    """/proc/diskstats (14 to 20 columns): read sectors, written sectors (of 512 bytes, always) and busy milliseconds."""
+    """/proc/diskstats (14 to 20 columns): sectors read and written (always of 512 bytes), busy milliseconds."""
     counters = {}
     for line in text.splitlines():
         words = line.split()
@@ -1100,7 +1100,8 @@ def parse_vmlist(text: str) -> dict[str, list[Any]]:
 def parse_ha_states(text: str) -> dict[str, str]:
     """ha/manager_status: the state of each service."""
     services = as_dict(parse_object(text, "ha/manager_status").get("service_status"))
-    return {sid: str(as_dict(service).get("state")) for sid, service in services.items() if as_dict(service).get("state")}
+    states = {sid: as_dict(service).get("state") for sid, service in services.items()}
+    return {sid: state for sid, state in states.items() if isinstance(state, str)}
 
 
 DISK_KEYS = ("scsi", "virtio", "sata", "ide", "efidisk", "tpmstate", "rootfs", "mp")
@@ -1467,7 +1468,7 @@ STATUS_KEYS = "pool state status action see scan scrub remove checkpoint expand 
 
 
 def split_status_blocks(text: str) -> list[dict[str, list[str]]]:
-    """Blocks of `key: value` with continuation lines (by tab, or by blanks below errors); `scan` may come repeatedly."""
+    """Blocks of `key: value` with continuation lines (by tab, or by blanks below errors); `scan` may come twice."""
     blocks: list[dict[str, list[str]]] = []
     lines: list[str] = []
     for line in text.splitlines():
@@ -2164,7 +2165,7 @@ def collect_guests(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_guest_configs(probe: Any, memory: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Configuration by vmid of the guests that .vmlist places on this node; each file is read when its version moved."""
+    """Configuration by vmid of the guests that .vmlist places here; each file is read when its version moved."""
     node = node_name(probe)
     start = shared(probe, "version", read_version_file).get("starttime")
     listing = read_pve_config(probe, memory, "vmlist", parse_vmlist, path=".vmlist", default={})
@@ -2344,6 +2345,7 @@ def collect_storages(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]
 
 def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of: float | None) -> dict[str, Any]:
     active = to_flag(storage["active"]) if storage.get("active") is not None else None
+    measured = active is not False  # an inactive storage is told with zeroes, which nobody has measured
     return known(
         storage=name,
         type=storage.get("type"),
@@ -2351,10 +2353,9 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
         shared=to_flag(storage.get("shared", 0)),
         enabled=to_flag(storage.get("enabled", 1)),
         active=active,
-        # an inactive storage is told with zeroes, which nobody has measured
-        total_bytes=to_count(storage.get("total")) if active else None,
-        used_bytes=to_count(storage.get("used")) if active else None,
-        available_bytes=to_count(storage.get("avail")) if active else None,
+        total_bytes=to_count(storage.get("total")) if measured else None,
+        used_bytes=to_count(storage.get("used")) if measured else None,
+        available_bytes=to_count(storage.get("avail")) if measured else None,
         dataset=dataset,
         as_of=as_of,
     )
@@ -2418,7 +2419,7 @@ def require_zfs(probe: Any) -> None:
 
 
 def read_pool_states(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name, guid and state of each imported pool from the kernel's files: no process, and it answers when zpool hangs."""
+    """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs."""
     names = probe.list_dir(ZFS_KSTAT)
     others = memory.get("others", [])
     pools, plain = [], []
@@ -2524,7 +2525,8 @@ def read_pool_space(probe: Any, name: str) -> dict[str, Any]:
             readonly=None if row.get("readonly") is None else row["readonly"] == "on",
         )
         columns = ["name", "used", "avail", "refer"]
-        text = probe.run("zfs", "list", "-Hp", "-d", "0", "-o", ",".join(columns), "-t", "filesystem", name, limit=ZFS_LIMIT)
+        argv = ("zfs", "list", "-Hp", "-d", "0", "-o", ",".join(columns), "-t", "filesystem", name)
+        text = probe.run(*argv, limit=ZFS_LIMIT)
         row = next((row for row in parse_columns(text, columns) if row["name"] == name), {})
         usable = known(usable_used_bytes=to_count(row.get("used")), usable_available_bytes=to_count(row.get("avail")))
         return {**space, **usable}
