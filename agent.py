@@ -2344,6 +2344,7 @@ def collect_storages(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]
 
 def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of: float | None) -> dict[str, Any]:
     active = to_flag(storage["active"]) if storage.get("active") is not None else None
+    measured = active is not False  # an inactive storage is told with zeroes, which nobody has measured
     return known(
         storage=name,
         type=storage.get("type"),
@@ -2351,10 +2352,9 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
         shared=to_flag(storage.get("shared", 0)),
         enabled=to_flag(storage.get("enabled", 1)),
         active=active,
-        # an inactive storage is told with zeroes, which nobody has measured
-        total_bytes=to_count(storage.get("total")) if active else None,
-        used_bytes=to_count(storage.get("used")) if active else None,
-        available_bytes=to_count(storage.get("avail")) if active else None,
+        total_bytes=to_count(storage.get("total")) if measured else None,
+        used_bytes=to_count(storage.get("used")) if measured else None,
+        available_bytes=to_count(storage.get("avail")) if measured else None,
         dataset=dataset,
         as_of=as_of,
     )
