@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from recorded import RecordedProbe, recordings  # noqa: E402
 
 import agent  # noqa: E402
-from tests.recorded import HOSTS, RecordedProbe, list_hosts  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
@@ -76,20 +77,21 @@ def load_recordings() -> tuple[list[Recording], list[Recording]]:
     A machine without guests is no member of a fleet."""
     well: list[Recording] = []
     troubled: list[Recording] = []
-    for name in list_hosts():
-        recording = collect_recording(name)
+    for path in recordings():
+        recording = collect_recording(path)
         if recording.sections.get("guests"):
             suspended = any(one["state"] == "SUSPENDED" for one in recording.sections.get("pool_states") or ())
             (troubled if suspended else well).append(recording)
     return well, troubled
 
 
-def collect_recording(name: str) -> Recording:
+def collect_recording(path: Path) -> Recording:
     """Two looks, some seconds apart: rates need both."""
     memories: dict[str, dict[str, Any]] = {}
-    agent.collect(RecordedProbe(HOSTS / name, 0), memories, agent.COLLECTORS)
-    probe = RecordedProbe(HOSTS / name, 1)
-    return Recording(name, probe.now(), *agent.collect(probe, memories, agent.COLLECTORS))
+    for tick in (0, 1):
+        probe: Any = RecordedProbe(path, tick)
+        collected = agent.collect(probe, memories, agent.COLLECTORS)
+    return Recording(path.name, probe.now(), *collected)
 
 
 def recording_of(number: int, well: list[Recording], troubled: list[Recording]) -> Recording:
@@ -421,10 +423,8 @@ class PlayedHost:
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
-            sections = {
-                name: copy.deepcopy(self.sections[name]) for name in ("node", "guests") if name in self.sections
-            }
-            reports.append(self.wrap(sections, at, tick="fast", full=False))
+            known: dict[str, Any] = {n: self.sections[n] for n in ("node", "guests") if n in self.sections}
+            reports.append(self.wrap(copy.deepcopy(known), at, tick="fast", full=False))
         return reports
 
 
