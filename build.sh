@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # --- vocabulary: what the commands say and how they fail ---
 
-say()  { printf '%s\n' "$*"; }
+say()  { printf '%s\n' "$@"; }       # one line for each argument
 fail() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
 usage() {
@@ -90,7 +90,7 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$requirement
     rm -rf "$directory"
     mkdir -p "$(dirname "$directory")"
     "$python" -m venv "$directory"
-    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+    "$directory/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
         --require-hashes --only-binary=:all: -r "$requirements" \
         || { rm -rf "$directory"; fail "pip could not install $requirements"; }
     printf '%s\n' "$stamp" > "$directory/made-from"

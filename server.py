@@ -2307,7 +2307,7 @@ def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 
 def to_text_cell(column: str, value: Any) -> str:
-    if is_number(value) and column.endswith("_at"):
+    if is_number(value) and (column.endswith("_at") or column in ("at", "since", "as_of", "maintenance_until")):
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value)) if 0 <= value < 2e11 else str(value)
     return f"{value:.4g}" if isinstance(value, float) else to_cell(value) or "-"
 
