@@ -88,6 +88,7 @@ CLOCK_TOLERANCE = 30.0  # seconds; `check` complains above it
 LOOK_SECONDS = 4.0  # between two looks; the contract allows 5, and the report needs a moment too
 URGENT_SECONDS = 1.5  # how long a change of a pool's state waits for the pool in full
 FLUSH_SECONDS = 5.0  # how long finished sections wait for the rest of their round
+BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
 POOLS_PATH = "/proc/spl/kstat/zfs"
@@ -431,6 +432,7 @@ class Worker:
         self.deadline = deadline
         self.name = name
         self.jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] = SimpleQueue()
+        self.starting = threading.Lock()
         self.thread: threading.Thread | None = None
         self.late: tuple[str, SimpleQueue[Any]] | None = None  # what it hangs on, and where the answer will come
         self.waiting: set[SimpleQueue[Any]] = set()
@@ -441,9 +443,10 @@ class Worker:
             if self.late[1].empty():
                 raise SourceError("stuck", f"{what}: left out, {self.late[0]} still does not answer")
             self.late = None
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
-            self.thread.start()
+        with self.starting:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
+                self.thread.start()
         answer: SimpleQueue[Any] = SimpleQueue()
         self.waiting.add(answer)
         self.jobs.put((job, answer))
@@ -2906,7 +2909,7 @@ class Spool:
         if lost:
             self.dropped_total += lost
             self._save_losses()
-            log(f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
+            log_once("full", f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Name and JSON of each; what cannot be read any more is set aside on the way."""
@@ -2920,6 +2923,7 @@ class Spool:
                 self._reject(name, packed, f"damaged on disk ({error})")
 
     def _batch(self, limit: int) -> list[tuple[str, bytes]]:
+        """As many of the oldest as fit."""
         batch: list[tuple[str, bytes]] = []
         size = 0
         for name, body in self._read(self._names()):
@@ -2929,6 +2933,8 @@ class Spool:
             batch.append((name, body))
             if len(batch) >= limit:
                 break
+        if not batch:  # somebody emptied the folder
+            self.count = self.bytes = 0
         return batch
 
     def _discard(self, names: list[str]) -> None:
@@ -2946,7 +2952,9 @@ class Spool:
         self.bytes -= size_on_disk(size)
 
     def _reject(self, name: str, body: bytes, reason: str) -> None:
-        name = name or f"{self.number + 1:012d}-{int(time.time())}{SPOOL_ENDING}"
+        if not name:
+            self.number += 1
+            name = f"{self.number:012d}-{int(time.time())}{SPOOL_ENDING}"
         body = body if body.startswith(b"\x1f\x8b") else pack(body)
         write_file(os.path.join(self.rejected, name), body)
         self._remove(name)
@@ -3235,7 +3243,7 @@ ADVICE = {  # what the operator must do, by the server's code
     "and put the token it prints into the config",
     "invalid_token": "the token is not the one the server has for {host}: run "
     "`proxmox-monitor-server rotate-token {host}` there, and put the token it prints into the config",
-    "clock_skew": "the clock of this host or of the server is wrong, and the server did not say by how much",
+    "clock_skew": "the clock of this host or of the server is wrong: set it right",
 }
 
 
@@ -3325,10 +3333,12 @@ class Sender:
         self.memories = memories
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.lock = threading.Lock()
+        self.keeping = threading.Lock()
         self.pending: list[Message] = []  # offered, not answered yet
         self.trouble = ""  # why nothing gets through; empty when all is well
         self.backoff = BACKOFF_FIRST
         self.retry_at = 0.0
+        self.backlog_at = time.monotonic() + BACKLOG_PAUSE  # what was left by an earlier run comes after the new
         self.batch_size = BATCH_REPORTS
         self.accepted_at: float | None = None
         self.greeted = False
@@ -3344,12 +3354,17 @@ class Sender:
             while len(self.pending) > PENDING_LIMIT:  # the disk does not take them either
                 self._lose(self.pending.pop(0))
         if crowd:
-            self.keep(0.0)
+            self.keep(KEEP_SECONDS / 4)
         self.inbox.put(message)
 
     def keep(self, patience: float = KEEP_SECONDS) -> bool:
         """Put on disk what has waited longer than `patience` for its answer. True if any still waits for its time."""
-        before = time.monotonic() - patience
+        if not self.pending:
+            return False
+        with self.keeping:
+            return self._keep(time.monotonic() - patience)
+
+    def _keep(self, before: float) -> bool:
         with self.lock:
             waiting = [message for message in self.pending if not message.file]
         for message in waiting:
@@ -3395,16 +3410,21 @@ class Sender:
             self._deliver([(fresh.file, fresh.body)], now, fresh)
         elif self.trouble and (newest := self.spool.newest()):
             self._deliver([newest], now)
-        elif self.spool.count and (batch := self.spool.oldest(self.batch_size)):
-            self._deliver(batch, now)
-        else:
+        elif self.spool.count and now >= self.backlog_at:
+            self.backlog_at = now + BACKLOG_PAUSE
+            if batch := self.spool.oldest(self.batch_size):
+                self._deliver(batch, now)
+        elif not self.spool.count:
             self.trouble = ""
-            return IDLE_SECONDS
-        with self.lock:
-            more = bool(self.pending)
+        return self._wait(now)
+
+    def _wait(self, now: float) -> float:
+        """Seconds until the next step makes sense."""
         if self.retry_at > now:
             return self.retry_at - now
-        return 0.0 if more else BACKLOG_PAUSE if self.spool.count else IDLE_SECONDS
+        if self.pending:
+            return 0.0
+        return max(0.0, self.backlog_at - now) if self.spool.count else IDLE_SECONDS
 
     def _deliver(self, batch: list[tuple[str, bytes]], now: float, message: Message | None = None) -> None:
         """Send reports (from disk, or the one just made) and act on the answer."""
@@ -3419,6 +3439,7 @@ class Sender:
         if verdict is ACCEPTED:
             self._accepted(batch, message)
         elif verdict is REFUSED and len(batch) > 1:
+            self.backlog_at = now + BACKLOG_PAUSE / 10
             self.batch_size = max(1, len(batch) // 2)  # halved until the bad one stands alone
         elif verdict is REFUSED:
             self._refused(batch[0], message, describe_answer(answer, self.client.host_id))
@@ -3790,7 +3811,7 @@ class Agent:
             return
         if self.next_beat == 0.0:
             self.notifier.tell("READY=1")
-        self.next_beat = now + (self.notifier.watchdog_seconds / 3 or DAY)
+        self.next_beat = now + (self.notifier.watchdog_seconds / 3 or BEAT_SECONDS)
         self.notifier.tell("WATCHDOG=1")
         waiting = f"{self.spool.count} reports wait on disk"
         self.notifier.tell_status(
