@@ -127,6 +127,7 @@ class Config:
         self.trusted_proxies = self._networks(env.get("TRUSTED_PROXY", "127.0.0.1"))
         self.history_url = env.get("HISTORY_URL") or "sqlite:"
         self.given_secret = env.get("SECRET_KEY_BASE") or ""
+        self.install_dir = env.get("INSTALL_DIR") or default_install_dir()
         if self.password_hash and not self.password_hash.startswith("$argon2id$"):
             raise Failure("DASHBOARD_PASSWORD_HASH: not an Argon2id hash; make one with `hash-password`")
         if self.given_secret and len(self.given_secret) < 32:
@@ -190,8 +191,22 @@ def create_secret_file(path: str) -> str:
         pass
     finally:
         os.unlink(partial_path)
+    give_to_owner(path)
     with open(path, encoding="ascii") as handle:
         return handle.read().strip()
+
+
+def give_to_owner(path: str) -> None:
+    """What root makes in the service's directory belongs to the service's user, or the service could not read it."""
+    owner = os.stat(os.path.dirname(path) or ".")
+    if os.geteuid() == 0 and owner.st_uid != 0 and os.stat(path).st_uid == 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def default_install_dir() -> str:
+    """Where the agent's binaries lie that hosts are installed from: of the release, else of this checkout."""
+    released = "/usr/local/share/proxmox-monitor"
+    return released if os.path.isdir(released) else resource("dist")
 
 
 def resource(*names: str) -> str:
@@ -246,6 +261,7 @@ def connect(path: str, *, readonly: bool = False) -> sqlite3.Connection:
             if not os.path.getsize(path):
                 db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only works before the first table
             os.chmod(path, 0o600)
+            give_to_owner(path)
             db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # an answer of 200 means the report is on the disk
         db.execute("PRAGMA foreign_keys = ON")
@@ -2190,14 +2206,47 @@ def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
 
 
 def install_commands(config: Config, name: str, token: str) -> list[str]:
-    """What to type as root on the host, ready to be copied."""
-    settings = f'server_url = "{config.public_url}"\\nhost_id = "{name}"\\ntoken = "{token}"\\n'
-    return [
-        "install -d -m 0700 /etc/proxmox-monitor",
-        f"(umask 077; printf '{settings}' > /etc/proxmox-monitor/agent.toml)",
-        "proxmox-monitor-agent check",
-        "systemctl enable --now proxmox-monitor-agent",
-    ]
+    """What to type as root on the host. It asks for the token, which so stays out of the shell's history."""
+    return [f"curl -fsSL {config.public_url}/install/install.sh | sh -s -- --host {name}"]
+
+
+INSTALL_FILES: dict[str, tuple[str, ...]] = {  # name -> where it lies in the program; () = in INSTALL_DIR
+    "install.sh": ("packaging", "install.sh"),
+    "agent.py": ("agent.py",),
+    "proxmox-monitor-agent.service": ("systemd", "proxmox-monitor-agent.service"),
+    "proxmox-monitor-agent_linux_amd64": (),
+    "proxmox-monitor-agent_linux_arm64": (),
+}
+
+
+@route("GET", "/install/<name>", auth="none")
+def get_install(call: Call) -> Any:
+    """What installs an agent of this server's version: install.sh, agent.py, unit, binaries, SHA256SUMS. No secrets."""
+    name, config = call.params["name"], call.monitor.config
+    if name == "SHA256SUMS":
+        bodies = {one: read_install_file(config, one) for one in INSTALL_FILES}
+        body = "".join(f"{hashlib.sha256(found).hexdigest()}  {one}\n" for one, found in bodies.items() if found)
+        return Answer(200, body.encode(), {"Content-Type": "text/plain; charset=utf-8"})
+    found = read_install_file(config, name) if name in INSTALL_FILES else None
+    if found is None:
+        raise Problem("not_found", f"no such file here; the agent's binaries are looked for in {config.install_dir}"
+                      if name in INSTALL_FILES else "no such file")
+    kind = "application/octet-stream" if "_linux_" in name else "text/plain; charset=utf-8"
+    return Answer(200, found, {"Content-Type": kind})
+
+
+def read_install_file(config: Config, name: str) -> bytes | None:
+    """The file, with this server's address filled in; None for a binary that is not there or of another version."""
+    inside = INSTALL_FILES[name]
+    try:
+        with open(resource(*inside) if inside else os.path.join(config.install_dir, name), "rb") as handle:
+            body = handle.read()
+    except OSError:
+        return None
+    if name == "install.sh":
+        return body.replace(b"@SERVER_URL@", config.public_url.encode())
+    named = f"# proxmox-monitor-agent {VERSION} for Linux on ".encode()  # the second line of each binary
+    return body if inside or body[:200].partition(b"\n")[2].startswith(named) else None
 
 
 def host_detail(call: Call, state: HostState) -> dict[str, Any]:
@@ -3236,7 +3285,11 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
     """Register a host and print its token, once."""
     with transaction(open_database(config, create=True)) as db:
         record = insert_host(db, args.name, time.time())
-    return show_token(config, record, f"registered (id={record['id']}).")
+    show_token(config, record, f"registered (id={record['id']}).")
+    sys.stdout.flush()
+    for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+        print(line and f"  {line}", file=sys.stderr)  # not on stdout: what it says is taken apart by scripts
+    return OK
 
 
 @command("rotate-token", HOST_ARGUMENT)
@@ -3443,6 +3496,38 @@ def command_version(config: Config, args: argparse.Namespace) -> int:
     return OK
 
 
+SETTINGS_FILE = "/etc/default/proxmox-monitor"
+
+
+def repair_environ() -> None:
+    """Take back what a frozen binary's loader put into the environment: children would load our libraries."""
+    original = os.environ.pop("LD_LIBRARY_PATH_ORIG", None)
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    if original:
+        os.environ["LD_LIBRARY_PATH"] = original
+    for name in [name for name in os.environ if name.startswith("_PYI_")]:
+        del os.environ[name]
+
+
+def read_settings_file(path: str = SETTINGS_FILE) -> dict[str, str]:
+    """The unit's settings for a command that an operator types; {} where they are missing or not for this user."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            lines = [line.strip().partition("=") for line in handle if not line.lstrip().startswith(("#", ";"))]
+    except OSError:
+        return {}
+    return {key: value[1:-1] if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1 else value
+            for key, _, value in lines if key}
+
+
+def read_environ() -> dict[str, str]:
+    """The environment. The installed program, started without a database's place, takes the unit's settings."""
+    if not getattr(sys, "frozen", False):
+        return dict(os.environ)
+    repair_environ()
+    return dict(os.environ) if "DATABASE_PATH" in os.environ else {**read_settings_file(), **os.environ}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="proxmox-monitor-server", description="Monitor for Proxmox VE hosts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -3457,7 +3542,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 ok, 1 failed (one line why on stderr), 2 usage."""
     args = build_parser().parse_args(argv)
     try:
-        return COMMANDS[args.command][0](Config(), args)
+        return COMMANDS[args.command][0](Config(read_environ()), args)
     except (Failure, Problem) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
     except sqlite3.Error as error:
