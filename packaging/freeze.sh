@@ -53,9 +53,9 @@ rm -rf "$work"
 mkdir -p "$work" "$out"
 cd "$work"
 "$venv/bin/python" -m PyInstaller --noconfirm --clean --log-level ERROR --onedir --noupx --name "$name" \
-    --distpath "$work/dist" --workpath "$work/work" --specpath "$work" "$@" "$src/$program.py"
+    --distpath "$work/dist" --workpath "$work/build" --specpath "$work" "$@" "$src/$program.py"
 tree=$work/dist/$name
-"$venv/bin/python" "$src/packaging/sbom.py" "$name" "$version" "$arch" "$work/work/$name" "$tree" "$out" "$epoch"
+"$venv/bin/python" "$src/packaging/sbom.py" "$name" "$version" "$arch" "$work/build/$name" "$tree" "$out" "$epoch"
 
 # In front of the archive stands the part that unpacks it; its length and the archive's digest are filled in.
 tar --create --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \

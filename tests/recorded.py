@@ -30,15 +30,9 @@ TICK_SECONDS = 30
 EMPTY = ".empty"
 
 
-<<<<<<< HEAD
 def recordings(folder: Path = HOSTS) -> list[Path]:
     """The folders of all recorded hosts."""
     return sorted(path for path in folder.iterdir() if (path / "meta.json").is_file())
-=======
-def list_hosts() -> list[str]:
-    """The names of all recorded hosts."""
-    return sorted(path.name for path in HOSTS.iterdir() if (path / "meta.json").is_file())
->>>>>>> tooling
 
 
 class RecordedProbe:
@@ -137,13 +131,8 @@ class RecordedProbe:
         file = self._find(path)
         known = self.meta.get("stat", {}).get(path, {})
         size = file.stat().st_size if file.is_file() else 4096
-<<<<<<< HEAD
         mtime, inode = known.get("mtime", self.meta["now"] - 3600), known.get("ino", zlib.crc32(path.encode()))
         return SimpleNamespace(st_size=size, st_mtime=mtime, st_ino=inode, st_dev=1)
-=======
-        mtime = known.get("mtime", self.meta["now"] - 3600)
-        return SimpleNamespace(st_size=size, st_mtime=mtime, st_ino=known.get("ino", zlib.crc32(path.encode())), st_dev=1)
->>>>>>> tooling
 
     def statvfs(self, path: str) -> Any:
         self.calls.append(("stat", path))
