@@ -30,10 +30,10 @@
   // --- ages: counted on every second, by the server's clock ---
   let offset = 0;       // server's clock minus ours, in seconds
   const now = () => Date.now() / 1000 + offset;
-  const UNITS = [["y", 31557600], ["d", 86400], ["h", 3600], ["min", 60]];
+  const UNITS = [["d", 86400, 172800], ["h", 3600, 7200], ["min", 60, 60]];      // as format_duration in server.py
 
   function duration(seconds) {
-    for (const [unit, size] of UNITS) if (seconds >= 2 * size) return `${Math.floor(seconds / size)} ${unit}`;
+    for (const [unit, size, from] of UNITS) if (seconds >= from) return `${Math.floor(seconds / size)} ${unit}`;
     return `${Math.max(0, Math.floor(seconds))} s`;
   }
 
@@ -302,16 +302,14 @@
       if (tagsOf(tags.value).length) body.tags = tagsOf(tags.value);
       const made = await write("POST", "/api/v1/hosts", body);
       form.reset();
-      showToken(made.host.name, made.token);
+      showToken(made);
     });
   }
 
-  function showToken(name, token) {
+  function showToken({ host, token, install }) {
     const panel = $("#token");
-    const filled = panel.dataset.install.split("{name}").join(name).split("{token}").join(token);
-    $('[data-fill="name"]', panel).textContent = name;
-    $('[data-fill="token"]', panel).textContent = token;
-    $('[data-fill="install"]', panel).textContent = filled;
+    const texts = { name: host.name, token, install: install.join("\n") };
+    for (const [name, text] of Object.entries(texts)) $(`[data-fill="${name}"]`, panel).textContent = text;
     panel.hidden = false;
     panel.scrollIntoView({ block: "nearest" });
   }
@@ -372,7 +370,7 @@
     if (!await ask(`Rotate the token of ${name}?`, "The old token is refused from then on: the agent waits, keeping its reports, until it has the new one.", "Rotate token")) return;
     await doing(button.closest("form"), async () => {
       const made = await write("POST", apiOf(name, "/rotate-token"), {});
-      showToken(made.host ? made.host.name : name, made.token);
+      showToken(made);
     });
   }
 

@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from recorded import RecordedProbe, recordings  # noqa: E402
 
 import agent  # noqa: E402
-from tests.recorded import HOSTS, RecordedProbe, list_hosts  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
@@ -72,31 +73,35 @@ class Recording(NamedTuple):
 
 
 def load_recordings() -> tuple[list[Recording], list[Recording]]:
-    """The recorded Proxmox hosts: those that are well enough to be played many times, and those in real trouble.
+    """The recorded Proxmox hosts, and apart from them those with a suspended pool, which nothing heals.
     A machine without guests is no member of a fleet."""
-    well: list[Recording] = []
-    troubled: list[Recording] = []
-    for name in list_hosts():
-        recording = collect_recording(name)
+    usual: list[Recording] = []
+    suspended: list[Recording] = []
+    for path in recordings():
+        recording = collect_recording(path)
+        states = [one["state"] for one in recording.sections.get("pool_states") or ()]
         if recording.sections.get("guests"):
-            suspended = any(one["state"] == "SUSPENDED" for one in recording.sections.get("pool_states") or ())
-            (troubled if suspended else well).append(recording)
-    return well, troubled
+            (suspended if "SUSPENDED" in states else usual).append(recording)
+    return usual, suspended
 
 
-def collect_recording(name: str) -> Recording:
+def collect_recording(path: Path) -> Recording:
     """Two looks, some seconds apart: rates need both."""
     memories: dict[str, dict[str, Any]] = {}
-    agent.collect(RecordedProbe(HOSTS / name, 0), memories, agent.COLLECTORS)
-    probe = RecordedProbe(HOSTS / name, 1)
-    return Recording(name, probe.now(), *agent.collect(probe, memories, agent.COLLECTORS))
+    for tick in (0, 1):
+        probe: Any = RecordedProbe(path, tick)
+        collected = agent.collect(probe, memories, agent.COLLECTORS)
+    return Recording(path.name, probe.now(), *collected)
 
 
-def recording_of(number: int, well: list[Recording], troubled: list[Recording]) -> Recording:
-    """Recordings take turns; one host in twenty is in real trouble."""
-    if troubled and number % 20 == 7:
-        return troubled[number // 20 % len(troubled)]
-    return well[number % len(well)]
+AS_RECORDED = (4, 7, 11)  # of each twenty: with the troubles the host had when it was recorded; 7 has a suspended pool
+
+
+def recording_of(number: int, usual: list[Recording], suspended: list[Recording]) -> Recording:
+    """Recordings take turns."""
+    if suspended and number % 20 == 7:
+        return suspended[number // 20 % len(suspended)]
+    return usual[number % len(usual)]
 
 
 # --- values: recorded values brought to another time and another host, and moved ---
@@ -141,6 +146,40 @@ def advance_counters(value: Any, seconds: float, dice: random.Random, rates: dic
             value[key] = one + type(one)(rate * seconds * dice.uniform(0.2, 1.8))
 
 
+def heal(sections: dict[str, Any]) -> None:
+    """Make good what was wrong with the host when it was recorded."""
+    for pool in sections.get("pools") or ():
+        set_pool_state(sections, pool, "ONLINE")
+        pool.update(status_text=None, action_text=None, data_errors=0, damaged_files=[])
+        pool["redundancy_margin"] = full_redundancy(pool)
+        for vdev in walk(pool.get("vdevs") or []):
+            vdev.update(read_errors=0, write_errors=0, checksum_errors=0, reason=None)
+            if vdev.get("class") != "spare":
+                vdev["state"] = "ONLINE"
+    for storage in sections.get("storages") or ():
+        if storage.get("enabled") and not storage.get("active"):
+            storage.update(active=True, total_bytes=4 << 40, used_bytes=1 << 40, available_bytes=3 << 40)
+
+
+def full_redundancy(pool: dict[str, Any]) -> int:
+    """How many disks each top-level vdev can lose when all are there: the least of them."""
+    margins = []
+    for vdev in pool.get("vdevs") or ():
+        if vdev.get("class", "normal") in ("normal", "special", "dedup"):
+            kind = vdev.get("type") or ""
+            parity = next((int(sign) for sign in kind if sign.isdigit()), 1)
+            members = len(vdev.get("children") or ())
+            margins.append(members - 1 if kind.startswith("mirror") else parity if "raid" in kind else 0)
+    return min(margins, default=0)
+
+
+def set_pool_state(sections: dict[str, Any], pool: dict[str, Any], state: str) -> None:
+    pool["state"] = state
+    for one in sections.get("pool_states") or ():
+        if one.get("name") == pool["name"]:
+            one["state"] = state
+
+
 def leaves(vdevs: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
     """The disks of a vdev tree that hold data."""
     for vdev in vdevs or ():
@@ -178,13 +217,6 @@ def first_redundant(sections: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
             for group in groups_with_redundancy(pool):
                 return pool, group
     return None
-
-
-def set_pool_state(sections: dict[str, Any], pool: dict[str, Any], state: str) -> None:
-    pool["state"] = state
-    for one in sections.get("pool_states") or ():
-        if one.get("name") == pool["name"]:
-            one["state"] = state
 
 
 def lay_disk_fault(sections: dict[str, Any], progress: float, now: float) -> None:
@@ -298,6 +330,8 @@ class PlayedHost:
         self.phase = ""
         self.paused: dict[int, float] = {}  # vmid -> when the guest comes back
         self.sections: dict[str, Any] = copy.deepcopy(recording.sections)
+        if number % 20 not in AS_RECORDED:
+            heal(self.sections)
         # Each host has had its scrubs and reboots at another time of the week.
         shift_times(self.sections, now - recording.time - self.dice.uniform(0, 2 * DAY))
         for section in FAST_SECTIONS:  # but what is measured now is of now
@@ -421,10 +455,8 @@ class PlayedHost:
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
-            sections = {
-                name: copy.deepcopy(self.sections[name]) for name in ("node", "guests") if name in self.sections
-            }
-            reports.append(self.wrap(sections, at, tick="fast", full=False))
+            known: dict[str, Any] = {n: self.sections[n] for n in ("node", "guests") if n in self.sections}
+            reports.append(self.wrap(copy.deepcopy(known), at, tick="fast", full=False))
         return reports
 
 
@@ -553,15 +585,15 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    well, troubled = load_recordings()
+    usual, suspended = load_recordings()
     tokens, new = register(options)
     hosts = [
-        PlayedHost(n, recording_of(n, well, troubled), tokens[host_name(n)], time.time(), options.seed)
+        PlayedHost(n, recording_of(n, usual, suspended), tokens[host_name(n)], time.time(), options.seed)
         for n in range(options.count)
     ]
     width = min(8, 1 + options.count // 20)
     senders = [Sender(hosts[n::width], options, new, stop) for n in range(width)]
-    print(f"fleet: playing {len(hosts)} hosts from {len(well) + len(troubled)} recordings", flush=True)
+    print(f"fleet: playing {len(hosts)} hosts from {len(usual) + len(suspended)} recordings", flush=True)
     for sender in senders:
         sender.start()
     stop.wait(None if options.seconds == float("inf") else options.seconds)

@@ -8,11 +8,11 @@ import zlib
 from typing import Any
 
 import pytest
+from conftest import START, build_guest, build_pool, build_report, encode, sign
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import server
-from tests.conftest import START, build_guest, build_pool, build_report, encode, sign
 
 MIB = 1 << 20
 
