@@ -65,7 +65,11 @@ def test_everything_can_be_set(tmp_path):
         (GOOD + "[intervals]\nfast_seconds = true", "intervals.fast_seconds", "whole number"),
         (GOOD + "[intervals]\nfast_seconds = 0", "intervals.fast_seconds", "out of range"),
         (GOOD + "[intervals]\nslow_seconds = 86401", "intervals.slow_seconds", "out of range"),
-        (GOOD + "[intervals]\nfast_seconds = 301", "intervals.fast_seconds", "above medium_seconds = 300 (the default)"),
+        (
+            GOOD + "[intervals]\nfast_seconds = 301",
+            "intervals.fast_seconds",
+            "above medium_seconds = 300 (the default)",
+        ),
         (GOOD + "[intervals]\nslow_seconds = 299", "intervals.medium_seconds", "above slow_seconds = 299"),
         (GOOD + "[spool]\nmax_mb = 0", "spool.max_mb", "out of range"),
         (GOOD + "[spool]\nmax_days = -1", "spool.max_days", "out of range"),
@@ -108,7 +112,9 @@ def test_other_schemes_are_refused_with_what_to_write_instead(tmp_path, url, ins
     assert f'"{instead}"' in told
 
 
-@pytest.mark.parametrize("url", ["https://", "https://:443", "https://a:b@c", "https://a:99999", "https://a:", "https://a b"])
+@pytest.mark.parametrize(
+    "url", ["https://", "https://:443", "https://a:b@c", "https://a:99999", "https://a:", "https://a b"]
+)
 def test_broken_address_is_refused(tmp_path, url):
     assert ": server_url: " in refusal(tmp_path, f'server_url = "{url}"\ntoken = "{TOKEN}"')
 

@@ -236,7 +236,12 @@ def test_the_pages_token_is_of_one_session(monitor, client):
 
 @pytest.mark.parametrize(
     "header, value",
-    [("Origin", "https://evil.example"), ("Origin", "null"), ("Sec_Fetch_Site", "cross-site"), ("Sec_Fetch_Site", "same-site")],
+    [
+        ("Origin", "https://evil.example"),
+        ("Origin", "null"),
+        ("Sec_Fetch_Site", "cross-site"),
+        ("Sec_Fetch_Site", "same-site"),
+    ],
 )
 def test_a_write_from_another_site_is_refused(client, header, value):
     client.log_in()
@@ -271,7 +276,9 @@ def test_a_write_cannot_be_a_link(client, register):
 
 
 def test_every_answer_carries_the_protective_headers(client, register, post):
-    answers = [client.get(path) for path in ("/login", "/", "/healthz", "/api/v1/overview", "/nowhere", "/static/x.css")]
+    answers = [
+        client.get(path) for path in ("/login", "/", "/healthz", "/api/v1/overview", "/nowhere", "/static/x.css")
+    ]
     answers.append(post(register("pve1"), build_report(at=START)))
     for answer in answers:
         policy = answer.headers["content-security-policy"]
