@@ -136,7 +136,7 @@
     const place = target && document.getElementById(target);
     if (!place) return;
     if (place.classList.contains("pool")) place.classList.add("chosen");
-    place.scrollIntoView({ block: "start" });
+    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 12;
   }
 
   // --- live: poll while the page is seen, and say so when the data stands still ---
@@ -200,7 +200,12 @@
   function go(address, { replace = false } = {}) {
     history[replace ? "replaceState" : "pushState"](null, "", address);
     showSearch();
-    return load(here(), { force: true });
+    return load(here(), { force: true }).then(showTab);
+  }
+
+  function showTab() {
+    const tab = $(".tab[aria-current]");
+    if (tab) tab.parentNode.scrollLeft = tab.offsetLeft - 60;       // the narrow page's row of tabs is wider than it
   }
 
   function followLink(event) {
@@ -412,6 +417,7 @@
     if (!$("#main")) return;                       // the log-in page has no more than this
     setInterval(writeAges, 1000);
     settle("");
+    showTab();
     document.addEventListener("keydown", onKey);
     document.addEventListener("visibilitychange", beat);
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
