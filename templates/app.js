@@ -136,7 +136,7 @@
     const place = target && document.getElementById(target);
     if (!place) return;
     if (place.classList.contains("pool")) place.classList.add("chosen");
-    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 12;
+    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 7;
   }
 
   // --- live: poll while the page is seen, and say so when the data stands still ---
