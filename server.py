@@ -3509,10 +3509,10 @@ def repair_environ() -> None:
         del os.environ[name]
 
 
-def read_settings_file(path: str = SETTINGS_FILE) -> dict[str, str]:
+def read_settings_file() -> dict[str, str]:
     """The unit's settings for a command that an operator types; {} where they are missing or not for this user."""
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(SETTINGS_FILE, encoding="utf-8") as handle:
             lines = [line.strip().partition("=") for line in handle if not line.lstrip().startswith(("#", ";"))]
     except OSError:
         return {}
