@@ -88,9 +88,11 @@ CLOCK_TOLERANCE = 30.0  # seconds; `check` complains above it
 LOOK_SECONDS = 4.0  # between two looks; the contract allows 5, and the report needs a moment too
 URGENT_SECONDS = 1.5  # how long a change of a pool's state waits for the pool in full
 FLUSH_SECONDS = 5.0  # how long finished sections wait for the rest of their round
+BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
 POOLS_PATH = "/proc/spl/kstat/zfs"
+GUEST_SECONDS = 25.0  # how long a start or stop seen by the look is believed against pvestatd's last snapshot
 GUEST_PATHS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
 TASKS_PATH = "/var/log/pve/tasks/active"
 
@@ -431,6 +433,7 @@ class Worker:
         self.deadline = deadline
         self.name = name
         self.jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] = SimpleQueue()
+        self.starting = threading.Lock()
         self.thread: threading.Thread | None = None
         self.late: tuple[str, SimpleQueue[Any]] | None = None  # what it hangs on, and where the answer will come
         self.waiting: set[SimpleQueue[Any]] = set()
@@ -441,9 +444,10 @@ class Worker:
             if self.late[1].empty():
                 raise SourceError("stuck", f"{what}: left out, {self.late[0]} still does not answer")
             self.late = None
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
-            self.thread.start()
+        with self.starting:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
+                self.thread.start()
         answer: SimpleQueue[Any] = SimpleQueue()
         self.waiting.add(answer)
         self.jobs.put((job, answer))
@@ -4141,7 +4145,7 @@ class Spool:
         if lost:
             self.dropped_total += lost
             self._save_losses()
-            log(f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
+            log_once("full", f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Name and JSON of each; what cannot be read any more is set aside on the way."""
@@ -4155,6 +4159,7 @@ class Spool:
                 self._reject(name, packed, f"damaged on disk ({error})")
 
     def _batch(self, limit: int) -> list[tuple[str, bytes]]:
+        """As many of the oldest as fit."""
         batch: list[tuple[str, bytes]] = []
         size = 0
         for name, body in self._read(self._names()):
@@ -4164,6 +4169,8 @@ class Spool:
             batch.append((name, body))
             if len(batch) >= limit:
                 break
+        if not batch:  # somebody emptied the folder
+            self.count = self.bytes = 0
         return batch
 
     def _discard(self, names: list[str]) -> None:
@@ -4181,7 +4188,9 @@ class Spool:
         self.bytes -= size_on_disk(size)
 
     def _reject(self, name: str, body: bytes, reason: str) -> None:
-        name = name or f"{self.number + 1:012d}-{int(time.time())}{SPOOL_ENDING}"
+        if not name:
+            self.number += 1
+            name = f"{self.number:012d}-{int(time.time())}{SPOOL_ENDING}"
         body = body if body.startswith(b"\x1f\x8b") else pack(body)
         write_file(os.path.join(self.rejected, name), body)
         self._remove(name)
@@ -4470,7 +4479,7 @@ ADVICE = {  # what the operator must do, by the server's code
     "and put the token it prints into the config",
     "invalid_token": "the token is not the one the server has for {host}: run "
     "`proxmox-monitor-server rotate-token {host}` there, and put the token it prints into the config",
-    "clock_skew": "the clock of this host or of the server is wrong, and the server did not say by how much",
+    "clock_skew": "the clock of this host or of the server is wrong: set it right",
 }
 
 
@@ -4560,10 +4569,12 @@ class Sender:
         self.memories = memories
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.lock = threading.Lock()
+        self.keeping = threading.Lock()
         self.pending: list[Message] = []  # offered, not answered yet
         self.trouble = ""  # why nothing gets through; empty when all is well
         self.backoff = BACKOFF_FIRST
         self.retry_at = 0.0
+        self.backlog_at = time.monotonic() + BACKLOG_PAUSE  # what was left by an earlier run comes after the new
         self.batch_size = BATCH_REPORTS
         self.accepted_at: float | None = None
         self.greeted = False
@@ -4579,12 +4590,17 @@ class Sender:
             while len(self.pending) > PENDING_LIMIT:  # the disk does not take them either
                 self._lose(self.pending.pop(0))
         if crowd:
-            self.keep(0.0)
+            self.keep(KEEP_SECONDS / 4)
         self.inbox.put(message)
 
     def keep(self, patience: float = KEEP_SECONDS) -> bool:
         """Put on disk what has waited longer than `patience` for its answer. True if any still waits for its time."""
-        before = time.monotonic() - patience
+        if not self.pending:
+            return False
+        with self.keeping:
+            return self._keep(time.monotonic() - patience)
+
+    def _keep(self, before: float) -> bool:
         with self.lock:
             waiting = [message for message in self.pending if not message.file]
         for message in waiting:
@@ -4630,16 +4646,21 @@ class Sender:
             self._deliver([(fresh.file, fresh.body)], now, fresh)
         elif self.trouble and (newest := self.spool.newest()):
             self._deliver([newest], now)
-        elif self.spool.count and (batch := self.spool.oldest(self.batch_size)):
-            self._deliver(batch, now)
-        else:
+        elif self.spool.count and now >= self.backlog_at:
+            self.backlog_at = now + BACKLOG_PAUSE
+            if batch := self.spool.oldest(self.batch_size):
+                self._deliver(batch, now)
+        elif not self.spool.count:
             self.trouble = ""
-            return IDLE_SECONDS
-        with self.lock:
-            more = bool(self.pending)
+        return self._wait(now)
+
+    def _wait(self, now: float) -> float:
+        """Seconds until the next step makes sense."""
         if self.retry_at > now:
             return self.retry_at - now
-        return 0.0 if more else BACKLOG_PAUSE if self.spool.count else IDLE_SECONDS
+        if self.pending:
+            return 0.0
+        return max(0.0, self.backlog_at - now) if self.spool.count else IDLE_SECONDS
 
     def _deliver(self, batch: list[tuple[str, bytes]], now: float, message: Message | None = None) -> None:
         """Send reports (from disk, or the one just made) and act on the answer."""
@@ -4654,6 +4675,7 @@ class Sender:
         if verdict is ACCEPTED:
             self._accepted(batch, message)
         elif verdict is REFUSED and len(batch) > 1:
+            self.backlog_at = now + BACKLOG_PAUSE / 10
             self.batch_size = max(1, len(batch) // 2)  # halved until the bad one stands alone
         elif verdict is REFUSED:
             self._refused(batch[0], message, describe_answer(answer, self.client.host_id))
@@ -4839,8 +4861,14 @@ def look(probe: Probe, seen: dict[str, Any]) -> dict[str, Any]:
             continue
         # TRANSITIONING: an import or export is under way, which is no state of its own.
         pools[name] = seen.get("pools", {}).get(name, state) if state == "TRANSITIONING" else state
-    guests = {path: [name for name in list_or_none(probe, path) or () if name[:1].isdigit()] for path in GUEST_PATHS}
-    return {"entries": entries, "plain": no_pools, "pools": pools, "guests": guests, "tasks": tasks_mark(probe)}
+    guests = {name.removesuffix(".scope") for path in GUEST_PATHS for name in list_or_none(probe, path) or ()}
+    return {
+        "entries": entries,
+        "plain": no_pools,
+        "pools": pools,
+        "guests": {name for name in guests if name.isdigit()},
+        "tasks": tasks_mark(probe),
+    }
 
 
 def list_or_none(probe: Probe, path: str) -> list[str] | None:
@@ -4857,6 +4885,29 @@ def tasks_mark(probe: Probe) -> tuple[int, int] | None:
     except SourceError:
         return None
     return stat.st_ino, stat.st_size
+
+
+class GuestChanges:
+    """Guests seen to start or stop. pvestatd, where the `guests` section comes from, knows up to 20 s later."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[bool, float]] = {}  # vmid -> runs, until when to believe it
+
+    def note(self, before: set[str], after: set[str], now: float) -> None:
+        for vmid in before ^ after:
+            self.seen[int(vmid)] = (vmid in after, now + GUEST_SECONDS)
+
+    def apply(self, guests: Any, now: float) -> None:
+        """Correct the status of those that pvestatd has not caught up with."""
+        self.seen = {vmid: change for vmid, change in self.seen.items() if change[1] > now}
+        for guest in guests if self.seen and isinstance(guests, list) else ():
+            runs, _ = self.seen.get(guest.get("vmid"), (None, 0.0))
+            if runs is True and guest.get("status") in ("stopped", "unknown", None):
+                guest["status"] = "running"
+            elif runs is False and guest.get("status") != "stopped":
+                guest["status"] = "stopped"
+                for name in ("uptime_seconds", "cpu_ratio", "memory_used_bytes", "memory_host_bytes"):
+                    guest.pop(name, None)  # they are those of a moment ago
 
 
 class Agent:
@@ -4877,7 +4928,8 @@ class Agent:
         self.urgent_again = False
         self.held: Collected | None = None  # pool_states that wait a moment for the pools in full
         self.held_until = 0.0
-        self.seen: dict[str, Any] | None = None
+        self.seen: dict[str, Any] = {}
+        self.guest_changes = GuestChanges()
         self.next_at: dict[str, float] = {}
         self.second_at: dict[str, float] = {}  # of each tick the first moment after the start
         self.next_look = 0.0
@@ -4951,26 +5003,21 @@ class Agent:
     def _look(self, now: float) -> None:
         """Compare with the last look; what changed is reported at once."""
         self.next_look = now + LOOK_SECONDS
-        before, self.seen = self.seen, look(self.probe, self.seen or {})
-        if before is None or self.stopping:
-            return
+        before, self.seen = self.seen, look(self.probe, self.seen)
         if before["pools"] != self.seen["pools"]:
             self._report_pools(now)
+        self.guest_changes.note(before["guests"], self.seen["guests"], now)
         if now >= self.next_at[FAST]:
             return  # the fast tick that is due has the rest
-        changed: list[str] = [
-            name for name in ("guests", "tasks") if before[name] != self.seen[name] and name in COLLECTORS
-        ]
-        if changed:
-            collected = self._collect(changed)
-            if "guests" in changed or collected.sections:
-                self._report(FAST, collected)
+        changed: list[str] = [name for name in ("guests", "tasks") if before[name] != self.seen[name]]
+        collected = self._collect([name for name in changed if name in COLLECTORS])
+        if "guests" in changed or collected.sections:
+            self._report(FAST, collected)
 
     def _report_pools(self, now: float) -> None:
         """A pool changed: its state is known now, the pools in full a moment later, if no command hangs."""
-        names = [name for name in ("pools",) if name in COLLECTORS]
-        self.urgent_again = not self.urgent.start(names) if names else False
-        held = self._collect([name for name in ("pool_states",) if name in COLLECTORS])
+        self.urgent_again = not self.urgent.start(["pools"])
+        held = self._collect(["pool_states"])
         if self.held is not None:
             self.held.add(held)
         else:
@@ -5001,6 +5048,7 @@ class Agent:
 
     def _collect(self, names: list[str]) -> Collected:
         collected = Collected(*collect(self.probe, self.memories.values, names))
+        self.guest_changes.apply(collected.sections.get("guests"), self.probe.monotonic())
         collected.memories = self.memories.changed(names, self.probe.monotonic())
         return collected
 
@@ -5025,7 +5073,7 @@ class Agent:
             return
         if self.next_beat == 0.0:
             self.notifier.tell("READY=1")
-        self.next_beat = now + (self.notifier.watchdog_seconds / 3 or DAY)
+        self.next_beat = now + (self.notifier.watchdog_seconds / 3 or BEAT_SECONDS)
         self.notifier.tell("WATCHDOG=1")
         waiting = f"{self.spool.count} reports wait on disk"
         self.notifier.tell_status(

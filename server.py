@@ -127,6 +127,7 @@ class Config:
         self.trusted_proxies = self._networks(env.get("TRUSTED_PROXY", "127.0.0.1"))
         self.history_url = env.get("HISTORY_URL") or "sqlite:"
         self.given_secret = env.get("SECRET_KEY_BASE") or ""
+        self.install_dir = env.get("INSTALL_DIR") or default_install_dir()
         if self.password_hash and not self.password_hash.startswith("$argon2id$"):
             raise Failure("DASHBOARD_PASSWORD_HASH: not an Argon2id hash; make one with `hash-password`")
         if self.given_secret and len(self.given_secret) < 32:
@@ -190,8 +191,22 @@ def create_secret_file(path: str) -> str:
         pass
     finally:
         os.unlink(partial_path)
+    give_to_owner(path)
     with open(path, encoding="ascii") as handle:
         return handle.read().strip()
+
+
+def give_to_owner(path: str) -> None:
+    """What root makes in the service's directory belongs to the service's user, or the service could not read it."""
+    owner = os.stat(os.path.dirname(path) or ".")
+    if os.geteuid() == 0 and owner.st_uid != 0 and os.stat(path).st_uid == 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def default_install_dir() -> str:
+    """Where the agent's binaries lie that hosts are installed from: of the release, else of this checkout."""
+    released = "/usr/local/share/proxmox-monitor"
+    return released if os.path.isdir(released) else resource("dist")
 
 
 def resource(*names: str) -> str:
@@ -246,6 +261,7 @@ def connect(path: str, *, readonly: bool = False) -> sqlite3.Connection:
             if not os.path.getsize(path):
                 db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only works before the first table
             os.chmod(path, 0o600)
+            give_to_owner(path)
             db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # an answer of 200 means the report is on the disk
         db.execute("PRAGMA foreign_keys = ON")
@@ -2190,14 +2206,47 @@ def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
 
 
 def install_commands(config: Config, name: str, token: str) -> list[str]:
-    """What to type as root on the host, ready to be copied."""
-    settings = f'server_url = "{config.public_url}"\\nhost_id = "{name}"\\ntoken = "{token}"\\n'
-    return [
-        "install -d -m 0700 /etc/proxmox-monitor",
-        f"(umask 077; printf '{settings}' > /etc/proxmox-monitor/agent.toml)",
-        "proxmox-monitor-agent check",
-        "systemctl enable --now proxmox-monitor-agent",
-    ]
+    """What to type as root on the host. It asks for the token, which so stays out of the shell's history."""
+    return [f"curl -fsSL {config.public_url}/install/install.sh | sh -s -- --host {name}"]
+
+
+INSTALL_FILES: dict[str, tuple[str, ...]] = {  # name -> where it lies in the program; () = in INSTALL_DIR
+    "install.sh": ("packaging", "install.sh"),
+    "agent.py": ("agent.py",),
+    "proxmox-monitor-agent.service": ("systemd", "proxmox-monitor-agent.service"),
+    "proxmox-monitor-agent_linux_amd64": (),
+    "proxmox-monitor-agent_linux_arm64": (),
+}
+
+
+@route("GET", "/install/<name>", auth="none")
+def get_install(call: Call) -> Any:
+    """What installs an agent of this server's version: install.sh, agent.py, unit, binaries, SHA256SUMS. No secrets."""
+    name, config = call.params["name"], call.monitor.config
+    if name == "SHA256SUMS":
+        bodies = {one: read_install_file(config, one) for one in INSTALL_FILES}
+        body = "".join(f"{hashlib.sha256(found).hexdigest()}  {one}\n" for one, found in bodies.items() if found)
+        return Answer(200, body.encode(), {"Content-Type": "text/plain; charset=utf-8"})
+    found = read_install_file(config, name) if name in INSTALL_FILES else None
+    if found is None:
+        raise Problem("not_found", f"no such file here; the agent's binaries are looked for in {config.install_dir}"
+                      if name in INSTALL_FILES else "no such file")
+    kind = "application/octet-stream" if "_linux_" in name else "text/plain; charset=utf-8"
+    return Answer(200, found, {"Content-Type": kind})
+
+
+def read_install_file(config: Config, name: str) -> bytes | None:
+    """The file, with this server's address filled in; None for a binary that is not there or of another version."""
+    inside = INSTALL_FILES[name]
+    try:
+        with open(resource(*inside) if inside else os.path.join(config.install_dir, name), "rb") as handle:
+            body = handle.read()
+    except OSError:
+        return None
+    if name == "install.sh":
+        return body.replace(b"@SERVER_URL@", config.public_url.encode())
+    named = f"# proxmox-monitor-agent {VERSION} for Linux on ".encode()  # the second line of each binary
+    return body if inside or body[:200].partition(b"\n")[2].startswith(named) else None
 
 
 def host_detail(call: Call, state: HostState) -> dict[str, Any]:
@@ -2307,7 +2356,7 @@ def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 
 def to_text_cell(column: str, value: Any) -> str:
-    if is_number(value) and column.endswith("_at"):
+    if is_number(value) and (column.endswith("_at") or column in ("at", "since", "as_of", "maintenance_until")):
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value)) if 0 <= value < 2e11 else str(value)
     return f"{value:.4g}" if isinstance(value, float) else to_cell(value) or "-"
 
@@ -2458,6 +2507,381 @@ def describe_ingest() -> dict[str, Any]:
 
 COOKIE = "proxmon_session"
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
+PAGE_LIMIT = 200
+SCRUB_DUE = 40 * DAY  # Debian scrubs monthly; the gap between two is 35 days at most
+
+# Each tab: its columns, and where its rows come from.
+Rows = list[dict[str, Any]]
+
+
+def rows_of(list_rows: Callable[[HostState, float], Iterable[dict[str, Any]]]) -> Callable[[Call], Rows]:
+    return lambda call: [row for state in call.fleet.hosts.values() for row in list_rows(state, call.now)]
+
+
+TABS: dict[str, tuple[tuple[str, ...], Callable[[Call], Rows]]] = {
+    "hosts": (HOST_COLUMNS, lambda call: [host_row(call.fleet, one, call.now) for one in call.fleet.sorted(call.now)]),
+    "guests": (GUEST_COLUMNS, rows_of(guest_rows)),
+    "pools": (POOL_COLUMNS, rows_of(pool_rows)),
+    "storages": (STORAGE_COLUMNS, rows_of(storage_rows)),
+    "alerts": (ALERT_COLUMNS, lambda call: [row for row in list_alerts(call.db, "all") if row["state"] != "pending"]),
+}
+
+# What a guest, pool, vdev or alert calls its own state -> the verdict whose shape and colour it is shown with.
+STATE_LOOKS = {
+    **dict.fromkeys(("running", "online", "avail", "active", "passed"), "ok"),
+    **dict.fromkeys(("degraded", "faulted", "unavail", "removed", "suspended", "io-error", "internal-error", "failed",
+                     "inactive", "error"), "critical"),
+    **dict.fromkeys(("inuse", "paused"), "warning"),
+    **dict.fromkeys(("prelaunch", "suspending", "pending"), "info"),
+    **dict.fromkeys(("disabled", "stopped", "off", "absent", "resolved"), "off"),
+}
+
+
+@route("GET", "/", auth="page", live=True)
+def get_page(call: Call) -> Any:
+    """The page: posture, problems, lists, and one host opened."""
+    return page_answer(call, managing=False)
+
+
+@route("GET", "/admin/hosts", auth="page", live=True)
+def get_host_administration(call: Call) -> Any:
+    """The page, opened at host administration."""
+    return page_answer(call, managing=True)
+
+
+def page_answer(call: Call, *, managing: bool) -> Answer:
+    """The whole document, or for the script's polls what is in its <main> alone. Times are absolute there, so
+    that a state of the fleet is the same bytes whenever it is asked for."""
+    fragment = call.header("x-fragment") == "main"
+    page = build_page(call, managing=managing, fragment=fragment)
+    return html(render("main.html" if fragment else "page.html", page=page, **PAGE_FUNCTIONS))
+
+
+def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
+    """All that the templates are given."""
+    query, terms = call.query, parse_terms(call.query.get("q", ""))
+    tab = query["tab"] if query.get("tab") in TABS else "hosts"
+    columns, list_rows = TABS[tab]
+    everything = list_rows(call)
+    rows = order_rows(tab, find_rows(call, everything, terms), query.get("sort", ""))
+    offset = page_offset(query.get("offset", ""), len(rows))
+    overview, alerts = build_overview(call.fleet, call.now), list_alerts(call.db)
+    posture, sentence = describe_posture(overview, alerts)
+    unseen = sum(not alert["acknowledged"] for alert in alerts)
+    return {
+        "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
+        "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
+        "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
+        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": rows[offset : offset + PAGE_LIMIT],
+        "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
+        "overview": overview, "posture": posture, "sentence": sentence,
+        "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
+        "host": page_host(call, alerts), "pool": query.get("pool", ""),
+        "admin_hosts": TABS["hosts"][1](call) if managing else None,
+        "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
+    }
+
+
+def page_url(query: dict[str, str]) -> Callable[..., str]:
+    """`url(**changes)`: the link to this page with some of its parameters changed; None drops one."""
+    def url(**changes: Any) -> str:
+        kept = {name: query.get(name) for name in ("tab", "q", "sort", "offset", "host")}
+        if "tab" in changes or "q" in changes:
+            kept["offset"] = None
+        if "tab" in changes:
+            kept["sort"] = None
+        pairs = [(name, value) for name, value in {**kept, **changes}.items() if value not in (None, "")]
+        return "/?" + urllib.parse.urlencode(pairs, errors="replace") if pairs else "/"
+    return url
+
+
+def page_offset(asked: str, total: int) -> int:
+    """The first row of the page asked for; nonsense and what is past the end is the first page."""
+    offset = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 9 else 0
+    return offset // PAGE_LIMIT * PAGE_LIMIT if offset < total else 0
+
+
+def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
+    """The host that is opened, with all that its drawer shows; None if there is none of that name."""
+    try:
+        state = call.fleet.find(call.query.get("host", ""))
+    except Problem:
+        return None
+    sections = {
+        name: {"body": one.body, "time": one.time, "received_at": one.stamp.received_at,
+               "stale": is_stale(state, name, call.now)}
+        for name, one in state.sections.items() if one.stamp is not None}
+    return {
+        "row": host_row(call.fleet, state, call.now), "sections": sections,
+        "absent": [name for name, one in state.sections.items() if one.absent],
+        "errors": {name: one.error for name, one in state.sections.items() if one.error},
+        "alerts": [alert for alert in alerts if alert["host"] == state.name],
+        "missing_reports": missing_reports(call.db, state.id),
+        "pools": order_rows("pools", list(pool_rows(state, call.now)), ""),
+        "guests": list(guest_rows(state, call.now)), "storages": list(storage_rows(state, call.now)),
+    }
+
+
+def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
+    """The fleet in one word, the worst that nobody has acknowledged, and in one sentence."""
+    hosts, problems = overview["hosts"], overview["problems"]
+    if not hosts["total"]:
+        return "unknown", "No host is registered yet."
+    unseen = {alert["severity"] for alert in alerts if not alert["acknowledged"]}
+    word = next((severity for severity in SEVERITIES if severity in unseen), "ok")
+    if word in ("ok", "info") and hosts["reporting"] < hosts["total"]:
+        word = "stale"  # nothing fires, yet not every host is known to be well: never green
+    told = [f"{problems['critical']} critical"] if problems["critical"] else []
+    told += [f"{problems['warning']} warning{'s' if problems['warning'] != 1 else ''}"] if problems["warning"] else []
+    told += [f"{hosts[key]} {key}" for key in ("offline", "stale") if hosts[key]]
+    reporting = f"{hosts['reporting']} of {hosts['total']} host{'s' if hosts['total'] != 1 else ''} reporting"
+    return word, f"{reporting}; {', '.join(told) or 'no open problem'}."
+
+
+def group_problems(call: Call, alerts: Rows) -> Rows:
+    """Firing alerts, worst first and then newest, each with those that follow from it folded in as `children`."""
+    url, hosts = page_url(call.query), {state.name: state for state in call.fleet.hosts.values()}
+    shown: dict[Any, dict[str, Any]] = {}
+    for alert in alerts:
+        state = hosts.get(alert["host"])
+        shown[alert["id"]] = {"why": None, "todo": None, **alert, "site": state.site if state else None,
+                              "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
+                              "href": alert_url(alert, url), "children": []}
+    tops: Rows = []
+    for problem in shown.values():
+        cause = root_cause(problem, shown)
+        (tops if cause is problem else cause["children"]).append(problem)
+    return tops
+
+
+def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none."""
+    passed = {problem["id"]}
+    while (cause := problem["because_of"]) in shown and cause not in passed:
+        passed.add(cause)
+        problem = shown[cause]
+    return problem
+
+
+def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
+    """The link to what an alert is about: its host, opened, and in it the pool if it is of one."""
+    kind, _, rest = (alert["object"] or "").partition("/")
+    pool = rest.partition("/")[0] if kind == "pools" else None
+    return url(host=alert["host"], pool=pool) + (f"#pool-{anchor(pool)}" if pool else "")
+
+
+def find_next_due(call: Call) -> dict[str, Any] | None:
+    """What will need somebody next, told while nothing does: a scrub that falls due."""
+    scrubs = [{"at": row["last_scrub_at"] + SCRUB_DUE, "text": f"the scrub of {row['name']} on {row['host']} falls due"}
+              for row in TABS["pools"][1](call) if row["last_scrub_at"] is not None]
+    return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
+
+
+def count_states(rows: Rows) -> list[tuple[str, int]]:
+    """How many rows are in each state, worst first."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        word = row.get("verdict") or (row["severity"] if row["state"] == "firing" else row["state"])
+        counts[word] = counts.get(word, 0) + 1
+    return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
+
+
+def count_tabs(call: Call, terms: list[Term]) -> dict[str, int]:
+    """How many rows each tab would show. Without a search that is cheap: nothing is judged."""
+    if terms:
+        return {tab: len(find_rows(call, list_rows(call), terms)) for tab, (_, list_rows) in TABS.items()}
+    states = call.fleet.hosts.values()
+    counts = {tab: sum(len(state.body(tab, ())) for state in states) for tab in ("guests", "storages")}
+    pools = sum(len({pool["name"] for section in ("pools", "pool_states") for pool in state.body(section, ())})
+                for state in states)
+    return {"hosts": len(states), **counts, "pools": pools, "alerts": len(TABS["alerts"][1](call))}
+
+
+def verdict_rank(word: Any) -> int:
+    return VERDICTS.index(word) if word in VERDICTS else len(VERDICTS)
+
+
+def order_rows(tab: str, rows: Rows, sort: str) -> Rows:
+    """By a column (`-cpu_ratio`: downwards), else worst first; alerts: firing, worst, newest."""
+    column = sort.lstrip("-")
+    if column in ("verdict", "severity"):
+        return sorted(rows, key=lambda row: verdict_rank(row.get(column)), reverse=sort.startswith("-"))
+    if column in TABS[tab][0]:
+        return sort_rows(rows, sort, TABS[tab][0])
+    if tab == "alerts":
+        return sorted(rows, key=lambda row: (row["state"] == "resolved", verdict_rank(row["severity"]), -row["since"]))
+    return rows if tab == "hosts" else sorted(rows, key=lambda row: (verdict_rank(row["verdict"]), row["host"].lower()))
+
+
+# The search box: `site:par -tag:test state:crit pool>80 "two words"`, all of which must hold. The first of the
+# fields that a row has is meant; ratios are written as percent.
+TERM_FIELDS = {
+    "host": ("host", "name"), "name": ("name", "storage", "object"), "tag": ("tags",), "type": ("type",),
+    "rule": ("rule",), "state": ("verdict", "severity", "state", "status"), "version": ("pve_version",),
+    "cluster": ("cluster",), "vmid": ("vmid",), "storage": ("storage",),
+}
+TERM_NUMBERS = {
+    "pool": ("pools_max_capacity_ratio", "capacity_ratio"), "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",),
+    "io": ("io_pressure_ratio",), "root": ("root_used_ratio",), "used": ("used_ratio", "capacity_ratio"),
+    "frag": ("fragmentation_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
+    "load": ("load1",), "vmid": ("vmid",), "margin": ("redundancy_margin",),
+}
+
+
+class Term(NamedTuple):
+    """One word of a search. `operator`: ':', '<', '>', or '' for a word that may stand anywhere."""
+
+    wanted: bool
+    field: str
+    operator: str
+    value: str
+
+
+def parse_terms(text: str) -> list[Term]:
+    """What was typed; a quote that is not closed yet is no mistake."""
+    words = re.findall(r'(?:[^\s"]|"[^"]*"?)+', text[:500])
+    return [term for word in words if (term := parse_term(word.replace('"', "").lower())).value]
+
+
+def parse_term(word: str) -> Term:
+    wanted = not (word.startswith("-") and len(word) > 1)
+    bare = word if wanted else word[1:]
+    for operator in ":<>":
+        field, _, value = bare.partition(operator)
+        if operator == ":" and value and (field == "site" or field in TERM_FIELDS):
+            return Term(wanted, field, operator, value)
+        if operator != ":" and field in TERM_NUMBERS and re.fullmatch(r"-?\d{1,15}(\.\d{1,9})?%?", value, re.ASCII):
+            return Term(wanted, field, operator, value)
+    return Term(wanted, "", "", bare)
+
+
+def find_rows(call: Call, rows: Rows, terms: list[Term]) -> Rows:
+    """The rows for which every term holds."""
+    if not terms:
+        return rows
+    sites = {state.name: (state.site or "").lower() for state in call.fleet.hosts.values()}
+    return [row for row in rows if all(term_holds(term, row, sites) == term.wanted for term in terms)]
+
+
+def term_holds(term: Term, row: dict[str, Any], sites: dict[str, str]) -> bool:
+    if term.operator == "":
+        return matches(row, [term.value])
+    if term.field == "site":
+        return term.value in sites.get(row.get("host") or row.get("name", ""), "")
+    if term.operator == ":":
+        return any(field_holds(row[field], field, term.value) for field in TERM_FIELDS[term.field] if field in row)
+    return number_holds(term, row)
+
+
+def field_holds(value: Any, field: str, wanted: str) -> bool:
+    """Tags and vmids as a whole, states from their beginning, other texts anywhere."""
+    found = to_cell(value).lower()
+    if field in ("tags", "vmid"):
+        return wanted in re.split("[;, ]+", found)
+    return found.startswith(wanted) if field in TERM_FIELDS["state"] else wanted in found
+
+
+def number_holds(term: Term, row: dict[str, Any]) -> bool:
+    """A comparison; what is not known is neither more nor less."""
+    field = next((field for field in TERM_NUMBERS[term.field] if is_number(row.get(field))), None)
+    if field is None:
+        return False
+    limit = float(term.value.rstrip("%")) / (100 if field.endswith("_ratio") else 1)
+    return row[field] > limit if term.operator == ">" else row[field] < limit
+
+
+# How the page writes values: what is not known is a dash, never 0, and so is what an agent sent in its place.
+
+def known(value: Any) -> Any:
+    return value if is_number(value) else None
+
+
+def entries(body: Any) -> Rows:
+    """The objects of a section that is a list, whatever else an agent put there."""
+    return [one for one in body if isinstance(one, dict)] if isinstance(body, list) else []
+
+
+def fields(body: Any) -> dict[str, Any]:
+    return body if isinstance(body, dict) else {}
+
+
+def show_bytes(value: Any) -> str:
+    """1536 -> '1.5 KiB': powers of 1024, as zfs and Proxmox count."""
+    if not is_number(value):
+        return "–"
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while abs(value) >= 1023.5 and len(units) > 1:
+        value = value / 1024
+        units.pop(0)
+    return f"{value:.{0 if units[0] == 'B' or abs(value) >= 99.95 else 1}f} {units[0]}"
+
+
+def show_ratio(value: Any) -> str:
+    """0.834 -> '83%'; what is little more than nothing is '<1%', and only what is full is '100%'."""
+    if not is_number(value):
+        return "–"
+    percent = value * 100
+    return "<1%" if 0 < percent < 0.5 else f"{percent:.1f}%" if 99 <= percent < 99.95 else f"{percent:.0f}%"
+
+
+def show_number(value: Any, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}" if is_number(value) else "–"
+
+
+def show_duration(value: Any) -> str:
+    return format_duration(max(0, value)) if is_number(value) else "–"
+
+
+def show_age(at: Any, now: float) -> str:
+    """'41 s', or 'in 3 d' for a time to come."""
+    if not is_number(at):
+        return "–"
+    return f"in {format_duration(at - now)}" if at > now + 1 else show_duration(now - at)
+
+
+def show_time(at: Any) -> str:
+    """As the server writes it, in UTC; the page's script shows the reader's own zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)) if is_number(at) and 0 <= at < 2e11 else "–"
+
+
+def look(state: Any) -> str:
+    """The verdict that a state is shown as: always one of our own words, whatever an agent sends."""
+    word = str(state or "unknown").lower()
+    return word if word in VERDICTS else STATE_LOOKS.get(word, "unknown")
+
+
+def anchor(name: Any) -> str:
+    """A name as an element's id."""
+    return "".join(sign if sign.isascii() and sign.isalnum() else f"_{ord(sign):x}" for sign in str(name))
+
+
+def spark_points(values: Any, width: int = 72, height: int = 18) -> list[str]:
+    """Numbers 0-1 as the points of polylines, one for each stretch without a gap."""
+    lines: list[list[str]] = [[]]
+    for place, value in enumerate(values):
+        if is_number(value):
+            y = height - 1 - min(1, max(0, value)) * (height - 2)
+            lines[-1].append(f"{place * width / max(1, len(values) - 1):.1f},{y:.1f}")
+        elif lines[-1]:
+            lines.append([])
+    return [" ".join(line) for line in lines if line]
+
+
+def why_unknown(host: dict[str, Any], section: str) -> str:
+    """Why a value is not there: absent, error, no data yet and stale are four different things."""
+    if section in host["errors"]:
+        error = host["errors"][section]
+        return f"could not look: {error.get('code')}: {error.get('detail')}"
+    if section in host["absent"]:
+        return f"{section}: does not apply on this host"
+    if section not in host["sections"]:
+        return f"{section}: no data yet"
+    return "stale, and not known before" if host["sections"][section]["stale"] else "not reported by the host"
+
+
+PAGE_FUNCTIONS = {one.__name__: one for one in (
+    known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look, anchor,
+    spark_points, why_unknown)}
 
 
 @lru_cache(64)
@@ -2861,7 +3285,11 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
     """Register a host and print its token, once."""
     with transaction(open_database(config, create=True)) as db:
         record = insert_host(db, args.name, time.time())
-    return show_token(config, record, f"registered (id={record['id']}).")
+    show_token(config, record, f"registered (id={record['id']}).")
+    sys.stdout.flush()
+    for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+        print(line and f"  {line}", file=sys.stderr)  # not on stdout: what it says is taken apart by scripts
+    return OK
 
 
 @command("rotate-token", HOST_ARGUMENT)
@@ -3068,6 +3496,38 @@ def command_version(config: Config, args: argparse.Namespace) -> int:
     return OK
 
 
+SETTINGS_FILE = "/etc/default/proxmox-monitor"
+
+
+def repair_environ() -> None:
+    """Take back what a frozen binary's loader put into the environment: children would load our libraries."""
+    original = os.environ.pop("LD_LIBRARY_PATH_ORIG", None)
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    if original:
+        os.environ["LD_LIBRARY_PATH"] = original
+    for name in [name for name in os.environ if name.startswith("_PYI_")]:
+        del os.environ[name]
+
+
+def read_settings_file() -> dict[str, str]:
+    """The unit's settings for a command that an operator types; {} where they are missing or not for this user."""
+    try:
+        with open(SETTINGS_FILE, encoding="utf-8") as handle:
+            lines = [line.strip().partition("=") for line in handle if not line.lstrip().startswith(("#", ";"))]
+    except OSError:
+        return {}
+    return {key: value[1:-1] if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1 else value
+            for key, _, value in lines if key}
+
+
+def read_environ() -> dict[str, str]:
+    """The environment. The installed program, started without a database's place, takes the unit's settings."""
+    if not getattr(sys, "frozen", False):
+        return dict(os.environ)
+    repair_environ()
+    return dict(os.environ) if "DATABASE_PATH" in os.environ else {**read_settings_file(), **os.environ}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="proxmox-monitor-server", description="Monitor for Proxmox VE hosts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -3082,7 +3542,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 ok, 1 failed (one line why on stderr), 2 usage."""
     args = build_parser().parse_args(argv)
     try:
-        return COMMANDS[args.command][0](Config(), args)
+        return COMMANDS[args.command][0](Config(read_environ()), args)
     except (Failure, Problem) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
     except sqlite3.Error as error:

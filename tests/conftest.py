@@ -97,8 +97,9 @@ def build_report(host: str = "pve1", seq: int = 1, at: float = START, run_id: st
 
 def build_guest(vmid: Any, **fields: Any) -> dict:
     return {
-        "vmid": vmid, "type": "qemu", "name": f"vm{vmid}", "status": "running", "template": False, "uptime_seconds": 500,
-        "cpu_count": 2, "cpu_ratio": 0.1, "memory_used_bytes": 1 << 30, "memory_max_bytes": 2 << 30,
+        "vmid": vmid, "type": "qemu", "name": f"vm{vmid}", "status": "running", "template": False,
+        "uptime_seconds": 500, "cpu_count": 2,
+        "cpu_ratio": 0.1, "memory_used_bytes": 1 << 30, "memory_max_bytes": 2 << 30,
         "net_receive_bytes_total": 1000, **fields,
     }  # fmt: skip
 

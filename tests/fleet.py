@@ -12,8 +12,8 @@ in time and in value, once per played host. One process, a few kept connections,
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
-import gzip
 import heapq
 import http.client
 import json
@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import agent  # noqa: E402
 from recorded import RecordedProbe, recordings  # noqa: E402
+
+import agent  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
@@ -55,7 +56,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state", required=True, type=Path, help="file that keeps the hosts' tokens between runs")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--interval", type=float, default=30.0, help="seconds between two reports of a host")
-    parser.add_argument("--hosts", type=Path, default=HERE / "hosts", help="folder of recordings")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args(argv)
@@ -72,17 +72,36 @@ class Recording(NamedTuple):
     errors: dict[str, Any]
 
 
-def load_recordings(folder: Path) -> list[Recording]:
-    """Every recorded Proxmox host, most telling first; a machine without Proxmox is no member of a fleet."""
-    loaded = []
-    for path in recordings(folder):
-        probe = RecordedProbe(path)
-        sections, absent, errors = agent.collect(probe, {}, list(agent.COLLECTORS))
-        if sections.get("guests"):
-            loaded.append(Recording(path.name, probe.now(), sections, absent, errors))
-    if not loaded:
-        raise SystemExit(f"fleet: no recorded hosts in {folder}")
-    return loaded
+def load_recordings() -> tuple[list[Recording], list[Recording]]:
+    """The recorded Proxmox hosts, and apart from them those with a suspended pool, which nothing heals.
+    A machine without guests is no member of a fleet."""
+    usual: list[Recording] = []
+    suspended: list[Recording] = []
+    for path in recordings():
+        recording = collect_recording(path)
+        states = [one["state"] for one in recording.sections.get("pool_states") or ()]
+        if recording.sections.get("guests"):
+            (suspended if "SUSPENDED" in states else usual).append(recording)
+    return usual, suspended
+
+
+def collect_recording(path: Path) -> Recording:
+    """Two looks, some seconds apart: rates need both."""
+    memories: dict[str, dict[str, Any]] = {}
+    for tick in (0, 1):
+        probe: Any = RecordedProbe(path, tick)
+        collected = agent.collect(probe, memories, agent.COLLECTORS)
+    return Recording(path.name, probe.now(), *collected)
+
+
+AS_RECORDED = (4, 7, 11)  # of each twenty: with the troubles the host had when it was recorded; 7 has a suspended pool
+
+
+def recording_of(number: int, usual: list[Recording], suspended: list[Recording]) -> Recording:
+    """Recordings take turns."""
+    if suspended and number % 20 == 7:
+        return suspended[number // 20 % len(suspended)]
+    return usual[(number + number // (WELL_BETWEEN + 1)) % len(usual)]  # so that each fault meets each recording
 
 
 # --- values: recorded values brought to another time and another host, and moved ---
@@ -120,9 +139,45 @@ def advance_counters(value: Any, seconds: float, dice: random.Random, rates: dic
         where = f"{path}/{key}"
         if isinstance(one, (dict, list)):
             advance_counters(one, seconds, dice, rates, where)
-        elif isinstance(key, str) and key.endswith("_total") and is_number(one) and one > 0 and key != "oom_kills_total":
+        elif (
+            isinstance(key, str) and key.endswith("_total") and is_number(one) and one > 0 and key != "oom_kills_total"
+        ):
             rate = rates.setdefault(where, one / (20 * DAY))
             value[key] = one + type(one)(rate * seconds * dice.uniform(0.2, 1.8))
+
+
+def heal(sections: dict[str, Any]) -> None:
+    """Make good what was wrong with the host when it was recorded."""
+    for pool in sections.get("pools") or ():
+        set_pool_state(sections, pool, "ONLINE")
+        pool.update(status_text=None, action_text=None, data_errors=0, damaged_files=[])
+        pool["redundancy_margin"] = full_redundancy(pool)
+        for vdev in walk(pool.get("vdevs") or []):
+            vdev.update(read_errors=0, write_errors=0, checksum_errors=0, reason=None)
+            if vdev.get("class") != "spare":
+                vdev["state"] = "ONLINE"
+    for storage in sections.get("storages") or ():
+        if storage.get("enabled") and not storage.get("active"):
+            storage.update(active=True, total_bytes=4 << 40, used_bytes=1 << 40, available_bytes=3 << 40)
+
+
+def full_redundancy(pool: dict[str, Any]) -> int:
+    """How many disks each top-level vdev can lose when all are there: the least of them."""
+    margins = []
+    for vdev in pool.get("vdevs") or ():
+        if vdev.get("class", "normal") in ("normal", "special", "dedup"):
+            kind = vdev.get("type") or ""
+            parity = next((int(sign) for sign in kind if sign.isdigit()), 1)
+            members = len(vdev.get("children") or ())
+            margins.append(members - 1 if kind.startswith("mirror") else parity if "raid" in kind else 0)
+    return min(margins, default=0)
+
+
+def set_pool_state(sections: dict[str, Any], pool: dict[str, Any], state: str) -> None:
+    pool["state"] = state
+    for one in sections.get("pool_states") or ():
+        if one.get("name") == pool["name"]:
+            one["state"] = state
 
 
 def leaves(vdevs: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
@@ -162,13 +217,6 @@ def first_redundant(sections: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
             for group in groups_with_redundancy(pool):
                 return pool, group
     return None
-
-
-def set_pool_state(sections: dict[str, Any], pool: dict[str, Any], state: str) -> None:
-    pool["state"] = state
-    for one in sections.get("pool_states") or ():
-        if one.get("name") == pool["name"]:
-            one["state"] = state
 
 
 def lay_disk_fault(sections: dict[str, Any], progress: float, now: float) -> None:
@@ -216,7 +264,9 @@ def lay_full_pool(sections: dict[str, Any], progress: float, now: float) -> None
         size = pool.get("size_bytes")
         if size:
             used = 0.86 + 0.09 * min(1.0, progress * 2)
-            pool.update(allocated_bytes=int(size * used), free_bytes=size - int(size * used), capacity_ratio=round(used, 4))
+            pool.update(
+                allocated_bytes=int(size * used), free_bytes=size - int(size * used), capacity_ratio=round(used, 4)
+            )
             return
 
 
@@ -280,10 +330,12 @@ class PlayedHost:
         self.phase = ""
         self.paused: dict[int, float] = {}  # vmid -> when the guest comes back
         self.sections: dict[str, Any] = copy.deepcopy(recording.sections)
+        if number % 20 not in AS_RECORDED:
+            heal(self.sections)
         # Each host has had its scrubs and reboots at another time of the week.
-        shift_times(self.sections, now - recording.time - self.dice.uniform(0, 2 * DAY))
-        for section in FAST_SECTIONS:  # but what is measured now is of now
-            shift_as_of(self.sections.get(section), now)
+        earlier = self.dice.uniform(0, 2 * DAY)
+        shift_times(self.sections, now - recording.time - earlier)
+        shift_as_of(self.sections, earlier)  # but what was measured is as fresh as it was in the recording
         self._rename()
 
     def _rename(self) -> None:
@@ -291,7 +343,9 @@ class PlayedHost:
         old = (self.sections.get("node") or {}).get("name")
         for one in walk(self.sections):
             if isinstance(one.get("guid"), str):
-                one["guid"] = str(int(one["guid"]) ^ (hash_number(self.name) << 8)) if one["guid"].isdigit() else one["guid"]
+                one["guid"] = (
+                    str(int(one["guid"]) ^ (hash_number(self.name) << 8)) if one["guid"].isdigit() else one["guid"]
+                )
             for key in ("name", "node"):
                 if old and one.get(key) == old and "vmid" not in one:
                     one[key] = self.name
@@ -309,8 +363,7 @@ class PlayedHost:
             self._move_node(seconds)
             self._move_guests(seconds, now)
             self._move_pools(seconds)
-            for section in FAST_SECTIONS:
-                shift_as_of(self.sections.get(section), now)
+            shift_as_of(self.sections, seconds)
             for section, value in self.sections.items():
                 advance_counters(value, seconds, self.dice, self.rates, section)
 
@@ -325,9 +378,9 @@ class PlayedHost:
                 if is_number(node.get(key)):
                     node[key] = round(node[key] + (load - node[key]) * weight, 2)
         total, available = node.get("memory_total_bytes"), node.get("memory_available_bytes")
-        if total and is_number(available):
-            old = available
-            node["memory_available_bytes"] = int(drift(available, self.dice, total * 0.004, total * 0.05, total * 0.8))
+        if total and available is not None:
+            old = float(available)
+            node["memory_available_bytes"] = int(drift(old, self.dice, total * 0.004, total * 0.05, total * 0.8))
             if is_number(node.get("memory_free_ratio")):
                 moved = (node["memory_available_bytes"] - old) / total
                 node["memory_free_ratio"] = round(min(1.0, max(0.0, node["memory_free_ratio"] + moved)), 4)
@@ -401,15 +454,15 @@ class PlayedHost:
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
-            sections = {name: copy.deepcopy(self.sections[name]) for name in ("node", "guests") if name in self.sections}
-            reports.append(self.wrap(sections, at, tick="fast", full=False))
+            known: dict[str, Any] = {n: self.sections[n] for n in ("node", "guests") if n in self.sections}
+            reports.append(self.wrap(copy.deepcopy(known), at, tick="fast", full=False))
         return reports
 
 
-def shift_as_of(section: Any, now: float) -> None:
-    for one in walk(section):
+def shift_as_of(sections: dict[str, Any], seconds: float) -> None:
+    for one in walk(sections):
         if is_number(one.get("as_of")):
-            one["as_of"] = now
+            one["as_of"] += seconds
 
 
 def hash_number(text: str) -> int:
@@ -451,7 +504,7 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         """First all at once, so that the page is full; then spread."""
-        for number, host in enumerate(self.hosts):
+        for host in self.hosts:
             if not self.stop.is_set():
                 self.attempt(host, self.first_reports(host))
         start = time.monotonic()
@@ -481,8 +534,9 @@ class Sender(threading.Thread):
             print(f"fleet: {host.name}: {error}", file=sys.stderr, flush=True)
 
     def post(self, host: PlayedHost, reports: list[dict[str, Any]]) -> None:
-        body = gzip.compress(json.dumps(reports, separators=(",", ":")).encode(), 1)
-        headers = agent.sign(agent.token_key(host.token), body, f"msg_{host.run_id}_{reports[-1]['seq']}", time.time())
+        body = agent.pack(agent.to_json(reports))
+        key = base64.b64decode(host.token.removeprefix("whsec_"))
+        headers = agent.webhook_headers(key, body, int(time.time()))
         headers |= {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         path = f"/api/v1/hosts/{host.name}/reports"
         status, answer = self.connection.ask("POST", path, body, headers)
@@ -496,7 +550,9 @@ class Sender(threading.Thread):
 
 def admin_call(connection: Connection, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     headers = {"Authorization": f"Bearer {os.environ['FLEET_API_TOKEN']}", "Content-Type": "application/json"}
-    status, answer = connection.ask(method, "/api/v1" + path, None if body is None else json.dumps(body).encode(), headers)
+    status, answer = connection.ask(
+        method, "/api/v1" + path, None if body is None else json.dumps(body).encode(), headers
+    )
     return status, json.loads(answer) if answer else None
 
 
@@ -528,22 +584,24 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    loaded = load_recordings(options.hosts)
+    usual, suspended = load_recordings()
     tokens, new = register(options)
     hosts = [
-        PlayedHost(n, loaded[n % len(loaded)], tokens[host_name(n)], time.time(), options.seed)
+        PlayedHost(n, recording_of(n, usual, suspended), tokens[host_name(n)], time.time(), options.seed)
         for n in range(options.count)
     ]
     width = min(8, 1 + options.count // 20)
     senders = [Sender(hosts[n::width], options, new, stop) for n in range(width)]
-    print(f"fleet: playing {len(hosts)} hosts from {len(loaded)} recordings", flush=True)
+    print(f"fleet: playing {len(hosts)} hosts from {len(usual) + len(suspended)} recordings", flush=True)
     for sender in senders:
         sender.start()
     stop.wait(None if options.seconds == float("inf") else options.seconds)
     stop.set()
     for sender in senders:
         sender.join(2)
-    print(f"fleet: {sum(s.sent for s in senders)} reports accepted, {sum(s.failed for s in senders)} failures", flush=True)
+    print(
+        f"fleet: {sum(s.sent for s in senders)} reports accepted, {sum(s.failed for s in senders)} failures", flush=True
+    )
     return 0
 
 

@@ -1,0 +1,233 @@
+"""Reports that wait on disk: whole or not at all, in order, bounded, and every loss is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import agent
+from tests.agent_support import registered, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+NOW = 1_763_880_000.0
+
+
+def new_spool(folder, *, max_bytes=1 << 20, max_seconds=7 * 86400):
+    return agent.Spool(str(folder), max_bytes=max_bytes, max_seconds=max_seconds)
+
+
+def push(spool, *bodies, now=NOW):
+    for body in bodies:
+        spool.push(agent.Message(body), now)
+
+
+def bodies(spool, limit=500):
+    return [body for _, body in spool.oldest(limit)]
+
+
+def test_reports_come_back_oldest_first_and_newest_alone(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2", b"3")
+    assert bodies(spool) == [b"1", b"2", b"3"]
+    assert bodies(spool, 2) == [b"1", b"2"]
+    assert spool.newest()[1] == b"3"
+    assert spool.count == 3
+
+
+def test_order_does_not_depend_on_the_wall_clock(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", now=NOW)
+    push(spool, b"2", now=NOW - 5000)
+    assert bodies(new_spool(tmp_path)) == [b"1", b"2"]
+
+
+def test_discarded_reports_are_gone_for_good(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    spool.discard([spool.oldest(1)[0][0]])
+    assert bodies(spool) == bodies(new_spool(tmp_path)) == [b"2"]
+    assert spool.count == 1
+
+
+def test_next_run_goes_on_behind_the_last(tmp_path):
+    push(new_spool(tmp_path), b"1", b"2")
+    spool = new_spool(tmp_path)
+    assert spool.count == 2
+    push(spool, b"3")
+    assert bodies(spool) == [b"1", b"2", b"3"]
+
+
+def test_full_spool_drops_the_oldest_and_counts_them(tmp_path):
+    spool = new_spool(tmp_path, max_bytes=5 * 4096)
+    push(spool, *[b"%d" % number for number in range(8)])
+    assert bodies(spool) == [b"3", b"4", b"5", b"6", b"7"]
+    assert spool.dropped == 3
+    assert sum(4096 for _ in (tmp_path / "spool").iterdir()) <= 5 * 4096
+
+
+def test_old_reports_go_when_they_are_over_age(tmp_path):
+    spool = new_spool(tmp_path, max_seconds=86400)
+    push(spool, b"old", now=NOW - 86401)
+    push(spool, b"young", now=NOW - 86000)
+    push(spool, b"new", now=NOW)
+    assert bodies(spool) == [b"young", b"new"]
+    assert spool.dropped == 1
+
+
+def test_loss_is_remembered_over_restarts_until_it_was_told(tmp_path):
+    spool = new_spool(tmp_path, max_bytes=4096)
+    push(spool, b"1", b"2", b"3")
+    spool = new_spool(tmp_path, max_bytes=4096)
+    assert spool.dropped == 2
+    spool.tell_dropped(spool.dropped_total)
+    assert spool.dropped == 0
+    push(spool, b"4")
+    assert new_spool(tmp_path).dropped == 1
+
+
+def test_half_a_file_of_a_crash_is_swept_away(tmp_path):
+    push(new_spool(tmp_path), b"1")
+    (tmp_path / "spool" / "000000000002-1763880000.json.gz.tmp").write_bytes(b"\x1f\x8b")
+    spool = new_spool(tmp_path)
+    assert bodies(spool) == [b"1"]
+    assert len(os.listdir(tmp_path / "spool")) == 1
+
+
+def test_damaged_file_is_set_aside_and_does_not_block_the_rest(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    first = sorted((tmp_path / "spool").iterdir())[0]
+    first.write_bytes(first.read_bytes()[:10])
+    assert bodies(spool) == [b"2"]
+    assert spool.count == 1
+    assert [path.name for path in (tmp_path / "rejected").iterdir()] == [first.name]
+
+
+def test_rejected_folder_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "REJECTED_LIMIT", 3)
+    spool = new_spool(tmp_path)
+    for number in range(6):
+        spool.reject("", b"%d" % number, "test")
+    kept = sorted((tmp_path / "rejected").iterdir())
+    assert [agent.unpack(path.read_bytes()) for path in kept] == [b"3", b"4", b"5"]
+
+
+def test_batch_is_bounded_in_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "BATCH_LIMIT", 250)
+    spool = new_spool(tmp_path)
+    push(spool, *[b"x" * 100] * 5)
+    assert len(bodies(spool)) == 2
+    push(new_spool(tmp_path / "b"), b"y" * 1000)
+    assert len(bodies(new_spool(tmp_path / "b"))) == 1  # one report always goes
+
+
+def test_foreign_files_are_left_alone(tmp_path):
+    spool = new_spool(tmp_path)
+    (tmp_path / "spool" / "README").write_text("mine")
+    (tmp_path / "spool" / "a-b.json.gz").write_text("mine")
+    push(spool, b"1")
+    assert bodies(new_spool(tmp_path)) == [b"1"]
+    assert (tmp_path / "spool" / "README").exists()
+
+
+def test_emptied_folder_is_noticed(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1")
+    for path in (tmp_path / "spool").iterdir():
+        path.unlink()
+    assert bodies(spool) == []
+    assert spool.count == 0
+
+
+def test_disk_that_hangs_costs_the_deadline_once_and_then_nothing(tmp_path, monkeypatch):
+    spool = new_spool(tmp_path)
+    spool.disk.deadline = 0.2
+    real = agent.write_file
+    monkeypatch.setattr(agent, "write_file", lambda path, content: time.sleep(0.6) or real(path, content))
+    began = time.monotonic()
+    for code in ("timeout", "stuck", "stuck"):
+        with pytest.raises(agent.SourceError) as failed:
+            push(spool, b"1")
+        assert failed.value.code == code
+    assert time.monotonic() - began < 0.4
+    time.sleep(0.6)
+    push_until = wait_for(lambda: spool.disk.late is None or not spool.disk.late[1].empty())
+    assert push_until
+    monkeypatch.setattr(agent, "write_file", real)
+    push(spool, b"2")
+    assert spool.newest()[1] == b"2"
+
+
+def test_full_disk_is_an_error_and_no_loss(tmp_path, monkeypatch):
+    def no_space(path, content):
+        raise OSError(28, "No space left on device")
+
+    spool = new_spool(tmp_path)
+    monkeypatch.setattr(agent, "write_file", no_space)
+    with pytest.raises(agent.SourceError, match="No space left"):
+        push(spool, b"1")
+    assert spool.count == 0
+
+
+def test_what_push_has_returned_for_survives_sigkill(tmp_path):
+    """A process pushes and prints the number; it is killed at some moment; every number printed is there, whole."""
+    script = (
+        "import agent, sys\n"
+        f"spool = agent.Spool({str(tmp_path)!r}, max_bytes=1 << 26, max_seconds=1e9)\n"
+        "for n in range(10**6):\n"
+        "    spool.push(agent.Message(b'%d' % n * 500), 1.8e9)\n"
+        "    print(n, flush=True)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    time.sleep(0.7)
+    child.send_signal(signal.SIGKILL)
+    printed = child.communicate()[0].split("\n")[:-1]
+    spool = new_spool(tmp_path, max_bytes=1 << 26)
+    found = [body for _, body in spool.oldest(10**6)]
+    assert len(printed) >= 3
+    wanted = [b"%d" % n * 500 for n in range(len(printed))][: len(found)]
+    assert found[: len(wanted)] == wanted
+    assert spool.count in (len(printed), len(printed) + 1)
+
+
+# --- memories ---
+
+
+def test_memory_is_written_when_it_changed_and_read_at_the_next_start(tmp_path):
+    spool = new_spool(tmp_path)
+    with registered(pools=("medium", print), tasks=("fast", print)):
+        memories = agent.Memories(str(tmp_path), spool)
+        memories.values["pools"] = {"last_scrub": {"tank": 1}}
+        texts = memories.changed(["pools", "tasks"], 0.0)
+        assert set(texts) == {"pools"}
+        memories.save(texts, 0.0)
+        assert memories.changed(["pools"], 1.0) == {}
+        assert agent.Memories(str(tmp_path), spool).values == {"pools": {"last_scrub": {"tank": 1}}}
+
+
+def test_memory_of_fast_sections_is_written_seldom_and_that_of_events_always(tmp_path):
+    with registered(node=("fast", print), tasks=("fast", print)):
+        memories = agent.Memories(str(tmp_path), new_spool(tmp_path))
+        written = {"node": 0, "tasks": 0}
+        for second in range(0, 601, 10):
+            memories.values = {"node": {"jiffies": second}, "tasks": {"offset": second}}
+            texts = memories.changed(["node", "tasks"], float(second))
+            memories.save(texts, float(second))
+            for name in texts:
+                written[name] += 1
+    assert written == {"node": 3, "tasks": 61}
+
+
+def test_broken_memory_begins_anew(tmp_path, capsys):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "pools.json").write_text("[1, 2")
+    (tmp_path / "memory" / "disks.json").write_text(json.dumps({"a": 1}))
+    assert agent.Memories(str(tmp_path), new_spool(tmp_path)).values == {"disks": {"a": 1}}
+    assert "pools.json cannot be used" in capsys.readouterr().err
