@@ -3287,8 +3287,9 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
         record = insert_host(db, args.name, time.time())
     show_token(config, record, f"registered (id={record['id']}).")
     sys.stdout.flush()
-    for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
-        print(line and f"  {line}", file=sys.stderr)  # not on stdout: what it says is taken apart by scripts
+    if sys.stderr.isatty():  # for people: scripts get the three lines and nothing else
+        for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+            print(line and f"  {line}", file=sys.stderr)
     return OK
 
 
