@@ -3161,11 +3161,11 @@ class RefusedTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        code = {413: "too_large", 431: "too_large"}.get(error.code, "invalid_request")
+        code = {413: "too_large", 431: "too_large", 501: "unsupported_media_type"}.get(error.code, "invalid_request")
         problem = Problem(code, str(error.body).strip() or error.reason)
-        problem.status = error.code
+        problem.status = 415 if error.code == 501 else error.code  # a strange Transfer-Encoding is the sender's fault
         body = problem.body()
-        self.status = f"{error.code} {error.reason}"
+        self.status = STATUS_LINES[problem.status]
         self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS])
         self.set_close_on_finish()
         self.content_length = len(body)
