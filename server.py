@@ -3161,11 +3161,11 @@ class RefusedTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        code = {413: "too_large", 431: "too_large"}.get(error.code, "invalid_request")
+        code = {413: "too_large", 431: "too_large", 501: "unsupported_media_type"}.get(error.code, "invalid_request")
         problem = Problem(code, str(error.body).strip() or error.reason)
-        problem.status = error.code
+        problem.status = 415 if error.code == 501 else error.code  # a strange Transfer-Encoding is the sender's fault
         body = problem.body()
-        self.status = f"{error.code} {error.reason}"
+        self.status = STATUS_LINES[problem.status]
         self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS])
         self.set_close_on_finish()
         self.content_length = len(body)
@@ -3287,8 +3287,9 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
         record = insert_host(db, args.name, time.time())
     show_token(config, record, f"registered (id={record['id']}).")
     sys.stdout.flush()
-    for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
-        print(line and f"  {line}", file=sys.stderr)  # not on stdout: what it says is taken apart by scripts
+    if sys.stderr.isatty():  # for people: scripts get the three lines and nothing else
+        for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+            print(line and f"  {line}", file=sys.stderr)
     return OK
 
 
