@@ -2655,12 +2655,15 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
 
 
 def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none."""
-    passed = {problem["id"]}
-    while (cause := problem["because_of"]) in shown and cause not in passed:
+    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none, or if
+    the chain is a circle."""
+    top, passed = problem, {problem["id"]}
+    while (cause := top["because_of"]) in shown:
+        if cause in passed:
+            return problem
         passed.add(cause)
-        problem = shown[cause]
-    return problem
+        top = shown[cause]
+    return top
 
 
 def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
