@@ -157,7 +157,8 @@ def test_a_script_cut_off_anywhere_does_nothing(script, tmp_path):
     whole = (ROOT / "packaging" / script).read_bytes()
     last = whole.rindex(b"\nmain ")
     for end in range(0, last, 97):
-        answer = subprocess.run(["/bin/sh", "-c", whole[:end], "x"], capture_output=True, cwd=tmp_path, env={"PATH": ""})
+        argv = ["/bin/sh", "-c", whole[:end], "x"]
+        answer = subprocess.run(argv, capture_output=True, cwd=tmp_path, env={"PATH": ""})
         assert answer.stdout == b""
     assert list(tmp_path.iterdir()) == []
 
