@@ -2209,7 +2209,7 @@ def pack_field(points: list[Point | None]) -> bytes:
     averages, lowest, highest, counts = zip(*(point for point in points if point))
     scaled = scale((*averages, *lowest, *highest))
     columns: tuple[Sequence[float], ...]
-    if scaled is None:
+    if scaled is None or max(map(abs, scaled[1])) >= 1 << 52:  # differences have to be exact as doubles
         head, columns = NOT_SCALED, (averages, lowest, highest, counts)
     else:
         head, whole = scaled
@@ -2550,6 +2550,8 @@ def export_spans(db: sqlite3.Connection, host_id: int, now: float) -> Iterator[t
             spans = {chunk_begin(row[0]) for row in db.execute(
                 "SELECT id FROM chunk WHERE id BETWEEN :first AND :last",
                 {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)})}
+            if step != RAW:
+                spans |= {day // SPANS[step] * SPANS[step] for day in day_states(db, host_id, 0, now)}
             first, last = report_span(host_id, 0, None)
             spans |= {int(report_time(row[0])) // SPANS[step] * SPANS[step] for row in db.execute(
                 "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
