@@ -925,8 +925,7 @@ def parse_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        head = text[:40].encode("unicode_escape").decode()
-        raise SourceError("garbage", f"{what}: not JSON ({error}); begins with {head!r}") from None
+        raise SourceError("garbage", f"{what}: not JSON ({error}); begins with {text[:20]!a}") from None
 
 
 def parse_object(text: str, what: str) -> dict[str, Any]:
@@ -1723,6 +1722,468 @@ def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
     return sum(each)  # mirror, replacing, spare: all sides hold the same
 
 
+# tasks and backups
+
+UNKNOWN_ENDS = ("unexpected status", "interrupted by signal", "received interrupt", "")  # normal for consoles
+
+
+def parse_upid(upid: str) -> dict[str, Any] | None:
+    """`UPID:node:pid:pstart:start:type:id:user:`, pid, pstart and start in hex."""
+    parts = upid.split(":")
+    if len(parts) < 9 or parts[0] != "UPID":
+        return None
+    started = from_hex(parts[4])
+    if started is None:
+        return None
+    vmid = int(parts[6]) if parts[6].isdigit() and 100 <= int(parts[6]) <= 999_999_999 else None
+    return known(upid=upid, type=parts[5], vmid=vmid, user=":".join(parts[7:-1]) or None, started_at=started)
+
+
+def from_hex(text: str) -> int | None:
+    try:
+        return int(text, 16) if 1 <= len(text) <= 12 else None
+    except ValueError:
+        return None
+
+
+def parse_task_line(line: str) -> dict[str, Any] | None:
+    """A line of tasks/index: `UPID endhex status`; None when it is torn or something else."""
+    upid, _, rest = line.partition(" ")
+    end, _, status = rest.partition(" ")
+    task, ended = parse_upid(upid), from_hex(end)
+    if task is None or ended is None:
+        return None
+    status = status.strip()
+    return {**task, "ended_at": ended, "status": status, "result": task_result(status)}
+
+
+def task_result(status: str) -> str:
+    if status == "OK":
+        return "ok"
+    if status.startswith("WARNINGS: "):
+        return "warning"
+    return "unknown" if status in UNKNOWN_ENDS else "error"
+
+
+def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """The storage and the runs of a vzdump log, of a job of one guest or of several.
+
+    Only these lines keep their wording between versions. /var/log/vzdump has the date before each. `finished` is the
+    host's local time as text; `ok` stays None for a run without an end.
+    """
+    storage = None
+    runs: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        at = max(line.find("INFO: "), line.find("ERROR: "))
+        message = line[at:].partition(": ")[2] if at >= 0 else ""
+        words = message.split()
+        if message.startswith("starting new backup job:") and "--storage" in words[:-1]:
+            storage = words[words.index("--storage") + 1]
+        elif message.startswith("Starting Backup of VM ") and words[4:5] and words[4].isdigit():
+            runs.append({"vmid": int(words[4]), "ok": None})
+        elif runs:
+            read_vzdump_line(runs[-1], message, words)
+    return storage, runs
+
+
+def read_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> None:
+    if message.startswith(f"Finished Backup of VM {run['vmid']} "):
+        run.update(known(ok=True, duration_seconds=to_seconds(message.rpartition("(")[2].rstrip(")"))))
+    elif message.startswith(f"Backup of VM {run['vmid']} failed - "):
+        run.update(ok=False, error=message.partition(" failed - ")[2][:500])
+    elif message.startswith(("Backup finished at ", "Failed at ")):
+        run["finished"] = message.partition(" at ")[2]
+    elif message.startswith("archive file size: "):
+        run["size_bytes"] = to_size(words[-1])
+    elif message.startswith("exclude disk '"):
+        run.setdefault("excluded_disks", []).append(message.split("'")[1])
+    elif message.startswith("excluding ") and " mount point " in message:
+        run.setdefault("excluded_disks", []).append(message.partition(" mount point ")[2].split()[0])
+
+
+ARCHIVE_ENDS = ("", ".gz", ".lzo", ".zst", ".bz2")
+
+
+def parse_archive_name(name: str) -> int | None:
+    """The vmid of a finished backup: vzdump-qemu-100-2026_11_23-02_00_01.vma.zst; .notes, .log, .dat are none."""
+    parts = name.split("-")
+    if len(parts) != 5 or parts[0] != "vzdump" or parts[1] not in ("qemu", "lxc", "openvz") or not parts[2].isdigit():
+        return None
+    _, dot, ending = parts[4].partition(".")
+    ends = {f"{kind}{end}" for kind in ("vma", "tar") for end in ARCHIVE_ENDS} | {"tgz"}
+    return int(parts[2]) if dot and ending in ends else None
+
+
+def parse_vmids(text: str | None) -> list[int]:
+    """A comma list of vmids."""
+    parts = (text or "").replace(";", ",").split(",")
+    return sorted(int(part) for part in parts if part.strip().isdigit())
+
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+EVENT_NAMES = {
+    "minutely": "*:*",
+    "hourly": "*:0",
+    "daily": "0:0",
+    "weekly": "mon 0:0",
+    "monthly": "*-1 0:0",
+    "yearly": "1-1 0:0",
+    "annually": "1-1 0:0",
+    "quarterly": "1,4,7,10-1 0:0",
+    "semiannually": "1,7-1 0:0",
+    "semi-annually": "1,7-1 0:0",
+}
+EVERY = ((1970, 2099), (1, 12), (1, 31), (0, 23), (0, 59), (0, 59))  # year … second
+
+
+def parse_calendar_event(text: str) -> list[set[int]] | None:
+    """`[WEEKDAY] [[YEARS-]MONTHS-DAYS] [HOURS:MINUTES[:SECONDS]]` as sets of weekday, year … second, else None.
+
+    A lone number or repetition counts minutes (`*/15`) [pve-common PVE/CalendarEvent.pm; proxmox-time].
+    """
+    text = text.strip().lower()
+    days: set[int] | None = None
+    date, clock = ["*", "*", "*"], ["0", "0", "0"]
+    try:
+        for word in EVENT_NAMES.get(text, text).split():
+            if word[0].isalpha():
+                days = (days or set()) | parse_weekdays(word)
+            elif "-" in word:
+                date = (["*"] + word.split("-"))[-3:]
+            else:
+                parts = word.split(":")
+                clock = ["*", parts[0], "0"] if len(parts) == 1 else [*parts, "0"][:3]
+        values = [parse_event_field(*pair) for pair in zip(date + clock, EVERY)]
+    except (ValueError, IndexError):
+        return None
+    return [days or set(range(7)), *values] if text else None
+
+
+def parse_weekdays(word: str) -> set[int]:
+    days: set[int] = set()
+    for part in word.split(","):
+        first, dots, last = part.partition("..")
+        start = WEEKDAYS.index(first[:3])
+        end = WEEKDAYS.index(last[:3]) if dots else start
+        days.update(day % 7 for day in range(start, end + 1 if end >= start else end + 8))
+    return days
+
+
+def parse_event_field(text: str, limits: tuple[int, int]) -> set[int]:
+    """`1,5..10,12/2` or `*/15` as a set; ValueError when it is none."""
+    values: set[int] = set()
+    for part in text.split(","):
+        span, slash, step = part.partition("/")
+        first, dots, last = span.partition("..")
+        start = limits[0] if first == "*" else int(first)
+        end = int(last) if dots else limits[1] if slash or first == "*" else start
+        if not limits[0] <= start <= end <= limits[1] or (slash and int(step) < 1):
+            raise ValueError(text)
+        values.update(range(start, end + 1, int(step) if slash else 1))
+    return values
+
+
+def next_event(text: str, now: float) -> int | None:
+    """When a calendar event comes next, in the host's time zone; None when never within 400 days or not understood."""
+    event = parse_calendar_event(text)
+    if event is None:
+        return None
+    days, years, months, dates, hours, minutes, seconds = event
+    today = time.localtime(now)
+    for ahead in range(400):
+        day = time.localtime(time.mktime((today.tm_year, today.tm_mon, today.tm_mday + ahead, 12, 0, 0, 0, 0, -1)))
+        if day.tm_wday not in days or day.tm_mon not in months or day.tm_mday not in dates or day.tm_year not in years:
+            continue
+        for hour in sorted(hours):
+            for minute in sorted(minutes):
+                for second in sorted(seconds):
+                    at = time.mktime((day.tm_year, day.tm_mon, day.tm_mday, hour, minute, second, 0, 0, -1))
+                    if at > now:
+                        return int(at)
+    return None
+
+
+def parse_local_time(text: str) -> int | None:
+    """`2026-11-23 02:00:17` in the host's time zone."""
+    date, _, clock = text.strip().partition(" ")
+    parts = [to_count(part) for part in date.split("-") + clock.split(":")]
+    if len(parts) != 6 or None in parts:
+        return None
+    year, month, day, hour, minute, second = (part or 0 for part in parts)
+    try:
+        return int(time.mktime((year, month, day, hour, minute, second, 0, 0, -1)))
+    except (OverflowError, ValueError):
+        return None
+
+
+# datasets and snapshots
+
+DATASET_COLUMNS = (
+    "name type used avail refer usedbysnapshots usedbydataset refreservation quota refquota volsize compressratio "
+    "origin mounted encryption keystatus"
+).split()
+
+
+def parse_datasets(text: str) -> list[dict[str, Any]]:
+    """`zfs list -Hp -t filesystem,volume -o …`; the type is zfs's word, not guessed from the name."""
+    return [
+        known(
+            name=row["name"],
+            type=row["type"],
+            used_bytes=to_count(row["used"]),
+            available_bytes=to_count(row["avail"]),
+            referenced_bytes=to_count(row["refer"]),
+            used_by_snapshots_bytes=to_count(row["usedbysnapshots"]),
+            used_by_dataset_bytes=to_count(row["usedbydataset"]),
+            refreservation_bytes=to_count(row["refreservation"]),
+            quota_bytes=to_count(row["quota"]) or None,  # 0 is no quota
+            refquota_bytes=to_count(row["refquota"]) or None,
+            volume_bytes=to_count(row["volsize"]),
+            compress_ratio=to_number((row["compressratio"] or "").rstrip("x")),
+            origin=row["origin"],
+            mounted=None if row["mounted"] is None else row["mounted"] == "yes",
+            encryption=row["encryption"],
+            key_available=None if row["keystatus"] is None else row["keystatus"] == "available",
+            vmid=dataset_vmid(row["name"] or ""),
+        )
+        for row in parse_columns(text, DATASET_COLUMNS)
+    ]
+
+
+def dataset_vmid(name: str) -> int | None:
+    """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
+    kind, dash, rest = name.rpartition("/")[2].partition("-")
+    vmid = rest.partition("-")[0]
+    return int(vmid) if dash and kind in ("vm", "base", "subvol", "basevol") and vmid.isdigit() else None
+
+
+def snapshot_class(dataset: str, name: str) -> str:
+    """Which tool and which of its series made a snapshot."""
+    if name.startswith("autosnap_"):
+        return f"autosnap_{name.rpartition('_')[2]}"
+    if name.startswith("zfs-auto-snap_"):
+        return name.partition("-20")[0]
+    if name.startswith("__replicate_") and name.endswith("__"):
+        return name[:-2].rpartition("_")[0]
+    for tool in ("zrepl", "syncoid"):
+        if name.startswith(f"{tool}_"):
+            return tool
+    # PVE's own names begin with a letter and hold no blank; its own are __base__, __migration__ and vzdump
+    plain = name[:1].isalpha() and name.replace("-", "").replace("_", "").isalnum()
+    if dataset_vmid(dataset) is not None and (plain or name in ("__base__", "__migration__")):
+        return "pve"
+    return "other"
+
+
+# services, time, upkeep
+
+
+def parse_blocks(text: str) -> list[dict[str, str]]:
+    """`systemctl show` of several units: blocks of key=value, separated by an empty line."""
+    blocks: list[dict[str, str]] = [{}]
+    for line in text.splitlines():
+        key, separator, value = line.partition("=")
+        if separator:
+            blocks[-1][key] = value
+        elif not line.strip() and blocks[-1]:
+            blocks.append({})
+    return [block for block in blocks if block]
+
+
+def parse_chrony_tracking(text: str) -> dict[str, Any]:
+    """`chronyc -c -n tracking`: 13 or 14 fields by version, so counted from the end."""
+    fields = text.strip().split(",")
+    offset = to_number(fields[-10]) if len(fields) >= 13 else None
+    if offset is None:
+        raise SourceError("garbage", f"chronyc tracking: {text[:80]!r}")
+    stratum = to_count(fields[-12])
+    synchronised = fields[-1].strip() != "Not synchronised" and stratum != 0
+    if not synchronised:  # the zeroes it prints then are no measurements
+        return {"source": "chrony", "synchronised": False}
+    return known(source="chrony", synchronised=True, offset_seconds=abs(offset), stratum=stratum)
+
+
+def parse_certificate(text: str) -> dict[str, Any]:
+    """`openssl x509 -noout -enddate -subject -issuer`."""
+    values = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
+    expires = parse_ctime(f"? {values.get('notAfter', '').removesuffix(' GMT')}")
+    if expires is None:
+        raise SourceError("garbage", f"openssl x509: no end date in {text[:80]!r}")
+    return known(subject=values.get("subject"), issuer=values.get("issuer"), expires_at=expires)
+
+
+def parse_subscription(text: str) -> dict[str, Any]:
+    """/etc/subscription: the key, a checksum, then base64 of what the shop said. Key and server id stay here."""
+    lines = text.split()
+    if not lines:
+        return {"status": "notfound"}
+    level = lines[0].partition("-")[0][-1:]
+    try:
+        told = parse_object(binascii.a2b_base64("".join(lines[2:])).decode("utf-8", "replace"), "/etc/subscription")
+    except (binascii.Error, ValueError):
+        raise SourceError("garbage", "/etc/subscription: its status cannot be decoded") from None
+    due = told.get("nextduedate")
+    parts = [to_count(part) for part in due.split("-")] if isinstance(due, str) else []
+    due_at = to_unix(*parts) if len(parts) == 3 and None not in parts else to_count(due)  # type: ignore[arg-type]
+    status = told.get("status")
+    return known(
+        status=status.lower() if isinstance(status, str) else None,
+        level=level if level in ("c", "b", "s", "p") else None,
+        next_due_at=due_at,
+    )
+
+
+def parse_ceph_status(text: str) -> dict[str, Any]:
+    """`ceph -s --format json`: health, and its checks by name."""
+    health = as_dict(parse_object(text, "ceph -s").get("health"))
+    if not isinstance(health.get("status"), str):
+        raise SourceError("garbage", "ceph -s: no health in the answer")
+    checks = []
+    for name, check in as_dict(health.get("checks")).items():
+        check = as_dict(check)
+        message = as_dict(check.get("summary")).get("message")
+        checks.append(known(name=name, severity=check.get("severity"), message=message, muted=check.get("muted")))
+    return {"health": health["status"], "checks": checks}
+
+
+# SMART
+
+# Attributes whose normalized value is the percentage that is left of an SSD's life, by vendor.
+WEAR_ATTRIBUTES = (231, 233, 177, 202, 173, 169, 245)
+DAMAGE_ATTRIBUTES = {
+    "reallocated_sectors": 5,
+    "reported_uncorrectable": 187,
+    "pending_sectors": 197,
+    "uncorrectable_errors": 198,
+    "crc_errors": 199,
+}
+
+
+def parse_smart(text: str, now: float) -> dict[str, Any]:
+    """`smartctl -j` of an ATA, NVMe or SAS disk as fields of the report. `asleep` and `type` are for the collector."""
+    smart = parse_object(text, "smartctl")
+    run = as_dict(smart.get("smartctl"))
+    exit_status = to_count(run.get("exit_status")) or 0
+    messages = [str(as_dict(message).get("string")) for message in as_list(run.get("messages"))]
+    device = as_dict(smart.get("device"))
+    if any(" mode, exit(" in message for message in messages) or (exit_status == 3 and "smart_status" not in smart):
+        return known(asleep=True, type=device.get("type"))
+    if exit_status & 3 and "smart_status" not in smart and "model_name" not in smart:
+        raise SourceError("failed", f"smartctl: {'; '.join(messages)[:200] or f'exit status {exit_status}'}")
+    log = as_dict(smart.get("nvme_smart_health_information_log"))
+    attributes = read_smart_attributes(smart)
+    return known(
+        type=device.get("type"),
+        protocol=device.get("protocol"),
+        **read_smart_identity(smart),
+        passed=read_bool(as_dict(smart.get("smart_status")).get("passed")),
+        temperature_celsius=read_temperature(smart, log, attributes),
+        power_on_hours=to_count(as_dict(smart.get("power_on_time")).get("hours")),
+        **read_smart_wear(smart, log),
+        **read_smart_damage(smart, log, attributes),
+        selftest=read_selftest(smart, now),
+    )
+
+
+def read_bool(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def read_smart_identity(smart: dict[str, Any]) -> dict[str, Any]:
+    wwn = as_dict(smart.get("wwn"))
+    naa, oui, number = (to_count(wwn.get(part)) for part in ("naa", "oui", "id"))
+    name = None if naa is None or oui is None or number is None else f"0x{naa:x}{oui:06x}{number:09x}"
+    rate = to_count(smart.get("rotation_rate"))
+    return known(
+        model=first_text(smart, "model_name", "scsi_model_name"),
+        serial=first_text(smart, "serial_number"),
+        wwn=name or first_text(smart, "logical_unit_id"),
+        firmware=first_text(smart, "firmware_version", "scsi_revision", "revision"),
+        size_bytes=to_count(as_dict(smart.get("user_capacity")).get("bytes")),
+        rotation_rate=rate,
+    )
+
+
+def first_text(values: dict[str, Any], *names: str) -> str | None:
+    texts = (values[name].strip() for name in names if isinstance(values.get(name), str))
+    return next((text for text in texts if text), None)
+
+
+def read_smart_attributes(smart: dict[str, Any]) -> dict[int, tuple[int | None, int | None]]:
+    """(normalized, raw) by id. A raw value packs several counters: the first number of its text is meant."""
+    table = {}
+    for row in as_list(as_dict(smart.get("ata_smart_attributes")).get("table")):
+        row = as_dict(row)
+        words = str(as_dict(row.get("raw")).get("string", "")).split()
+        digits = words[0].split("/")[0] if words else ""
+        number = to_count(row.get("id"))
+        if number is not None:
+            table[number] = to_count(row.get("value")), int(digits) if digits.isdigit() else None
+    return table
+
+
+def read_temperature(
+    smart: dict[str, Any], log: dict[str, Any], attributes: dict[int, tuple[int | None, int | None]]
+) -> int | float | None:
+    """0 is what disks say that do not measure it."""
+    told = to_number(as_dict(smart.get("temperature")).get("current")) or to_number(log.get("temperature"))
+    return told or next((raw for raw in (attributes.get(194, (0, 0))[1], attributes.get(190, (0, 0))[1]) if raw), None)
+
+
+def read_smart_wear(smart: dict[str, Any], log: dict[str, Any]) -> dict[str, Any]:
+    """wear_ratio is what is used up (it may exceed 1), whatever way round the disk says it."""
+    used = to_number(as_dict(smart.get("endurance_used")).get("current_percent"))  # smartctl 7.5, all kinds
+    for told in (log.get("percentage_used"), smart.get("scsi_percentage_used_endurance_indicator")):
+        used = to_number(told) if used is None else used
+    if used is None and not to_count(smart.get("rotation_rate")):
+        attributes = read_smart_attributes(smart)
+        left = next((attributes[number][0] for number in WEAR_ATTRIBUTES if number in attributes), None)
+        used = None if left is None or left > 100 else 100 - left
+    spare = as_dict(smart.get("spare_available"))
+    return known(
+        wear_ratio=to_ratio(used),
+        spare_ratio=to_ratio(log.get("available_spare", spare.get("current_percent"))),
+        spare_threshold_ratio=to_ratio(log.get("available_spare_threshold", spare.get("threshold_percent"))),
+    )
+
+
+def read_smart_damage(
+    smart: dict[str, Any], log: dict[str, Any], attributes: dict[int, tuple[int | None, int | None]]
+) -> dict[str, Any]:
+    damage = {name: attributes.get(number, (None, None))[1] for name, number in DAMAGE_ATTRIBUTES.items()}
+    counters = as_dict(smart.get("scsi_error_counter_log")).values()
+    uncorrected = [to_count(as_dict(counter).get("total_uncorrected_errors")) for counter in counters]
+    if "scsi_grown_defect_list" in smart:
+        damage["reallocated_sectors"] = to_count(smart["scsi_grown_defect_list"])
+    if uncorrected and None not in uncorrected:
+        damage["uncorrectable_errors"] = sum(number or 0 for number in uncorrected)
+    damage.update(
+        media_errors=to_count(log.get("media_errors")), critical_warning=to_count(log.get("critical_warning"))
+    )
+    return known(**damage)
+
+
+def read_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
+    """The newest self-test: when, by the hours the disk had run then, and whether it passed."""
+    hours = to_count(as_dict(smart.get("power_on_time")).get("hours"))
+    ata = as_dict(smart.get("ata_smart_self_test_log"))
+    rows = as_list(as_dict(ata.get("standard") or ata.get("extended")).get("table"))
+    rows = rows or as_list(as_dict(smart.get("nvme_self_test_log")).get("table"))
+    if rows:
+        row = as_dict(rows[0])
+        result = as_dict(row.get("self_test_result"))
+        passed = read_bool(as_dict(row.get("status")).get("passed"))
+        if passed is None and "value" in result:
+            passed = result["value"] == 0
+        at = to_count(row.get("lifetime_hours", row.get("power_on_hours")))
+    else:
+        row = as_dict(smart.get("scsi_self_test_0"))
+        passed = as_dict(row.get("result")).get("value") == 0 if row else None
+        at = to_count(as_dict(row.get("power_on_time")).get("hours"))
+    ended = None if hours is None or at is None or at > hours else int(now) - (hours - at) * 3600
+    return known(passed=passed, ended_at=ended) or None
+
+
 # --- collectors: probe and parsers to one section of the report ---
 
 
@@ -1812,6 +2273,8 @@ def node_name(probe: Any) -> str:
 @collector("node", tick=FAST)
 def collect_node(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     """CPU, memory, load, pressure, network, disks and temperatures of the host, from /proc and /sys."""
+    if not probe.exists("/proc/sys/kernel"):
+        raise Absent("no /proc here")
     boot_id = probe.read("/proc/sys/kernel/random/boot_id").strip()
     kernel = probe.read("/proc/sys/kernel/osrelease").strip()
     node = known(name=node_name(probe), kernel=kernel, boot_id=boot_id)
@@ -2414,6 +2877,67 @@ def build_rrd_storage(
     return build_storage(name, storage, values.get("pool") if kind == "zfspool" else None, written)
 
 
+# tasks
+
+TASK_INDEX = "/var/log/pve/tasks/index"
+TASKS_PER_REPORT = 2000
+
+
+def follow_tasks(probe: Any, place: dict[str, Any], *, from_start: bool) -> list[str]:
+    """The complete lines of the task index since `place`, by inode and offset; after a rotation index.1 first.
+
+    At first, all there is or nothing. The text before the offset is compared too: an inode may be used again.
+    """
+    stat = attempt(probe.stat, TASK_INDEX)
+    mark = None if stat is None else [stat.st_ino, stat.st_size]
+    if mark is None or place.get("mark") == mark:
+        place.setdefault("mark", None)  # between the renaming and the new file: next time
+        place.setdefault("offset", 0)
+        return []
+    if "mark" not in place:
+        lines = attempt(probe.read, f"{TASK_INDEX}.1", default="").splitlines() if from_start else []
+        lines += keep_place(place, mark, probe.read(TASK_INDEX), 0)
+        return lines if from_start else []
+    text = probe.read(TASK_INDEX)
+    if place["mark"] is not None and place["mark"][0] == mark[0] and is_continued(text, place):
+        return keep_place(place, mark, text, place["offset"])
+    older = attempt(probe.read, f"{TASK_INDEX}.1", default="")
+    lines = []
+    if place["mark"] is not None and is_continued(older, place):
+        lines = older[place["offset"] :].splitlines()
+    elif place["mark"] is not None:  # rotated twice, or another file: what ended after the last one that was seen
+        tasks = [(line, parse_task_line(line)) for line in older.splitlines()]
+        lines = [line for line, task in tasks if task and task["ended_at"] > place.get("last_ended_at", 0)]
+    return lines + keep_place(place, [attempt(probe.stat, TASK_INDEX, default=stat).st_ino, mark[1]], text, 0)
+
+
+def is_continued(text: str, place: dict[str, Any]) -> bool:
+    return len(text) >= place["offset"] and text[: place["offset"]].endswith(place.get("tail", ""))
+
+
+def keep_place(place: dict[str, Any], mark: list[int], text: str, offset: int) -> list[str]:
+    """Note how far the text was read (a torn last line is left for the next time); the lines from `offset` on."""
+    end = text.rfind("\n") + 1
+    lines = text[offset:end].splitlines()
+    place.update(mark=mark, offset=end, tail=text[max(0, end - 100) : end])
+    for line in lines[-20:]:
+        task = parse_task_line(line)
+        place["last_ended_at"] = max(place.get("last_ended_at", 0), task["ended_at"] if task else 0)
+    return lines
+
+
+@collector("tasks", tick=FAST)
+def collect_tasks(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Tasks that ended since the last report. What ended before the agent's first start is not news."""
+    require_pve(probe)
+    since = memory.setdefault("since", int(probe.now()))
+    lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=False)
+    tasks = [task for task in map(parse_task_line, lines) if task and task["ended_at"] >= since]
+    if len(tasks) > TASKS_PER_REPORT:
+        probe.problem("tasks", "too_large", f"{len(tasks)} tasks ended; the oldest are left out")
+    return tasks[-TASKS_PER_REPORT:] or None
+
+
 # pools
 
 
@@ -2606,6 +3130,717 @@ def find_disk(probe: Any, path: str) -> str | None:
             return name
         name = probe.readlink(f"/sys/class/block/{name}").split("/")[-2]
     return None
+
+
+# datasets, snapshots
+
+
+def ask_pools(probe: Any, section: str, memory: dict[str, Any], ask: Callable[[str], list[Any]]) -> list[Any]:
+    """What `ask` gives for each pool, one pool per command. Without any answer there is no section: not "none".
+
+    Of a suspended pool `zfs list` leaves out everything without a word: it is not asked, and told as an error.
+    """
+    require_zfs(probe)
+    found = []
+    failed: list[SourceError] = []
+    pools = read_pool_states(probe, memory)
+    for pool in pools:
+        try:
+            if pool.get("state") == "SUSPENDED":
+                raise SourceError("unavailable", "suspended, its datasets cannot be listed")
+            found += ask(pool["name"])
+        except SourceError as error:
+            failed.append(SourceError(error.code, f"{pool['name']}: {error.detail}"))
+    if failed and len(failed) == len(pools):
+        raise SourceError(failed[0].code, "; ".join(one.detail for one in failed))
+    for one in failed:
+        probe.problem(section, one.code, one.detail)
+    return found
+
+
+@collector("datasets", tick=MEDIUM)
+def collect_datasets(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Filesystems and volumes of each pool."""
+    argv = ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(DATASET_COLUMNS))
+    return ask_pools(probe, "datasets", memory, lambda name: parse_datasets(probe.run(*argv, name, limit=ZFS_LIMIT)))
+
+
+@collector("snapshots", tick=SLOW)
+def collect_snapshots(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Snapshots per dataset and class: one cheap listing per pool, times only for guids that are new."""
+    before = as_dict(memory.get("created"))
+    kept: dict[str, int] = {}
+
+    def ask(pool: str) -> list[dict[str, Any]]:
+        groups = group_snapshots(probe, pool)
+        created = read_creations(probe, pool, groups, before)
+        kept.update(created)
+        return [build_snapshot_set(dataset, label, found, created) for (dataset, label), found in groups.items()]
+
+    sets = ask_pools(probe, "snapshots", memory, ask)
+    memory["created"] = {**before, **kept} if "snapshots" in probe.problems else kept
+    return sets
+
+
+SNAPSHOTS_LIMIT = 60.0  # seconds; 10,000 snapshots take some
+LAST_SNAPSHOTS = 20  # so many intervals make the median
+MANY_SNAPSHOTS = 200  # more new ones than this, and one listing with times is cheaper than to name them
+
+
+def group_snapshots(probe: Any, pool: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """(name, guid) of the snapshots by dataset and class, oldest first. Only name, guid and createtxg are cheap
+    [openzfs cmd/zfs/zfs_iter.c]: anything else looks at every snapshot."""
+    columns = ["name", "guid", "createtxg"]
+    argv = ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", ",".join(columns), "-s", "createtxg", pool)
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for row in parse_columns(probe.run(*argv, limit=SNAPSHOTS_LIMIT), columns):
+        dataset, at, name = (row["name"] or "").partition("@")
+        if at and row["guid"]:
+            groups.setdefault((dataset, snapshot_class(dataset, name)), []).append((name, row["guid"]))
+    return groups
+
+
+def read_creations(
+    probe: Any, pool: str, groups: dict[tuple[str, str], list[tuple[str, str]]], before: dict[str, int]
+) -> dict[str, int]:
+    """Unix time by guid of those that are needed: the oldest and the last of each group."""
+    needed = {}
+    for (dataset, _), found in groups.items():
+        needed.update({guid: f"{dataset}@{name}" for name, guid in (found[0], *found[-LAST_SNAPSHOTS - 1 :])})
+    created = {guid: before[guid] for guid in needed if guid in before}
+    missing = {name: guid for guid, name in needed.items() if guid not in created}
+    columns = ["name", "creation"]
+    argv: tuple[str, ...]
+    if len(missing) > MANY_SNAPSHOTS:
+        argv = ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", ",".join(columns), pool)
+        rows = parse_columns(probe.run(*argv, limit=SNAPSHOTS_LIMIT), columns)
+    elif missing:
+        # one that was destroyed meanwhile makes it fail: the rest follows next time
+        argv = ("zfs", "get", "-Hp", "-o", "name,value", "creation", *sorted(missing))
+        rows = parse_columns(probe.run(*argv, limit=SNAPSHOTS_LIMIT, ok=None), columns)
+    else:
+        rows = []
+    for row in rows:
+        at = to_count(row["creation"])
+        if row["name"] in missing and at is not None:
+            created[missing[row["name"]]] = at
+    return created
+
+
+def build_snapshot_set(
+    dataset: str, label: str, found: list[tuple[str, str]], created: dict[str, int]
+) -> dict[str, Any]:
+    times = [created[guid] for _, guid in found[-LAST_SNAPSHOTS - 1 :] if guid in created]
+    intervals = sorted(later - earlier for earlier, later in zip(times, times[1:]))
+    name, guid = found[-1]
+    return known(
+        dataset=dataset,
+        **{"class": label},
+        count=len(found),
+        newest_at=created.get(guid),
+        newest_name=name,
+        newest_guid=guid,
+        oldest_at=created.get(found[0][1]),
+        interval_seconds=intervals[len(intervals) // 2] if intervals else None,
+    )
+
+
+# backups, replication, ha
+
+
+@collector("backups", tick=MEDIUM)
+def collect_backups(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """Backup jobs, and the newest good and failed run of each guest: task logs, vzdump's logs, local dump folders."""
+    require_pve(probe)
+    read_version_file(probe)
+    guests: dict[str, dict[str, Any]] = memory.setdefault("guests", {})
+    parts = (read_task_backups, read_vzdump_logs, read_dump_folders)
+    for part in parts:
+        try:
+            part(probe, memory, guests)
+        except SourceError as error:
+            probe.problem("backups", error.code, error.detail)
+    listed = attempt(lambda: parse_vmlist(probe.read_pve("/etc/pve/.vmlist")))
+    for vmid in [vmid for vmid in guests if listed is not None and vmid not in listed]:
+        del guests[vmid]  # no longer in the cluster
+    return {
+        "jobs": read_backup_jobs(probe),
+        "guests": [{"vmid": int(vmid), **runs} for vmid, runs in sorted(guests.items(), key=lambda pair: int(pair[0]))],
+    }
+
+
+def read_pve_sections(probe: Any, name: str) -> list[tuple[str, str, dict[str, str]]]:
+    """A section file of /etc/pve; one that is not there has no sections."""
+    try:
+        return parse_sections(probe.read_pve(f"/etc/pve/{name}"))
+    except SourceError as error:
+        if error.code != "missing":
+            raise
+        return []
+
+
+def read_backup_jobs(probe: Any) -> list[dict[str, Any]]:
+    jobs = []
+    for kind, name, values in read_pve_sections(probe, "jobs.cfg"):
+        if kind == "vzdump":
+            enabled = to_flag(values.get("enabled", "1"))
+            every = to_flag(values.get("all", "0"))
+            jobs.append(
+                known(
+                    id=name,
+                    enabled=enabled,
+                    schedule=values.get("schedule"),
+                    storage=values.get("storage"),
+                    guests="all" if every else parse_vmids(values.get("vmid")),
+                    exclude=parse_vmids(values.get("exclude")),
+                    pool=values.get("pool"),
+                    node=values.get("node"),
+                    mode=values.get("mode"),
+                    last_state=read_job_state(probe, name),
+                    next_run_at=next_event(values.get("schedule", ""), probe.now()) if enabled else None,
+                )
+            )
+    return jobs
+
+
+def read_job_state(probe: Any, name: str) -> str | None:
+    """What this node last made of the job: OK, an error, or created, starting, started."""
+    if "/" in name:
+        return None
+    try:
+        state = parse_object(probe.read(f"/var/lib/pve-manager/jobs/vzdump-{name}.json"), f"state of backup job {name}")
+    except SourceError as error:
+        if error.code != "missing":
+            probe.problem("backups", error.code, error.detail)
+        return None
+    told = state.get("msg") if state.get("state") == "stopped" else state.get("state")
+    return told if isinstance(told, str) else None
+
+
+FIRST_BACKUPS = 60  # so many finished backup tasks are read back at the first start
+
+
+def read_task_backups(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+    """Backup tasks that ended since the last time. A job of several guests names them in its log only."""
+    lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=True)
+    tasks = [task for task in map(parse_task_line, lines) if task and task["type"] == "vzdump"]
+    for task in tasks[-FIRST_BACKUPS:]:
+        start = task["upid"].split(":")[4]
+        text = attempt(probe.read, f"/var/log/pve/tasks/{start[-1]}/{task['upid']}", default="")
+        storage, runs = parse_vzdump_log(text)
+        if not runs and "vmid" in task and task["result"] in ("ok", "warning", "error"):
+            runs = [known(vmid=task["vmid"], ok=task["result"] != "error", error=task["status"])]
+        end = task["started_at"]
+        for run in runs:
+            end = run_end(run, end, task)
+            note_backup(guests, run, end, storage)
+
+
+def run_end(run: dict[str, Any], before: int, task: dict[str, Any]) -> int:
+    """When a guest's run ended: the log's local time if that lies within the task, else by the durations so far."""
+    told = parse_local_time(run.get("finished", ""))
+    if told is not None and task["started_at"] - 5 <= told <= task["ended_at"] + 5:
+        return told
+    return min(task["ended_at"], before + run["duration_seconds"]) if "duration_seconds" in run else task["ended_at"]
+
+
+def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: int, storage: str | None) -> None:
+    """Keep the run when it is the newest good, or the newest failed one of its guest."""
+    if run["ok"] is None:
+        return  # not finished, or killed: that is no outcome
+    kept = guests.setdefault(str(run["vmid"]), {})
+    name = "newest_ok" if run["ok"] else "newest_failed"
+    if kept.get(name, {}).get("ended_at", 0) > ended:
+        return
+    if run["ok"]:
+        kept[name] = known(
+            ended_at=ended,
+            duration_seconds=run.get("duration_seconds"),
+            size_bytes=run.get("size_bytes"),
+            storage=storage,
+            excluded_disks=run.get("excluded_disks", []),
+        )
+    else:
+        kept[name] = known(ended_at=ended, error=run.get("error"))
+
+
+def read_vzdump_logs(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+    """/var/log/vzdump: the last run of each guest on this node, for those whose task log is gone."""
+    seen = memory.setdefault("logs", {})
+    for name in attempt(probe.list_dir, "/var/log/vzdump", default=[]):
+        kind, _, rest = name.partition("-")
+        vmid, dot, ending = rest.partition(".")
+        stat = attempt(probe.stat, f"/var/log/vzdump/{name}") if kind in ("qemu", "lxc") and ending == "log" else None
+        if stat is None or not vmid.isdigit() or seen.get(name) == [stat.st_mtime, stat.st_size]:
+            continue
+        storage, runs = parse_vzdump_log(attempt(probe.read, f"/var/log/vzdump/{name}", default=""))
+        known_ends = [run.get("ended_at", 0) for run in guests.get(vmid, {}).values()]
+        for run in runs:
+            ended = parse_local_time(run.get("finished", "")) or int(stat.st_mtime)
+            if all(abs(ended - end) > 120 for end in known_ends):  # else the task log has told it, with more
+                note_backup(guests, run, ended, storage)
+        seen[name] = [stat.st_mtime, stat.st_size]
+
+
+REMOTE_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "gluster", "9p")
+
+
+def read_dump_folders(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+    """Archives in the dump folders of local `dir` storages, listed by a process that can be left behind if it hangs."""
+    node = node_name(probe)
+    for kind, storage, values in read_pve_sections(probe, "storage.cfg"):
+        nodes = values.get("nodes", node).replace(",", " ").split()
+        if kind != "dir" or "backup" not in values.get("content", "") or "disable" in values or node not in nodes:
+            continue
+        folder = values.get("path", "").rstrip("/") + "/dump"
+        if not folder.startswith("/") or not is_safe_to_list(probe, folder):
+            continue
+        argv = ("find", folder, "-maxdepth", "1", "-type", "f", "-name", "vzdump-*", "-printf", "%s\\t%T@\\t%f\\0")
+        try:
+            note_archives(guests, storage, probe.run(*argv, ok=(0, 1)))
+        except SourceError as error:
+            probe.problem("backups", error.code, f"{storage}: {error.detail}")
+
+
+def is_safe_to_list(probe: Any, folder: str) -> bool:
+    """Not on a network file system, and not on a suspended pool: listing may hang there for good."""
+    best = ("", "", "")
+    for line in probe.read("/proc/mounts").splitlines():
+        device, target, kind = [*line.split(), "", "", ""][:3]
+        target = target.replace("\\040", " ")
+        if f"{folder}/".startswith(f"{target.rstrip('/')}/") and len(target) >= len(best[1]):
+            best = (device.replace("\\040", " "), target, kind)
+    if best[2].startswith(REMOTE_TYPES):
+        return False
+    pool = best[0].partition("/")[0]
+    return best[2] != "zfs" or attempt(probe.read, f"{ZFS_KSTAT}/{pool}/state", default="").strip() != "SUSPENDED"
+
+
+def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str) -> None:
+    """The newest archive of each guest: its size for the run that is known, or a run nobody has told of."""
+    newest: dict[int, tuple[int, int]] = {}
+    for entry in listing.split("\0"):
+        size, _, rest = entry.partition("\t")
+        stamp, _, name = rest.partition("\t")
+        vmid, at = parse_archive_name(name), to_number(stamp)
+        if vmid is not None and at is not None:
+            newest[vmid] = max(newest.get(vmid, (0, 0)), (int(at), to_count(size) or 0))
+    for vmid, (at, length) in newest.items():
+        told = guests.get(str(vmid), {}).get("newest_ok", {})
+        if abs(told.get("ended_at", 0) - at) <= 120 and told.get("storage", storage) == storage:
+            told.update(size_bytes=length, storage=storage)
+        elif at > told.get("ended_at", 0):
+            guests.setdefault(str(vmid), {})["newest_ok"] = {"ended_at": at, "size_bytes": length, "storage": storage}
+
+
+@collector("replication", tick=MEDIUM)
+def collect_replication(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Replication jobs of the guests on this node. A state file that cannot be read makes the state unknown."""
+    require_pve(probe)
+    require_cluster(probe)
+    node = node_name(probe)
+    listing = parse_vmlist(probe.read_pve("/etc/pve/.vmlist"))
+    states: dict[str, Any] = {}
+    try:
+        states = parse_object(probe.read("/var/lib/pve-manager/pve-replication-state.json"), "replication state")
+    except SourceError as error:
+        if error.code != "missing":
+            probe.problem("replication", error.code, error.detail)
+    jobs = []
+    for kind, name, values in read_pve_sections(probe, "replication.cfg"):
+        vmid = name.partition("-")[0]
+        if kind == "local" and vmid in listing and listing[vmid][0] == node:
+            state = as_dict(as_dict(states.get(vmid)).get(f"local/{values.get('target')}"))
+            jobs.append(build_replication(name, vmid, values, state))
+    return jobs
+
+
+def require_cluster(probe: Any) -> None:
+    """Absent on a stand-alone node. Without pmxcfs nobody can tell."""
+    read_version_file(probe)
+    if not parse_object(probe.read_pve("/etc/pve/.members"), "/etc/pve/.members").get("cluster"):
+        raise Absent("a stand-alone node")
+
+
+def build_replication(name: str, vmid: str, values: dict[str, str], state: dict[str, Any]) -> dict[str, Any]:
+    error = state.get("error")
+    return known(
+        id=name,
+        vmid=int(vmid),
+        target=values.get("target"),
+        schedule=values.get("schedule", "*/15"),
+        enabled=not to_flag(values.get("disable", "0")),
+        last_sync_at=to_count(state.get("last_sync")) or None,  # 0: never
+        last_try_at=to_count(state.get("last_try")) or None,
+        duration_seconds=to_number(state.get("duration")),
+        fail_count=to_count(state.get("fail_count")),
+        error=error[:500] if isinstance(error, str) else None,
+    )
+
+
+@collector("ha", tick=MEDIUM)
+def collect_ha(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """HA's manager, services and this node's LRM, from the files they keep."""
+    require_pve(probe)
+    require_cluster(probe)
+    try:
+        text = probe.read_pve("/etc/pve/ha/manager_status")
+    except SourceError as error:
+        if error.code == "missing":
+            raise Absent("no HA manager has ever run") from None
+        raise
+    status = parse_object(text, "ha/manager_status")
+    stamp = to_count(status.get("timestamp"))
+    services = as_dict(status.get("service_status"))
+    return known(
+        manager=manager_state(probe.now(), stamp, services),
+        master=status.get("master_node"),
+        as_of=stamp,
+        services=[
+            known(id=name, node=as_dict(service).get("node"), state=as_dict(service).get("state"))
+            for name, service in sorted(services.items())
+        ],
+        lrm=read_lrm(probe),
+    )
+
+
+def manager_state(now: float, stamp: int | None, services: dict[str, Any]) -> str:
+    """A manager with nothing to manage stops writing: idle. Else it writes every 10 s, and silence is its death."""
+    if stamp is not None and abs(now - stamp) <= DEAD_SECONDS:
+        return "active"
+    return "dead" if services else "idle"
+
+
+def read_lrm(probe: Any) -> dict[str, Any] | None:
+    try:
+        status = parse_object(probe.read_pve(f"/etc/pve/nodes/{node_name(probe)}/lrm_status"), "lrm_status")
+    except SourceError as error:
+        if error.code != "missing":
+            probe.problem("ha", error.code, error.detail)
+        return None
+    return known(state=status.get("state"), mode=status.get("mode"), as_of=to_count(status.get("timestamp")))
+
+
+# services, time_sync
+
+UNITS = (
+    "pve-cluster pvestatd pvedaemon pveproxy pvescheduler pve-firewall pve-ha-crm pve-ha-lrm corosync qmeventd "
+    "watchdog-mux zfs-zed smartmontools chrony systemd-timesyncd ntpsec ksmtuned rrdcached ssh postfix"
+).split()
+UNIT_FIELDS = "Id,LoadState,ActiveState,SubState,UnitFileState,NRestarts"
+
+
+@collector("services", tick=MEDIUM)
+def collect_services(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """PVE's, ZFS's and time services, in one call; those that are not installed are no fault and left out."""
+    require_systemd(probe)
+    text = probe.run("systemctl", "show", "-p", UNIT_FIELDS, *[f"{unit}.service" for unit in UNITS], ok=None)
+    blocks = parse_blocks(text)
+    if not blocks:
+        raise SourceError("garbage", f"systemctl show: {text[:80]!r}")
+    return [
+        known(
+            unit=block.get("Id"),
+            load=block.get("LoadState"),
+            active=block.get("ActiveState"),
+            sub=block.get("SubState"),
+            enabled=block.get("UnitFileState") or None,
+            restarts=to_count(block.get("NRestarts")),
+        )
+        for block in blocks
+        if block.get("LoadState") != "not-found"
+    ]
+
+
+@collector("failed_units", tick=MEDIUM)
+def collect_failed_units(probe: Any, memory: dict[str, Any]) -> list[str]:
+    """All units of the system that have failed."""
+    require_systemd(probe)
+    text = probe.run("systemctl", "list-units", "--failed", "--plain", "--no-legend")
+    return [line.split()[0] for line in text.splitlines() if line.split()]
+
+
+def require_systemd(probe: Any) -> None:
+    if not probe.exists("/run/systemd/system"):
+        raise Absent("systemd does not run here")
+
+
+@collector("time_sync", tick=MEDIUM)
+def collect_time_sync(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """chrony's word; without chrony the kernel's flag, which every daemon sets, but no offset."""
+    try:
+        return parse_chrony_tracking(probe.run("chronyc", "-c", "-n", "tracking"))
+    except SourceError as error:
+        told = error
+    try:
+        text = probe.run("timedatectl", "show", "-p", "NTPSynchronized")
+    except SourceError as error:
+        if {told.code, error.code} == {"missing"}:
+            raise Absent("neither chrony nor systemd") from None
+        raise SourceError(error.code, f"{told.detail}; {error.detail}") from None
+    value = parse_blocks(text)[0].get("NTPSynchronized") if parse_blocks(text) else None
+    if value not in ("yes", "no"):
+        raise SourceError("garbage", f"timedatectl: {text[:80]!r}")
+    return {"source": "kernel", "synchronised": value == "yes"}
+
+
+# disks
+
+SMART_LIMIT = 30.0  # seconds for one disk
+VIRTUAL_DISKS = ("vd", "xvd", "mmcblk", "nbd")
+RAID_NAMES = ("megaraid", "cciss", "areca", "aacraid", "3ware")
+
+
+@collector("disks", tick=SLOW)
+def collect_disks(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Identity, SMART and place in a pool of every disk, one after the other; a sleeping disk is not woken."""
+    if not probe.exists("/sys/block"):
+        raise Absent("no /sys here")
+    names = [name for name in probe.list_dir("/sys/block") if is_disk(probe, name)]
+    links = attempt(read_disk_links, probe, default={})
+    places = find_places(probe, memory)
+    before, kept = as_dict(memory.get("smart")), {}
+    disks = []
+    raid = False
+    for name in names:
+        smart, kept[name] = read_smart(probe, name, as_dict(before.get(name)))
+        raid = raid or (smart.get("protocol") == "SCSI" and "passed" not in smart)
+        disks.append(build_disk(probe, name, smart, links.get(name), places.get(name)))
+    if raid:
+        disks += read_raid_disks(probe, before, kept)
+    memory["smart"] = kept
+    return disks
+
+
+def is_disk(probe: Any, name: str) -> bool:
+    """A real disk: what lies on others, and virtual ones, have no SMART."""
+    if name.startswith((*NO_DISKS, *VIRTUAL_DISKS)) or not probe.exists(f"/sys/block/{name}/device"):
+        return False
+    return not attempt(probe.read, f"/sys/block/{name}/device/model", default="").startswith("QEMU")
+
+
+def read_disk_links(probe: Any) -> dict[str, str]:
+    """The name below /dev/disk/by-id of each whole disk: ata-, nvme- and scsi- before wwn- and others."""
+    found: dict[str, tuple[tuple[bool, bool, str], str]] = {}
+    for link in probe.list_dir("/dev/disk/by-id"):
+        if "-part" in link:
+            continue
+        target = attempt(probe.readlink, f"/dev/disk/by-id/{link}", default="").rpartition("/")[2]
+        bare = link.startswith(("nvme-eui.", "nvme-nvme.", "nvme-uuid.", "scsi-3", "scsi-S", "wwn-"))
+        rank = (bare, not link.startswith(("ata-", "nvme-", "scsi-")), link)
+        if target and (target not in found or rank < found[target][0]):
+            found[target] = (rank, link)
+    return {target: link for target, (_, link) in found.items()}
+
+
+def find_places(probe: Any, memory: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """(pool, top-level vdev) by disk. A pool that does not answer keeps the places it had."""
+    if not attempt(probe.exists, "/sys/module/zfs", default=False):
+        return {}
+    kept = as_dict(memory.get("places"))
+    places: dict[str, Any] = {}
+    for pool in attempt(read_pool_states, probe, memory, default=[]):
+        name = pool["name"]
+        places.update({disk: place for disk, place in kept.items() if place[0] == name})
+        if pool.get("state") != "SUSPENDED":
+            vdevs = attempt(read_pool_status, probe, name, default={}).get("vdevs", [])
+            if vdevs:
+                places = {disk: place for disk, place in places.items() if place[0] != name}
+            for vdev in vdevs:
+                for path in leaf_paths(vdev):
+                    disk = attempt(find_disk, probe, path)
+                    if disk:
+                        places.setdefault(disk, [name, vdev["name"]])
+    memory["places"] = places
+    return {disk: (pool, vdev) for disk, (pool, vdev) in places.items()}
+
+
+def leaf_paths(vdev: dict[str, Any]) -> list[str]:
+    children = vdev.get("children", [])
+    if children:
+        return [path for child in children for path in leaf_paths(child)]
+    return [vdev["path"]] if vdev["type"] == "disk" and "path" in vdev else []
+
+
+def read_smart(probe: Any, name: str, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """SMART values of a block device, and what to keep of them. Asleep: the last ones, with their time."""
+    return run_smartctl(probe, smart_device(name), before, nvme=name.startswith("nvme"))
+
+
+def smart_device(name: str) -> str:
+    """NVMe is asked by controller: /dev/nvme0 for nvme0n1."""
+    if not name.startswith("nvme"):
+        return f"/dev/{name}"
+    return "/dev/nvme" + name[4:].partition("n")[0]
+
+
+def run_smartctl(
+    probe: Any, device: str, before: dict[str, Any], *, nvme: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-n standby,3: do not wake it, and tell sleep (3) from failure (2). A known type spares the detection, which wakes
+    some disks too."""
+    argv = ["smartctl", "-j", "-i", "-H", "-A"]
+    argv += [] if nvme else ["-n", "standby,3", "-l", "error", "-l", "selftest"]
+    if before.get("type"):
+        argv += ["-d", before["type"]]
+    now = int(probe.now())
+    try:
+        smart = parse_smart(probe.run(*argv, device, limit=SMART_LIMIT, ok=None), now)
+    except SourceError as error:
+        if error.code == "missing" and probe.problems.get("disks", {}).get("code") == "missing":
+            return {}, before
+        probe.problem("disks", error.code, f"{device}: {error.detail}")
+        return {}, before
+    if smart.pop("asleep", False):
+        values = as_dict(before.get("values"))
+        return {**values, **known(standby=True, as_of=before.get("at") if values else None)}, before or smart
+    values = {field: value for field, value in smart.items() if field != "type"}
+    kept = {"type": smart.get("type"), "at": now, "values": values}
+    return {**values, "standby": False}, kept
+
+
+SMART_PRIVATE = ("type", "protocol", "rotation_rate", "size_bytes")  # of use here, not in the report
+
+
+def build_disk(
+    probe: Any, name: str, smart: dict[str, Any], link: str | None, place: tuple[str, str] | None
+) -> dict[str, Any]:
+    """A disk as the report has it. What smartctl cannot say, sysfs may."""
+    base = f"/sys/block/{name}"
+    sectors = to_count(attempt(probe.read, f"{base}/size", default="").strip())
+    spinning = attempt(probe.read, f"{base}/queue/rotational", default="").strip()
+    kind = "nvme" if name.startswith("nvme") else {"1": "hdd", "0": "ssd"}.get(spinning)
+    texts = {
+        field: attempt(probe.read, f"{base}/device/{file}", default="").strip() or None
+        for field, file in (("model", "model"), ("serial", "serial"), ("firmware", "firmware_rev"))
+        if field not in smart
+    }
+    pool, vdev = place or (None, None)
+    size = smart.get("size_bytes") or (sectors * 512 if sectors else None)
+    values = {field: value for field, value in smart.items() if field not in SMART_PRIVATE}
+    return known(name=name, by_id=link, size_bytes=size, kind=kind, pool=pool, vdev=vdev, **{**texts, **values})
+
+
+def read_raid_disks(probe: Any, before: dict[str, Any], kept: dict[str, Any]) -> list[dict[str, Any]]:
+    """Disks behind a RAID controller, whose volume has no SMART: smartctl knows how to reach them."""
+    try:
+        found = parse_object(probe.run("smartctl", "--scan", "-j", limit=SMART_LIMIT, ok=None), "smartctl --scan")
+    except SourceError as error:
+        probe.problem("disks", error.code, error.detail)
+        return []
+    disks, serials = [], set()
+    for device in as_list(found.get("devices")):
+        name, kind = as_dict(device).get("name"), as_dict(device).get("type")
+        if not isinstance(name, str) or not isinstance(kind, str) or not any(raid in kind for raid in RAID_NAMES):
+            continue
+        label = f"{name.removeprefix('/dev/')} {kind}"
+        smart, kept[label] = run_smartctl(probe, name, {**as_dict(before.get(label)), "type": kind})
+        if smart and smart.get("serial") not in serials:  # the same disk may be reached in two ways
+            serials.add(smart.get("serial") or label)
+            rate = smart.get("rotation_rate")
+            values = {field: value for field, value in smart.items() if field not in SMART_PRIVATE[:3]}
+            disks.append(known(name=label, kind=None if rate is None else "hdd" if rate else "ssd", **values))
+    return disks
+
+
+# updates, certificates, subscription, versions, ceph
+
+PACKAGE_LISTS = ("/var/cache/apt/pkgcache.bin", "/var/lib/dpkg/status")
+PKGUPDATES = "/var/lib/pve-manager/pkgupdates"
+
+
+@collector("updates", tick=SLOW)
+def collect_updates(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """Pending updates as PVE's daily job listed them; where dpkg's state is newer, without those done since."""
+    require_pve(probe)
+    written = probe.stat(PKGUPDATES).st_mtime
+    updates = parse_json(probe.read(PKGUPDATES), PKGUPDATES)
+    if not isinstance(updates, list):
+        raise SourceError("garbage", f"{PKGUPDATES}: a list was expected")
+    updates = [update for update in updates if isinstance(update, dict) and isinstance(update.get("Package"), str)]
+    changed = [stat.st_mtime for stat in (attempt(probe.stat, path) for path in PACKAGE_LISTS) if stat is not None]
+    if any(at > written for at in changed):
+        installed = read_packages(probe)
+        updates = [update for update in updates if installed.get(update["Package"], "?") != update.get("Version")]
+    security = sum("security" in f"{update.get('Origin')} {update.get('Section')}".lower() for update in updates)
+    return known(
+        pending=len(updates),
+        security=security or None,  # the list seldom says so: none marked is not none
+        as_of=int(written),
+        packages=[update["Package"] for update in updates[:50]],
+    )
+
+
+def read_packages(probe: Any, *names: str) -> dict[str, str]:
+    """Installed versions by package name."""
+    text = probe.run("dpkg-query", "-W", "-f", "${Package}\\t${Version}\\n", *names, ok=(0, 1))
+    return dict(line.partition("\t")[::2] for line in text.splitlines())
+
+
+CERTIFICATES = ("nodes/{node}/pveproxy-ssl.pem", "nodes/{node}/pve-ssl.pem", "pve-root-ca.pem")
+
+
+@collector("certificates", tick=SLOW)
+def collect_certificates(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Who they are for, who signed, until when. Never the certificate itself."""
+    require_pve(probe)
+    read_version_file(probe)
+    node = node_name(probe)
+    config = attempt(probe.read_pve, f"/etc/pve/nodes/{node}/config", default="")
+    acme = any(line.startswith("acme") for line in config.splitlines())
+    certificates = []
+    for file in CERTIFICATES:
+        path = f"/etc/pve/{file.format(node=node)}"
+        if not probe.exists(path):
+            continue
+        try:
+            text = probe.run("openssl", "x509", "-in", path, "-noout", "-enddate", "-subject", "-issuer")
+            name = path.rpartition("/")[2]
+            certificates.append({"file": name, **parse_certificate(text), "acme": acme and name == "pveproxy-ssl.pem"})
+        except SourceError as error:
+            probe.problem("certificates", error.code, error.detail)
+    return certificates
+
+
+@collector("subscription", tick=SLOW)
+def collect_subscription(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """Status, level and due date; the key and the server's id are not sent."""
+    require_pve(probe)
+    try:
+        return parse_subscription(probe.read("/etc/subscription"))
+    except SourceError as error:
+        if error.code == "missing":
+            return {"status": "notfound"}
+        raise
+
+
+@collector("versions", tick=SLOW)
+def collect_versions(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """What runs here. The module and the tools of ZFS differ after an upgrade without a reboot."""
+    packages: dict[str, str] = {}
+    try:
+        packages = read_packages(probe, "pve-qemu-kvm", "smartmontools", "zfsutils-linux")
+    except SourceError as error:
+        if error.code != "missing":
+            probe.problem("versions", error.code, error.detail)
+    return known(
+        pve=parse_pve_version(attempt(probe.read, PVECFG, default="")),
+        zfs_module=attempt(probe.read, "/sys/module/zfs/version", default="").strip() or None,
+        zfs_userland=packages.get("zfsutils-linux") or None,
+        qemu=packages.get("pve-qemu-kvm") or None,
+        smartctl=packages.get("smartmontools") or None,
+        agent_python=sys.version.split()[0],
+    )
+
+
+@collector("ceph", tick=SLOW)
+def collect_ceph(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+    """Health and its checks; only where Ceph is set up."""
+    require_pve(probe)
+    read_version_file(probe)
+    if not probe.exists("/etc/pve/ceph.conf"):
+        raise Absent("no /etc/pve/ceph.conf")
+    return parse_ceph_status(probe.run("ceph", "-s", "--format", "json", "--connect-timeout", "10", limit=20.0))
 
 
 # --- report: run what is due, keep sections and errors apart, wrap with host, tick, time and sequence ---

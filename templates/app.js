@@ -66,7 +66,7 @@
 
   function morphAttributes(old, fresh) {
     for (const { name } of [...old.attributes]) {
-      const own = name === "open" || (name === "class" && old.id === "main");      // what the reader opened stays open
+      const own = name === "open" || name === "data-open" || (name === "class" && old.id === "main");      // what the reader opened stays open
       if (!own && !fresh.hasAttribute(name)) old.removeAttribute(name);
     }
     for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
@@ -136,7 +136,7 @@
     const place = target && document.getElementById(target);
     if (!place) return;
     if (place.classList.contains("pool")) place.classList.add("chosen");
-    place.scrollIntoView({ block: "start" });
+    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 7;
   }
 
   // --- live: poll while the page is seen, and say so when the data stands still ---
@@ -200,7 +200,12 @@
   function go(address, { replace = false } = {}) {
     history[replace ? "replaceState" : "pushState"](null, "", address);
     showSearch();
-    return load(here(), { force: true });
+    return load(here(), { force: true }).then(showTab);
+  }
+
+  function showTab() {
+    const tab = $(".tab[aria-current]");
+    if (tab) tab.parentNode.scrollLeft = tab.offsetLeft - 60;       // the narrow page's row of tabs is wider than it
   }
 
   function followLink(event) {
@@ -278,14 +283,14 @@
 
   // Run a write with its button off, its error beside the form, and the page brought up to date after it.
   async function doing(form, work) {
-    const error = form && $(".form-error", form);
+    const error = form ? $(".form-error", form) : $("#admin-error");
     const buttons = form ? $$("button", form) : [];
-    if (error) error.textContent = "";
+    error.textContent = "";
     for (const button of buttons) button.disabled = true;
     try {
       await work();
     } catch (problem) {
-      if (error) error.textContent = problem.message; else banner(problem.message);
+      error.textContent = problem.message;
     } finally {
       for (const button of buttons) button.disabled = false;
     }
@@ -338,6 +343,11 @@
     return done;
   }
 
+  function openEdit(button) {
+    const form = $("[data-edit]", button.closest(".host-line"));
+    if ("open" in form.dataset) delete form.dataset.open; else { form.dataset.open = ""; form.elements.name.focus(); }
+  }
+
   function edit(form) {
     const old = form.dataset.edit;
     const changes = {};
@@ -350,7 +360,7 @@
     if (rest) changes.maintenance_until = rest === "0" ? null : Math.round(now()) + Number(rest);
     return doing(form, async () => {
       if (Object.keys(changes).length) await write("PATCH", apiOf(old), changes);
-      form.closest("details").open = false;
+      delete form.dataset.open;
       form.elements.maintenance.value = "";
     });
   }
@@ -368,7 +378,7 @@
   async function rotate(button) {
     const name = button.dataset.rotate;
     if (!await ask(`Rotate the token of ${name}?`, "The old token is refused from then on: the agent waits, keeping its reports, until it has the new one.", "Rotate token")) return;
-    await doing(button.closest("form"), async () => {
+    await doing(null, async () => {
       const made = await write("POST", apiOf(name, "/rotate-token"), {});
       showToken(made);
     });
@@ -377,7 +387,7 @@
   async function remove(button) {
     const name = button.dataset.remove;
     if (!await ask(`Remove ${name}?`, "Its token is refused at once, and its state, alerts and history leave this page.", `Remove ${name}`)) return;
-    await doing(button.closest("form"), () => write("DELETE", apiOf(name)));
+    await doing(null, () => write("DELETE", apiOf(name)));
   }
 
   function onClick(event) {
@@ -386,6 +396,7 @@
     if (on("#theme")) nextTheme();
     else if ((button = on("[data-copy]"))) copy(button);
     else if (on("[data-dismiss]")) dismissToken();
+    else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);
     else if ((button = on("[data-remove]"))) remove(button);
     else followLink(event);
@@ -406,6 +417,7 @@
     if (!$("#main")) return;                       // the log-in page has no more than this
     setInterval(writeAges, 1000);
     settle("");
+    showTab();
     document.addEventListener("keydown", onKey);
     document.addEventListener("visibilitychange", beat);
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });

@@ -101,7 +101,7 @@ def recording_of(number: int, usual: list[Recording], suspended: list[Recording]
     """Recordings take turns."""
     if suspended and number % 20 == 7:
         return suspended[number // 20 % len(suspended)]
-    return usual[number % len(usual)]
+    return usual[(number + number // (WELL_BETWEEN + 1)) % len(usual)]  # so that each fault meets each recording
 
 
 # --- values: recorded values brought to another time and another host, and moved ---
@@ -333,9 +333,9 @@ class PlayedHost:
         if number % 20 not in AS_RECORDED:
             heal(self.sections)
         # Each host has had its scrubs and reboots at another time of the week.
-        shift_times(self.sections, now - recording.time - self.dice.uniform(0, 2 * DAY))
-        for section in FAST_SECTIONS:  # but what is measured now is of now
-            shift_as_of(self.sections.get(section), now)
+        earlier = self.dice.uniform(0, 2 * DAY)
+        shift_times(self.sections, now - recording.time - earlier)
+        shift_as_of(self.sections, earlier)  # but what was measured is as fresh as it was in the recording
         self._rename()
 
     def _rename(self) -> None:
@@ -363,8 +363,7 @@ class PlayedHost:
             self._move_node(seconds)
             self._move_guests(seconds, now)
             self._move_pools(seconds)
-            for section in FAST_SECTIONS:
-                shift_as_of(self.sections.get(section), now)
+            shift_as_of(self.sections, seconds)
             for section, value in self.sections.items():
                 advance_counters(value, seconds, self.dice, self.rates, section)
 
@@ -460,10 +459,10 @@ class PlayedHost:
         return reports
 
 
-def shift_as_of(section: Any, now: float) -> None:
-    for one in walk(section):
+def shift_as_of(sections: dict[str, Any], seconds: float) -> None:
+    for one in walk(sections):
         if is_number(one.get("as_of")):
-            one["as_of"] = now
+            one["as_of"] += seconds
 
 
 def hash_number(text: str) -> int:

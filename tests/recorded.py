@@ -104,10 +104,11 @@ class RecordedProbe:
 
     def list_dir(self, path: str) -> list[str]:
         self.calls.append(("list", path))
-        if not self._find(path).is_dir():
-            raise SourceError("missing", f"{path}: not a directory")
         inside = self._resolve(path)
         names = {name.rpartition("/")[2] for name in self.meta.get("links", {}) if name.rpartition("/")[0] == inside}
+        if not names and not self._find(path).is_dir():
+            raise SourceError("missing", f"{path}: not a directory")
+        self._fail_as_recorded(path)
         for layer in self.layers:
             if (layer / inside.lstrip("/")).is_dir():
                 names.update(entry.name for entry in (layer / inside.lstrip("/")).iterdir())
@@ -122,7 +123,7 @@ class RecordedProbe:
         try:
             found = self._find(path)
         except SourceError:
-            return False
+            return any(link.startswith(f"{path}/") for link in self.meta.get("links", {}))
         return found.is_dir() or not path.endswith("/.")
 
     def stat(self, path: str) -> Any:

@@ -6,6 +6,9 @@ expectations -> node -> cluster, guests, storages -> pools
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +17,16 @@ from recorded import HOSTS, RecordedProbe, recordings
 import agent
 
 HOST_NAMES = [path.name for path in recordings()]
+
+
+@pytest.fixture(autouse=True)
+def in_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The recorded hosts live in UTC: backup schedules and logs are in local time."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 def collect(host: str, section: str, *, ticks: int = 1, probe: Any = None) -> tuple[dict[str, Any], Any]:
@@ -31,6 +44,8 @@ def collect(host: str, section: str, *, ticks: int = 1, probe: Any = None) -> tu
         memory = json.loads(json.dumps(memory))  # it is kept as JSON over restarts
     if section in probe.problems:
         outcome["problem"] = probe.problems[section]
+    if section == "versions" and "section" in outcome:  # this one is the machine's, not the recording's
+        assert outcome["section"].pop("agent_python") == sys.version.split()[0]
     return outcome, probe
 
 

@@ -1,0 +1,170 @@
+"""What the server hands out for installing a host, and what its commands leave behind for its own user."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Client
+
+import server
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+NOBODY = 65534
+
+
+# --- /install ---
+
+
+@pytest.fixture
+def handing_out(monitor, tmp_path):
+    """A client of a server with one agent binary, of its own version."""
+    monitor.config.install_dir = str(tmp_path / "install")
+    os.mkdir(monitor.config.install_dir)
+    write_binary(monitor, "amd64", server.VERSION)
+    return Client(monitor)
+
+
+def write_binary(monitor, arch, version):
+    path = os.path.join(monitor.config.install_dir, f"proxmox-monitor-agent_linux_{arch}")
+    with open(path, "wb") as handle:
+        handle.write(f"#!/bin/sh\n# proxmox-monitor-agent {version} for Linux on {arch}: …\n".encode() + b"\x00\xff")
+
+
+def test_nobody_has_to_log_in_to_install(handing_out):
+    for name in ("install.sh", "agent.py", "proxmox-monitor-agent.service", "proxmox-monitor-agent_linux_amd64"):
+        assert handing_out.get(f"/install/{name}").status == 200
+
+
+def test_the_script_knows_the_server_it_came_from(handing_out):
+    text = handing_out.get("/install/install.sh").text
+    assert f'server_url="{handing_out.monitor.config.public_url}"\n' in text
+    assert "@SERVER_URL@" not in text
+    assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_sums_name_each_file_as_it_is_handed_out(handing_out):
+    sums = dict(reversed(line.split("  ")) for line in handing_out.get("/install/SHA256SUMS").text.splitlines())
+    assert set(sums) == set(server.INSTALL_FILES) - {"proxmox-monitor-agent_linux_arm64"}
+    for name, digest in sums.items():
+        assert hashlib.sha256(handing_out.get(f"/install/{name}").body).hexdigest() == digest
+
+
+def test_an_agent_of_another_version_is_not_handed_out(handing_out):
+    write_binary(handing_out.monitor, "arm64", "9.9.9")
+    assert handing_out.get("/install/proxmox-monitor-agent_linux_arm64").code == "not_found"
+    assert "arm64" not in handing_out.get("/install/SHA256SUMS").text
+
+
+@pytest.mark.parametrize("name", ["..%2Fserver.py", "server.py", "monitor.db", "", "install.sh%00", "%2Fetc%2Fpasswd"])
+def test_nothing_else_is_handed_out(handing_out, name):
+    assert handing_out.get(f"/install/{name}").status == 404
+
+
+def test_what_is_handed_out_holds_no_secret(handing_out, register):
+    token = register("pve1")
+    secret = handing_out.monitor.secret
+    for name in server.INSTALL_FILES:
+        body = handing_out.get(f"/install/{name}").body
+        assert secret not in body and token.encode() not in body
+
+
+def test_a_new_host_comes_with_the_line_that_installs_it(admin):
+    made = admin.send("POST", "/api/v1/hosts", {"name": "pve1"}).json()
+    url = admin.monitor.config.public_url
+    assert made["install"] == [f"curl -fsSL {url}/install/install.sh | sh -s -- --host pve1"]
+    assert made["token"] not in made["install"][0]  # it would stay in the shell's history
+
+
+# --- commands ---
+
+
+def run_command(folder, *argv, **settings):
+    env = {"PATH": os.environ["PATH"], "DATABASE_PATH": str(folder / "monitor.db"), **settings}
+    return subprocess.run([sys.executable, ROOT / "server.py", *argv], env=env, capture_output=True, text=True)
+
+
+def test_register_host_prints_three_lines_and_the_way_on_beside_them(tmp_path):
+    told = run_command(tmp_path, "register-host", "pve-host-01", PUBLIC_URL="https://monitor.example.com")
+    assert re.fullmatch(
+        r"Host 'pve-host-01' registered \(id=1\)\.\nTOKEN: whsec_[A-Za-z0-9+/]{43}=\n"
+        r"Store this token NOW — it will never be shown again\.\n", told.stdout)  # fmt: skip
+    line = "curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01"
+    assert line in told.stderr
+
+
+@needs_root
+@pytest.mark.parametrize("command", [("register-host", "pve1"), ("migrate",), ("create-api-token", "one")])
+def test_what_root_makes_in_the_service_directory_is_the_services(command, tmp_path):
+    os.chown(tmp_path, NOBODY, NOBODY)
+    assert run_command(tmp_path, *command).returncode == 0
+    made = list(tmp_path.iterdir())
+    assert made and all(path.stat().st_uid == NOBODY for path in made)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in made)
+
+
+def test_settings_come_from_the_units_file_for_the_installed_program_alone(tmp_path, monkeypatch):
+    file = tmp_path / "settings"
+    file.write_text("# a comment\nDATABASE_PATH=/data/monitor.db\n\nPORT=\"4001\"\nDASHBOARD_PASSWORD_HASH='$a$b=='\n")
+    monkeypatch.setattr(server, "SETTINGS_FILE", str(file))
+    monkeypatch.setattr(os, "environ", {"PORT": "5000"})
+    assert server.read_environ() == {"PORT": "5000"}
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert server.read_environ() == {
+        "DATABASE_PATH": "/data/monitor.db", "PORT": "5000", "DASHBOARD_PASSWORD_HASH": "$a$b=="}  # fmt: skip
+    monkeypatch.setattr(os, "environ", {"DATABASE_PATH": "/elsewhere"})
+    assert server.read_environ() == {"DATABASE_PATH": "/elsewhere"}
+
+
+def test_the_frozen_server_takes_back_what_its_loader_put_into_the_environment(monkeypatch):
+    before = {"LD_LIBRARY_PATH": "/bundle", "LD_LIBRARY_PATH_ORIG": "/own", "_PYI_ARCHIVE_FILE": "x", "HOME": "/h"}
+    monkeypatch.setattr(os, "environ", dict(before))
+    server.repair_environ()
+    assert os.environ == {"LD_LIBRARY_PATH": "/own", "HOME": "/h"}
+
+
+# --- install.sh, as far as it goes without a host to change ---
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--host", "a/b"], "--host"),
+    (["--host", ""], "--host NAME is missing"),
+    (["--host", "pve1", "--server", "http://monitor.example.com"], "only https"),
+    (["--host", "pve1", "--server", "https://x$(id)"], "not an address"),
+    (["--host", "pve1", "--ca-file", "relative.pem"], "whole path"),
+    (["--host", "pve1", "--nonsense"], "Usage"),
+])  # fmt: skip
+@needs_root
+def test_install_sh_refuses_what_it_cannot_use(arguments, told, tmp_path):
+    script = tmp_path / "install.sh"
+    text = (ROOT / "packaging/install.sh").read_text()
+    script.write_text(text.replace("/etc/proxmox-monitor", str(tmp_path / "etc")))
+    argv = ["sh", str(script), "--server", "https://monitor.example.com", "--no-start", *arguments]
+    answer = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert answer.returncode != 0
+    assert told in answer.stderr + answer.stdout
+    assert not (tmp_path / "etc").exists()
+
+
+@pytest.mark.parametrize("script", ["install.sh", "unpack.sh"])
+def test_a_script_cut_off_anywhere_does_nothing(script, tmp_path):
+    """`curl | sh` runs what has come so far: everything is in functions, and the call is the last line."""
+    whole = (ROOT / "packaging" / script).read_bytes()
+    last = whole.rindex(b"\nmain ")
+    for end in range(0, last, 97):
+        argv = ["/bin/sh", "-c", whole[:end], "x"]
+        answer = subprocess.run(argv, capture_output=True, cwd=tmp_path, env={"PATH": ""})
+        assert answer.stdout == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None and "CI" not in os.environ, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", ["build.sh", "packaging/install.sh", "packaging/freeze.sh"])
+def test_shellcheck_finds_no_fault(script):
+    answer = subprocess.run(["shellcheck", "--severity=warning", script], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout == ""
