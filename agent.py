@@ -2224,23 +2224,23 @@ DEAD_SECONDS = 120  # and older than this says nothing about now
 RECHECK_SECONDS = 600  # how long what seldom changes (version, next kernel, sensors) is believed
 ZFS_LIMIT = 20.0  # seconds for a zpool or zfs command
 
-SHARED: dict[str, Any] = {}  # what several fast collectors of one tick read: the probe, since when, and the values
+SHARED = threading.local()  # what several collectors of one tick read: the probe, since when, and the values
 
 
 def shared(probe: Any, name: str, read: Callable[[Any], Any]) -> Any:
-    """`read(probe)`, or what it gave (or raised) to another fast collector of the same tick."""
+    """`read(probe)`, or what it gave (or raised) to another collector of the same tick, which is the same thread."""
     now = probe.monotonic()
-    if SHARED.get("probe") is not probe or not 0 <= now - SHARED["since"] < 1:
-        SHARED.clear()
-        SHARED.update(probe=probe, since=now)
-    if name not in SHARED:
+    if getattr(SHARED, "probe", None) is not probe or not 0 <= now - SHARED.since < 1:
+        SHARED.probe, SHARED.since, SHARED.values = probe, now, {}
+    values: dict[str, Any] = SHARED.values
+    if name not in values:
         try:
-            SHARED[name] = read(probe)
+            values[name] = read(probe)
         except SourceError as error:
-            SHARED[name] = error
-    if isinstance(SHARED[name], SourceError):
-        raise SourceError(SHARED[name].code, SHARED[name].detail)
-    return SHARED[name]
+            values[name] = error
+    if isinstance(values[name], SourceError):
+        raise SourceError(values[name].code, values[name].detail)
+    return values[name]
 
 
 def remember(probe: Any, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None) -> Any:

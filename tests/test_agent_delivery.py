@@ -9,9 +9,9 @@ import threading
 import time
 
 import pytest
+from agent_support import TOKEN, Sink, accept, closed_port_url, config_for, problem, wait_for
 
 import agent
-from tests.agent_support import TOKEN, Sink, accept, closed_port_url, config_for, problem, wait_for
 
 
 def report(seq, run="r"):

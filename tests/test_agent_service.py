@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from agent_support import FakeProbe, Sink, accept, closed_port_url, config_for, registered, wait_for, write_config
 
 import agent
-from tests.agent_support import FakeProbe, Sink, accept, closed_port_url, config_for, registered, wait_for, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "/proc/spl/kstat/zfs/tank/state"

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from agent_support import registered, wait_for
 
 import agent
-from tests.agent_support import registered, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_763_880_000.0
