@@ -306,6 +306,25 @@ def test_look_runs_no_command_and_tries_other_zfs_files_only_once(tmp_path):
     assert again["pools"] == {"tank": "ONLINE"}
 
 
+def test_a_fault_of_ours_does_not_end_the_loop(tmp_path, capsys):
+    with registered(node=("fast", named({}))):
+        service = Service(tmp_path)
+        turns = []
+
+        def turn(now):
+            turns.append(now)
+            if len(turns) == 1:
+                service.agent.mail.put("wake")
+                raise RuntimeError("can't start new thread")
+            service.agent.stop()
+            return 0.0
+
+        service.agent.turn = turn
+        service.agent.serve()
+    assert len(turns) == 2
+    assert "can't start new thread" in capsys.readouterr().out
+
+
 # --- systemd ---
 
 
