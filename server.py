@@ -1915,6 +1915,7 @@ class History:
     def __init__(self) -> None:
         self.ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
         self.bytes = 0
+        self.hours: dict[int, dict[int, tuple[float, int]]] = {}  # host -> hour -> sum and count of CPU in use
         self.layouts: dict[int, tuple[str, ...]] = {}
         self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
         self._next_host = 0
@@ -1922,6 +1923,14 @@ class History:
 
     def remember(self, host_id: int, report_id: int, tick: Tick) -> None:
         """A report has come; called by the writer."""
+        start, names = tick.shape.where.get(("node", ""), (0, ()))
+        value = tick.values[start + names.index("cpu_ratio")] if "cpu_ratio" in names else NAN
+        if value == value:
+            hours = self.hours.setdefault(host_id, {})
+            total, count = hours.get(tick.ms // 3_600_000 * HOUR, (0.0, 0))
+            if len(hours) > 100:
+                hours.clear()
+            hours[tick.ms // 3_600_000 * HOUR] = total + value, count + 1
         if self.bytes < HISTORY_MEMORY:
             self.ticks.setdefault(host_id, {})[report_id] = tick
             self.bytes += tick_bytes(tick)
@@ -2516,15 +2525,20 @@ def list_silences(history: History, db: sqlite3.Connection, host_id: int, since:
             for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
 
 
-def list_sparks(db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
-    """CPU in use of each of the last 24 hours that are over, by host; one query."""
+def list_sparks(history: History, db: sqlite3.Connection, host_ids: list[int],
+                now: float) -> dict[int, list[float | None]]:
+    """CPU in use of the last 24 hours by host, the hour under way last: one query, and what is at hand."""
     last = int(now) // HOUR * HOUR
     rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
                       {"ids": json.dumps(host_ids)})
+    packed = {row["host_id"]: json.loads(row["hours"]) for row in rows}
     found = {}
-    for row in rows:
-        hours = json.loads(row["hours"])
-        found[row["host_id"]] = [hours.get(str(last - HOUR * back)) for back in range(24, 0, -1)]
+    for host_id in host_ids:
+        fresh, old = history.hours.get(host_id, {}), packed.get(host_id, {})
+        hours = range(last - 23 * HOUR, last + 1, HOUR)
+        line = [old[str(hour)] if str(hour) in old else fresh[hour][0] / fresh[hour][1] if hour in fresh else None
+                for hour in hours]
+        found[host_id] = line if any(value is not None for value in line) else []
     return found
 
 
@@ -3825,12 +3839,15 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), list_alerts(call.db)
     posture, sentence = describe_posture(overview, alerts)
+    shown = rows[offset : offset + PAGE_LIMIT]
+    if tab == "hosts":
+        shown = add_sparks(call, shown)
     unseen = sum(not alert["acknowledged"] for alert in alerts)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
-        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": rows[offset : offset + PAGE_LIMIT],
+        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
@@ -3838,6 +3855,13 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "admin_hosts": TABS["hosts"][1](call) if managing else None,
         "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
     }
+
+
+def add_sparks(call: Call, rows: Rows) -> Rows:
+    """The rows of one page with 24 numbers each: CPU in use, hour by hour."""
+    ids = {state.name: state.id for state in call.fleet.hosts.values()}
+    sparks = list_sparks(call.monitor.history, call.db, [ids[row["name"]] for row in rows], call.now)
+    return [{**row, "spark": sparks[ids[row["name"]]]} for row in rows]
 
 
 def page_url(query: dict[str, str]) -> Callable[..., str]:
