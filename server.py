@@ -1752,16 +1752,14 @@ def pack_chunk(segments: list[tuple[int, int, bytes]]) -> bytes:
 CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
 
 
-def open_chunk(body: bytes) -> dict[int, tuple[int, bytes]]:
-    """Object -> layout and its segment, still compressed."""
+def open_chunk(body: bytes) -> dict[int, tuple[int, slice]]:
+    """Object -> layout, and where in the body its segment is."""
     count = int.from_bytes(body[:4], "little")
-    head = array("I", body[4 : 4 + 12 * count])
-    begin, found = 4 + 12 * count, {}
-    start = 0
-    for thing, layout, end in zip(head[:count], head[count : 2 * count], head[2 * count :]):
-        found[thing] = layout, body[begin + start : begin + end]
-        start = end
-    return found
+    begin = 4 + 12 * count
+    head = array("I", body[4:begin]).tolist()
+    ends = [begin + end for end in head[2 * count :]]
+    return {thing: (layout, slice(start, end)) for thing, layout, start, end in zip(
+        head, head[count:], [begin, *ends], ends)}
 
 
 def inflate(segment: bytes) -> bytes:
@@ -2024,9 +2022,9 @@ def columns_of(cells: list[tuple[tuple[str, ...], Any]], fields: set[str] | None
 
 def merge_blocks(blocks: list[Block]) -> Block:
     """Several as one; the same report twice is there once."""
-    blocks = [block for block in blocks if block.keys]
-    if len(blocks) == 1:
-        return blocks[0]
+    blocks = sorted((block for block in blocks if block.keys), key=lambda block: block.keys[0])
+    if all(a.keys[-1] < b.keys[0] for a, b in zip(blocks, blocks[1:])):
+        return join_blocks(blocks)
     keys = sorted({key for block in blocks for key in block.keys})
     place = {key: at for at, key in enumerate(keys)}
     rows: dict[ObjectKey, dict[int, tuple[Columns, int]]] = {}
@@ -2036,6 +2034,25 @@ def merge_blocks(blocks: list[Block]) -> Block:
             for row, at in enumerate(columns[0]):
                 found[place[block.keys[at]]] = columns, row
     return Block(keys, {name: merge_columns(found) for name, found in rows.items()})
+
+
+def join_blocks(blocks: list[Block]) -> Block:
+    """Blocks that follow each other, as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    keys: list[TickKey] = []
+    objects: dict[ObjectKey, Columns] = {}
+    for block in blocks:
+        for name, (places, columns) in block.objects.items():
+            all_places, all_columns = objects.setdefault(name, ([], {}))
+            before = len(all_places)
+            all_places += [len(keys) + at for at in places]
+            for field in columns.keys() - all_columns.keys():
+                all_columns[field] = [NAN] * before
+            for field, values in all_columns.items():
+                values += columns.get(field) or [NAN] * len(places)
+        keys += block.keys
+    return Block(keys, objects)
 
 
 def merge_columns(rows: dict[int, tuple[Columns, int]]) -> Columns:
@@ -2073,7 +2090,7 @@ def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects:
     """What is wanted of a chunk of reports."""
     chunk = open_chunk(body)
     count, head = chunk[0]
-    packed, at, heads = inflate(head), 0, []
+    packed, at, heads = inflate(body[head]), 0, []
     for _ in range(3):
         heads.append([int(one) for one in unpack_column(packed, at, count)])
         at = skip_columns(packed, at, 1)
@@ -2082,7 +2099,7 @@ def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects:
         layout_id, segment = chunk[object_id]
         key = objects[object_id]
         names = history.layout(db, layout_id)
-        found[key] = unpack_columns(inflate(segment), count, names, wanted[key] if wanted else None)
+        found[key] = unpack_columns(inflate(body[segment]), count, names, wanted[key] if wanted else None)
     return Block(list(zip(*heads)), found)
 
 
@@ -2146,32 +2163,56 @@ def list_rates(times: list[int], values: list[float], uptimes: list[float] | Non
     return rates
 
 
-def fold(block: Block, key: ObjectKey, field: str, since: float, until: float) -> dict[int, Point]:
-    """The points of 5 minutes of one series from since to until, from reports."""
-    times, values = list_values(block, key, field)
-    steps = [at // (FINE * 1000) * FINE for at in times]
-    points = {}
-    row = bisect.bisect_left(steps, since)
-    last = bisect.bisect_left(steps, until)
+def fold_object(block: Block, key: ObjectKey, fields: Iterable[str], since: float, until: float) -> dict[
+        str, dict[int, Point]]:
+    """The points of 5 minutes of an object's fields from since to until, from reports."""
+    places, columns = block.objects.get(key, ([], {}))
+    steps = [block.keys[at][0] // (FINE * 1000) * FINE for at in places]
+    spans = []
+    row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
     while row < last:
         end = bisect.bisect_right(steps, steps[row], row, last)
+        spans.append((steps[row], row, end))
+        row = end
+    return {field: fold(list_values(block, key, field)[1], spans, is_rate=stored_field(field).endswith("_total"))
+            for field in fields if stored_field(field) in columns}
+
+
+def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
+    """Points of values; a span is the beginning of a step with its first row and the one after its last."""
+    if values[0] == values[0] and values.count(values[0]) == len(values) and not is_rate:
+        return {step: (values[0], values[0], values[0], float(end - row)) for step, row, end in spans}
+    points = {}
+    for step, row, end in spans:
         known = values[row:end]
         average = sum(known) / len(known)
         if average != average:
             known = [value for value in known if value == value]
-            average = sum(known) / len(known) if known else NAN
-        if known:
-            point = average, min(known), max(known)
-            if stored_field(field).endswith("_total"):
-                point = average, tidy(point[1]), tidy(point[2])
-            points[steps[row]] = tidy(average), point[1], point[2], float(len(known))
-        row = end
+            if not known:
+                continue
+            average = sum(known) / len(known)
+        lowest, highest = min(known), max(known)
+        if is_rate:
+            lowest, highest = rough(lowest), rough(highest)
+        points[step] = tidy(average, lowest, highest), lowest, highest, float(len(known))
     return points
 
 
-def tidy(value: float) -> float:
-    """An average with as many digits as say something."""
-    return round(value, 4) if -1000 < value < 1000 else float(round(value))
+def tidy(average: float, lowest: float, highest: float) -> float:
+    """An average with as many digits as say something beside its minimum and maximum; zeros take no room."""
+    if lowest == highest:
+        return lowest
+    if -1000 < average < 1000:
+        rounded = round(average, 4)
+    else:
+        step = max(1.0, 2.0 ** (math.frexp(highest - lowest)[1] - 8))
+        rounded = round(average / step) * step
+    return min(highest, max(lowest, rounded))
+
+
+def rough(rate: float) -> float:
+    """A rate to about a thousandth: it is a quotient of noisy times anyway."""
+    return round(rate, 3) if rate < 1000 else round(rate / (step := 2.0 ** (math.frexp(rate)[1] - 11))) * step
 
 
 def combine(points: Iterable[Point]) -> Point:
@@ -2179,7 +2220,7 @@ def combine(points: Iterable[Point]) -> Point:
     averages, lowest, highest, counts = zip(*points)
     count = sum(counts)
     average = sum(one * weight for one, weight in zip(averages, counts)) / count
-    return tidy(average), min(lowest), max(highest), count
+    return tidy(average, min(lowest), max(highest)), min(lowest), max(highest), count
 
 
 def coarsen(points: dict[int, Point], step: int) -> dict[int, Point]:
@@ -2195,6 +2236,9 @@ def add_points(into: Points, more: Points) -> None:
     for key, fields in more.items():
         for field, points in fields.items():
             old = into.setdefault(key, {}).setdefault(field, {})
+            if not old:
+                old.update(points)
+                continue
             for at, point in points.items():
                 old[at] = combine((old[at], point)) if at in old else point
 
@@ -2238,7 +2282,7 @@ def unpack_points(history: History, db: sqlite3.Connection, body: bytes, begin: 
     found: Points = {}
     for object_id in objects.keys() & chunk.keys():
         layout_id, segment = chunk[object_id]
-        key, packed, at = objects[object_id], inflate(segment), 0
+        key, packed, at = objects[object_id], inflate(body[segment]), 0
         fields = found[key] = {}
         for name in history.layout(db, layout_id):
             body_at = at + 1 + (len(steps) + 8) // 8
@@ -2332,7 +2376,7 @@ class Source:
         found: Points = {}
         for key, (_, columns) in block.objects.items():
             fields = self.plain[key] if self.plain else columns.keys() - {BOOT}
-            found[key] = {field: fold(block, key, field, day, day + DAY) for field in fields if field in columns}
+            found[key] = fold_object(block, key, fields, day, day + DAY)
         return found
 
 
@@ -2649,7 +2693,7 @@ class Keeper:
         block = block_of(tail[one] for one in ids)
         day = hour // DAY * DAY
         if day_states(db, state.id, day, day).get(day) == SEALED:
-            points = {key: {field: fold(block, key, field, day, day + DAY) for field in columns if field != BOOT}
+            points = {key: fold_object(block, key, columns.keys() - {BOOT}, day, day + DAY)
                       for key, (_, columns) in block.objects.items()}
             chunks = self._points_chunks(db, state.id, day, points, now, add=True)
             self.store.write(partial(put_hour, state, hour, ids, chunks, None, SEALED, now), urgent=False)
