@@ -623,7 +623,8 @@ SILENCE_MATCHERS = ("tag", "site", "host", "object", "rule")
 
 def list_silences(db: sqlite3.Connection, now: float = 0.0) -> list[dict[str, Any]]:
     """The silences that have not ended, the next to end first."""
-    return [dict(row) for row in db.execute("SELECT * FROM silence WHERE until > :now ORDER BY until, id", {"now": now})]
+    return [dict(row) for row in db.execute("SELECT * FROM silence WHERE until > :now ORDER BY until, id",
+                                            {"now": now})]
 
 
 def last_notification_at(db: sqlite3.Connection) -> float | None:
@@ -1281,7 +1282,8 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
 
 
 def load_alerts(db: sqlite3.Connection, state: HostState | Shared) -> None:
-    rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state <> 'resolved'", {"id": state.id or 0})
+    owner = {"id": state.id or 0}
+    rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state <> 'resolved'", owner)
     state.alerts = {(row["rule"], row["object"]): Alert(**{key: row[key] for key in Alert.__slots__}) for row in rows}
     memory = db.execute("SELECT memory FROM rule_memory WHERE host_id = :id", {"id": state.id or 0}).fetchone()
     state.memory = json.loads(memory[0]) if memory else {}
@@ -1295,6 +1297,11 @@ def worst_alert(alerts: Iterable[Alert]) -> tuple[str | None, str]:
     worst = min(firing, key=lambda alert: (SEVERITIES.index(alert.severity), -alert.since))
     more = f" (+{len(firing) - 1} more)" if len(firing) > 1 else ""
     return worst.severity, worst.message + more
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, whatever else an agent put into it."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def number(fields: Any, key: str) -> float | None:
@@ -1537,6 +1544,7 @@ def format_duration(seconds: float) -> str:
 # not known; of numbers it yields every one, so that what fires can clear lower than it fired. What a reader does
 # not yield is well, or gone.
 
+CLOCK, SHARED, AGENT = "(clock)", "(shared)", "(agent)"  # as a Rule's section: by the job, or with every report
 UNKNOWN = "unknown"  # as a Reading's severity: resolves nothing, alarms nobody
 BY_LEVEL = ""  # as a Reading's severity: the value is held against the rule's thresholds
 
@@ -1556,7 +1564,7 @@ class Rule(NamedTuple):
 
     name: str
     of: str  # kind of object
-    section: str  # judged when this section comes; 'agent': with every report; 'clock', 'cluster': by the job
+    section: str  # judged when this section comes
     read: Callable[[HostState, Fleet, float], Iterable[Reading]] | None
     why: str
     todo: str
@@ -1608,7 +1616,9 @@ def evaluate(limits: Limits, alert: Alert | None, reading: Reading, now: float) 
     """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
     severity = reading.severity
     if severity == BY_LEVEL:
-        reached = None if alert is None else "critical" if alert.worse_since is not None else alert.severity
+        reached = None  # before it fires, each look counts by itself: the hold starts anew
+        if alert is not None and alert.state == "firing":
+            reached = "critical" if alert.worse_since is not None else alert.severity
         severity = UNKNOWN if reading.value is None else level(reading.value, limits, reached)
     if severity == UNKNOWN:
         return alert
@@ -1650,17 +1660,25 @@ def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[t
     """Run rules over a state; gives back what changed as pairs of old and new alert. `state.alerts` is replaced."""
     changes: list[tuple[Alert | None, Alert | None]] = []
     alerts = state.alerts
+    looked: dict[tuple[str, bool], str | None] = {}
     for rule in rules:
         limits = fleet.layers.limits(state, rule)
-        partly = False
-        readings: Iterable[Reading] = ()
+        known: str | None = "absent"  # of a rule that is switched off nothing is left
         if limits.enabled and rule.read is not None:
-            known = knows(state, rule, now)
+            section = rule.section, rule.always
+            if section not in looked:
+                looked[section] = knows(state, rule, now)
+            known = looked[section]
             if known is None:
                 continue
-            partly = known == "partly"
-            readings = () if known == "absent" else rule.read(state, fleet, now)
-        alerts = judge_rule(state, rule, limits, readings, alerts, partly, fleet, now, changes)
+        mine: list[tuple[Alert | None, Alert | None]] = []
+        try:
+            readings = () if known == "absent" or rule.read is None else rule.read(state, fleet, now)
+            alerts = judge_rule(state, rule, limits, readings, alerts, known == "partly", fleet, now, mine)
+            changes += mine
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+            log(  # a report can hold anything: one rule that stumbles over it must not stop the others, nor the ingest
+                f"rules: {rule.name} cannot judge {state.name}: {type(error).__name__}: {error}")
     if alerts is not state.alerts:
         state.alerts = alerts
     return changes
@@ -1671,7 +1689,7 @@ JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 def knows(state: Any, rule: Rule, now: float) -> str | None:
     """Whether the section a rule reads is there: 'whole', 'partly', 'absent', or None for not known."""
-    if rule.section in ("agent", "clock", "cluster"):
+    if rule.section in (CLOCK, SHARED, AGENT):
         return "whole"
     section = state.sections.get(rule.section, NOTHING)
     if section.absent:
@@ -1683,26 +1701,31 @@ def knows(state: Any, rule: Rule, now: float) -> str | None:
     return "partly" if section.stamp == section.status else None
 
 
-def judge_rule(state: Any, rule: Rule, limits: Limits, readings: Iterable[Reading], alerts: dict[tuple[str, str], Alert],
-               partly: bool, fleet: Fleet, now: float,
+def judge_rule(state: Any, rule: Rule, limits: Limits, readings: Iterable[Reading],
+               alerts: dict[tuple[str, str], Alert], partly: bool, fleet: Fleet, now: float,
                changes: list[tuple[Alert | None, Alert | None]]) -> dict[tuple[str, str], Alert]:
     """One rule over what it reads; gives back the alerts, a new dict if anything changed."""
     name, seen, before = rule.name, set(), alerts
+    special = fleet.layers.has_objects
     for reading in readings:
         key = name, reading.object
         old = alerts.get(key)
-        if old is None:
-            if reading.severity is None or reading.severity == UNKNOWN:
+        if old is None:  # most readings are of this kind: nothing is open, and nothing is wrong
+            severity = reading.severity
+            if severity is None or severity == UNKNOWN or (severity == BY_LEVEL and reading.value is None):
+                continue
+            if severity == BY_LEVEL and reading.limits is None and not special and (
+                    level(reading.value or 0, limits, None) is None):
                 continue
         seen.add(reading.object)
-        own = fleet.layers.object_limits(state, rule, reading.object) or limits
+        own = (fleet.layers.object_limits(state, rule, reading.object) if special else None) or limits
         if reading.limits is not None and not own.layer:
             own = own._replace(warn=reading.limits[0], crit=reading.limits[1])
         new = evaluate(own, old, reading, now) if own.enabled else None
         if new is not old:
             alerts = with_alert(alerts, before, key, rule, new)
             changes.append((old, new))
-    if not partly:
+    if alerts and not partly:
         for key in [key for key in alerts if key[0] == name and key[1] not in seen]:
             old = alerts[key]
             new = evaluate(limits, old, Reading(key[1], None, "", None), now)
@@ -1834,12 +1857,12 @@ def uses_pool(state: Any, pool: str) -> bool:
     """Whether a storage or a guest's volume lies on a pool."""
     storages = [text(one, "dataset") for one in state.body("storages", ()) if one.get("enabled") not in (False, 0)]
     volumes = [text(volume, "dataset") for guest in state.body("guests", ())
-               for volume in guest.get("volumes") or () if isinstance(volume, dict)]
+               for volume in dicts(guest.get("volumes"))]
     return any(pool_of(dataset) == pool for dataset in storages + volumes)
 
 
-def pool_of(dataset: str | None) -> str | None:
-    return dataset.partition("/")[0] if dataset else None
+def pool_of(dataset: Any) -> str | None:
+    return dataset.partition("/")[0] if dataset and isinstance(dataset, str) else None
 
 
 def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -1913,7 +1936,8 @@ def read_data_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 def read_pool_capacity(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     for pool in state.body("pools", ()):
         used = number(pool, "capacity_ratio")
-        yield Reading(f"pools/{pool['name']}", used, "" if used is None else f"Pool {pool['name']} is {percent(used)} full.")
+        yield Reading(f"pools/{pool['name']}", used,
+                      "" if used is None else f"Pool {pool['name']} is {percent(used)} full.")
 
 
 FORECAST_STEP, FORECAST_SPAN, FORECAST_LEAST = 6 * HOUR, 14 * DAY, 3 * DAY
@@ -2062,7 +2086,8 @@ def read_scrub_stuck(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
         if object not in memory or memory[object][0] != done:
             remember(state, memory, object, [done, now])
         elif now - memory[object][1] >= DAY:
-            yield Reading(object, done, f"The {text(scan, 'function')} of pool {pool['name']} stands at {percent(done)} "
+            yield Reading(object, done, f"The {text(scan, 'function')} of pool {pool['name']} stands at "
+                                        f"{percent(done)} "
                           f"for {format_duration(now - memory[object][1])}.", "warning")
 
 
@@ -2136,7 +2161,8 @@ def read_guest_snapshots(state: Any, fleet: Fleet, now: float) -> Iterator[Readi
         share = held / free if held is not None and free else 0
         if age > 30 * DAY or share > 0.20:
             much = f" and its snapshots hold {percent(share)} of what is free" if share > 0.20 else ""
-            found = Reading(object, age, f"The oldest snapshot of {one['dataset']} is {days(age)} old{much}.", "warning")
+            found = Reading(object, age, f"The oldest snapshot of {one['dataset']} is {days(age)} old{much}.",
+                            "warning")
             if object not in worst or (worst[object].value or 0) < age:
                 worst[object] = found
     yield from worst.values()
@@ -2160,7 +2186,8 @@ def disk_called(disk: dict[str, Any]) -> str:
 def read_smart_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     for disk in state.body("disks", ()):
         if disk.get("passed") is False:
-            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} says that it is failing (SMART).", "critical")
+            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} says that it is failing (SMART).",
+                          "critical")
         elif disk.get("passed") is None:
             yield Reading(f"disks/{disk['name']}", None, "", UNKNOWN)
 
@@ -2390,7 +2417,8 @@ def read_storage_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]
 def storage_reading(object: str, one: dict[str, Any]) -> Reading:
     used = storage_used_ratio(one)
     thin = (0.80, 0.90) if one.get("type") == "lvmthin" else None  # a full thin pool stops every guest on it
-    return Reading(object, used, "" if used is None else f"Storage {one['storage']} is {percent(used)} full.", limits=thin)
+    return Reading(object, used, "" if used is None else f"Storage {one['storage']} is {percent(used)} full.",
+                   limits=thin)
 
 
 def read_thin_metadata(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
@@ -2411,9 +2439,10 @@ def read_storage_inactive(state: Any, fleet: Fleet, now: float) -> Iterator[Read
             yield Reading(object, None, "", UNKNOWN)
             continue
         users = [guest for guest in state.body("guests", ()) if guest.get("status") == "running" and any(
-            isinstance(volume, dict) and volume.get("storage") == one["storage"] for volume in guest.get("volumes") or ())]
+            volume.get("storage") == one["storage"] for volume in dicts(guest.get("volumes")))]
         needed = f"; {len(users)} running guest(s) use it" if users else ""
-        yield Reading(object, None, f"Storage {one['storage']} ({one.get('type') or 'unknown type'}) is not active{needed}.",
+        yield Reading(object, None, f"Storage {one['storage']} ({one.get('type') or 'unknown type'}) is not "
+                                    f"active{needed}.",
                       "critical" if users else "warning")
 
 
@@ -2421,8 +2450,9 @@ def read_storage_inactive(state: Any, fleet: Fleet, now: float) -> Iterator[Read
 
 
 STOPPING = frozenset((
-    "qmstop", "qmshutdown", "vzstop", "vzshutdown", "qmigrate", "vzmigrate", "hamigrate", "hastop", "hashutdown", "stopall",
-    "vzsuspend", "qmsuspend", "qmpause", "suspendall", "migrateall", "qmdestroy", "vzdestroy", "qmrollback", "vzrollback",
+    "qmstop", "qmshutdown", "vzstop", "vzshutdown", "qmigrate", "vzmigrate", "hamigrate", "hastop", "stopall",
+    "vzsuspend", "qmsuspend", "qmpause", "suspendall", "migrateall", "qmdestroy", "vzdestroy",
+    "qmrollback", "vzrollback",
     "qmtemplate", "vztemplate", "qmrestore", "vzrestore", "qmmove", "vzmove", "qmclone", "vzclone"))
 RESTARTING = frozenset(("vzdump", "qmreboot", "vzreboot", "qmreset"))  # explain a stop only while they run
 BROKEN = frozenset(("io-error", "internal-error", "guest-panicked"))
@@ -2690,7 +2720,7 @@ BACKUP_GRACE = 6 * HOUR
 def backup_coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
     """Every real guest of a host, with the lateness of its backup by the schedule of the jobs that hold it."""
     body = state.body("backups", {})
-    jobs = [job for job in body.get("jobs") or () if isinstance(job, dict)]
+    jobs = dicts(body.get("jobs"))
     enabled = [job for job in jobs if job.get("enabled") not in (False, 0)]
     offset = local_offset(enabled, now)
     newest = newest_backups(state, fleet)
@@ -2702,7 +2732,8 @@ def backup_coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
         vmid = guest["vmid"]
         verdicts = [(job, job_holds(job, vmid, state)) for job in enabled]
         holding = [job for job, holds in verdicts if holds]
-        covered = True if holding else None if any(holds is None for _, holds in verdicts) or body.get("jobs") is None else False
+        unsure = body.get("jobs") is None or any(holds is None for _, holds in verdicts)
+        covered = True if holding else None if unsure else False
         ok_at = newest.get(vmid)
         late, twice = lateness(state, memory, guest, holding, ok_at, offset, now, schedules_known=bool(jobs))
         found.append(Coverage(str(vmid), text(guest, "name") or str(vmid), covered, late, twice, ok_at))
@@ -2732,8 +2763,8 @@ def newest_backups(state: Any, fleet: Fleet) -> dict[int, float]:
         one for one in fleet.hosts.values() if text(one.body("cluster"), "name") == cluster] or [state]
     found: dict[int, float] = {}
     for one in states:
-        for guest in one.body("backups", {}).get("guests") or ():
-            good = guest.get("newest_ok") if isinstance(guest, dict) else None
+        for guest in dicts(one.body("backups", {}).get("guests")):
+            good = guest.get("newest_ok")
             ended = number(good, "ended_at")
             if ended is not None and is_number(guest.get("vmid")):
                 began = ended - (number(good, "duration_seconds") or 0)
@@ -2741,7 +2772,8 @@ def newest_backups(state: Any, fleet: Fleet) -> dict[int, float]:
     return found
 
 
-def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding: list[dict[str, Any]], ok_at: float | None,
+def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding: list[dict[str, Any]],
+             ok_at: float | None,
              offset: float, now: float, *, schedules_known: bool) -> tuple[float | None, bool]:
     """Seconds since the run that should have been (negative: until it), and whether two have been missed."""
     worst: tuple[float | None, bool] = (None, False)
@@ -2771,9 +2803,12 @@ def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding:
 def read_backup_overdue(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     for one in coverage(state, fleet, now):
         if one.late_seconds is not None and one.late_seconds > BACKUP_GRACE:
-            when = "it has none yet" if one.newest_ok_at is None else f"the newest is {format_duration(now - one.newest_ok_at)} old"
+            when = "it has none yet"
+            if one.newest_ok_at is not None:
+                when = f"the newest is {format_duration(now - one.newest_ok_at)} old"
             yield Reading(f"guests/{one.vmid}", one.late_seconds, f"The backup of guest {one.vmid} ({one.name}) is "
-                          f"{format_duration(one.late_seconds)} late; {when}.", "critical" if one.missed_twice else "warning")
+                          f"{format_duration(one.late_seconds)} late; {when}.", "critical" if one.missed_twice
+                          else "warning")
 
 
 def coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
@@ -2793,7 +2828,10 @@ def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
     """The host table's column: seconds the latest backup is late, 0 or less = all on time, None = not known."""
     if state.body("backups") is None or state.body("guests") is None:
         return None
-    late = [one.late_seconds for one in coverage(state, fleet, now) if one.late_seconds is not None]
+    try:
+        late = [one.late_seconds for one in coverage(state, fleet, now) if one.late_seconds is not None]
+    except (TypeError, ValueError, AttributeError, KeyError):  # a report may hold anything
+        return None
     worst = max(late, default=None)
     return worst if worst is None or worst > BACKUP_GRACE else min(worst, 0)
 
@@ -2802,8 +2840,8 @@ def read_backup_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading
     """The newest run failed; two in a row are critical."""
     memory = remembered(state, "backup-failed")
     here = {str(guest["vmid"]): text(guest, "name") for guest in state.body("guests", ()) if not guest.get("template")}
-    for guest in state.body("backups", {}).get("guests") or ():
-        vmid = str(guest.get("vmid")) if isinstance(guest, dict) else ""
+    for guest in dicts(state.body("backups", {}).get("guests")):
+        vmid = str(guest.get("vmid"))
         failed, good = number(guest.get("newest_failed"), "ended_at"), number(guest.get("newest_ok"), "ended_at")
         if vmid not in here or failed is None or (good or 0) >= failed:
             forget(state, memory, vmid)
@@ -2813,13 +2851,15 @@ def read_backup_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading
             remember(state, memory, vmid, [*times, failed][-5:])
         count = len(memory[vmid])
         why = (text(guest["newest_failed"], "error") or "no reason told")[:200]
-        yield Reading(f"guests/{vmid}", count, f"The last {'backup' if count < 2 else f'{count} backups'} of guest {vmid} "
+        yield Reading(f"guests/{vmid}", count, f"The last {'backup' if count < 2 else f'{count} backups'} of guest "
+                                               f"{vmid} "
                       f"({here[vmid] or vmid}) failed: {why}", "critical" if count >= 2 else "warning")
 
 
 def read_backup_missing(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
-    muted = {str(guest["vmid"]) for guest in state.body("guests", ()) if {"no-backup", "nobackup"} & set(tags_of(guest))}
+    muted = {str(guest["vmid"]) for guest in state.body("guests", ())
+             if {"no-backup", "nobackup"} & set(tags_of(guest))}
     bare = [one for one in coverage(state, fleet, now) if one.covered is False and one.vmid not in muted
             and (one.newest_ok_at is None or now - one.newest_ok_at > 8 * DAY)]
     if bare:
@@ -2859,7 +2899,8 @@ def read_certificates(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]
         warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
         left = None if expires is None else expires - now
         failed = "; its renewal has failed" if acme or own else ""
-        yield Reading(f"certificates/{one.get('file')}", left, "" if left is None else certificate_text(one, left, failed),
+        yield Reading(f"certificates/{one.get('file')}", left, "" if left is None else certificate_text(one, left,
+                                                                                                        failed),
                       limits=(warn, 5 * DAY))
 
 
@@ -2880,7 +2921,8 @@ def read_clock_unsynced(state: Any, fleet: Fleet, now: float) -> Iterator[Readin
     if synchronised is None:
         yield Reading("", None, "", UNKNOWN)
     elif not synchronised:
-        yield Reading("", None, f"The clock is not synchronised ({text(state.body('time_sync'), 'source') or 'no source'}).",
+        yield Reading("", None, f"The clock is not synchronised "
+                                f"({text(state.body('time_sync'), 'source') or 'no source'}).",
                       "warning")
 
 
@@ -2919,10 +2961,12 @@ def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     for part in ("lrm", "manager"):
         as_of = number(body.get(part), "as_of")
         if as_of is not None and section.stamp.time - as_of > 2 * MINUTE:
-            yield Reading(f"ha/{part}", section.stamp.time - as_of, f"HA's {'local resource' if part == 'lrm' else 'cluster'} "
-                          f"manager has been silent for {format_duration(section.stamp.time - as_of)}.", "warning")
+            silent = section.stamp.time - as_of
+            yield Reading(f"ha/{part}", silent, f"HA's {HA_PARTS[part]} manager has been silent for "
+                          f"{format_duration(silent)}.", "warning")
 
 
+HA_PARTS = {"lrm": "local resource", "manager": "cluster"}
 CORE_SERVICES = frozenset(("pve-cluster", "pvestatd", "pveproxy"))
 WATCHED_SERVICES = CORE_SERVICES | frozenset((
     "pvedaemon", "pvescheduler", "pve-firewall", "pve-ha-crm", "pve-ha-lrm", "corosync", "qmeventd", "watchdog-mux",
@@ -3020,7 +3064,8 @@ def watch_agent(state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
     live = stamp.received_at - report["time"] < 2 * MINUTE
     if live:
         offset = number(report.get("agent"), "clock_offset")
-        skew = max(abs(offset or 0.0), abs(report["time"] - stamp.received_at) if report["time"] > stamp.received_at else 0.0)
+        skew = max(abs(offset or 0.0), abs(report["time"] - stamp.received_at) if report["time"] > stamp.received_at
+                   else 0.0)
         state.scratch["skews"] = (*state.scratch.get("skews", ()), skew)[-3:]
         watch_runs(state, report["time"], stamp)
     failures = state.scratch.setdefault("failures", {})
@@ -3079,7 +3124,7 @@ def split_views(views: list[View]) -> list[list[View]]:
 
 
 def member_names(view: View) -> set[str]:
-    names = {text(one, "name") or "" for one in view.body.get("members") or () if isinstance(one, dict)}
+    names = {text(one, "name") or "" for one in dicts(view.body.get("members"))}
     return names or {view.state.name}
 
 
@@ -3103,7 +3148,7 @@ def disagreement(views: list[View]) -> str | None:
         return f"{', '.join(without[:5])} have no quorum, the others have"
     if len({frozenset(member_names(view)) for view in views if view.body.get("members")}) > 1:
         return "they name different members"
-    online = {frozenset(text(one, "name") or "" for one in view.body.get("members") or () if one.get("online"))
+    online = {frozenset(text(one, "name") or "" for one in dicts(view.body.get("members")) if one.get("online"))
               for view in views if view.body.get("members")}
     return "they see different members online" if len(online) > 1 else None
 
@@ -3128,12 +3173,13 @@ def judge_views(name: str, views: list[View], fleet: Fleet, now: float) -> Itera
 def judge_members(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
     """Votes that are missing; a member that is known here to be offline is told by its own alert."""
     quorate = [view for view in views if view.body.get("quorate")] or views
-    missing = [(number(view.body, "votes_expected") or 0) - (number(view.body, "votes_present") or 0) for view in quorate
+    missing = [(number(view.body, "votes_expected") or 0) - (number(view.body, "votes_present") or 0)
+               for view in quorate
                if number(view.body, "votes_expected") is not None and number(view.body, "votes_present") is not None]
     if not missing or max(missing) < 1:
         return
-    away = sorted({text(one, "name") or "?" for view in quorate for one in view.body.get("members") or ()
-                   if isinstance(one, dict) and one.get("online") in (False, 0)})
+    away = sorted({text(one, "name") or "?" for view in quorate for one in dicts(view.body.get("members"))
+                   if one.get("online") in (False, 0)})
     offline = {state.name.lower() for state in fleet.hosts.values() if ("host-offline", "") in state.alerts}
     if away and all(one.lower() in offline for one in away):
         return
@@ -3155,7 +3201,8 @@ def judge_cluster_clocks(name: str, views: list[View], fleet: Fleet, now: float)
     if len(known) > 1:
         apart = max(known.values()) - min(known.values())
         first, last = min(known, key=lambda host: known[host]), max(known, key=lambda host: known[host])
-        yield Reading(f"clusters/{name}", apart, f"The clocks of {first} and {last} in cluster {name} are {apart:.1f} s apart.")
+        yield Reading(f"clusters/{name}", apart, f"The clocks of {first} and {last} in cluster {name} are {apart:.1f} "
+                                                 f"s apart.")
 
 
 def judge_ha_services(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
@@ -3165,7 +3212,8 @@ def judge_ha_services(name: str, views: list[View], fleet: Fleet, now: float) ->
     for service in max(bodies, key=lambda one: one[0])[1].get("services") or () if bodies else ():
         state = text(service, "state")
         if state in ("error", "fence"):
-            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None, f"HA service {service.get('id')} of cluster {name} "
+            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None, f"HA service {service.get('id')} of "
+                                                                           f"cluster {name} "
                           f"on {service.get('node')} is in state {state}.", "critical")
 
 
@@ -3182,8 +3230,8 @@ def judge_shared_storages(name: str, views: list[View], fleet: Fleet, now: float
     """A storage that all nodes share is full once, not once per node."""
     for storage, seen in shared_storages(views).items():
         known = [one for _, one in seen if storage_used_ratio(one) is not None]
-        yield storage_reading(f"clusters/{name}/storages/{storage}", max(known, key=lambda one: storage_used_ratio(one) or 0)
-                              if known else seen[0][1])
+        fullest = max(known, key=lambda one: storage_used_ratio(one) or 0) if known else seen[0][1]
+        yield storage_reading(f"clusters/{name}/storages/{storage}", fullest)
 
 
 # Silence: judged by our own clock
@@ -3246,7 +3294,8 @@ def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
         where = "the fleet" if object == "sites" else f"site {object.partition('/')[2]}"
         names = sorted(fleet.hosts[one].name for one in hosts if one in fleet.hosts)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        yield Reading(object, len(hosts), f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.", "critical")
+        yield Reading(object, len(hosts), f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.",
+                      "critical")
 
 
 # The rows
@@ -3255,78 +3304,101 @@ def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 def rule_rows() -> tuple[Rule, ...]:
     """Every rule, with the defaults that are shipped on; docs/alerts.md has them as a table."""
     return (
-        Rule("host-offline", "host", "clock", None, "What is not seen cannot be judged: its guests may be down too.",
+        Rule("host-offline", "host", CLOCK, None, "What is not seen cannot be judged: its guests may be down too.",
              "Is the host up and on the network? On it: systemctl status proxmox-monitor-agent", crit=OFFLINE_SECONDS),
-        Rule("site-offline", "site", "cluster", read_sites, "Many hosts fell silent at once: one cause, not many.",
+        Rule("site-offline", "site", SHARED, read_sites, "Many hosts fell silent at once: one cause, not many.",
              "Look at the site's power, uplink and firewall, and at this server's own network.", data_risk=False),
-        Rule("pool-state", "pool", "pool_states", read_pool_state, "A pool that is not ONLINE has lost redundancy, or data.",
+        Rule("pool-state", "pool", "pool_states", read_pool_state, "A pool that is not ONLINE has lost redundancy, or "
+                                                                   "data.",
              "zpool status -v POOL; replace or bring back the disk that is named.", data_risk=True, worse=-1),
-        Rule("pool-vanished", "pool", "pool_states", read_pool_vanished, "A pool that is not imported is no longer there for "
+        Rule("pool-vanished", "pool", "pool_states", read_pool_vanished, "A pool that is not imported is no longer "
+                                                                         "there for "
              "its guests.", "zpool import; if it was exported on purpose, accept this as normal.", data_risk=True,
              accept=forgets("pool-vanished")),
-        Rule("vdev-errors", "vdev", "pools", read_vdev_errors, "A disk, cable or controller gives errors; ZFS has covered "
+        Rule("vdev-errors", "vdev", "pools", read_vdev_errors, "A disk, cable or controller gives errors; ZFS has "
+                                                               "covered "
              "for them so far.", "Look at the disk's SMART values and cable; then zpool clear, or accept as normal.",
              data_risk=True, accept=accept_vdev_errors),
         Rule("pool-data-errors", "pool", "pools", read_data_errors, "Data is damaged and ZFS has no good copy.",
              "zpool status -v names the files: restore them from a backup, then zpool clear and scrub.", data_risk=True,
              worse=1),
-        Rule("pool-capacity", "pool", "pools", read_pool_capacity, "ZFS slows down when little is free, and a full pool stops "
+        Rule("pool-capacity", "pool", "pools", read_pool_capacity, "ZFS slows down when little is free, and a full "
+                                                                   "pool stops "
              "its guests.", "Delete old snapshots, move guests, or add a vdev.", warn=0.80, crit=0.90, clear_by=0.03,
              hold=15 * MINUTE),
-        Rule("pool-forecast", "pool", "pools", read_pool_forecast, "It grows steadily, and a full pool stops its guests.",
+        Rule("pool-forecast", "pool", "pools", read_pool_forecast, "It grows steadily, and a full pool stops its "
+                                                                   "guests.",
              "Find what grows: zfs list -o space; plan disks.", warn=14, crit=3, clear_by=1, low=True, hold=HOUR),
         Rule("dataset-quota", "dataset", "datasets", read_dataset_quota, "Writes fail when the quota is used up.",
              "Raise the quota or delete something.", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE),
-        Rule("pool-fragmentation", "pool", "pools", read_fragmentation, "Little and scattered free space makes writes slow.",
+        Rule("pool-fragmentation", "pool", "pools", read_fragmentation, "Little and scattered free space makes writes "
+                                                                        "slow.",
              "Free space below 80 % use.", warn=0.70, clear_by=0.10, hold=DAY),
         Rule("scrub-age", "pool", "pools", read_scrub_age, "Errors that nobody reads are found only by a scrub.",
-             "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.", warn=40 * DAY, crit=75 * DAY,
+             "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.", warn=40 * DAY,
+             crit=75 * DAY,
              data_risk=False),
         Rule("scrub-result", "pool", "pools", read_scrub_result, "A disk returned wrong data.",
              "Find the disk with zpool status -v; accept as normal if it was a single event.",
              accept=accept_scrub_result),
-        Rule("scrub-stuck", "pool", "pools", read_scrub_stuck, "A scrub or resilver that stands still protects nothing.",
+        Rule("scrub-stuck", "pool", "pools", read_scrub_stuck, "A scrub or resilver that stands still protects "
+                                                               "nothing.",
              "zpool status; a paused scrub goes on with zpool scrub POOL."),
         Rule("snapshot-age", "snapshots", "snapshots", read_snapshot_age, "Whoever makes these snapshots has stopped.",
              "systemctl status sanoid.timer (or what makes them).", warn=None, crit=None, always=True),
-        Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone, "A kind of snapshot that was always there is not.",
+        Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone, "A kind of snapshot that was always there "
+                                                                            "is not.",
              "If it was given up on purpose, accept this as normal.", accept=forgets("snapshot-gone")),
-        Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots, "Forgotten snapshots hold space and grow.",
+        Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots, "Forgotten snapshots hold space and "
+                                                                               "grow.",
              "Delete the snapshot if nobody needs it any more.", always=True),
         Rule("smart-failed", "disk", "disks", read_smart_failed, "The disk itself expects to fail.",
              "Replace it: zpool replace POOL OLD NEW.", data_risk=True, always=True),
-        Rule("smart-warning", "disk", "disks", read_smart_warning, "The NVMe controller reports worn-out spare, heat, lost "
+        Rule("smart-warning", "disk", "disks", read_smart_warning, "The NVMe controller reports worn-out spare, heat, "
+                                                                   "lost "
              "reliability or read-only media.", "smartctl -a; replace the disk.", data_risk=True, always=True),
-        Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE), "Damage that grows is the best sign of a "
-             "disk about to fail.", "Order a spare; accept as normal if it stays as it is.", data_risk=True, always=True,
+        Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE), "Damage that grows is the best "
+                                                                                     "sign of a "
+             "disk about to fail.", "Order a spare; accept as normal if it stays as it is.", data_risk=True,
+             always=True,
              accept=accept_growth("smart-growth")),
-        Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}), "Transfer errors: cable, "
+        Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}), "Transfer "
+                                                                                                     "errors: cable, "
              "backplane or power, seldom the disk.", "Reseat or replace the cable, then accept as normal.", always=True,
              accept=accept_growth("smart-crc")),
-        Rule("smart-unknown", "disk", "disks", read_smart_unknown, "Behind a RAID controller or USB bridge nobody sees it fail.",
+        Rule("smart-unknown", "disk", "disks", read_smart_unknown, "Behind a RAID controller or USB bridge nobody "
+                                                                   "sees it fail.",
              "Ask the controller's own tool.", always=True),
         Rule("disk-gone", "disk", "disks", read_disk_gone, "A disk that was there does not answer any more.",
              "Is it plugged in? If it was taken out on purpose, accept this as normal.", data_risk=True, always=True,
              accept=accept_disk_gone),
-        Rule("disk-temperature", "disk", "disks", read_disk_temperature, "Heat shortens a disk's life and makes it throttle.",
+        Rule("disk-temperature", "disk", "disks", read_disk_temperature, "Heat shortens a disk's life and makes it "
+                                                                         "throttle.",
              "Look at fans, filters and airflow.", clear_by=5, hold=15 * MINUTE),
         Rule("disk-wear", "disk", "disks", read_disk_wear, "Flash that is used up fails, often at once.",
              "Replace it; in a mirror not both at the same time.", warn=0.80, crit=0.95, always=True),
         Rule("disk-wear-forecast", "disk", "disks", read_wear_forecast, "Its rated life ends within half a year.",
              "Plan its replacement; look at what writes so much.", warn=180, clear_by=14, low=True, always=True),
         Rule("cpu", "host", "node", node_reader("cpu_ratio", lambda v: f"CPU is {percent(v)} busy."),
-             "Guests wait for CPU time.", "See which guests use it; move some.", warn=0.90, clear_by=0.10, hold=30 * MINUTE),
-        Rule("memory", "host", "node", node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or can be "
+             "Guests wait for CPU time.", "See which guests use it; move some.", warn=0.90, clear_by=0.10,
+             hold=30 * MINUTE),
+        Rule("memory", "host", "node", node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or "
+                                                                                  f"can be "
              "freed (ARC counted)."), "The kernel will kill processes, guests among them.",
              "Shrink or move guests, or limit the ARC.", warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE,
              hold_crit=5 * MINUTE, low=True),
         Rule("oom", "host", "node", read_oom, "The kernel killed processes to get memory.",
              "journalctl -k -g 'Killed process' shows which.", accept=forgets("oom")),
-        Rule("io-pressure", "host", "node", node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait for I/O "
-             f"{percent(v)} of the time."), "Storage cannot keep up: guests stall.", "zpool iostat -v 5; is a disk slow, or a "
+        Rule("io-pressure", "host", "node", node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait "
+                                                                                                   f"for I/O "
+             f"{percent(v)} of the time."), "Storage cannot keep up: guests stall.", "zpool iostat -v 5; is a disk "
+                                                                                     "slow, or a "
              "backup or scrub running?", warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE),
-        Rule("memory-pressure", "host", "node", node_reader("pressure_memory_full_avg300_ratio", lambda v: f"All tasks wait for "
-             f"memory {percent(v)} of the time."), "The host is thrashing.", "Shrink or move guests.", warn=0.05, crit=0.15,
+        Rule("memory-pressure", "host", "node", node_reader("pressure_memory_full_avg300_ratio", lambda v: f"All "
+                                                                                                           f"tasks "
+                                                                                                           f"wait for "
+             f"memory {percent(v)} of the time."), "The host is thrashing.", "Shrink or move guests.", warn=0.05,
+             crit=0.15,
              clear_part=0.5, hold=5 * MINUTE),
         Rule("root-full", "host", "node", read_root_full, "A full root file system stops logs, tasks and pmxcfs.",
              "du -xh --max-depth=2 / | sort -h | tail", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
@@ -3334,16 +3406,19 @@ def rule_rows() -> tuple[Rule, ...]:
              "Plan a reboot.", warn=30 * DAY),
         Rule("storage-full", "storage", "storages", read_storage_full, "Guests and backups on it fail when it is full.",
              "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-        Rule("storage-metadata", "storage", "storages", read_thin_metadata, "A thin pool without metadata space goes read-only.",
+        Rule("storage-metadata", "storage", "storages", read_thin_metadata, "A thin pool without metadata space goes "
+                                                                            "read-only.",
              "lvextend --poolmetadatasize", warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE),
         Rule("storage-inactive", "storage", "storages", read_storage_inactive, "Guests and backups cannot use it.",
              "pvesm status; is the server of it up, is the pool imported?", hold=10 * MINUTE),
-        Rule("cluster-storage-full", "storage", "cluster", cluster_reader(judge_shared_storages), "Guests and backups on it fail "
+        Rule("cluster-storage-full", "storage", SHARED, cluster_reader(judge_shared_storages), "Guests and backups "
+                                                                                                  "on it fail "
              "when it is full.", "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03,
              hold=10 * MINUTE),
         Rule("guest-down", "guest", "guests", read_guest_down, "It was running, and nobody stopped it through Proxmox.",
              "Look at its task log and console; start it.", hold=2 * MINUTE),
-        Rule("backup-overdue", "guest", "backups", read_backup_overdue, "There is no backup as recent as the schedule promises.",
+        Rule("backup-overdue", "guest", "backups", read_backup_overdue, "There is no backup as recent as the schedule "
+                                                                        "promises.",
              "Look at the last vzdump task and whether the job runs.", data_risk=True, always=True),
         Rule("backup-failed", "guest", "backups", read_backup_failed, "The newest backup of it does not exist.",
              "Read the task log; run the backup by hand.", data_risk=True, always=True),
@@ -3351,27 +3426,36 @@ def rule_rows() -> tuple[Rule, ...]:
              "Add them to a job, or tag them no-backup.", hold=HOUR, always=True),
         Rule("updates-security", "host", "updates", read_updates_security, "Known holes stay open.",
              "apt update && apt dist-upgrade", warn=14 * DAY, always=True),
-        Rule("updates-stale", "host", "updates", read_updates_stale, "Without a fresh list nobody knows what is missing.",
+        Rule("updates-stale", "host", "updates", read_updates_stale, "Without a fresh list nobody knows what is "
+                                                                     "missing.",
              "systemctl status pve-daily-update.timer; check the repositories.", warn=7 * DAY, always=True),
-        Rule("certificate", "certificate", "certificates", read_certificates, "When it expires, browsers and other nodes refuse "
+        Rule("certificate", "certificate", "certificates", read_certificates, "When it expires, browsers and other "
+                                                                              "nodes refuse "
              "the host.", "pvenode acme cert renew, or pvecm updatecerts --force", low=True, always=True),
-        Rule("clock-skew", "host", "agent", read_clock_skew, "Wrong time breaks the cluster, certificates and logs.",
+        Rule("clock-skew", "host", AGENT, read_clock_skew, "Wrong time breaks the cluster, certificates and logs.",
              "chronyc tracking; systemctl restart chrony", warn=30, crit=120),
         Rule("clock-unsynced", "host", "time_sync", read_clock_unsynced, "The clock will drift away.",
              "chronyc sources -v", hold=30 * MINUTE),
-        Rule("cluster-clock", "cluster", "cluster", cluster_reader(judge_cluster_clocks), "Corosync and Ceph need equal clocks.",
+        Rule("cluster-clock", "cluster", SHARED, cluster_reader(judge_cluster_clocks), "Corosync and Ceph need "
+                                                                                          "equal clocks.",
              "chronyc tracking on both nodes.", warn=0.5, clear_by=0.1, hold=5 * MINUTE),
-        Rule("cluster-quorum", "cluster", "cluster", cluster_reader(judge_quorum), "Without quorum /etc/pve is read-only: nothing "
-             "starts, HA fences nodes.", "pvecm status; bring nodes or their network back.", hold=MINUTE, data_risk=True),
-        Rule("cluster-disagree", "cluster", "cluster", cluster_reader(judge_views), "The cluster is split, or a node's view is "
+        Rule("cluster-quorum", "cluster", SHARED, cluster_reader(judge_quorum), "Without quorum /etc/pve is "
+                                                                                   "read-only: nothing "
+             "starts, HA fences nodes.", "pvecm status; bring nodes or their network back.", hold=MINUTE,
+             data_risk=True),
+        Rule("cluster-disagree", "cluster", SHARED, cluster_reader(judge_views), "The cluster is split, or a "
+                                                                                    "node's view is "
              "wrong.", "pvecm status on each node; journalctl -u corosync", hold=MINUTE),
-        Rule("cluster-member", "cluster", "cluster", cluster_reader(judge_members), "The cluster can lose fewer nodes than it was "
+        Rule("cluster-member", "cluster", SHARED, cluster_reader(judge_members), "The cluster can lose fewer nodes "
+                                                                                    "than it was "
              "built for.", "pvecm status; start the node, or remove it for good.", hold=5 * MINUTE),
-        Rule("cluster-margin", "cluster", "cluster", cluster_reader(judge_margin), "One more failure stops the whole cluster.",
+        Rule("cluster-margin", "cluster", SHARED, cluster_reader(judge_margin), "One more failure stops the whole "
+                                                                                   "cluster.",
              "Add a node or a QDevice.", hold=5 * MINUTE),
         Rule("replication", "replication", "replication", read_replication, "The copy on the other node gets older.",
              "pvesr status; read the job's log in /var/log/pve/replicate."),
-        Rule("ha-service", "service", "cluster", cluster_reader(judge_ha_services), "HA has given up on it, or is fencing its "
+        Rule("ha-service", "service", SHARED, cluster_reader(judge_ha_services), "HA has given up on it, or is "
+                                                                                    "fencing its "
              "node.", "ha-manager status; set it to disabled, mend it, start it."),
         Rule("ha-stale", "service", "ha", read_ha_stale, "A dead resource manager lets the watchdog reset the node.",
              "systemctl status pve-ha-lrm pve-ha-crm"),
@@ -3379,14 +3463,16 @@ def rule_rows() -> tuple[Rule, ...]:
              "systemctl status UNIT; journalctl -u UNIT", hold=10 * MINUTE),
         Rule("mail-queue", "host", "services", read_mail_queue, "The host's own warnings do not reach anybody.",
              "mailq; postsuper -d ALL deferred", hold=10 * MINUTE),
-        Rule("section-failing", "section", "agent", read_section_failing, "This part of the host is not being watched.",
+        Rule("section-failing", "section", AGENT, read_section_failing, "This part of the host is not being watched.",
              "proxmox-monitor-agent once --explain shows the command that fails."),
-        Rule("spool-dropped", "host", "agent", read_spool_dropped, "History has a hole.",
+        Rule("spool-dropped", "host", AGENT, read_spool_dropped, "History has a hole.",
              "Was the server away for long? Raise [spool] max_mb.", accept=accept_spool_dropped),
-        Rule("agent-old", "host", "agent", read_agent_old, "An old agent knows fewer things.", "Install the newer one."),
-        Rule("host-twice", "host", "agent", read_host_twice, "Two machines mix their reports: neither can be judged.",
+        Rule("agent-old", "host", AGENT, read_agent_old, "An old agent knows fewer things.", "Install the newer "
+                                                                                               "one."),
+        Rule("host-twice", "host", AGENT, read_host_twice, "Two machines mix their reports: neither can be judged.",
              "Was this host cloned? Give each its own host_id and token."),
-        Rule("server-certificate", "server", "cluster", None, "When it expires, agents and people cannot reach this server.",
+        Rule("server-certificate", "server", SHARED, None, "When it expires, agents and people cannot reach this "
+                                                              "server.",
              "Look at Caddy's log.", warn=21 * DAY, crit=5 * DAY, low=True),
     )
 
@@ -3394,10 +3480,11 @@ def rule_rows() -> tuple[Rule, ...]:
 RULES = rule_rows()
 RULE = {rule.name: rule for rule in RULES}
 RULES_OF: dict[str, tuple[Rule, ...]] = {
-    section: tuple(rule for rule in RULES if rule.section == section and rule.read is not None)
-    for section in {rule.section for rule in RULES}}
-RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # its sentence tells of the resilver
-RULES_OF["agent"] = tuple(rule for rule in RULES if rule.section == "agent")
+    section: tuple(rule for rule in RULES if rule.section == section)
+    for section in {rule.section for rule in RULES} - {CLOCK, SHARED, AGENT}}
+RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # tells of the resilver
+AGENT_RULES = tuple(rule for rule in RULES if rule.section == AGENT)
+SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED and rule.read is not None)
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -3415,6 +3502,7 @@ class Layers:
         self.tags = {tag.lower(): one.get("rules", {}) for tag, one in document.get("tags", {}).items()}
         self.hosts = {host.lower(): one for host, one in document.get("hosts", {}).items()}
         self.objects: dict[str, Any] = document.get("objects", {})
+        self.has_objects = bool(self.objects) or any(one.get("objects") for one in self.hosts.values())
 
     def limits(self, state: Any, rule: Rule) -> Limits:
         """What holds for a rule on a host (or on the fleet's own alerts, which have no host)."""
@@ -3516,7 +3604,7 @@ def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: floa
     what changed; gives back the alerts that did."""
     changes: list[tuple[Alert | None, Alert | None]] = []
     if changed is not None:
-        rules = [rule for section in changed for rule in RULES_OF.get(section, ())] + list(RULES_OF["agent"])
+        rules = [rule for section in changed for rule in RULES_OF.get(section, ())] + list(AGENT_RULES)
         changes += judge(state, rules, fleet, now)
     rule = RULE["host-offline"]
     limits = fleet.layers.limits(state, rule)
@@ -3533,7 +3621,7 @@ def judge_shared(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
     """What no single host can tell: clusters, sites."""
     shared = fleet.shared
     shared.scratch = {"views": cluster_views(fleet, now), "silent": judge_silence(fleet, now), "concerns": {}}
-    for old, new in judge(shared, RULES_OF["cluster"], fleet, now):
+    for old, new in judge(shared, SHARED_RULES, fleet, now):
         write_alert(db, shared, old, new, now)
     fleet.concerned = concerned_hosts(shared)
 
@@ -3579,7 +3667,7 @@ def broken_pool(state: Any, pools: Iterable[str | None]) -> Alert | None:
 def cause_of_guest(state: Any, vmid: str) -> Alert | None:
     """A guest's volumes lead to its pools and storages."""
     guest: dict[str, Any] = next((one for one in state.body("guests", ()) if str(one["vmid"]) == vmid), {})
-    volumes = [one for one in guest.get("volumes") or () if isinstance(one, dict)]
+    volumes = dicts(guest.get("volumes"))
     inactive = (state.alerts.get(("storage-inactive", f"storages/{one.get('storage')}")) for one in volumes)
     firing = (alert for alert in inactive if alert is not None and alert.state == "firing")
     return broken_pool(state, [pool_of(text(one, "dataset")) for one in volumes]) or next(firing, None)
@@ -3594,7 +3682,7 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
     fields = {key: getattr(new, key) for key in ALERT_FIELDS}
     if new.id is None:
         new.id = db.execute(INSERT_ALERT, {**fields, "host_id": state.id}).lastrowid
-    elif old is None or any(getattr(old, key) != fields[key] for key in ALERT_FIELDS if key != "value"):
+    elif old is None or any(getattr(old, key) != fields[key] for key in ALERT_FIELDS):
         db.execute(UPDATE_ALERT, {**fields, "id": new.id})
     if new.state == "resolved" and new.told_severity is not None:
         state.scratch.setdefault("over", []).append(new)
@@ -3604,7 +3692,8 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
 
 
 ALERT_FIELDS = (
-    "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at", "resolved_at", "because_of",
+    "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at", "resolved_at",
+    "because_of",
     "acknowledged_at", "acknowledged_by", "acknowledged_until", "acknowledged_note", "acknowledged_severity",
     "acknowledged_value", "told_severity", "told_at",
 )
@@ -3706,7 +3795,8 @@ def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Sta
     rules = [rule for section in changed for rule in RULES_OF.get(section, ())]
     found = []
     for old, new in judge(past, rules, fleet, stamp.time):
-        if new is not None and new.severity != "info" and (old is None or old.state != new.state) and new.state != "pending":
+        if new is not None and new.severity != "info" and (old is None
+                                                           or old.state != new.state) and new.state != "pending":
             found.append(Past(past.name, new.rule, new.object, new.severity, new.message, new.fired_at or stamp.time,
                               stamp.time if new.state == "resolved" else None))
     return found
@@ -3721,7 +3811,8 @@ def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report
     for one in judge_past(past[0], fleet, report, stamp):
         if (one.rule, one.object) not in state.alerts:
             word = "over" if one.over_at else "fired"
-            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}", f"{one.message} (told late, by a backlog)",
+            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}", f"{one.message} (told late, by a "
+                                                                                f"backlog)",
                          host=state.name, object=one.object or None)
 
 
@@ -3835,7 +3926,8 @@ def build_settings(document: dict[str, Any]) -> Settings:
 
 
 Path = tuple[Any, ...]
-COMMON: dict[str, type] = {"name": str, "kind": str, "severities": list, "sites": list, "tags": list, "hosts": list, "rules": list,
+COMMON: dict[str, type] = {"name": str, "kind": str, "severities": list, "sites": list, "tags": list, "hosts": list,
+                           "rules": list,
           "quiet": dict, "reminders": bool, "recoveries": bool}
 
 
@@ -3857,7 +3949,8 @@ def build_channel(given: Any, path: Path) -> Channel:
     for key in ("url", "secret", "security"):
         check_option(given, key, path)
     severities = checked_severities(given.get("severities", ["critical", "warning"]), (*path, "severities"))
-    only = {key: frozenset(one.lower() for one in given[key]) for key in ("sites", "tags", "hosts", "rules") if given.get(key)}
+    only = {key: frozenset(one.lower() for one in given[key]) for key in ("sites", "tags", "hosts", "rules")
+            if given.get(key)}
     for rule in only.get("rules", ()):
         if rule not in RULE:
             raise Mistake((*path, "rules"), f"there is no rule {rule!r}")
@@ -3875,7 +3968,8 @@ def check_option(given: dict[str, Any], key: str, path: Path) -> None:
     value = given.get(key)
     if value is None:
         return
-    if key == "url" and (urllib.parse.urlsplit(value).scheme not in ("http", "https") or not urllib.parse.urlsplit(value).hostname):
+    if key == "url" and (urllib.parse.urlsplit(value).scheme not in ("http", "https")
+                         or not urllib.parse.urlsplit(value).hostname):
         raise Mistake((*path, key), "should be an http(s) address")
     if key == "secret":
         try:
@@ -3960,10 +4054,12 @@ def key_path(document: Any) -> Path:
 # What is told: from alerts to notifications
 
 
-def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *, by: str) -> dict[str, Any]:
+def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *, by: str) -> dict[str,
+                                                                                                                 Any]:
     made = db.execute("""
         INSERT INTO silence (tag, site, host, object, rule, until, note, created_by, created_at)
-        VALUES (:tag, :site, :host, :object, :rule, :until, :note, :by, :now)""", {**fields, "by": by, "now": now}).lastrowid
+        VALUES (:tag, :site, :host, :object, :rule, :until, :note, :by, :now)""",
+        {**fields, "by": by, "now": now}).lastrowid
     fleet.silences = list_silences(db, now)
     what = ", ".join(f"{key} {fields[key]}" for key in SILENCE_MATCHERS if fields[key])
     insert_event(db, now, "silence-created", f"{by} silenced {what}", host=fields["host"], object=fields["object"])
@@ -4163,7 +4259,8 @@ def subject_of(items: list[dict[str, Any]]) -> str:
         return one_line(f"[{word}] {where}{first['message']}")[:200]
     standing = [one for one in items if one["kind"] != "resolved"]
     critical = sum(one["severity"] == "critical" for one in standing)
-    counts = [f"{critical} critical" if critical else "", f"{len(standing) - critical} more" if len(standing) > critical else "",
+    counts = [f"{critical} critical" if critical else "", f"{len(standing) - critical} more"
+              if len(standing) > critical else "",
               f"{len(items) - len(standing)} over" if len(items) > len(standing) else ""]
     word = (standing[0]["severity"] if standing else "OK").upper()
     return one_line(f"[{word}] {', '.join(filter(None, counts))}: {first['message']}")[:200]
@@ -4178,7 +4275,8 @@ def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
     """A message as plain text: what, where, since, why, what to do, link."""
     parts = [item_text(one) for one in body["items"]]
     if body["left_out"]:
-        parts.append("And " + ", ".join(f"{count} {key}" for key, count in body["left_out"].items()) + " more: see the page.")
+        parts.append("And " + ", ".join(f"{count} {key}" for key, count in body["left_out"].items()) + " more: see "
+                                                                                                       "the page.")
     whole = "\n\n".join(parts)
     return whole if len(whole) <= limit else whole[:limit - 20] + "\n… (cut)"
 
@@ -4186,8 +4284,8 @@ def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
 def item_text(one: dict[str, Any]) -> str:
     if one["kind"] in ("test", "digest"):
         return one["message"]
-    word = {"resolved": "OVER", "reminder": "STILL " + one["severity"].upper(), "worse": "NOW " + one["severity"].upper()}.get(
-        one["kind"], one["severity"].upper())
+    word = {"resolved": "OVER", "reminder": "STILL {}", "worse": "NOW {}"}.get(one["kind"], "{}")
+    word = word.format(one["severity"].upper())
     where = " ".join(filter(None, (one["host"], f"({one['site']})" if one["site"] else "", one["object"] or "")))
     since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(one["since"]))
     lines = [f"{word}: {one_line(one['message'])}", f"Where: {one_line(where) or 'the monitor'}",
@@ -4263,7 +4361,8 @@ def send_ntfy(options: dict[str, Any], message_id: str, body: dict[str, Any]) ->
     server, _, topic = options["url"].rstrip("/").rpartition("/")
     headers = {"Authorization": "Bearer " + options["token"]} if "token" in options else {}
     post(server, {"topic": topic, "title": body["subject"], "message": message_text(body, 3500),
-                  "priority": {"critical": 5, "warning": 4}.get(worst_of(body), 3), "click": body["items"][0]["link"]}, headers)
+                  "priority": {"critical": 5, "warning": 4}.get(worst_of(body), 3), "click": body["items"][0]["link"]},
+                  headers)
 
 
 def send_gotify(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
@@ -4288,7 +4387,8 @@ def send_slack(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
 
 
 def send_discord(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    post(options["url"], {"content": f"{body['subject']}\n{message_text(body, 1700)}", "allowed_mentions": {"parse": []}})
+    post(options["url"], {"content": f"{body['subject']}\n{message_text(body, 1700)}",
+                          "allowed_mentions": {"parse": []}})
 
 
 def send_mattermost(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
@@ -4299,7 +4399,8 @@ def send_mattermost(options: dict[str, Any], message_id: str, body: dict[str, An
 def send_teams(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
     """An Adaptive Card, as Teams' workflows take it."""
     blocks = [{"type": "TextBlock", "text": body["subject"], "weight": "Bolder", "wrap": True}]
-    blocks += [{"type": "TextBlock", "text": line, "wrap": True} for line in message_text(body, 18_000).split("\n") if line]
+    blocks += [{"type": "TextBlock", "text": line, "wrap": True} for line in message_text(body, 18_000).split("\n")
+               if line]
     card = {"$schema": "http://adaptivecards.io/schemas/adaptive-card.json", "type": "AdaptiveCard", "version": "1.4",
             "body": blocks}
     post(options["url"], {"type": "message", "attachments": [
@@ -4373,7 +4474,8 @@ def channel_rows(db: sqlite3.Connection, fleet: Fleet) -> list[dict[str, Any]]:
         row = db.execute("""
             SELECT (SELECT max(sent_at) FROM message WHERE channel = :name AND sent_at IS NOT NULL) AS last_sent_at,
                    (SELECT count(*) FROM notification WHERE channel = :name AND message_id IS NULL) +
-                   (SELECT count(*) FROM message WHERE channel = :name AND sent_at IS NULL AND given_up_at IS NULL) AS waiting,
+                   (SELECT count(*) FROM message
+                    WHERE channel = :name AND sent_at IS NULL AND given_up_at IS NULL) AS waiting,
                    (SELECT count(*) FROM message WHERE channel = :name AND given_up_at > :week) AS given_up
             """, {"name": channel.name, "week": time.time() - 7 * DAY}).fetchone()
         failed = db.execute("""
@@ -4404,7 +4506,8 @@ class Notifier:
         for channel in self.fleet.channels:
             thread = self._threads.get(channel.name)
             if thread is None or not thread.is_alive():
-                thread = threading.Thread(target=self._run, args=(channel.name,), name=f"to {channel.name}", daemon=True)
+                thread = threading.Thread(target=self._run, args=(channel.name,), name=f"to {channel.name}",
+                                          daemon=True)
                 self._threads[channel.name] = thread
                 thread.start()
 
@@ -4438,7 +4541,8 @@ class Notifier:
             return True
         if channel.kind == "alertmanager":
             self._refresh(channel, now)
-        waits = db.execute("SELECT 1 FROM notification WHERE channel = :channel AND message_id IS NULL AND not_before <= :now "
+        waits = db.execute("SELECT 1 FROM notification WHERE channel = :channel AND message_id IS NULL AND not_before "
+                           "<= :now "
                            "LIMIT 1", {"channel": channel.name, "now": now}).fetchone()
         return waits is not None and self.store.write(lambda write: make_message(write, channel, now)) is not None
 
@@ -4461,7 +4565,8 @@ class Notifier:
         self._refreshed[channel.name] = now
         items = [notification_body(self.fleet, state, alert, "firing", now)
                  for state in self.fleet.everything() for alert in state.alerts.values()
-                 if alert.state == "firing" and alert.told_severity and channel.wants(state, alert.rule, alert.severity)]
+                 if alert.state == "firing" and alert.told_severity and channel.wants(state, alert.rule,
+                                                                                      alert.severity)]
         if items:
             try:
                 send_alertmanager(channel.options, "", {"items": items})
@@ -4482,7 +4587,8 @@ def record_delivery(db: sqlite3.Connection, channel: Channel, message: sqlite3.R
     due = now + BACKOFF[min(attempts, len(BACKOFF)) - 1]
     db.execute("""
         UPDATE message SET attempts = :attempts, error = :error, due_at = :due, given_up_at = :lost WHERE id = :id""",
-        {"attempts": attempts, "error": str(error)[:500], "due": due, "lost": now if lost else None, "id": message["id"]})
+        {"attempts": attempts, "error": str(error)[:500], "due": due, "lost": now if lost else None,
+         "id": message["id"]})
     log(f"notifications: {channel.name}: {error}{'; given up' if lost else ''}")
     if lost:
         insert_event(db, now, "notification-given-up", f"Could not tell {channel.name}: {error}; given up: "
@@ -4493,21 +4599,26 @@ def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
     """What waits for a channel that is not there any more is given up, and that is told."""
     names = json.dumps([channel.name for channel in fleet.channels])
     gone = db.execute("SELECT DISTINCT channel FROM notification WHERE message_id IS NULL AND channel NOT IN "
-                      "(SELECT value FROM json_each(:names)) UNION SELECT DISTINCT channel FROM message WHERE sent_at IS NULL "
+                      "(SELECT value FROM json_each(:names)) UNION SELECT DISTINCT channel FROM message WHERE sent_at "
+                      "IS NULL "
                       "AND given_up_at IS NULL AND channel NOT IN (SELECT value FROM json_each(:names))",
                       {"names": names}).fetchall()
     for (name,) in gone:
-        db.execute("UPDATE notification SET message_id = '-' WHERE message_id IS NULL AND channel = :name", {"name": name})
+        db.execute("UPDATE notification SET message_id = '-' WHERE message_id IS NULL AND channel = :name",
+                   {"name": name})
         db.execute("UPDATE message SET given_up_at = :now, error = 'the channel is not set up any more' "
                    "WHERE sent_at IS NULL AND given_up_at IS NULL AND channel = :name", {"now": now, "name": name})
-        insert_event(db, now, "notification-given-up", f"Channel {name} is not set up any more; what waited for it is given up")
+        insert_event(db, now, "notification-given-up", f"Channel {name} is not set up any more; what waited for it is "
+                                                       f"given up")
 
 
 def canary(public_url: str, now: float) -> dict[str, Any]:
     """The message of test-notification."""
     words = f"This is a test of proxmon at {public_url}. If you read it, this channel works."
-    item = {"kind": "test", "alert_id": None, "rule": "", "severity": "info", "host": None, "site": None, "object": None,
-            "message": words, "value": None, "since": now, "at": now, "why": "", "todo": "", "threshold": "", "children": 0,
+    item = {"kind": "test", "alert_id": None, "rule": "", "severity": "info", "host": None, "site": None,
+            "object": None,
+            "message": words, "value": None, "since": now, "at": now, "why": "", "todo": "", "threshold": "",
+            "children": 0,
             "link": public_url + "/"}
     return build_message([item])
 
@@ -4535,24 +4646,30 @@ def run_digest(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
 
 
 def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
-    """The week in a page: opened and closed, nearest to full, worst backups, fastest ageing disks, silent hosts, noise."""
+    """The week: opened and closed, nearest to full, worst backups, most worn disks, silent hosts, noisiest rules."""
     week = now - 7 * DAY
     opened = db.execute("SELECT count(*) FROM alert WHERE fired_at > :week", {"week": week}).fetchone()[0]
-    closed = db.execute("SELECT count(*) FROM alert WHERE state = 'resolved' AND resolved_at > :week AND fired_at IS NOT NULL",
+    closed = db.execute("SELECT count(*) FROM alert WHERE state = 'resolved' AND resolved_at > :week AND fired_at IS "
+                        "NOT NULL",
                         {"week": week}).fetchone()[0]
-    noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week GROUP BY rule ORDER BY n DESC LIMIT 5",
+    noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week GROUP BY rule ORDER BY n DESC "
+                       "LIMIT 5",
                        {"week": week}).fetchall()
     states = list(fleet.hosts.values())
     full = [(row["capacity_ratio"], row["host"], row["name"]) for state in states for row in pool_rows(state, now)
             if row["capacity_ratio"] is not None]
-    late = [(late, state.name) for state in states if (late := worst_backup(state, fleet, now)) is not None and late > 0]
-    worn = [(number(disk, "wear_ratio") or 0, state.name, disk["name"]) for state in states for disk in state.body("disks", ())]
+    late = [(late, state.name) for state in states if (late := worst_backup(state, fleet, now)) is not None
+            and late > 0]
+    worn = [(number(disk, "wear_ratio") or 0, state.name, disk["name"]) for state in states
+            for disk in state.body("disks", ())]
     silent = [state.name for state in states if (fleet.silent_seconds(state, now) or 0) >= OFFLINE_SECONDS]
-    lines = [f"The week until {time.strftime('%Y-%m-%d', time.localtime(now))}: {opened} alerts opened, {closed} closed."]
+    lines = [f"The week until {time.strftime('%Y-%m-%d', time.localtime(now))}: {opened} alerts opened, {closed} "
+             f"closed."]
     parts = (
         ("Nearest to full", [f"{percent(used)} {host} {pool}" for used, host, pool in sorted(full, reverse=True)[:5]]),
         ("Latest backups", [f"{format_duration(one)} late on {host}" for one, host in sorted(late, reverse=True)[:5]]),
-        ("Most worn disks", [f"{percent(used)} {host} {disk}" for used, host, disk in sorted(worn, reverse=True)[:5] if used]),
+        ("Most worn disks", [f"{percent(used)} {host} {disk}" for used, host, disk in sorted(worn, reverse=True)[:5]
+                             if used]),
         ("Silent hosts", sorted(silent)[:20]),
         ("Noisiest rules", [f"{row['rule']} {row['n']}×" for row in noisy]),
     )
@@ -5950,7 +6067,8 @@ class Monitor:
         except Failure as failure:
             log(f"server: {failure}; the old rules stay")
             reason = str(failure)
-            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", f"{reason}; the old rules stay"))
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", f"{reason}; the old rules "
+                                                                                           f"stay"))
             return False
         log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
         self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
@@ -6557,7 +6675,8 @@ def post_silence(call: Call) -> Any:
 @route("DELETE", "/api/v1/silences/<id>", auth="admin")
 def remove_silence(call: Call) -> Any:
     """End a silence."""
-    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, call.params["id"], call.now, by=call.actor or ""))
+    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, call.params["id"], call.now, by=call.actor
+                                                       or ""))
     return Answer(204)
 
 
@@ -8016,11 +8135,13 @@ def command_test_notification(config: Config, args: argparse.Namespace) -> int:
     """Send a test message through every channel; exit 1 if any does not take it."""
     channels = [one for one in load_settings(config).channels if args.channel in (None, one.name)]
     if not channels:
-        raise Failure(f"no channel {'is set up' if args.channel is None else repr(args.channel)} in {config.settings_path}")
+        raise Failure(f"no channel {'is set up' if args.channel is None else repr(args.channel)} in "
+                      f"{config.settings_path}")
     failed = 0
     for channel in channels:
         try:
-            KINDS[channel.kind].send(channel.options, "msg_" + secrets.token_hex(12), canary(config.public_url, time.time()))
+            KINDS[channel.kind].send(channel.options, "msg_" + secrets.token_hex(12), canary(config.public_url,
+                                                                                             time.time()))
             print(f"✓ {channel.name}: taken")
         except Undelivered as error:
             failed += 1

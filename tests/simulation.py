@@ -25,6 +25,8 @@ class Simulation:
     def start(self) -> None:
         self.monitor = server.Monitor(self.config, clock=lambda: self.now)
 
+    packed: bytes | None = None  # what is kept of a report; b'' to keep nothing, for long simulations
+
     def restart(self) -> None:
         """As after a crash or an upgrade: only the database is left."""
         self.monitor.close()
@@ -54,7 +56,7 @@ class Simulation:
 
     def insert(self, db: Any, name: str, reports: list[dict[str, Any]]) -> int:
         self.fleet.refresh(db)
-        return server.insert_reports(self.monitor, self.fleet.find(name).id, reports, None, self.now, db)
+        return server.insert_reports(self.monitor, self.fleet.find(name).id, reports, self.packed, self.now, db)
 
     def turn(self) -> None:
         """The job that judges what no report brings."""
