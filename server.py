@@ -621,7 +621,7 @@ def to_alert_row(row: sqlite3.Row) -> dict[str, Any]:
 SILENCE_MATCHERS = ("tag", "site", "host", "object", "rule")
 
 
-def list_silences(db: sqlite3.Connection, now: float = 0.0) -> list[dict[str, Any]]:
+def active_silences(db: sqlite3.Connection, now: float = 0.0) -> list[dict[str, Any]]:
     """The silences that have not ended, the next to end first."""
     return [dict(row) for row in db.execute("SELECT * FROM silence WHERE until > :now ORDER BY until, id",
                                             {"now": now})]
@@ -1210,7 +1210,7 @@ class Fleet:
             load_alerts(db, state)
         load_alerts(db, self.shared)
         self.concerned = {}
-        self.silences = list_silences(db)
+        self.silences = active_silences(db)
         self.told_at = last_notification_at(db)
         self.hosts, self.hosts_version = hosts, int(get_meta(db, "hosts_version") or 0)
         self.generation += 1
@@ -1579,6 +1579,12 @@ class Rule(NamedTuple):
     worse: int = 0  # an acknowledgement ends when the value rises (1) or falls (-1)
     always: bool = False  # judged also on values older than 10 minutes: about what does not change by the minute
     accept: Callable[[HostState, str], bool] | None = None  # take the present value as normal
+
+
+    @property
+    def by_number(self) -> bool:
+        """Whether it holds a number against thresholds."""
+        return self.warn is not None or self.name == "disk-temperature"
 
 
 class Limits(NamedTuple):
@@ -3108,14 +3114,14 @@ def cluster_views(fleet: Fleet, now: float) -> dict[str, list[View]]:
     for name, views in named.items():
         groups = split_views(views)
         for group in groups:
-            found[name if len(groups) == 1 else f"{name} ({min(member_names(group[0]))})"] = group
+            found[name if len(groups) == 1 else f"{name} ({min(view_members(group[0]))})"] = group
     return found
 
 
 def split_views(views: list[View]) -> list[list[View]]:
     groups: list[tuple[set[str], list[View]]] = []
     for view in views:
-        names = member_names(view)
+        names = view_members(view)
         joined = [group for group in groups if group[0] & names]
         rest = [group for group in groups if not group[0] & names]
         merged = names.union(*(group[0] for group in joined)), [one for group in joined for one in group[1]] + [view]
@@ -3123,7 +3129,7 @@ def split_views(views: list[View]) -> list[list[View]]:
     return [group[1] for group in groups]
 
 
-def member_names(view: View) -> set[str]:
+def view_members(view: View) -> set[str]:
     names = {text(one, "name") or "" for one in dicts(view.body.get("members"))}
     return names or {view.state.name}
 
@@ -3146,7 +3152,7 @@ def disagreement(views: list[View]) -> str | None:
     if len({view.body.get("quorate") for view in views if view.body.get("quorate") is not None}) > 1:
         without = sorted(view.state.name for view in views if not view.body.get("quorate"))
         return f"{', '.join(without[:5])} have no quorum, the others have"
-    if len({frozenset(member_names(view)) for view in views if view.body.get("members")}) > 1:
+    if len({frozenset(view_members(view)) for view in views if view.body.get("members")}) > 1:
         return "they name different members"
     online = {frozenset(text(one, "name") or "" for one in dicts(view.body.get("members")) if one.get("online"))
               for view in views if view.body.get("members")}
@@ -3788,11 +3794,12 @@ def past_state(state: HostState) -> HostState:
     return past
 
 
-def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Stamp) -> list[Past]:
-    """Take one old report in; gives back what fired and what ended with it."""
+def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Stamp, *,
+               whole: bool = True) -> list[Past]:
+    """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
     changed = past.apply(report, stamp)
     absorb_tasks(past, report.get("tasks"), stamp.time)
-    rules = [rule for section in changed for rule in RULES_OF.get(section, ())]
+    rules = [rule for section in changed for rule in RULES_OF.get(section, ()) if whole or rule.by_number]
     found = []
     for old, new in judge(past, rules, fleet, stamp.time):
         if new is not None and new.severity != "info" and (old is None
@@ -3936,9 +3943,10 @@ def build_channel(given: Any, path: Path) -> Channel:
     kind = expect_table(given, path).get("kind")
     if kind not in KINDS:
         raise Mistake((*path, "kind"), f"one of: {', '.join(KINDS)}")
-    fields = {**COMMON, **KINDS[kind].required, **KINDS[kind].optional}
+    fields: dict[str, type] = {**COMMON, **KINDS[kind].required, **KINDS[kind].optional}
     expect_keys(given, fields, path)
-    for key in ("name", *KINDS[kind].required):
+    needed: tuple[str, ...] = ("name", *KINDS[kind].required)
+    for key in needed:
         if key not in given:
             raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
     for key, value in given.items():
@@ -4060,7 +4068,7 @@ def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any],
         INSERT INTO silence (tag, site, host, object, rule, until, note, created_by, created_at)
         VALUES (:tag, :site, :host, :object, :rule, :until, :note, :by, :now)""",
         {**fields, "by": by, "now": now}).lastrowid
-    fleet.silences = list_silences(db, now)
+    fleet.silences = active_silences(db, now)
     what = ", ".join(f"{key} {fields[key]}" for key in SILENCE_MATCHERS if fields[key])
     insert_event(db, now, "silence-created", f"{by} silenced {what}", host=fields["host"], object=fields["object"])
     fleet.generation += 1
@@ -4072,7 +4080,7 @@ def delete_silence(db: sqlite3.Connection, fleet: Fleet, silence_id: str, now: f
     if not db.execute("DELETE FROM silence WHERE CAST(id AS TEXT) = :id", {"id": silence_id}).rowcount:
         raise Problem("not_found", "no such silence")
     insert_event(db, now, "silence-ended", f"{by} ended a silence")
-    fleet.silences = list_silences(db, now)
+    fleet.silences = active_silences(db, now)
     fleet.generation += 1
 
 
@@ -5718,27 +5726,69 @@ def series_name(section: str, object: str, field: str) -> str:
     return f"{section}/{object}.{field}" if object else f"{section}.{field}"
 
 
-# Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the
-# writer; what it then writes takes it some milliseconds.
+# Replay: what the rules would have said of the past
+
 
 def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float) -> tuple[list[Past], float | None]:
-    """What the fleet's rules would have said of the reports that are kept, oldest first; and where those begin."""
+    """What the fleet's rules would have said of what is kept, oldest first; and where that begins. Of the reports
+    themselves every rule; of points of 5 minutes, which are older, the rules with thresholds."""
     found: list[Past] = []
-    first = None
+    begins = []
     for record in list_host_records(db):
         past = past_state(HostState(record))
         fired: dict[tuple[str, str], Past] = {}
-        for number, (at, report) in enumerate(list_reports(db, record["id"], since, until)):
-            first = at if first is None else min(first, at)
-            for one in judge_past(past, fleet, report, Stamp(0, number, at, at, 0)):
+        for count, (at, report, whole) in enumerate(list_past_reports(db, record["id"], since, until)):
+            begins += [at] if not count else []
+            for one in judge_past(past, fleet, report, Stamp(0, count, at, at, 0), whole=whole):
                 if one.over_at is None:
                     fired[one.rule, one.object] = one
                 elif (one.rule, one.object) in fired:
                     found.append(one)
                     del fired[one.rule, one.object]
         found += fired.values()
-    return sorted(found, key=lambda one: one.fired_at), first
+    return sorted(found, key=lambda one: one.fired_at), min(begins, default=None)
 
+
+def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
+                      until: float) -> Iterator[tuple[float, dict[str, Any], bool]]:
+    """Time and content of a host's past, oldest first; `whole` are the reports as they came."""
+    first, last = report_span(host_id, since, until)
+    oldest = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
+                        {"first": first, "last": last}).fetchone()[0]
+    whole_from = until if oldest is None else report_time(oldest)
+    source = Source(History(), db, host_id, None)
+    begin = begin_of_history(db, host_id)
+    for day in range(int(max(since, begin or until)) // DAY * DAY, int(whole_from) + 1, DAY):
+        yield from ((at, report, False) for at, report in reports_of_points(source.points(FINE, day, day + DAY))
+                    if since <= at < whole_from)
+    for row in db.execute("SELECT id, body FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
+                          {"first": first, "last": last}):
+        yield report_time(row["id"]), read_body(row["body"]), True
+
+
+def reports_of_points(points: Points) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
+    slots: dict[float, dict[str, Any]] = {}
+    for (section, object), fields in points.items():
+        if "/" in object and section == "node":
+            continue
+        for field, values in fields.items():
+            if field == BOOT or field.endswith("_total"):
+                continue
+            for at, point in values.items():
+                slots.setdefault(at, {}).setdefault(section, {}).setdefault(object, {})[field] = point[0]
+    for at in sorted(slots):
+        report: dict[str, Any] = {"time": at}
+        for section, objects in slots[at].items():
+            key = KEY_FIELDS.get(section, ("", str))[0]
+            named = [{**fields, key: object} for object, fields in objects.items()]
+            report[section] = named if key else objects.get("", {})
+        report.pop("guests", None)  # their status has no history
+        yield at, report
+
+
+# Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the
+# writer; what it then writes takes it some milliseconds.
 
 HOUR_GRACE = 2 * MINUTE  # an hour is packed so long after its end, each host at its own moment
 DAY_GRACE = 15 * MINUTE
@@ -6650,7 +6700,7 @@ SILENCE_COLUMNS = ("id", *SILENCE_MATCHERS, "until", "note", "created_by", "crea
 @route("GET", "/api/v1/silences", auth="read", columns=SILENCE_COLUMNS)
 def get_silences(call: Call) -> Any:
     """The silences that have not ended."""
-    return Listing(list_silences(call.db, call.now), SILENCE_COLUMNS)
+    return Listing(active_silences(call.db, call.now), SILENCE_COLUMNS)
 
 
 @route("POST", "/api/v1/silences", auth="admin")
