@@ -294,8 +294,8 @@ def measure_cpu(folder: Path, options: argparse.Namespace, begin: int) -> tuple[
     wait_until_packed(folder)
     count = len(requests) / 1000
     print(f"ours: {fed / count:.2f} CPU s per 1,000 reports until acknowledged and durable, "
-          f"{(process.cpu() - before) / count:.2f} with all packing and roll-up; {len(requests) / seconds:.0f} reports/s; "
-          f"PSS {process.memory():.0f} MB; {os.path.getsize(folder / 'monitor.db') / 2**20:.0f} MiB")
+          f"{(process.cpu() - before) / count:.2f} with all packing and roll-up; "
+          f"{len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB")
     return process, token
 
 
