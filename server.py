@@ -5433,7 +5433,7 @@ class Source:
         for row in list_chunks(self.db, self.host_id, step, since // SPANS[step] * SPANS[step], until):
             begin = chunk_begin(row["id"])
             add_points(found, unpack_points(self.history, self.db, row["body"], begin, step, self.objects, self.plain))
-        for day in range(since // DAY * DAY, int(until) + 1, DAY):
+        for day in range(since // DAY * DAY, math.ceil(until), DAY):
             if day in busy or days.get(day) == CHANGED:
                 self._renew(found, step, day, whole=days.get(day) != SEALED)
         return {key: {field: {at: point for at, point in points.items() if since <= at < until}
