@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import binascii
+import contextlib
+import errno
 import fcntl
 import functools
 import json
+import marshal
 import os
 import select
 import signal
@@ -74,6 +77,7 @@ BATCH_LIMIT = 3 * MIB // 2  # unpacked, so that a batch costs little memory here
 SPOOL_ENDING = ".json.gz"
 REJECTED_LIMIT = 100  # files kept in rejected/
 PENDING_LIMIT = 200  # reports kept in memory while the disk does not take them
+CLOCK_UNSET = 1_600_000_000  # a wall clock before this (2020) was never set
 DISK_DEADLINE = 5.0  # seconds for one write to the spool
 CLOSE_SECONDS = 1.2  # the same while stopping
 
@@ -165,7 +169,7 @@ def config_path(flag: str | None) -> str:
 
 def state_path() -> str:
     """Where the agent keeps what must survive: systemd's $STATE_DIRECTORY, else the usual place."""
-    return os.environ.get("STATE_DIRECTORY", "").split(":")[0] or STATE_PATH
+    return os.path.abspath(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or STATE_PATH)
 
 
 def short_host_name() -> str:
@@ -327,7 +331,7 @@ def find_ca_file(path: str, settings: dict[str, Any]) -> str:
     file = settings.get("ca_file", "")
     if "ca_file" in settings and not os.access(file, os.R_OK):
         raise ConfigError(path, "ca_file", f"{file!r}: cannot be read")
-    return file
+    return os.path.abspath(file) if file else ""
 
 
 def find_intervals(path: str, table: dict[str, int]) -> dict[str, int]:
@@ -2228,23 +2232,23 @@ DEAD_SECONDS = 120  # and older than this says nothing about now
 RECHECK_SECONDS = 600  # how long what seldom changes (version, next kernel, sensors) is believed
 ZFS_LIMIT = 20.0  # seconds for a zpool or zfs command
 
-SHARED: dict[str, Any] = {}  # what several fast collectors of one tick read: the probe, since when, and the values
+SHARED = threading.local()  # what several collectors of one tick read: the probe, since when, and the values
 
 
 def shared(probe: Any, name: str, read: Callable[[Any], Any]) -> Any:
-    """`read(probe)`, or what it gave (or raised) to another fast collector of the same tick."""
+    """`read(probe)`, or what it gave (or raised) to another collector of the same tick, which is the same thread."""
     now = probe.monotonic()
-    if SHARED.get("probe") is not probe or not 0 <= now - SHARED["since"] < 1:
-        SHARED.clear()
-        SHARED.update(probe=probe, since=now)
-    if name not in SHARED:
+    if getattr(SHARED, "probe", None) is not probe or not 0 <= now - SHARED.since < 1:
+        SHARED.probe, SHARED.since, SHARED.values = probe, now, {}
+    values: dict[str, Any] = SHARED.values
+    if name not in values:
         try:
-            SHARED[name] = read(probe)
+            values[name] = read(probe)
         except SourceError as error:
-            SHARED[name] = error
-    if isinstance(SHARED[name], SourceError):
-        raise SourceError(SHARED[name].code, SHARED[name].detail)
-    return SHARED[name]
+            values[name] = error
+    if isinstance(values[name], SourceError):
+        raise SourceError(values[name].code, values[name].detail)
+    return values[name]
 
 
 def remember(probe: Any, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None) -> Any:
@@ -4073,7 +4077,11 @@ class Spool:
         self.number = 0  # of the newest
         self.dropped_total = 0  # reports lost for want of space or age, since the agent was installed
         self.told_total = 0  # how many of them the server has been told of
-        self.call("open", self._open)
+        self.oldest_at = 0.0  # unix time of the oldest, or earlier
+        try:
+            self.call("open", self._open)
+        except SourceError as error:  # a full or broken disk is what there is to report: go on without
+            log(f"spool: cannot be used ({error}); reports are kept in memory")
 
     def call(self, what: str, job: Callable[[], Any]) -> Any:
         try:
@@ -4140,10 +4148,14 @@ class Spool:
 
     def _make_room(self, size: int, now: float) -> None:
         """Oldest first: those over age, and as many as the new one needs."""
+        if self.bytes + size <= self.max_bytes and now - self.oldest_at <= self.max_seconds:
+            return
         lost = 0
-        for name in self._names() if self.count else []:
-            age = now - int(name.split("-")[1].removesuffix(SPOOL_ENDING))
-            if age <= self.max_seconds and self.bytes + size <= self.max_bytes:
+        self.oldest_at = now
+        for name in self._names():
+            made_at = spooled_at(name, now)
+            if now - made_at <= self.max_seconds and self.bytes + size <= self.max_bytes:
+                self.oldest_at = made_at
                 break
             self._remove(name)
             lost += 1
@@ -4222,6 +4234,12 @@ def is_spool_name(name: str) -> bool:
     return number.isdigit() and rest.endswith(SPOOL_ENDING) and rest.removesuffix(SPOOL_ENDING).isdigit()
 
 
+def spooled_at(name: str, now: float) -> float:
+    """When a report was put on disk. A clock that had not been set yet says nothing about its age."""
+    made_at = float(name.partition("-")[2].removesuffix(SPOOL_ENDING))
+    return made_at if made_at > CLOCK_UNSET else now
+
+
 class Memories:
     """What the collectors remember over restarts, a file per section; written only when it changed."""
 
@@ -4231,7 +4249,10 @@ class Memories:
         self.values: dict[str, dict[str, Any]] = {}
         self.saved: dict[str, bytes] = {}
         self.saved_at: dict[str, float] = {}
-        spool.call("memory", self._open)
+        try:
+            spool.call("memory", self._open)
+        except SourceError as error:
+            log(f"memory: cannot be read ({error}); all sections begin anew")
 
     def changed(self, names: Iterable[str], now: float) -> dict[str, bytes]:
         """The memories to be saved with a report. Fast sections, whose last samples change each time, now and then;
@@ -4244,7 +4265,11 @@ class Memories:
             rare = COLLECTORS[name].tick == FAST and name not in EVENT_SECTIONS
             if rare and now - self.saved_at.get(name, now - MEMORY_SECONDS - 1) < MEMORY_SECONDS:
                 continue
-            text = to_json(memory)
+            try:
+                text = to_json(memory)
+            except (TypeError, ValueError, RecursionError) as error:
+                log_once(f"memory {name}", f"memory: {name} cannot be kept ({error})")
+                continue
             if text != self.saved.get(name):
                 texts[name] = text
         return texts
@@ -4370,7 +4395,8 @@ class Connection:
         self.deadline = time.monotonic() + self.timeout
         self.socket.settimeout(self.timeout)
         try:
-            self.socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before the end
+                self.socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             return self._receive()
         except (BrokenPipeError, ConnectionResetError):
             self.close()
@@ -4646,7 +4672,7 @@ class Sender:
         if now < self.retry_at:
             return self.retry_at - now
         with self.lock:
-            fresh = self.pending[-1] if self.pending else None
+            fresh = self.pending[0] if self.pending else None  # in order: their memories build on each other
         if fresh is not None:
             self._deliver([(fresh.file, fresh.body)], now, fresh)
         elif self.trouble and (newest := self.spool.newest()):
@@ -4673,6 +4699,7 @@ class Sender:
         try:
             answer = self.client.send(body)
         except Unreachable as error:
+            self.batch_size = max(1, len(batch) // 2)  # in case it is the size that something on the way dislikes
             self._postpone(now, f"cannot reach {self.client.address.url}: {error}")
             return
         self._greet()
@@ -4839,12 +4866,14 @@ class Lane:
         return ready
 
     def _work(self, names: list[str]) -> None:
-        for name in names:
-            part = Collected(*collect(self.probe, self.memories.values, [name]))
-            part.memories = self.memories.changed([name], time.monotonic())
-            self.finished.put(part)
-        self.finished.put(None)
-        self.wake()
+        try:
+            for name in names:
+                part = Collected(*collect(self.probe, self.memories.values, [name]))
+                part.memories = self.memories.changed([name], time.monotonic())
+                self.finished.put(part)
+        finally:
+            self.finished.put(None)
+            self.wake()
 
 
 def look(probe: Probe, seen: dict[str, Any]) -> dict[str, Any]:
@@ -4944,7 +4973,11 @@ class Agent:
         """Until told to stop."""
         threading.Thread(target=self.sender.serve, name="sender", daemon=True).start()
         while not self.stopping:
-            wait = self.turn(self.probe.monotonic())
+            try:
+                wait = self.turn(self.probe.monotonic())
+            except Exception as error:  # a fault of ours; if it comes each time, the watchdog starts us anew
+                log_once("fault", f"agent: fault in the agent: {describe_fault(error)}")
+                wait = LOOK_SECONDS
             try:
                 self.mail.get(timeout=wait)
             except Empty:
@@ -5094,19 +5127,25 @@ class PidFile:
         self.handle = -1
 
     def claim(self) -> bool:
-        """Write our pid; False when another agent holds the file."""
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Write our pid; False when another agent holds the file. A disk that is full or read-only is no obstacle."""
         try:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, b"%d\n" % os.getpid(), 0)
+        except BlockingIOError:
             return False
-        os.ftruncate(self.handle, 0)
-        os.pwrite(self.handle, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            log(f"agent: {self.path}: {error.strerror}; going on without")
         return True
 
     def release(self) -> None:
-        os.unlink(self.path)
-        os.close(self.handle)
+        if self.handle >= 0:
+            os.close(self.handle)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
     def holder(self) -> int | None:
         """The pid of the agent that runs, None when none does."""
@@ -5129,6 +5168,8 @@ class PidFile:
 
 def command_start(arguments: Any) -> int:
     """Run the service until SIGTERM."""
+    if is_script() and hasattr(os, "memfd_create"):
+        shed_syntax_tree()
     config = load_config(config_path(arguments.config))
     folder = state_path()
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -5146,6 +5187,30 @@ def command_start(arguments: Any) -> int:
     finally:
         pid_file.release()
     return OK
+
+
+def is_script() -> bool:
+    """Is this `python agent.py`: not imported, not frozen, not in a zip, not behind shed_syntax_tree()?"""
+    return __name__ == "__main__" and __spec__ is None and os.path.isfile(globals().get("__file__", ""))
+
+
+def shed_syntax_tree() -> None:
+    """Start over in the same process, with the compiled code. Python keeps the syntax tree of the script it was given
+    for as long as the script runs, and what compiling took besides: 13 MB here, more than all the rest."""
+    with open(__file__, "rb") as handle:
+        code = compile(handle.read(), os.path.abspath(__file__), "exec")
+    memory = os.memfd_create("agent", 0)  # without MFD_CLOEXEC: it is read behind the exec
+    with open(memory, "wb", closefd=False) as handle:
+        handle.write(marshal.dumps(code))
+    os.lseek(memory, 0, os.SEEK_SET)
+    again = "import marshal, sys; del sys.argv[0]; exec(marshal.load(open(int(sys.argv.pop(0)), 'rb')))"
+    flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+    # -P: no modules from the working directory.
+    argv = [sys.executable, *flags, "-P", "-c", again, str(memory), os.path.abspath(__file__), *sys.argv[1:]]
+    try:
+        os.execv(sys.executable, argv)
+    except OSError:
+        os.close(memory)  # it works without, only fatter
 
 
 def command_once(arguments: Any) -> int:
@@ -5356,7 +5421,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         return COMMANDS[arguments.command](arguments)
-    except (CommandError, ConfigError) as error:
+    except (CommandError, ConfigError, SourceError) as error:
         reason = str(error)
     except BrokenPipeError:  # once | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

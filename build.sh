@@ -290,7 +290,7 @@ command_test() {  # set up what the tests need and run all checks (more words go
 # Debian 12 is the oldest a Proxmox VE with support stands on; what is linked there runs on Debian 13 too.
 BUILD_SUITE=bookworm
 BUILD_PACKAGES=python3,libpython3.11,binutils,python3-pip-whl,ca-certificates
-ROOTS=$PWD/.build/roots
+ROOTS=${BUILD_ROOTS:-$PWD/.build/roots}
 
 machine_arch() {
     case $(uname -m) in
@@ -382,8 +382,8 @@ freeze() {
     local arch=$1 fresh=$2 root program wheels stamp
     shift 2
     if [ "$(uname -s)" != Linux ]; then freeze_here "$@"; return; fi
-    mkdir -p .build dist
-    exec 9> ".build/lock-$arch"
+    mkdir -p .build dist "$ROOTS"
+    exec 9> "$ROOTS/lock-$arch"
     flock 9
     root=$ROOTS/build-$BUILD_SUITE-$arch
     [ "$fresh" = no ] || rm -rf "$root"
@@ -458,7 +458,7 @@ freeze_command() {
         Linux-amd64|Linux-arm64|Darwin-*) ;;
         *) printf 'build.sh: --arch: amd64 or arm64, not %s\n' "$arch" >&2; exit 2 ;;
     esac
-    mkdir -p .build dist
+    mkdir -p .build dist "$ROOTS"
     # shellcheck disable=SC2086  # a list of names
     freeze "$arch" "$fresh" $programs
 }

@@ -102,3 +102,57 @@ DROP TABLE report;
 DROP TABLE run;
 DROP TABLE host;
 DROP TABLE meta;
+
+-- +migrate Up
+-- History as a log: `report` is its tail, as it came; an hour of a host becomes one chunk of columns, and those become
+-- coarser ones. What is in a chunk has left `report`; the reports that still hold a latest state are kept here.
+CREATE TABLE kept_report (
+    id          INTEGER PRIMARY KEY,                      -- as in report
+    run         INTEGER NOT NULL,
+    seq         INTEGER NOT NULL,
+    received_at REAL NOT NULL,
+    body        BLOB NOT NULL
+) STRICT;
+
+-- What has a history, and which of its numbers stand together: chunks name both by number.
+CREATE TABLE history_object (
+    id      INTEGER PRIMARY KEY AUTOINCREMENT,
+    host_id INTEGER NOT NULL REFERENCES host(id) ON DELETE CASCADE,
+    section TEXT NOT NULL,
+    object  TEXT NOT NULL,                                -- '' = the section itself
+    UNIQUE (host_id, section, object)
+) STRICT;
+
+CREATE TABLE history_layout (
+    id     INTEGER PRIMARY KEY,
+    fields TEXT NOT NULL UNIQUE                           -- JSON list of names
+) STRICT;
+
+-- id = host_id << 36 | step << 34 | unix time it begins at; step 0 as received, 1 = 5 minutes, 2 = an hour.
+CREATE TABLE chunk (
+    id         INTEGER PRIMARY KEY,
+    written_at REAL NOT NULL,
+    body       BLOB NOT NULL
+) STRICT;
+
+-- How far the days of a host are: 0 changed since they were rolled up, 1 rolled up, 2 the reports themselves are gone.
+CREATE TABLE history_day (
+    host_id INTEGER NOT NULL REFERENCES host(id) ON DELETE CASCADE,
+    day     INTEGER NOT NULL,                             -- unix time it begins at
+    state   INTEGER NOT NULL,
+    PRIMARY KEY (host_id, day)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE spark (
+    host_id INTEGER PRIMARY KEY REFERENCES host(id) ON DELETE CASCADE,
+    hours   TEXT NOT NULL                                 -- JSON {hour as unix time: CPU in use, 0-1}
+) STRICT;
+
+-- +migrate Down
+DROP TABLE spark;
+DROP TABLE history_day;
+DROP TABLE chunk;
+DROP TABLE history_layout;
+DROP TABLE history_object;
+INSERT OR IGNORE INTO report SELECT * FROM kept_report;
+DROP TABLE kept_report;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> history -> ingest
+    constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> columns -> history -> ingest
         -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
@@ -29,15 +29,18 @@ import secrets
 import shutil
 import signal
 import sqlite3
+import struct
 import sys
 import threading
 import time
 import traceback
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import accumulate, compress, islice
 from typing import Any, NamedTuple
 
 import argon2
@@ -63,7 +66,6 @@ COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer 
 FLUSHES_SAVED = 1000
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
-KEEP_REPORTS = 2 * DAY
 KEEP_EVENTS = 90 * DAY
 KEEP_RESOLVED = 90 * DAY
 SESSION_SECONDS = 7 * DAY
@@ -128,6 +130,9 @@ class Config:
         self.history_url = env.get("HISTORY_URL") or "sqlite:"
         self.given_secret = env.get("SECRET_KEY_BASE") or ""
         self.install_dir = env.get("INSTALL_DIR") or default_install_dir()
+        if self.history_url != "sqlite:":
+            raise Failure(f"HISTORY_URL: {self.history_url!r} is not supported by this version; leave it out, or "
+                          "set it to sqlite: (history is then kept in the database)")
         if self.password_hash and not self.password_hash.startswith("$argon2id$"):
             raise Failure("DASHBOARD_PASSWORD_HASH: not an Argon2id hash; make one with `hash-password`")
         if self.given_secret and len(self.given_secret) < 32:
@@ -539,7 +544,8 @@ def delete_host(db: sqlite3.Connection, name: str, now: float) -> None:
     """Forget a host with all it has sent; the events stay."""
     row = required_host(db, name)
     first, last = report_span(row["id"], 0, None)
-    db.execute("DELETE FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})
+    for table in ("report", "kept_report"):  # its chunks go bit by bit: see expire()
+        db.execute(f"DELETE FROM {table} WHERE id BETWEEN :first AND :last", {"first": first, "last": last})
     db.execute("DELETE FROM host WHERE id = :id", {"id": row["id"]})
     insert_event(db, now, "host-removed", f"Host {row['name']} removed", host=row["name"])
     hosts_changed(db)
@@ -596,6 +602,13 @@ def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
     rows = db.execute("SELECT ranges FROM run WHERE host_id = :id", {"id": host_id})
     return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges)
                for ranges in (parse_ranges(row[0]) for row in rows))
+
+
+def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
+    """A report by its id, wherever it is kept."""
+    return db.execute("""
+        SELECT * FROM report WHERE id = :id UNION ALL SELECT * FROM kept_report WHERE id = :id""",
+        {"id": report_id}).fetchone()
 
 
 def parse_ranges(text: str) -> list[list[int]]:
@@ -1166,7 +1179,7 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     """The latest sections of a host, from the reports that hold them."""
     row = db.execute("SELECT sections FROM latest WHERE host_id = :id", {"id": state.id}).fetchone()
     wanted = {one for pair in json.loads(row[0]).values() for one in pair if one} if row else ()
-    found = [db.execute("SELECT * FROM report WHERE id = :id", {"id": one}).fetchone() for one in wanted]
+    found = [find_report(db, one) for one in wanted]
     for report in sorted(filter(None, found), key=lambda r: (report_time(r["id"]), r["run"], r["seq"])):
         stamp = Stamp(report["run"], report["seq"], report_time(report["id"]), report["received_at"], report["id"])
         state.apply(read_body(report["body"]), stamp)
@@ -1611,7 +1624,149 @@ def write_alert(db: sqlite3.Connection, state: HostState, old: Alert | None, new
         insert_event(db, now, f"alert-{new.state}", new.message, host=state.name, object=new.object or None)
 
 
-# --- history: reports as they came, and the numbers in them ---
+# --- columns: numbers packed into few bytes, exactly ---
+
+CONSTANT, PLAIN, DELTA, DOUBLES, HOLES = 0, 1, 2, 3, 8
+COLUMN = struct.Struct("<BBI")  # how it is packed (with HOLES: not every row has a value), decimals, bytes that follow
+SCALES = tuple(10**decimals for decimals in range(7))
+NAN = math.nan
+
+
+def pack_column(values: Sequence[float]) -> bytes:
+    """Doubles, NaN where there is none. What agents send are decimals: whole numbers of 1, 0.1 … 0.000001, whose
+    differences are small; bytes of the same weight stand together, which zlib likes. What is no such decimal stays
+    as it is."""
+    how, holes = 0, b""
+    total = sum(values)
+    if total != total:
+        how, holes = HOLES, pack_bits([value == value for value in values])
+        values = [value for value in values if value == value]
+    if not values or values.count(values[0]) == len(values):
+        kind, decimals, packed = CONSTANT, 0, struct.pack("<d", values[0] if values else NAN)
+    else:
+        kind, decimals, packed = pack_numbers(values)
+    return COLUMN.pack(how | kind, decimals, len(holes) + len(packed)) + holes + packed
+
+
+def pack_numbers(values: Sequence[float]) -> tuple[int, int, bytes]:
+    """How, decimals and bytes of numbers that are not all the same."""
+    scaled = scale(values)
+    if scaled is not None:
+        decimals, whole = scaled
+        steps = [(b - a) << 1 if b >= a else ((a - b) << 1) - 1 for a, b in zip(whole, whole[1:])]  # zig-zag
+        if min(whole) >= 0 and sum(whole) <= sum(steps):
+            return PLAIN, decimals, pack_planes(whole)
+        if max(steps) < 1 << 63 and abs(whole[0]) < 1 << 63:
+            return DELTA, decimals, struct.pack("<q", whole[0]) + pack_planes(steps)
+    return DOUBLES, 0, array("d", values).tobytes()
+
+
+def scale(values: Sequence[float]) -> tuple[int, list[int]] | None:
+    """The fewest decimals that give the values exactly, and the whole numbers; None if six are too few."""
+    decimals = 0
+    for value in (values[0], values[-1], values[len(values) // 2]):
+        while decimals < len(SCALES) and round(value * SCALES[decimals]) / SCALES[decimals] != value:
+            decimals += 1
+    wanted = list(values)
+    for more in range(decimals, len(SCALES)):
+        by = SCALES[more]
+        whole = [round(value * by) for value in values] if more else list(map(int, values))
+        if [one / by for one in whole] == wanted:
+            return more, whole
+    return None
+
+
+def pack_planes(numbers: list[int]) -> bytes:
+    """Whole numbers from 0 in as few bytes as the largest needs: first all the lowest bytes, then the next."""
+    width = (max(numbers).bit_length() + 7) // 8
+    if width == 1:
+        return bytes(numbers)
+    packed = array("Q", numbers).tobytes()
+    return b"".join(packed[plane::8] for plane in range(width))
+
+
+def unpack_planes(packed: bytes, count: int) -> list[int]:
+    if len(packed) == count:
+        return list(packed)
+    spread = bytearray(8 * count)
+    for plane in range(len(packed) // count):
+        spread[plane::8] = packed[plane * count : (plane + 1) * count]
+    return array("Q", bytes(spread)).tolist()
+
+
+def pack_bits(flags: Sequence[bool]) -> bytes:
+    return int("1" + "".join("1" if flag else "0" for flag in flags), 2).to_bytes((len(flags) + 8) // 8, "big")
+
+
+def unpack_bits(packed: bytes, count: int) -> list[bool]:
+    return [digit == "1" for digit in bin(int.from_bytes(packed, "big"))[3:]] if count else []
+
+
+def unpack_column(packed: bytes, at: int, rows: int) -> list[float]:
+    """The values of the column that begins at a byte."""
+    how, decimals, size = COLUMN.unpack_from(packed, at)
+    at, end = at + COLUMN.size, at + COLUMN.size + size
+    if not how & HOLES:
+        return unpack_numbers(how, decimals, packed[at:end], rows)
+    width = (rows + 8) // 8
+    there = unpack_bits(packed[at : at + width], rows)
+    known = iter(unpack_numbers(how & ~HOLES, decimals, packed[at + width : end], sum(there)))
+    return [next(known) if one else NAN for one in there]
+
+
+def unpack_numbers(how: int, decimals: int, packed: bytes, count: int) -> list[float]:
+    if how == CONSTANT:
+        return [struct.unpack("<d", packed)[0]] * count
+    if how == DOUBLES:
+        return array("d", packed).tolist()
+    if how == PLAIN:
+        whole: Iterable[int] = unpack_planes(packed, count)
+    else:
+        steps = [(one >> 1) ^ -(one & 1) for one in unpack_planes(packed[8:], count - 1)]
+        whole = accumulate(steps, initial=struct.unpack_from("<q", packed)[0])
+    by = SCALES[decimals]
+    return [one / by for one in whole]
+
+
+def skip_columns(packed: bytes, at: int, columns: int) -> int:
+    """The byte after so many columns."""
+    for _ in range(columns):
+        at += COLUMN.size + COLUMN.unpack_from(packed, at)[2]
+    return at
+
+
+def pack_chunk(segments: list[tuple[int, int, bytes]]) -> bytes:
+    """Segments (object, layout, bytes), each compressed alone so that one is read without the others; in front of
+    them a directory: how many, then all objects, all layouts, all ends."""
+    packed = []
+    for _, _, segment in segments:
+        packer = zlib.compressobj(CHUNK_LEVEL, zlib.DEFLATED, -15)
+        packed.append(packer.compress(segment) + packer.flush())
+    directory = array("I", [len(segments)])
+    directory.extend(one[0] for one in segments)
+    directory.extend(one[1] for one in segments)
+    directory.extend(accumulate(map(len, packed)))
+    return directory.tobytes() + b"".join(packed)
+
+
+CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
+
+
+def open_chunk(body: bytes) -> dict[int, tuple[int, slice]]:
+    """Object -> layout, and where in the body its segment is."""
+    count = int.from_bytes(body[:4], "little")
+    begin = 4 + 12 * count
+    head = array("I", body[4:begin]).tolist()
+    ends = [begin + end for end in head[2 * count :]]
+    return {thing: (layout, slice(start, end)) for thing, layout, start, end in zip(
+        head, head[count:], [begin, *ends], ends)}
+
+
+def inflate(segment: bytes) -> bytes:
+    return zlib.decompress(segment, -15)
+
+
+# --- history: reports as they came, the numbers in them, and what time leaves of these ---
 
 HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
 
@@ -1619,7 +1774,7 @@ HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
 def report_span(host_id: int, since: float, until: float | None) -> tuple[int, int]:
     """First and last possible id of a host's reports in a span of time."""
     most = (1 << HOST_SHIFT) - 1
-    last = most if until is None else min(most, int(until * 1000))
+    last = most if until is None else max(0, min(most, int(until * 1000)))
     return host_id << HOST_SHIFT | max(0, min(most, int(since * 1000))), host_id << HOST_SHIFT | last
 
 
@@ -1637,53 +1792,1124 @@ def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: 
     """Keep a report; gives back its id. Two of one millisecond: the later comer takes the next free one."""
     report_id = report_span(host_id, at, None)[0]
     while True:
-        try:
-            db.execute("INSERT INTO report VALUES (:id, :run, :seq, :received_at, :body)",
-                       {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
+        added = db.execute("""
+            INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
+            WHERE NOT EXISTS (SELECT 1 FROM kept_report WHERE id = :id)""",
+            {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
+        if added.rowcount:
             return report_id
-        except sqlite3.IntegrityError:
-            report_id += 1
+        report_id += 1
 
 
-def list_reports(db: sqlite3.Connection, host_id: int, since: float, until: float) -> Iterator[tuple[float, dict]]:
-    """Time and content of a host's reports, oldest first."""
-    first, last = report_span(host_id, since, until)
-    for row in db.execute("SELECT id, body FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
-                          {"first": first, "last": last}):
-        yield report_time(row["id"]), read_body(row["body"])
+# The steps of history: how long each is kept, and what span of time one chunk of it holds.
+RAW, FINE, COARSE = 30, 5 * MINUTE, HOUR
+KEPT = {RAW: 2 * DAY, FINE: 90 * DAY, COARSE: 730 * DAY}
+SPANS = {RAW: HOUR, FINE: DAY, COARSE: 10 * DAY}
+STEP_CODES = {RAW: 0, FINE: 1, COARSE: 2}
+ON_REQUEST = (6 * HOUR, DAY, 10 * DAY)  # made from hours when years are asked for
+POINTS_MOST = 2000
+RATE_MOST = HOUR  # a counter's values that are farther apart make no rate
+OBJECTS_MOST = 5000  # of one report
+HISTORY_MEMORY = 24 << 20  # bytes of numbers not yet in chunks that are kept at hand
+
+ObjectKey = tuple[str, str]  # section, object ('' = the section itself)
+Point = tuple[float, float, float, float]  # average, minimum, maximum, count
+Points = dict[ObjectKey, dict[str, dict[int, Point]]]  # object -> field -> beginning of the step -> point
+
+NODE_PARTS = (("interfaces", ("name",)), ("block_devices", ("name",)), ("temperatures", ("sensor", "label")))
+ONLY = {"datasets": frozenset(("used_bytes", "available_bytes", "referenced_bytes", "used_by_snapshots_bytes"))}
+NOT_NUMBERS = frozenset((
+    "vmid", "as_of", "name", "type", "status", "template", "lock", "tags", "onboot", "ha_state", "boot_id", "kernel",
+    "kernel_next", "pve_version", "reboot_needed", "interfaces", "block_devices", "temperatures", "volumes", "guid",
+    "state", "layout", "damaged_files", "status_text", "action_text", "scan", "last_scrub", "expansion", "readonly",
+    "features_disabled", "vdevs", "storage", "content", "shared", "enabled", "active", "dataset", "by_id", "model",
+    "serial", "wwn", "firmware", "kind", "pool", "vdev", "passed", "standby", "selftest", "up", "sensor", "label",
+))
+BOOT = "~boot"  # a number that is another after each boot: counters begin anew then
 
 
-def list_points(db: sqlite3.Connection, host_id: int, series: str, since: float, until: float) -> list[list[float]]:
-    """[[time, average, minimum, maximum], …] of one series, `section.field` or `section/object.field`."""
-    path, _, field = series.rpartition(".")
-    section, _, object = path.partition("/")
-    points = []
-    for at, report in list_reports(db, host_id, since, until):
-        value = number(find_object(report.get(section), section, object), field)
-        if value is not None:
-            points.append([at, value, value, value])
+class Shape:
+    """Which numbers a report has, and where in its row: shared by all reports that look alike."""
+
+    __slots__ = ("parts", "where")
+
+    def __init__(self, parts: tuple[tuple[str, str, tuple[str, ...]], ...]):
+        self.parts = parts
+        self.where: dict[ObjectKey, tuple[int, tuple[str, ...]]] = {}
+        start = 0
+        for section, object, names in parts:
+            self.where[section, object] = start, names
+            start += len(names)
+
+
+SHAPES: dict[tuple[Any, ...], Shape] = {}
+
+
+class Tick(NamedTuple):
+    """The numbers of one report. The first three together name it and are its place in the order of time."""
+
+    ms: int
+    run: int  # crc32 of run_id
+    seq: int
+    shape: Shape
+    values: array[float]
+
+
+def build_tick(report: dict[str, Any], received_at: float) -> Tick:
+    """Every number of the sections that have a history; NaN where something else stands."""
+    parts: list[tuple[str, str, tuple[str, ...]]] = []
+    cells: list[Any] = []
+    for section, object, fields in islice(history_objects(report), OBJECTS_MOST):
+        names, mask = kept_fields(section, tuple(fields))
+        parts.append((section, object[:200], names))
+        cells.extend(compress(fields.values(), mask))
+    try:
+        values = array("d", cells)
+    except TypeError:
+        values = array("d", [cell if type(cell) in (int, float) else NAN for cell in cells])
+    key = tuple(parts)
+    shape = SHAPES.get(key)
+    if shape is None:
+        if len(SHAPES) > 10_000:
+            SHAPES.clear()
+        shape = SHAPES[key] = Shape(key)
+    at = min(report["time"], received_at)
+    return Tick(int(at * 1000), zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"], shape, values)
+
+
+def history_objects(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Section, object and fields of all that has a history."""
+    node = report.get("node")
+    if isinstance(node, dict):
+        boot = {BOOT: zlib.crc32(node["boot_id"].encode("utf-8", "replace"))} if text(node, "boot_id") else {}
+        yield "node", "", {**node, **boot}
+        for part, keys in NODE_PARTS:
+            for one in node[part] if isinstance(node.get(part), list) else ():
+                if isinstance(one, dict):
+                    name = " ".join(one[key] for key in keys if text(one, key))
+                    yield "node", f"{part}/{name}", {**one, **boot}
+    for section in ("guests", "storages", "datasets", "disks"):
+        key = KEY_FIELDS[section][0]
+        for one in report.get(section) or ():
+            yield section, str(one[key]), one
+    for pool in report.get("pools") or ():
+        progress = number(pool.get("scan"), "progress_ratio")
+        yield "pools", pool["name"], {**pool, **vdev_errors(pool), "scan_progress_ratio": progress}
+
+
+@lru_cache(4096)
+def kept_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Of an object's fields those that may be numbers with a history: no times, no keys, no texts."""
+    only = ONLY.get(section)
+    mask = tuple(name in only if only else name not in NOT_NUMBERS and not name.endswith("_at") and len(name) < 100
+                 for name in names)
+    return tuple(compress(names, mask)), mask
+
+
+class History:
+    """What a running server keeps at hand of the history: the numbers of reports that are in no chunk yet, as far
+    as HISTORY_MEMORY goes, and the names of layouts."""
+
+    def __init__(self) -> None:
+        self.ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
+        self.bytes = 0
+        self.hours: dict[int, dict[int, tuple[float, int]]] = {}  # host -> hour -> sum and count of CPU in use
+        self.layouts: dict[int, tuple[str, ...]] = {}
+        self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
+        self._next_host = 0
+        self.written_hours: dict[tuple[int, int], float] = {}
+
+    def remember(self, host_id: int, report_id: int, tick: Tick) -> None:
+        """A report has come; called by the writer."""
+        start, names = tick.shape.where.get(("node", ""), (0, ()))
+        value = tick.values[start + names.index("cpu_ratio")] if "cpu_ratio" in names else NAN
+        if value == value:
+            hours = self.hours.setdefault(host_id, {})
+            total, count = hours.get(tick.ms // 3_600_000 * HOUR, (0.0, 0))
+            if len(hours) > 100:
+                hours.clear()
+            hours[tick.ms // 3_600_000 * HOUR] = total + value, count + 1
+        if self.bytes < HISTORY_MEMORY:
+            self.ticks.setdefault(host_id, {})[report_id] = tick
+            self.bytes += tick_bytes(tick)
+
+    def forget(self, host_id: int, report_ids: Iterable[int]) -> None:
+        """Reports went into a chunk; called by the writer after the commit."""
+        kept = self.ticks.get(host_id, {})
+        for report_id in report_ids:
+            self._parsed.pop(report_id, None)
+            tick = kept.pop(report_id, None)
+            self.bytes -= tick_bytes(tick) if tick else 0
+
+    def clear(self) -> None:
+        self.ticks, self._parsed, self.bytes = {}, {}, 0
+
+    def tail(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> dict[int, Tick]:
+        """Reports of a span of time that are in no chunk yet, oldest first."""
+        first, last = report_span(host_id, since, until)
+        known = self.ticks.get(host_id, {})
+        found = {}
+        for (report_id,) in db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
+                                       {"first": first, "last": last}).fetchall():
+            tick = known.get(report_id) or self._parsed.get(report_id) or self._parse(db, report_id)
+            if tick is not None:
+                found[report_id] = tick
+        return found
+
+    def _parse(self, db: sqlite3.Connection, report_id: int) -> Tick | None:
+        row = find_report(db, report_id)
+        if row is None:
+            return None
+        tick = build_tick(read_body(row["body"]), row["received_at"])
+        if len(self._parsed) > 3000:
+            self._parsed = {}
+        self._parsed[report_id] = tick
+        return tick
+
+    def layout(self, db: sqlite3.Connection, layout_id: int) -> tuple[str, ...]:
+        """The names of a layout's fields."""
+        if layout_id not in self.layouts:
+            row = db.execute("SELECT fields FROM history_layout WHERE id = :id", {"id": layout_id}).fetchone()
+            self.layouts[layout_id] = tuple(json.loads(row[0]))
+        return self.layouts[layout_id]
+
+
+def tick_bytes(tick: Tick) -> int:
+    return 300 + 8 * len(tick.values)
+
+
+# Blocks: the numbers of some reports of one host, column by column.
+
+TickKey = tuple[int, int, int]  # milliseconds, run, seq
+Columns = tuple[list[int], dict[str, list[float]]]  # which of the block's reports have the object; field -> values
+
+
+class Block(NamedTuple):
+    keys: list[TickKey]  # rising
+    objects: dict[ObjectKey, Columns]
+
+
+Wanted = dict[ObjectKey, set[str]] | None  # None: everything
+
+
+def block_of(ticks: Iterable[Tick], wanted: Wanted = None) -> Block:
+    """The numbers of reports, in the order of their time."""
+    rows = sorted(ticks, key=lambda tick: tick[:3])
+    gathered: dict[ObjectKey, tuple[list[int], list[tuple[tuple[str, ...], Any]]]] = {}
+    for place, tick in enumerate(rows):
+        where, values = tick.shape.where, tick.values
+        for key in where if wanted is None else wanted.keys() & where.keys():
+            start, names = where[key]
+            found = gathered.get(key)
+            if found is None:
+                found = gathered[key] = [], []
+            found[0].append(place)
+            found[1].append((names, values[start : start + len(names)]))
+    return Block([tick[:3] for tick in rows], {
+        key: (places, columns_of(cells, wanted[key] if wanted else None)) for key, (places, cells) in gathered.items()})
+
+
+def columns_of(cells: list[tuple[tuple[str, ...], Any]], fields: set[str] | None) -> dict[str, list[float]]:
+    """Rows of one object as columns; a field that a row does not have is NaN there."""
+    names = cells[0][0]
+    if all(one[0] is names or one[0] == names for one in cells):
+        columns = dict(zip(names, map(list, zip(*(one[1] for one in cells)))))
+        return columns if fields is None else {name: columns[name] for name in fields & columns.keys()}
+    every = {name for one in cells for name in one[0]}
+    rows = [dict(zip(*one)) for one in cells]
+    return {name: [row.get(name, NAN) for row in rows] for name in (every if fields is None else fields & every)}
+
+
+def merge_blocks(blocks: list[Block]) -> Block:
+    """Several as one; the same report twice is there once."""
+    blocks = sorted((block for block in blocks if block.keys), key=lambda block: block.keys[0])
+    if all(a.keys[-1] < b.keys[0] for a, b in zip(blocks, blocks[1:])):
+        return join_blocks(blocks)
+    keys = sorted({key for block in blocks for key in block.keys})
+    place = {key: at for at, key in enumerate(keys)}
+    rows: dict[ObjectKey, dict[int, tuple[Columns, int]]] = {}
+    for block in blocks:
+        for name, columns in block.objects.items():
+            found = rows.setdefault(name, {})
+            for row, at in enumerate(columns[0]):
+                found[place[block.keys[at]]] = columns, row
+    return Block(keys, {name: merge_columns(found) for name, found in rows.items()})
+
+
+def join_blocks(blocks: list[Block]) -> Block:
+    """Blocks that follow each other, as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    keys: list[TickKey] = []
+    objects: dict[ObjectKey, Columns] = {}
+    for block in blocks:
+        for name, (places, columns) in block.objects.items():
+            all_places, all_columns = objects.setdefault(name, ([], {}))
+            before = len(all_places)
+            all_places += [len(keys) + at for at in places]
+            for field in columns.keys() - all_columns.keys():
+                all_columns[field] = [NAN] * before
+            for field, values in all_columns.items():
+                values += columns.get(field) or [NAN] * len(places)
+        keys += block.keys
+    return Block(keys, objects)
+
+
+def merge_columns(rows: dict[int, tuple[Columns, int]]) -> Columns:
+    places = sorted(rows)
+    ordered = [rows[at] for at in places]
+    fields = {field for columns, _ in ordered for field in columns[1]}
+    empty: list[float] = []
+    values = {field: [columns[1].get(field, empty)[row] if field in columns[1] else NAN for columns, row in ordered]
+              for field in fields}
+    return places, values
+
+
+def pack_block(block: Block, object_ids: dict[ObjectKey, int], layout_ids: dict[tuple[str, ...], int]) -> bytes:
+    """A block as a chunk: segment 0 has the reports' times and names, then a segment for each object."""
+    heads = [pack_column(column) for column in zip(*block.keys)]
+    segments = [(0, len(block.keys), b"".join(heads))]
+    for key, (places, columns) in block.objects.items():
+        names = stored_names(columns)
+        if names:
+            everywhere = len(places) == len(block.keys)
+            present = set(places)
+            there = b"" if everywhere else pack_bits([at in present for at in range(len(block.keys))])
+            packed = b"".join(pack_column(columns[name]) for name in names)
+            segments.append((object_ids[key], layout_ids[names], bytes([everywhere]) + there + packed))
+    return pack_chunk(segments)
+
+
+def stored_names(columns: dict[str, list[float]]) -> tuple[str, ...]:
+    """The columns that hold any number."""
+    return tuple(sorted(name for name, values in columns.items() if any(value == value for value in values)))
+
+
+def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects: dict[int, ObjectKey],
+                 wanted: Wanted) -> Block:
+    """What is wanted of a chunk of reports."""
+    chunk = open_chunk(body)
+    count, head = chunk[0]
+    packed, at, heads = inflate(body[head]), 0, []
+    for _ in range(3):
+        heads.append([int(one) for one in unpack_column(packed, at, count)])
+        at = skip_columns(packed, at, 1)
+    found = {}
+    for object_id in objects.keys() & chunk.keys():
+        layout_id, segment = chunk[object_id]
+        key = objects[object_id]
+        names = history.layout(db, layout_id)
+        found[key] = unpack_columns(inflate(body[segment]), count, names, wanted[key] if wanted else None)
+    return Block(list(zip(*heads)), found)
+
+
+def unpack_columns(packed: bytes, count: int, names: tuple[str, ...], fields: set[str] | None) -> Columns:
+    places, at = list(range(count)), 1
+    if not packed[0]:
+        width = (count + 8) // 8
+        places = [place for place, there in enumerate(unpack_bits(packed[1 : 1 + width], count)) if there]
+        at += width
+    columns = {}
+    for name in names:
+        if fields is None or name in fields:
+            columns[name] = unpack_column(packed, at, len(places))
+        at = skip_columns(packed, at, 1)
+    return places, columns
+
+
+# Points: averages, minima and maxima of steps.
+
+
+def stored_field(field: str) -> str:
+    """The field that is kept for a name: a rate is made from its counter."""
+    return field.removesuffix("_per_second") + "_total" if field.endswith("_per_second") else field
+
+
+def needed_fields(field: str) -> set[str]:
+    """What has to be read for a field: a rate needs to know of restarts too."""
+    stored = stored_field(field)
+    return {stored, "uptime_seconds", BOOT} if stored.endswith("_total") else {stored}
+
+
+def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], list[float]]:
+    """Milliseconds and values of one series in a block; a counter as its rate per second; NaN = none."""
+    places, columns = block.objects.get(key, ([], {}))
+    stored = stored_field(field)
+    if stored not in columns:
+        return [], []
+    times = [block.keys[at][0] for at in places]
+    values = columns[stored]
+    if stored.endswith("_total"):
+        values = list_rates(times, values, columns.get("uptime_seconds"), columns.get(BOOT))
+    return times, values
+
+
+def list_rates(times: list[int], values: list[float], uptimes: list[float] | None,
+               boots: list[float] | None) -> list[float]:
+    """A counter's growth per second, at the end of each interval. A restart, a counter that fell and too long a
+    time between make a gap: nobody knows what happened in it."""
+    rates = [NAN] * len(values)
+    last = -1
+    for row, value in enumerate(values):
+        if value != value:
+            continue
+        seconds = (times[row] - times[last]) / 1000 if last >= 0 else 0
+        if 0 < seconds <= RATE_MOST and value >= values[last]:
+            restarted = uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds)
+            rebooted = boots is not None and abs(boots[row] - boots[last]) > 0  # not known: False
+            if not restarted and not rebooted:
+                rates[row] = (value - values[last]) / seconds
+        last = row
+    return rates
+
+
+def fold_object(block: Block, key: ObjectKey, fields: Iterable[str], since: float, until: float) -> dict[
+        str, dict[int, Point]]:
+    """The points of 5 minutes of an object's fields from since to until, from reports."""
+    places, columns = block.objects.get(key, ([], {}))
+    steps = [block.keys[at][0] // (FINE * 1000) * FINE for at in places]
+    spans = []
+    row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
+    while row < last:
+        end = bisect.bisect_right(steps, steps[row], row, last)
+        spans.append((steps[row], row, end))
+        row = end
+    return {field: fold(list_values(block, key, field)[1], spans, is_rate=stored_field(field).endswith("_total"))
+            for field in fields if stored_field(field) in columns}
+
+
+def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
+    """Points of values; a span is the beginning of a step with its first row and the one after its last."""
+    if values[0] == values[0] and values.count(values[0]) == len(values) and not is_rate:
+        return {step: (values[0], values[0], values[0], float(end - row)) for step, row, end in spans}
+    points = {}
+    for step, row, end in spans:
+        known = values[row:end]
+        average = sum(known) / len(known)
+        if average != average:
+            known = [value for value in known if value == value]
+            if not known:
+                continue
+            average = sum(known) / len(known)
+        lowest, highest = min(known), max(known)
+        if is_rate:
+            lowest, highest = rough(lowest), rough(highest)
+        points[step] = tidy(average, lowest, highest), lowest, highest, float(len(known))
     return points
 
 
-def find_object(body: Any, section: str, object: str) -> Any:
-    """An object of a section by its key as text; the section itself without one."""
-    if not object:
-        return body
-    key = KEY_FIELDS.get(section, ("name", str))[0]
-    return next((one for one in body or () if isinstance(one, dict) and str(one.get(key)) == object), None)
+def tidy(average: float, lowest: float, highest: float) -> float:
+    """An average with as many digits as say something beside its minimum and maximum; zeros take no room."""
+    if lowest == highest:
+        return lowest
+    if -1000 < average < 1000:
+        rounded = round(average, 4)
+    else:
+        step = max(1.0, 2.0 ** (math.frexp(highest - lowest)[1] - 8))
+        rounded = round(average / step) * step
+    return min(highest, max(lowest, rounded))
+
+
+def rough(rate: float) -> float:
+    """A rate to about a thousandth: it is a quotient of noisy times anyway."""
+    return round(rate, 3) if rate < 1000 else round(rate / (step := 2.0 ** (math.frexp(rate)[1] - 11))) * step
+
+
+def combine(points: Iterable[Point]) -> Point:
+    """Several points as one."""
+    averages, lowest, highest, counts = zip(*points)
+    count = sum(counts)
+    average = sum(one * weight for one, weight in zip(averages, counts)) / count
+    return tidy(average, min(lowest), max(highest)), min(lowest), max(highest), count
+
+
+def coarsen(points: dict[int, Point], step: int) -> dict[int, Point]:
+    """Points of a longer step."""
+    groups: dict[int, list[Point]] = {}
+    for at in sorted(points):
+        groups.setdefault(at // step * step, []).append(points[at])
+    return {at: combine(group) for at, group in groups.items()}
+
+
+def add_points(into: Points, more: Points) -> None:
+    """Put points beside those that are there; two of one step become one."""
+    for key, fields in more.items():
+        for field, points in fields.items():
+            old = into.setdefault(key, {}).setdefault(field, {})
+            if not old:
+                old.update(points)
+                continue
+            for at, point in points.items():
+                old[at] = combine((old[at], point)) if at in old else point
+
+
+def pack_points(points: Points, begin: int, step: int, object_ids: dict[ObjectKey, int],
+                layout_ids: dict[tuple[str, ...], int]) -> bytes:
+    """Points as a chunk. Of a field: which steps it has, averages, how far minimum and maximum are from them, and
+    how many values were in each step."""
+    steps = range(begin, begin + SPANS[step], step)
+    segments = []
+    for key, fields in points.items():
+        names = tuple(sorted(name for name in fields if fields[name]))
+        if names:
+            packed = b"".join(pack_field([fields[name].get(at) for at in steps]) for name in names)
+            segments.append((object_ids[key], layout_ids[names], packed))
+    return pack_chunk(segments)
+
+
+def pack_field(points: list[Point | None]) -> bytes:
+    there = pack_bits([point is not None for point in points])
+    averages, lowest, highest, counts = zip(*(point for point in points if point))
+    scaled = scale((*averages, *lowest, *highest))
+    columns: tuple[Sequence[float], ...]
+    if scaled is None or max(map(abs, scaled[1])) >= 1 << 52:  # differences have to be exact as doubles
+        head, columns = NOT_SCALED, (averages, lowest, highest, counts)
+    else:
+        head, whole = scaled
+        middle, low, high = (whole[at : at + len(averages)] for at in range(0, len(whole), len(averages)))
+        columns = (middle, [a - b for a, b in zip(middle, low)], [b - a for a, b in zip(middle, high)], counts)
+    return bytes([head]) + there + b"".join(pack_column(column) for column in columns)
+
+
+NOT_SCALED = 255
+
+
+def unpack_points(history: History, db: sqlite3.Connection, body: bytes, begin: int, step: int,
+                  objects: dict[int, ObjectKey], wanted: Wanted) -> Points:
+    """What is wanted of a chunk of points."""
+    steps = range(begin, begin + SPANS[step], step)
+    chunk = open_chunk(body)
+    found: Points = {}
+    for object_id in objects.keys() & chunk.keys():
+        layout_id, segment = chunk[object_id]
+        key, packed, at = objects[object_id], inflate(body[segment]), 0
+        fields = found[key] = {}
+        for name in history.layout(db, layout_id):
+            body_at = at + 1 + (len(steps) + 8) // 8
+            if wanted is None or name in wanted[key]:
+                fields[name] = unpack_field(packed, at, body_at, steps)
+            at = skip_columns(packed, body_at, 4)
+    return found
+
+
+def unpack_field(packed: bytes, at: int, body_at: int, steps: range) -> dict[int, Point]:
+    head = packed[at]
+    times = [step for step, there in zip(steps, unpack_bits(packed[at + 1 : body_at], len(steps))) if there]
+    columns = []
+    for _ in range(4):
+        columns.append(unpack_column(packed, body_at, len(times)))
+        body_at = skip_columns(packed, body_at, 1)
+    if head == NOT_SCALED:
+        return dict(zip(times, zip(*columns)))
+    by, (middle, low, high, counts) = SCALES[head], columns
+    return {time: (a / by, (a - b) / by, (a + c) / by, n)
+            for time, a, b, c, n in zip(times, middle, low, high, counts)}
+
+
+# Reading: chunks and tail together, whatever has been packed by now.
+
+
+class Source:
+    """One host's history for one question: `wanted` are the fields asked for, by object; None = everything."""
+
+    def __init__(self, history: History, db: sqlite3.Connection, host_id: int, asked: Wanted):
+        self.history, self.db, self.host_id, self.asked = history, db, host_id, asked
+        self.objects = find_objects(db, host_id, asked)
+        self.stored: Wanted = asked and {
+            key: {one for field in fields for one in needed_fields(field)} for key, fields in asked.items()}
+        self.plain: Wanted = asked and {key: {stored_field(field) for field in fields} for key, fields in asked.items()}
+
+    def block(self, since: float, until: float, *, tail: bool = True) -> Block:
+        """The reports of a span of time. The tail comes first: what leaves it meanwhile is in a chunk by then."""
+        ticks = self.history.tail(self.db, self.host_id, since, until) if tail else {}
+        first = int(since) // HOUR * HOUR
+        blocks = [unpack_block(self.history, self.db, row["body"], self.objects, self.stored)
+                  for row in list_chunks(self.db, self.host_id, RAW, first, until)]
+        return merge_blocks([*blocks, block_of(ticks.values(), self.stored)]) if blocks or ticks else Block([], {})
+
+    def points(self, step: int, since: int, until: int) -> Points:
+        """Points of 5 minutes or an hour, from the beginning of a step on."""
+        found: Points = {}
+        days = day_states(self.db, self.host_id, since, until)
+        first, last = report_span(self.host_id, since // DAY * DAY, until)
+        busy = {int(report_time(row[0])) // DAY * DAY for row in self.db.execute(
+            "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
+        for row in list_chunks(self.db, self.host_id, step, since // SPANS[step] * SPANS[step], until):
+            begin = chunk_begin(row["id"])
+            add_points(found, unpack_points(self.history, self.db, row["body"], begin, step, self.objects, self.plain))
+        for day in range(since // DAY * DAY, int(until) + 1, DAY):
+            if day in busy or days.get(day) == CHANGED:
+                self._renew(found, step, day, whole=days.get(day) != SEALED)
+        return {key: {field: {at: point for at, point in points.items() if since <= at < until}
+                      for field, points in fields.items()} for key, fields in found.items()}
+
+    def _renew(self, found: Points, step: int, day: int, *, whole: bool) -> None:
+        """Make the points of a day from its reports: it has some that are not rolled up yet. `whole`: all its
+        reports are there; else they are more of what is rolled up."""
+        fresh = self.day_points(day)
+        if whole:
+            for fields in found.values():
+                for points in fields.values():
+                    for at in [at for at in points if day <= at < day + DAY]:
+                        del points[at]
+        elif step == COARSE:  # the day's hours are made from its 5 minutes, as the roll-up will do it
+            fine = self._stored_fine(day)
+            add_points(fine, fresh)
+            self._renew_with(found, step, day, fine)
+            return
+        if step == COARSE:
+            fresh = coarsen_all(fresh, COARSE)
+        add_points(found, fresh)
+
+    def _renew_with(self, found: Points, step: int, day: int, fine: Points) -> None:
+        for key, fields in coarsen_all(fine, step).items():
+            for field, points in fields.items():
+                found.setdefault(key, {}).setdefault(field, {}).update(points)
+
+    def _stored_fine(self, day: int) -> Points:
+        row = find_chunk(self.db, self.host_id, FINE, day)
+        return unpack_points(self.history, self.db, row["body"], day, FINE, self.objects, self.plain) if row else {}
+
+    def day_points(self, day: int, *, tail: bool = True) -> Points:
+        """The points of 5 minutes of a day, from its reports."""
+        block = self.block(day - RATE_MOST, day + DAY - 0.001, tail=tail)
+        found: Points = {}
+        for key, (_, columns) in block.objects.items():
+            fields = self.plain[key] if self.plain else columns.keys() - {BOOT}
+            found[key] = fold_object(block, key, fields, day, day + DAY)
+        return found
+
+
+def coarsen_all(points: Points, step: int) -> Points:
+    return {key: {field: coarsen(one, step) for field, one in fields.items()} for key, fields in points.items()}
+
+
+CHANGED, ROLLED, SEALED = 0, 1, 2  # states of a day
+
+
+def day_states(db: sqlite3.Connection, host_id: int, since: float, until: float) -> dict[int, int]:
+    return dict(db.execute("""
+        SELECT day, state FROM history_day WHERE host_id = :host AND day BETWEEN :since AND :until""",
+        {"host": host_id, "since": int(since) // DAY * DAY, "until": int(until)}).fetchall())
+
+
+def find_objects(db: sqlite3.Connection, host_id: int, asked: Wanted) -> dict[int, ObjectKey]:
+    """Number -> name of the objects asked for."""
+    if asked is None:
+        rows = db.execute("SELECT id, section, object FROM history_object WHERE host_id = :host", {"host": host_id})
+        return {row["id"]: (row["section"], row["object"]) for row in rows}
+    found = {}
+    for section, object in asked:
+        row = db.execute("""
+            SELECT id FROM history_object WHERE host_id = :host AND section = :section AND object = :object""",
+            {"host": host_id, "section": section, "object": object}).fetchone()
+        if row:
+            found[row[0]] = section, object
+    return found
+
+
+CHUNK_SHIFT = 34
+
+
+def chunk_id(host_id: int, step: int, begin: float) -> int:
+    return (host_id << 2 | STEP_CODES[step]) << CHUNK_SHIFT | max(0, int(begin))
+
+
+def chunk_begin(number: int) -> int:
+    return number & ((1 << CHUNK_SHIFT) - 1)
+
+
+def list_chunks(db: sqlite3.Connection, host_id: int, step: int, since: float, until: float) -> Iterator[sqlite3.Row]:
+    """Chunks that begin from since to until."""
+    return db.execute("SELECT id, body FROM chunk WHERE id BETWEEN :first AND :last ORDER BY id",
+                      {"first": chunk_id(host_id, step, since),
+                       "last": chunk_id(host_id, step, min(until, 1 << CHUNK_SHIFT - 1))})
+
+
+def find_chunk(db: sqlite3.Connection, host_id: int, step: int, begin: int) -> sqlite3.Row | None:
+    return db.execute("SELECT id, body FROM chunk WHERE id = :id", {"id": chunk_id(host_id, step, begin)}).fetchone()
+
+
+class Question(NamedTuple):
+    """What somebody wants to see: series of a host, from, to, and the step that fits."""
+
+    names: list[str]
+    since: float
+    until: float
+    step: int
+
+
+def parse_series(name: str) -> tuple[ObjectKey, str]:
+    """`section.field` or `section/object.field`; an object's name may hold dots and slashes."""
+    path, _, field = name.rpartition(".")
+    section, _, object = path.partition("/")
+    return (section, object), field
+
+
+def choose_step(since: float, until: float, wanted: float | None, oldest_raw: float, now: float) -> int:
+    """The finest step that fits 2,000 points and is still kept; a step that is asked for, if it fits. 30 = as
+    received, always as asked."""
+    steps: tuple[int, ...] = (RAW, FINE, COARSE, *ON_REQUEST)
+    if wanted is not None and wanted <= RAW and since >= oldest_raw - DAY:
+        return RAW
+    if wanted is not None and wanted > RAW:
+        base = COARSE if wanted >= COARSE or since < now - KEPT[FINE] else FINE
+        steps = (max(base, int(-(-wanted // base) * base)), *(step for step in steps if step > wanted))
+    kept = [step for step in steps if (step >= FINE or since >= oldest_raw) and (
+        step >= COARSE or since >= now - KEPT[FINE])]
+    return next((step for step in kept if (until - since) / step <= POINTS_MOST), kept[-1])
+
+
+def ask_history(history: History, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Point]]:
+    """Points [time, average, minimum, maximum] of each series. A guest is looked for on all hosts given: it may
+    have been on one and then on another."""
+    answers: list[list[Any]] = [[] for _ in question.names]
+    parsed = [parse_series(name) for name in question.names]
+    for nth, host_id in enumerate(host_ids):
+        asked: dict[ObjectKey, set[str]] = {}
+        for key, field in parsed:
+            if nth == 0 or key[0] == "guests":
+                asked.setdefault(key, set()).add(field)
+        if asked:
+            source = Source(history, db, host_id, asked)
+            answer = answer_raw if question.step == RAW else answer_steps
+            for found, points in zip(answers, answer(source, parsed, question)):
+                found.extend(points)
+    if len(host_ids) > 1:
+        answers = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
+    return [[point[:4] for point in points] for points in answers]
+
+
+def answer_raw(source: Source, parsed: list[tuple[ObjectKey, str]], question: Question) -> Iterator[list[Any]]:
+    """Each value as it was received, with its time."""
+    before = RATE_MOST if any(stored_field(field).endswith("_total") for _, field in parsed) else 0
+    block = source.block(question.since - before, question.until)
+    first, last = question.since * 1000, question.until * 1000
+    for key, field in parsed:
+        times, values = list_values(block, key, field)
+        yield [[at / 1000, value, value, value, 1] for at, value in zip(times, values)
+               if value == value and first <= at <= last]
+
+
+def answer_steps(source: Source, parsed: list[tuple[ObjectKey, str]], question: Question) -> Iterator[list[Any]]:
+    """Points of the step, from the finer ones that are kept."""
+    base = COARSE if question.step >= COARSE else FINE
+    since = int(question.since // question.step * question.step)
+    found = source.points(base, since, int(question.until) + 1)
+    for key, field in parsed:
+        points = found.get(key, {}).get(stored_field(field), {})
+        if question.step != base:
+            points = coarsen(points, question.step)
+        yield [[at, *points[at]] for at in sorted(points)]
+
+
+def join_points(points: list[list[Any]]) -> list[list[Any]]:
+    """Points of several hosts: two of one step become one."""
+    groups: dict[float, list[Point]] = {}
+    for at, *point in points:
+        groups.setdefault(at, []).append((point[0], point[1], point[2], point[3]))
+    return [[at, *(combine(groups[at]) if len(groups[at]) > 1 else groups[at][0])] for at in sorted(groups)]
+
+
+def begin_of_history(db: sqlite3.Connection, host_id: int) -> float | None:
+    """The oldest time of which anything is known."""
+    found: list[float] = []
+    for step in STEP_CODES:
+        row = db.execute("SELECT min(id) FROM chunk WHERE id BETWEEN :first AND :last",
+                         {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)}).fetchone()
+        found += [chunk_begin(row[0])] if row[0] is not None else []
+    first, last = report_span(host_id, 0, None)
+    row = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
+                     {"first": first, "last": last}).fetchone()
+    found += [report_time(row[0])] if row[0] is not None else []
+    return min(found, default=None)
+
+
+def same_cluster(fleet: Fleet, state: HostState) -> list[int]:
+    """This host and the others of its cluster; two clusters may have the same name, so their members count."""
+    cluster = state.body("cluster", {})
+    name, members = text(cluster, "name"), member_names(cluster)
+    others = [other.id for other in fleet.hosts.values() if other is not state and name
+              and text(other.body("cluster", {}), "name") == name
+              and (not members or not members.isdisjoint((other.name.lower(), node_name(other))))]
+    return [state.id, *others]
+
+
+def member_names(cluster: Any) -> set[str]:
+    members = cluster.get("members") if isinstance(cluster, dict) else None
+    return {one["name"].lower() for one in members if text(one, "name")} if isinstance(members, list) else set()
+
+
+def node_name(state: HostState) -> str:
+    return (text(state.body("node", {}), "name") or "").lower()
+
+
+def list_lost(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[dict]:
+    """When reports of a host did not come: holes in the sequence of a run, with the times around them."""
+    keys: dict[TickKey, None] = dict.fromkeys(
+        tick[:3] for tick in history.tail(db, host_id, since, until).values())
+    for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until):
+        keys.update(dict.fromkeys(unpack_block(history, db, row["body"], {}, {}).keys))
+    lost: list[dict] = []
+    before: dict[int, tuple[int, int]] = {}
+    for ms, run, seq in sorted(keys, key=lambda key: (key[1], key[2])):
+        if run in before and seq - before[run][1] > 1:
+            lost.append({"from": before[run][0] / 1000, "to": ms / 1000, "reports": seq - before[run][1] - 1})
+        before[run] = ms, seq
+    return sorted(lost, key=lambda one: one["from"])
+
+
+def list_silences(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[dict]:
+    """When nothing is known of a host: more than 5 minutes without a report that was made in them."""
+    times = {tick.ms for tick in history.tail(db, host_id, since, until).values()}
+    for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until):
+        times.update(key[0] for key in unpack_block(history, db, row["body"], {}, {}).keys)
+    ordered = sorted(times)
+    return [{"from": a / 1000, "to": b / 1000, "seconds": (b - a) / 1000}
+            for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
+
+
+def list_sparks(history: History, db: sqlite3.Connection, host_ids: list[int],
+                now: float) -> dict[int, list[float | None]]:
+    """CPU in use of the last 24 hours by host, the hour under way last: one query, and what is at hand."""
+    last = int(now) // HOUR * HOUR
+    rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
+                      {"ids": json.dumps(host_ids)})
+    packed = {row["host_id"]: json.loads(row["hours"]) for row in rows}
+    found = {}
+    for host_id in host_ids:
+        fresh, old = history.hours.get(host_id, {}), packed.get(host_id, {})
+        hours = range(last - 23 * HOUR, last + 1, HOUR)
+        line = [old[str(hour)] if str(hour) in old else fresh[hour][0] / fresh[hour][1] if hour in fresh else None
+                for hour in hours]
+        found[host_id] = line if any(value is not None for value in line) else []
+    return found
+
+
+def export_host(history: History, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
+    """Everything there is of a host: [time, step, series, average, minimum, maximum, count], by step, then by
+    chunk. Memory holds one chunk at a time."""
+    for step, begin in export_spans(db, host_id, now):
+        source = Source(history, db, host_id, None)
+        if step == RAW:
+            yield from export_raw(source, begin)
+            continue
+        for (section, object), fields in sorted(source.points(step, begin, begin + SPANS[step]).items()):
+            for field, points in sorted(fields.items()):
+                name = series_name(section, object, field)
+                yield from ([at, step, name, *points[at]] for at in sorted(points))
+
+
+def export_spans(db: sqlite3.Connection, host_id: int, now: float) -> Iterator[tuple[int, int]]:
+    """Step and beginning of each span that may hold anything."""
+    oldest = begin_of_history(db, host_id)
+    if oldest is not None:
+        for step in STEP_CODES:
+            spans = {chunk_begin(row[0]) for row in db.execute(
+                "SELECT id FROM chunk WHERE id BETWEEN :first AND :last",
+                {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)})}
+            if step != RAW:
+                spans |= {day // SPANS[step] * SPANS[step] for day in day_states(db, host_id, 0, now)}
+            first, last = report_span(host_id, 0, None)
+            spans |= {int(report_time(row[0])) // SPANS[step] * SPANS[step] for row in db.execute(
+                "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
+            yield from ((step, span) for span in sorted(spans))
+
+
+def export_raw(source: Source, begin: int) -> Iterator[list[Any]]:
+    """An hour as received."""
+    block = source.block(begin - RATE_MOST, begin + HOUR - 0.001)
+    for key, (_, columns) in sorted(block.objects.items()):
+        for field in sorted(columns.keys() - {BOOT}):
+            times, values = list_values(block, key, field)
+            name = series_name(*key, field)
+            yield from ([at / 1000, RAW, name, value, value, value, 1] for at, value in zip(times, values)
+                        if value == value and at >= begin * 1000)
+
+
+def series_name(section: str, object: str, field: str) -> str:
+    return f"{section}/{object}.{field}" if object else f"{section}.{field}"
+
+
+# Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the
+# writer; what it then writes takes it some milliseconds.
+
+HOUR_GRACE = 2 * MINUTE  # an hour is packed so long after its end, each host at its own moment
+DAY_GRACE = 15 * MINUTE
+QUIET_SECONDS = 15  # a backlog that is still coming in is left alone, but not for ever
+PACK_ROWS = 20_000  # reports in one go
+ROLL_OBJECTS = 8  # objects in one go
+
+
+class Keeper:
+    """Packs the history of a server's hosts, some at each turn."""
+
+    def __init__(self, store: Store, history: History, fleet: Fleet):
+        self.store, self.history, self.fleet = store, history, fleet
+        self._after = 0  # the host whose turn was last
+
+    def turn(self, now: float, seconds: float = 0.5) -> None:
+        """Work for about so long; the next turn goes on with the next host."""
+        end = time.monotonic() + seconds
+        ids = sorted(self.fleet.hosts)
+        start = bisect.bisect_right(ids, self._after)
+        for host_id in [*ids[start:], *ids[:start]]:
+            while self.step(host_id, now):
+                if time.monotonic() > end:
+                    self._after = host_id
+                    return
+            if time.monotonic() > end:
+                self._after = host_id
+                return
+        self._after = 0
+
+    def step(self, host_id: int, now: float) -> bool:
+        """The next piece of work for a host; False if there is none."""
+        state = self.fleet.hosts.get(host_id)
+        if state is None:
+            return False
+        db = self.store.reader()
+        hour = find_due_hour(db, host_id, now)
+        if hour is not None:
+            self.pack_hour(db, state, hour, now)
+            return True
+        for day, work in list_due_days(db, host_id, now):
+            if work == CHANGED:
+                self.roll_day(db, host_id, day, now)
+            else:
+                self.store.write(partial(seal_day, host_id, day))
+            return True
+        return False
+
+    def settle(self, now: float) -> None:
+        """Do all there is to do by now (tests, bench)."""
+        while any(self.step(host_id, now) for host_id in list(self.fleet.hosts)):
+            pass
+
+    def pack_hour(self, db: sqlite3.Connection, state: HostState, hour: int, now: float) -> None:
+        """Move an hour's reports from the tail into its chunk; of a sealed day, into its points."""
+        tail = self.history.tail(db, state.id, hour, hour + HOUR - 0.001)
+        ids = list(tail)[:PACK_ROWS]
+        block = block_of(tail[one] for one in ids)
+        day = hour // DAY * DAY
+        if day_states(db, state.id, day, day).get(day) == SEALED:
+            points = {key: fold_object(block, key, columns.keys() - {BOOT}, day, day + DAY)
+                      for key, (_, columns) in block.objects.items()}
+            chunks = self._points_chunks(db, state.id, day, points, now, add=True)
+            self.store.write(partial(put_hour, state, hour, ids, chunks, None, SEALED, now), urgent=False)
+        else:
+            old = find_chunk(db, state.id, RAW, hour)
+            if old:
+                objects = find_objects(db, state.id, None)
+                block = merge_blocks([unpack_block(self.history, db, old["body"], objects, None), block])
+            body = pack_block(block, *self.numbers(db, state.id, {
+                key: stored_names(columns) for key, (_, columns) in block.objects.items()}))
+            chunks = [(chunk_id(state.id, RAW, hour), body)]
+            self.store.write(partial(put_hour, state, hour, ids, chunks, spark_of(block), CHANGED, now), urgent=False)
+        self.history.forget(state.id, ids)
+
+    def roll_day(self, db: sqlite3.Connection, host_id: int, day: int, now: float) -> None:
+        """Make the points of a day from its reports, one object after the other."""
+        points: Points = {}
+        source = Source(self.history, db, host_id, None)
+        objects = sorted(source.objects.items())
+        for first in range(0, len(objects), ROLL_OBJECTS):  # a whole day of everything would take much memory
+            source.objects = dict(objects[first : first + ROLL_OBJECTS])
+            points.update(source.day_points(day, tail=False))
+        chunks = self._points_chunks(db, host_id, day, points, now, add=False) if points else []
+        self.store.write(partial(put_day, host_id, day, chunks, now), urgent=False)
+
+    def _points_chunks(self, db: sqlite3.Connection, host_id: int, day: int, points: Points, now: float, *,
+                       add: bool) -> list[tuple[int, bytes]]:
+        """The chunk of a day's 5 minutes, and the one of hours that the day is in."""
+        objects = find_objects(db, host_id, None)
+        if add:
+            row = find_chunk(db, host_id, FINE, day)
+            old = unpack_points(self.history, db, row["body"], day, FINE, objects, None) if row else {}
+            add_points(old, points)
+            points = old
+        begin = day // SPANS[COARSE] * SPANS[COARSE]
+        row = find_chunk(db, host_id, COARSE, begin)
+        hours = unpack_points(self.history, db, row["body"], begin, COARSE, objects, None) if row else {}
+        for key, fields in coarsen_all(points, COARSE).items():
+            for field, one in fields.items():
+                hours.setdefault(key, {}).setdefault(field, {}).update(one)
+        chunks = []
+        for step, first, found in ((FINE, day, points), (COARSE, begin, hours)):
+            names = {key: tuple(sorted(name for name in fields if fields[name])) for key, fields in found.items()}
+            body = pack_points(found, first, step, *self.numbers(db, host_id, names))
+            chunks.append((chunk_id(host_id, step, first), body))
+        return chunks
+
+    def numbers(self, db: sqlite3.Connection, host_id: int,
+                names: dict[ObjectKey, tuple[str, ...]]) -> tuple[dict[ObjectKey, int], dict[tuple[str, ...], int]]:
+        """The numbers of objects and layouts; what is new gets one."""
+        objects = {key: number for number, key in find_objects(db, host_id, None).items()}
+        layouts = {names: number for number, names in self.history.layouts.items()}
+        if names.keys() - objects.keys() or set(names.values()) - layouts.keys():
+            objects, layouts = self.store.write(partial(number_names, host_id, names))
+            self.history.layouts.update((number, names) for names, number in layouts.items())
+        return objects, layouts
+
+
+def find_due_hour(db: sqlite3.Connection, host_id: int, now: float) -> int | None:
+    """The oldest hour with reports in the tail, if it is over and its reports are all there, as far as one can
+    tell."""
+    first, last = report_span(host_id, 0, None)
+    row = db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT 1",
+                     {"first": first, "last": last}).fetchone()
+    if row is None:
+        return None
+    hour = int(report_time(row[0])) // HOUR * HOUR
+    if hour + HOUR + HOUR_GRACE + host_id * 37 % (5 * MINUTE) > now:
+        return None
+    first, last = report_span(host_id, hour, hour + HOUR - 0.001)
+    came = db.execute("SELECT min(received_at), max(received_at) FROM report WHERE id BETWEEN :first AND :last",
+                      {"first": first, "last": last}).fetchone()
+    return hour if came[1] + QUIET_SECONDS <= now or came[0] + 4 * QUIET_SECONDS <= now else None
+
+
+def list_due_days(db: sqlite3.Connection, host_id: int, now: float) -> list[tuple[int, int]]:
+    """Days to roll up, and rolled-up days whose reports may go; the oldest first."""
+    due = []
+    for day, state in db.execute("""
+            SELECT day, state FROM history_day WHERE host_id = :host AND (
+                state = 0 AND day < :over OR state = 1 AND day < :old) ORDER BY day""",
+            {"host": host_id, "over": now - DAY - DAY_GRACE - host_id * 37 % (5 * MINUTE),
+             "old": now - DAY - KEPT[RAW]}).fetchall():
+        last = db.execute("SELECT max(written_at) FROM chunk WHERE id BETWEEN :first AND :last",
+                          {"first": chunk_id(host_id, RAW, day), "last": chunk_id(host_id, RAW, day + DAY - 1)})
+        written_at = last.fetchone()[0] or 0.0
+        # A late part of a day may follow soon after another: with all its reports it is exact.
+        if written_at + (MINUTE if state == CHANGED else KEPT[RAW]) <= now:
+            due.append((day, state))
+    return due
+
+
+def number_names(host_id: int, names: dict[ObjectKey, tuple[str, ...]],
+                 db: sqlite3.Connection) -> tuple[dict[ObjectKey, int], dict[tuple[str, ...], int]]:
+    """Give numbers to objects and layouts that have none. `Problem` if the host is gone."""
+    if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
+        raise Problem("unknown_host", "the host has just been removed")
+    db.executemany("INSERT OR IGNORE INTO history_object (host_id, section, object) VALUES (?, ?, ?)",
+                   [(host_id, *key) for key in names])
+    db.executemany("INSERT OR IGNORE INTO history_layout (fields) VALUES (?)",
+                   [(json.dumps(one),) for one in sorted(set(names.values()))])
+    layouts = {tuple(json.loads(row["fields"])): row["id"] for row in db.execute("SELECT * FROM history_layout")}
+    return {key: number for number, key in find_objects(db, host_id, None).items()}, layouts
+
+
+def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int, bytes]],
+             spark: float | None, day_state: int, now: float, db: sqlite3.Connection) -> None:
+    """Write an hour's chunk, and take its reports out of the tail; those with a latest state are kept elsewhere."""
+    if not put_chunks(db, state.id, chunks, now):
+        return
+    held = {one for pair in state.pointers().values() for one in pair if one}
+    db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
+                   [(one,) for one in ids if one in held])
+    db.executemany("DELETE FROM report WHERE id = ?", [(one,) for one in ids])
+    first, last = report_span(state.id, 0, None)
+    db.execute("""
+        DELETE FROM kept_report WHERE id BETWEEN :first AND :last AND id NOT IN (SELECT value FROM json_each(:held))""",
+        {"first": first, "last": last, "held": json.dumps(sorted(held))})
+    day = hour // DAY * DAY
+    if day_state == CHANGED:
+        db.execute("INSERT INTO history_day VALUES (:host, :day, 0) ON CONFLICT DO UPDATE SET state = 0",
+                   {"host": state.id, "day": day})
+        if hour + HOUR == day + DAY:  # the next day's first rates begin in this hour
+            db.execute("UPDATE history_day SET state = 0 WHERE host_id = :host AND day = :day AND state = 1",
+                       {"host": state.id, "day": day + DAY})
+        put_spark(db, state.id, hour, spark, now)
+
+
+def put_chunks(db: sqlite3.Connection, host_id: int, chunks: list[tuple[int, bytes]], now: float) -> bool:
+    """Write chunks of a host; False if it is gone."""
+    if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
+        return False
+    for number, body in chunks:
+        db.execute("INSERT OR REPLACE INTO chunk VALUES (:id, :now, :body)", {"id": number, "now": now, "body": body})
+    return True
+
+
+def put_day(host_id: int, day: int, chunks: list[tuple[int, bytes]], now: float, db: sqlite3.Connection) -> None:
+    """Write a day's points. Only the keeper changes chunks of reports, so the day is as it was read."""
+    if put_chunks(db, host_id, chunks, now):
+        db.execute("UPDATE history_day SET state = 1 WHERE host_id = :host AND day = :day",
+                   {"host": host_id, "day": day})
+
+
+def seal_day(host_id: int, day: int, db: sqlite3.Connection) -> None:
+    """Drop a day's reports; its points stay."""
+    db.execute("DELETE FROM chunk WHERE id BETWEEN :first AND :last",
+               {"first": chunk_id(host_id, RAW, day), "last": chunk_id(host_id, RAW, day + DAY - 1)})
+    db.execute("UPDATE history_day SET state = 2 WHERE host_id = :host AND day = :day", {"host": host_id, "day": day})
+
+
+def spark_of(block: Block) -> float | None:
+    """The hour's CPU in use."""
+    _, values = list_values(block, ("node", ""), "cpu_ratio")
+    known = [value for value in values if value == value]
+    return round(sum(known) / len(known), 4) if known else None
+
+
+def put_spark(db: sqlite3.Connection, host_id: int, hour: int, value: float | None, now: float) -> None:
+    """Take an hour into the host's small line of the last day."""
+    if hour < now - 2 * DAY:
+        return
+    row = db.execute("SELECT hours FROM spark WHERE host_id = :host", {"host": host_id}).fetchone()
+    hours = {at: one for at, one in (json.loads(row[0]) if row else {}).items() if int(at) > now - 2 * DAY}
+    hours[str(hour)] = value
+    db.execute("INSERT INTO spark VALUES (:host, :hours) ON CONFLICT DO UPDATE SET hours = :hours",
+               {"host": host_id, "hours": json.dumps(hours)})
+
+
+EXPIRE_ROWS = 40  # chunks dropped in one go: some megabytes
+
+
+def expire(db: sqlite3.Connection, now: float) -> int:
+    """Drop what is older than its step is kept, and chunks of hosts that are gone, a little at a time; gives back
+    how many."""
+    found = list_expired(db, now)[:EXPIRE_ROWS]
+    db.executemany("DELETE FROM chunk WHERE id = ?", [(one,) for one in found])
+    db.execute("DELETE FROM history_day WHERE day < :before", {"before": now - KEPT[FINE] - DAY})
+    return len(found)
+
+
+def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
+    """Ids of chunks that may go. From host to host and step to step by single steps in the index."""
+    hosts = {row[0] for row in db.execute("SELECT id FROM host")}
+    found: list[int] = []
+    after = -1
+    while len(found) < EXPIRE_ROWS:
+        row = db.execute("SELECT id FROM chunk WHERE id > :after ORDER BY id LIMIT 1", {"after": after}).fetchone()
+        if row is None:
+            break
+        host_id = row[0] >> CHUNK_SHIFT + 2
+        for step, seconds in KEPT.items():
+            ends = now - seconds - SPANS[step] if host_id in hosts else 1 << 33
+            if step != RAW or host_id not in hosts:  # reports go with their day, when it is sealed
+                found += [one[0] for one in db.execute(
+                    "SELECT id FROM chunk WHERE id BETWEEN :first AND :last LIMIT :most",
+                    {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, ends), "most": EXPIRE_ROWS})]
+        after = ((host_id + 1) << CHUNK_SHIFT + 2) - 1
+    return found
+
+
+VACUUM_PAGES = 256  # 1 MiB: some milliseconds
+
+
+def vacuum(db: sqlite3.Connection) -> None:
+    """Give free pages back to the file system, a few at a time; a tenth stays for what comes next."""
+    free, pages = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
+    if free > max(pages // 10, 2 * VACUUM_PAGES):
+        db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
 
 
 def prune(db: sqlite3.Connection, now: float) -> None:
-    """Drop what is older than it is kept; the reports that hold a latest state stay."""
-    for host_id, sections in db.execute("SELECT host_id, sections FROM latest").fetchall():
-        kept = ",".join(str(one) for pair in json.loads(sections).values() for one in pair if one)
-        first, last = report_span(host_id, 0, now - KEEP_REPORTS)
-        db.execute(f"DELETE FROM report WHERE id BETWEEN :first AND :last AND id NOT IN ({kept})",
-                   {"first": first, "last": last})
+    """Drop what is older than it is kept, of what is not history."""
     db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
     db.execute("DELETE FROM session WHERE used_at < :before", {"before": now - SESSION_SECONDS})
-    db.execute("PRAGMA incremental_vacuum(1000)")
 
 
 # --- ingest: a report counts whole or not at all, and once ---
@@ -1698,12 +2924,14 @@ class Monitor:
         self.fleet = Fleet()
         self.fleet.serving_since = clock()
         self.runs: dict[tuple[int, str], Run] = {}
+        self.history = History()
         self.logins = LoginLimiter()
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
         self.boot = secrets.token_hex(4)  # makes ETags of another start of the server invalid
         self.reports_accepted = self.reports_duplicate = 0
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
+        self.keeper = Keeper(self.store, self.history, self.fleet)
 
     def _start(self, db: sqlite3.Connection) -> None:
         check_secret(db, self.secret)
@@ -1713,6 +2941,7 @@ class Monitor:
     def reload(self) -> None:
         """After a failed commit memory is ahead of the disk: take the disk's word."""
         self.runs.clear()
+        self.history.clear()
         try:
             self.fleet.load(self.store.db)
         except sqlite3.Error as error:
@@ -1775,6 +3004,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
         state.apply(report, Stamp(run.id, report["seq"], at, now, report_id))
+        monitor.history.remember(host_id, report_id, build_tick(report, now))
         touched[run.id] = run
         accepted += 1
     if accepted:
@@ -1819,6 +3049,7 @@ class Job(NamedTuple):
     name: str
     every_seconds: float
     work: Callable[[Monitor, float, sqlite3.Connection], None]
+    beside: bool = False  # takes long: works beside the writer and gives it small pieces
 
 
 def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
@@ -1838,10 +3069,25 @@ def run_prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     prune(db, now)
 
 
+def keep_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """Hours into chunks, days into points."""
+    monitor.keeper.turn(now)
+
+
+def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """What is too old goes, and the file gets smaller, each in pieces that nobody notices."""
+    for _ in range(20):
+        if not monitor.store.write(lambda db: expire(db, now)):
+            break
+    monitor.store.write(vacuum)
+
+
 JOBS = (
     Job("judge", 5, judge_fleet),
     Job("alive", 30, sign_of_life),
     Job("prune", HOUR, run_prune),
+    Job("history", 5, keep_history, beside=True),
+    Job("expire", 10 * MINUTE, expire_history, beside=True),
 )
 
 
@@ -1871,7 +3117,10 @@ class Scheduler:
     def _attempt(self, job: Job) -> None:
         error = None
         try:
-            self.monitor.store.write(partial(job.work, self.monitor, self.monitor.clock()))
+            if job.beside:
+                job.work(self.monitor, self.monitor.clock(), self.monitor.store.reader())
+            else:
+                self.monitor.store.write(partial(job.work, self.monitor, self.monitor.clock()))
         except Exception as caught:  # one job's fault must not end the others
             error = f"{type(caught).__name__}: {caught}"
             log(f"jobs: {job.name}: {error}")
@@ -1888,9 +3137,11 @@ class Scheduler:
 class Answer(Exception):
     """A finished answer; raised or returned."""
 
-    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None):
+    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
+                 stream: Iterator[bytes] | None = None):
         super().__init__(status)
         self.status, self.body, self.headers = status, body, headers or {}
+        self.stream = stream  # instead of a body, when it would be too long to hold
 
 
 class Listing(NamedTuple):
@@ -2051,11 +3302,76 @@ def post_rotate_token(call: Call) -> Any:
 def get_history(call: Call) -> Any:
     """Points [time, average, minimum, maximum] of the series named: section.field or section/object.field."""
     state = call.fleet.find(call.params["id"])
-    names = urllib.parse.parse_qs(call.environ.get("QUERY_STRING", "")).get("series", [])
-    until = query_number(call, "to", call.now)
+    question = read_question(call, state)
+    of_guests = any(name.startswith("guests/") for name in question.names)
+    hosts = same_cluster(call.fleet, state) if of_guests else [state.id]
+    answers = ask_history(call.monitor.history, call.db, hosts, question)
+    if call.query.get("format", "json") == "csv":
+        rows = [dict(zip(HISTORY_COLUMNS, (point[0], question.step, name, *point[1:])))
+                for name, points in zip(question.names, answers) for point in points]
+        return Answer(200, to_csv(rows, HISTORY_COLUMNS).encode("utf-8", "replace"),
+                      {"Content-Type": "text/csv; charset=utf-8"})
+    return {"series": [{"name": name, "step": question.step, "points": points}
+                       for name, points in zip(question.names, answers)]}
+
+
+HISTORY_COLUMNS = ("time", "step", "series", "average", "minimum", "maximum")
+SERIES_MOST = 500  # in one question
+
+
+def read_question(call: Call, state: HostState) -> Question:
+    """What ?series=…&from=…&to=…&step=… asks for. `Problem('invalid_request')`."""
+    names = urllib.parse.parse_qs(call.environ.get("QUERY_STRING", ""), errors="replace").get("series", [])
+    if len(names) > SERIES_MOST:
+        raise Problem("invalid_request", f"at most {SERIES_MOST} series in one question", parameter="series")
+    until = min(query_number(call, "to", call.now), call.now + DAY)
     since = query_number(call, "from", until - DAY)
-    return {"series": [{"name": name, "step": 30, "points": list_points(call.db, state.id, name, since, until)}
-                       for name in names]}
+    wanted = query_number(call, "step", 0) or None
+    if wanted is not None and not 1 <= wanted <= 366 * DAY:
+        raise Problem("invalid_request", "step: 1 to 31622400 seconds; 30 = as received", parameter="step")
+    begin = begin_of_history(call.db, state.id)
+    since = max(since, begin if begin is not None else since, 0)  # nothing was before: no need for a coarser step
+    oldest_raw = call.now - KEPT[RAW]
+    return Question(names, since, until, choose_step(since, until, wanted, oldest_raw, call.now))
+
+
+@route("GET", "/api/v1/hosts/<id>/gaps", auth="read")
+def get_gaps(call: Call) -> Any:
+    """What never came of a host, and when: reports lost by their sequence numbers, and times of silence."""
+    state = call.fleet.find(call.params["id"])
+    since = query_number(call, "from", call.now - KEPT[RAW])
+    return {"missing_reports": missing_reports(call.db, state.id), "from": since,
+            "lost": list_lost(call.monitor.history, call.db, state.id, since, call.now),
+            "silences": list_silences(call.monitor.history, call.db, state.id, since, call.now)}
+
+
+@route("GET", "/api/v1/hosts/<id>/export", auth="read")
+def get_export(call: Call) -> Any:
+    """The whole history of a host: ?format=jsonl (default) or csv."""
+    state = call.fleet.find(call.params["id"])
+    form = call.query.get("format", "jsonl")
+    if form not in ("jsonl", "csv"):
+        raise Problem("invalid_request", "format: jsonl or csv", parameter="format")
+    rows = export_host(call.monitor.history, call.db, state.id, call.now)
+    kind = "application/x-ndjson" if form == "jsonl" else "text/csv; charset=utf-8"
+    return Answer(200, b"", {"Content-Type": kind, "Cache-Control": "no-store",
+                             "Content-Disposition": f'attachment; filename="{state.name}-history.{form}"'},
+                  stream=write_export(rows, form))
+
+
+EXPORT_COLUMNS = (*HISTORY_COLUMNS, "count")
+
+
+def write_export(rows: Iterator[list[Any]], form: str) -> Iterator[bytes]:
+    """Rows as JSON lines or CSV, some hundreds at a time."""
+    if form == "csv":
+        yield to_csv([], EXPORT_COLUMNS).encode()
+    while batch := list(islice(rows, 500)):
+        dicts = [dict(zip(EXPORT_COLUMNS, row)) for row in batch]
+        if form == "csv":
+            yield to_csv(dicts, EXPORT_COLUMNS).partition("\r\n")[2].encode("utf-8", "replace")
+        else:
+            yield "".join(json.dumps(one) + "\n" for one in dicts).encode("utf-8", "replace")
 
 
 @route("GET", "/api/v1/guests", auth="read", live=True, columns=GUEST_COLUMNS)
@@ -2567,12 +3883,15 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), list_alerts(call.db)
     posture, sentence = describe_posture(overview, alerts)
+    shown = rows[offset : offset + PAGE_LIMIT]
+    if tab == "hosts":
+        shown = add_sparks(call, shown)
     unseen = sum(not alert["acknowledged"] for alert in alerts)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
-        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": rows[offset : offset + PAGE_LIMIT],
+        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
@@ -2580,6 +3899,13 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "admin_hosts": TABS["hosts"][1](call) if managing else None,
         "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
     }
+
+
+def add_sparks(call: Call, rows: Rows) -> Rows:
+    """The rows of one page with 24 numbers each: CPU in use, hour by hour."""
+    ids = {state.name: state.id for state in call.fleet.hosts.values()}
+    sparks = list_sparks(call.monitor.history, call.db, [ids[row["name"]] for row in rows], call.now)
+    return [{**row, "spark": sparks[ids[row["name"]]]} for row in rows]
 
 
 def page_url(query: dict[str, str]) -> Callable[..., str]:
@@ -2655,12 +3981,15 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
 
 
 def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none."""
-    passed = {problem["id"]}
-    while (cause := problem["because_of"]) in shown and cause not in passed:
+    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none, or if
+    the chain is a circle."""
+    top, passed = problem, {problem["id"]}
+    while (cause := top["because_of"]) in shown:
+        if cause in passed:
+            return problem
         passed.add(cause)
-        problem = shown[cause]
-    return problem
+        top = shown[cause]
+    return top
 
 
 def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
@@ -3122,7 +4451,7 @@ def handle_route(monitor: Monitor, one: Route, **params: str) -> bottle.HTTPResp
     headers = dict(answer.headers)
     if answer.body:
         headers.setdefault("Content-Type", "application/json")
-    return bottle.HTTPResponse(answer.body, answer.status, headers)
+    return bottle.HTTPResponse(answer.stream or answer.body, answer.status, headers)
 
 
 def handle_http_error(error: bottle.HTTPError) -> bytes:
@@ -3161,11 +4490,11 @@ class RefusedTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        code = {413: "too_large", 431: "too_large"}.get(error.code, "invalid_request")
+        code = {413: "too_large", 431: "too_large", 501: "unsupported_media_type"}.get(error.code, "invalid_request")
         problem = Problem(code, str(error.body).strip() or error.reason)
-        problem.status = error.code
+        problem.status = 415 if error.code == 501 else error.code  # a strange Transfer-Encoding is the sender's fault
         body = problem.body()
-        self.status = f"{error.code} {error.reason}"
+        self.status = STATUS_LINES[problem.status]
         self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS])
         self.set_close_on_finish()
         self.content_length = len(body)
@@ -3287,8 +4616,9 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
         record = insert_host(db, args.name, time.time())
     show_token(config, record, f"registered (id={record['id']}).")
     sys.stdout.flush()
-    for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
-        print(line and f"  {line}", file=sys.stderr)  # not on stdout: what it says is taken apart by scripts
+    if sys.stderr.isatty():  # for people: scripts get the three lines and nothing else
+        for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+            print(line and f"  {line}", file=sys.stderr)
     return OK
 
 

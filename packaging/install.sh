@@ -14,13 +14,15 @@ config=/etc/proxmox-monitor/agent.toml
 
 usage() {
     cat <<'USAGE'
-Usage: install.sh --host NAME [--server URL] [--ca-file FILE] [--token-file FILE] [--plain] [--no-start]
+Usage: install.sh --host NAME [--server URL] [--ca-file FILE] [--token-file FILE] [--new-token] [--plain]
+                  [--no-start]
        install.sh --uninstall [--purge]
 
   --host NAME        the name the host was registered by (kept from the config when run again)
   --server URL       the server's address, if not the one this file came from
   --ca-file FILE     the certificate of a private CA that signed the server's
   --token-file FILE  where the token stands (else $TOKEN, else the config of last time, else it is asked for)
+  --new-token        ask for the token also when the config has one (after rotate-token)
   --plain            agent.py with this host's own Python (3.11 or newer) in place of the frozen binary
   --no-start         put everything in its place, start nothing
   --uninstall        stop and remove the agent; config and unsent reports stay, unless --purge is given too
@@ -37,13 +39,14 @@ fail() {
 main() {
     set -eu
     umask 077
-    host="" ca_file="" token_file="" plain=no start=yes uninstall=no purge=no
+    host="" ca_file="" token_file="" new_token=no plain=no start=yes uninstall=no purge=no
     while [ $# -gt 0 ]; do
         case $1 in
             --host) host=${2:-}; shift ;;
             --server) server_url=${2:-}; shift ;;
             --ca-file) ca_file=${2:-}; shift ;;
             --token-file) token_file=${2:-}; shift ;;
+            --new-token) new_token=yes ;;
             --plain) plain=yes ;;
             --no-start) start=no ;;
             --uninstall) uninstall=yes ;;
@@ -126,7 +129,7 @@ ask_token() {
     if [ -n "$token_file" ]; then
         token=$(cat "$token_file") || fail "--token-file: $token_file cannot be read"
     fi
-    [ -n "$token" ] || token=$old_token
+    [ -n "$token" ] || [ "$new_token" = yes ] || token=$old_token
     if [ -z "$token" ]; then
         # Standard input is this script, when it comes through a pipe.
         { true < /dev/tty; } 2>/dev/null || fail "no token: set TOKEN, or give --token-file FILE"

@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-import agent
-from tests.agent_support import (
+from agent_support import (
     FakeProbe,
     Sink,
     accept,
@@ -22,6 +20,8 @@ from tests.agent_support import (
     wait_for,
     write_config,
 )
+
+import agent
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from agent_support import KEY, TOKEN, write_config
 
 import agent
-from tests.agent_support import KEY, TOKEN, write_config
 
 GOOD = f'server_url = "https://monitor.example.com"\ntoken = "{TOKEN}"\n'
 

@@ -9,9 +9,9 @@ import threading
 import time
 
 import pytest
+from agent_support import TOKEN, Sink, accept, closed_port_url, config_for, problem, wait_for
 
 import agent
-from tests.agent_support import TOKEN, Sink, accept, closed_port_url, config_for, problem, wait_for
 
 
 def report(seq, run="r"):
@@ -505,3 +505,41 @@ def test_certificate_that_is_not_trusted_or_of_another_name_is_refused(name, cer
     assert sink.requests == []
     assert waiting(spool) == [1]
     assert "certificate not accepted" in capsys.readouterr().out
+
+
+def test_answer_that_comes_before_the_whole_body_was_sent_is_heard(sender_for, spool, tmp_path):
+    """A proxy that refuses a large body answers at once and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def refuse():
+            while True:
+                try:
+                    one, _ = listening.accept()
+                except OSError:
+                    return
+                one.recv(100)
+                one.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                one.shutdown(socket.SHUT_WR)
+                time.sleep(0.3)
+                one.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        sender = sender_for(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        noise = agent.os.urandom(900_000).hex()
+        sender.offer(agent.Message(agent.to_json({**report(1), "noise": noise})))
+        step(sender)
+    assert spool.count == 0
+    assert len(list((tmp_path / "state" / "rejected").iterdir())) == 1
+
+
+def test_reports_in_memory_go_in_order_because_memories_build_on_each_other(tmp_path, spool):
+    memories = agent.Memories(str(tmp_path), spool)
+    with Sink() as sink:
+        sender = agent.Sender(config_for(tmp_path, sink.url), spool, memories)
+        for seq in (1, 2):
+            one = message(seq)
+            one.memories = {"tasks": b'{"offset":%d}' % seq}
+            sender.offer(one)
+        step(sender, 2)
+    assert sink.seqs() == [1, 2]
+    assert (tmp_path / "memory" / "tasks.json").read_bytes() == b'{"offset":2}'

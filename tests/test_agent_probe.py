@@ -10,9 +10,9 @@ import threading
 import time
 
 import pytest
+from agent_support import wait_for
 
 import agent
-from tests.agent_support import wait_for
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 
+from agent_support import FakeProbe, registered
+
 import agent
-from tests.agent_support import FakeProbe, registered
 
 
 def raising(error):

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from agent_support import FakeProbe, Sink, accept, closed_port_url, config_for, registered, wait_for, write_config
 
 import agent
-from tests.agent_support import FakeProbe, Sink, accept, closed_port_url, config_for, registered, wait_for, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "/proc/spl/kstat/zfs/tank/state"
@@ -304,6 +304,25 @@ def test_look_runs_no_command_and_tries_other_zfs_files_only_once(tmp_path):
     again = agent.look(probe, seen)
     assert tried[3:] == [POOL]
     assert again["pools"] == {"tank": "ONLINE"}
+
+
+def test_a_fault_of_ours_does_not_end_the_loop(tmp_path, capsys):
+    with registered(node=("fast", named({}))):
+        service = Service(tmp_path)
+        turns = []
+
+        def turn(now):
+            turns.append(now)
+            if len(turns) == 1:
+                service.agent.mail.put("wake")
+                raise RuntimeError("can't start new thread")
+            service.agent.stop()
+            return 0.0
+
+        service.agent.turn = turn
+        service.agent.serve()
+    assert len(turns) == 2
+    assert "can't start new thread" in capsys.readouterr().out
 
 
 # --- systemd ---

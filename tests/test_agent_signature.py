@@ -7,12 +7,12 @@ import hmac
 import time
 
 import pytest
+from agent_support import KEY, TOKEN
 from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 import agent
-from tests.agent_support import KEY, TOKEN
 
 BODY = b'{"version":1,"host_id":"pve-host-01"}'
 

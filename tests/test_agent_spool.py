@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from agent_support import registered, wait_for
 
 import agent
-from tests.agent_support import registered, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_763_880_000.0
@@ -186,12 +186,12 @@ def test_what_push_has_returned_for_survives_sigkill(tmp_path):
         "    print(n, flush=True)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    time.sleep(0.7)
+    assert child.stdout is not None
+    printed = [child.stdout.readline() for _ in range(20)]  # then it goes on, and is hit somewhere
     child.send_signal(signal.SIGKILL)
-    printed = child.communicate()[0].split("\n")[:-1]
+    printed += child.communicate()[0].split("\n")[:-1]
     spool = new_spool(tmp_path, max_bytes=1 << 26)
     found = [body for _, body in spool.oldest(10**6)]
-    assert len(printed) >= 3
     wanted = [b"%d" % n * 500 for n in range(len(printed))][: len(found)]
     assert found[: len(wanted)] == wanted
     assert spool.count in (len(printed), len(printed) + 1)
@@ -231,3 +231,26 @@ def test_broken_memory_begins_anew(tmp_path, capsys):
     (tmp_path / "memory" / "disks.json").write_text(json.dumps({"a": 1}))
     assert agent.Memories(str(tmp_path), new_spool(tmp_path)).values == {"disks": {"a": 1}}
     assert "pools.json cannot be used" in capsys.readouterr().err
+
+
+def test_reports_made_before_the_clock_was_set_are_not_over_age(tmp_path):
+    spool = new_spool(tmp_path, max_seconds=86400)
+    push(spool, b"1", now=100.0)
+    push(spool, b"2", now=NOW)
+    assert bodies(spool) == [b"1", b"2"]
+
+
+def test_disk_that_cannot_be_used_at_all_does_not_keep_the_agent_from_starting(tmp_path, capsys):
+    (tmp_path / "spool").write_text("a file where the folder should be")
+    spool = new_spool(tmp_path)
+    assert spool.count == 0
+    assert "kept in memory" in capsys.readouterr().out
+    with pytest.raises(agent.SourceError):
+        push(spool, b"1")
+
+
+def test_memory_that_is_no_json_is_left_out(tmp_path):
+    with registered(pools=("medium", print), disks=("slow", print)):
+        memories = agent.Memories(str(tmp_path), new_spool(tmp_path))
+        memories.values = {"pools": {"a": {1, 2}}, "disks": {"a": 1}}
+        assert set(memories.changed(["pools", "disks"], 0.0)) == {"disks"}

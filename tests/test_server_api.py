@@ -1,0 +1,410 @@
+"""Server, section api: overview, hosts, lists in three formats, history, health, metrics and the description."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+
+import pytest
+from conftest import START, build_disk, build_guest, build_pool, build_report, build_storage, find_program
+
+import server
+
+LISTS = ("hosts", "guests", "pools", "storages", "alerts", "events", "tokens", "sessions")
+
+
+def items(answer) -> list[dict]:
+    assert answer.status == 200, answer.text
+    return answer.json()["items"]
+
+
+@pytest.fixture
+def fleet(register, post, clock):
+    """Three hosts: well, with a degraded pool, and registered without a report."""
+    for number, name in enumerate(("pve1", "pve2")):
+        pools = [build_pool(state="DEGRADED" if number else "ONLINE")]
+        states = [{"name": "tank", "guid": "1", "state": pools[0]["state"]}]
+        report = build_report(name, pools=pools, pool_states=states)
+        post(register(name, site=f"site{number}", tags=["prod"]), report, host=name)
+    register("pve3")
+
+
+# --- overview ---
+
+
+def test_the_overview_counts_hosts_and_problems(fleet, admin, clock):
+    overview = admin.get("/api/v1/overview").json()
+    assert overview["hosts"] == {"total": 3, "reporting": 2, "stale": 0, "offline": 0}
+    assert overview["problems"]["critical"] == 1
+    assert overview["server_time"] == clock()
+    assert overview["oldest_verified_at"] == START
+    assert overview["last_notification_at"] is None
+    assert overview["version"] == server.VERSION
+
+
+def test_silence_turns_stale_and_then_offline(fleet, admin, clock):
+    clock.advance(121)
+    assert admin.get("/api/v1/overview").json()["hosts"] == {"total": 3, "reporting": 0, "stale": 2, "offline": 0}
+    clock.advance(180)
+    assert admin.get("/api/v1/overview").json()["hosts"] == {"total": 3, "reporting": 0, "stale": 0, "offline": 2}
+
+
+def test_the_overview_stays_small(register, admin):
+    for number in range(120):
+        register(f"host-with-a-rather-long-name-{number}")
+    assert len(admin.get("/api/v1/overview").body) < 5000
+
+
+# --- hosts ---
+
+
+def test_hosts_come_worst_first(fleet, admin):
+    rows = items(admin.get("/api/v1/hosts"))
+    assert [row["name"] for row in rows] == ["pve2", "pve3", "pve1"]
+    assert [row["verdict"] for row in rows] == ["critical", "unknown", "ok"]
+    assert "DEGRADED" in rows[0]["reason"]
+
+
+def test_a_host_row_tells_unknown_from_zero(fleet, admin):
+    row = next(row for row in items(admin.get("/api/v1/hosts")) if row["name"] == "pve3")
+    for column in ("last_seen_at", "pve_version", "pools_total", "guests_running", "guests_total", "cpu_ratio",
+                   "memory_free_ratio", "storages_inactive", "uptime_seconds"):  # fmt: skip
+        assert row[column] is None, column
+
+
+def test_no_pools_is_zero_and_no_zfs_is_unknown(register, post, admin):
+    post(register("a"), build_report("a", pools=[], pool_states=[]), host="a")
+    absent = ["pools", "pool_states", "cluster"]
+    post(register("b"), build_report("b", pools=None, pool_states=None, absent=absent), host="b")
+    rows = {row["name"]: row["pools_total"] for row in items(admin.get("/api/v1/hosts"))}
+    assert rows == {"a": 0, "b": None}
+
+
+def test_a_host_is_found_whatever_its_case(fleet, admin):
+    assert admin.get("/api/v1/hosts/PVE1").json()["name"] == "pve1"
+
+
+@pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e%2fetc", "x" * 5000, "%00", "%ff"])
+def test_a_host_that_is_not_there_is_not_found(admin, name):
+    answer = admin.get(f"/api/v1/hosts/{name}")
+    assert (answer.status, answer.code) == (404, "not_found")
+
+
+def test_registering_shows_the_token_once(admin, post):
+    answer = admin.send("POST", "/api/v1/hosts", {"name": "pve1", "site": "fra1", "tags": ["prod", "ssd"]})
+    assert answer.status == 201
+    body = answer.json()
+    assert (body["host"]["name"], body["host"]["site"], body["host"]["tags"]) == ("pve1", "fra1", ["prod", "ssd"])
+    assert answer.headers["cache-control"] == "no-store"
+    assert post(body["token"], build_report()).status == 200
+    assert "whsec_" not in admin.get("/api/v1/hosts/pve1").text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"name": ""}, {"name": "-a"}, {"name": "a b"}, {"name": "x" * 64}, {"name": 7}, {"name": None}, {"name": "ä"},
+     {"name": "a", "site": 7}, {"name": "a", "tags": "prod"}, {"name": "a", "tags": [1]}, {"name": "a", "color": "red"},
+     {"name": "../a"}, {"name": "a\n"}, {"name": "a", "site": "x" * 100_000}],
+)  # fmt: skip
+def test_a_host_that_cannot_be_is_refused(admin, body):
+    answer = admin.send("POST", "/api/v1/hosts", body)
+    assert answer.status in (400, 413, 422), answer.text
+    assert answer.code
+    assert items(admin.get("/api/v1/hosts")) == []
+
+
+@pytest.mark.parametrize("name", ["pve1", "PVE1"])
+def test_a_name_that_is_taken_is_a_conflict(admin, register, name):
+    register("pve1")
+    answer = admin.send("POST", "/api/v1/hosts", {"name": name})
+    assert (answer.status, answer.code) == (409, "conflict")
+
+
+def test_a_host_can_be_changed(admin, register):
+    register("pve1")
+    changes = {"site": "ams2", "tags": ["test"], "note": "top of rack", "maintenance_until": START + 3600}
+    answer = admin.send("PATCH", "/api/v1/hosts/pve1", changes)
+    assert answer.status == 200
+    row = admin.get("/api/v1/hosts/pve1").json()
+    assert {key: row[key] for key in changes} == changes
+    assert row["verdict"] == "maintenance"
+    admin.send("PATCH", "/api/v1/hosts/pve1", {"note": None, "maintenance_until": None})
+    row = admin.get("/api/v1/hosts/pve1").json()
+    assert (row["note"], row["site"]) == (None, "ams2")
+
+
+def test_a_renamed_host_keeps_its_token_and_the_old_name_is_refused(admin, register, post):
+    token = register("old")
+    post(token, build_report("old"), host="old")
+    assert admin.send("PATCH", "/api/v1/hosts/old", {"name": "new"}).status == 200
+    assert post(token, build_report("old", seq=2), host="old").code == "unknown_host"
+    assert post(token, build_report("old", seq=2), host="new").code == "host_mismatch"
+    assert post(token, build_report("new", seq=2), host="new").status == 200
+    assert admin.get("/api/v1/hosts/new").json()["missing_reports"] == 0
+
+
+def test_a_removed_host_is_gone_with_all_it_sent(admin, register, post, store):
+    post(register("pve1"), build_report())
+    assert admin.send("DELETE", "/api/v1/hosts/pve1").status == 204
+    assert admin.get("/api/v1/hosts/pve1").code == "not_found"
+    assert items(admin.get("/api/v1/guests")) == []
+    assert store.reader().execute("SELECT count(*) FROM report").fetchone()[0] == 0
+    assert admin.send("DELETE", "/api/v1/hosts/pve1").code in ("not_found", "unknown_host")
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_has_its_frame_and_three_formats(fleet, admin, name):
+    body = admin.get(f"/api/v1/{name}").json()
+    assert set(body) == {"items", "total", "limit", "offset"}
+    assert (body["limit"], body["offset"], body["total"]) == (200, 0, len(body["items"]))
+    answer = admin.get(f"/api/v1/{name}?format=csv")
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert len(list(csv.reader(io.StringIO(answer.text)))) == 1 + body["total"]
+    answer = admin.get(f"/api/v1/{name}?format=text")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert len(answer.text.splitlines()) == 1 + body["total"]
+
+
+def test_a_list_can_be_cut(fleet, admin):
+    body = admin.get("/api/v1/guests?limit=2&offset=1").json()
+    assert (len(body["items"]), body["total"], body["limit"], body["offset"]) == (2, 4, 2, 1)
+    assert body["items"] == items(admin.get("/api/v1/guests"))[1:3]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=-1", "limit=x", "offset=-1", "format=xml", "sort=nope", "limit=1e9", "limit=nan"]
+)
+def test_a_query_that_cannot_be_is_a_400(fleet, admin, query):
+    assert admin.get(f"/api/v1/guests?{query}").status == 400
+
+
+@pytest.mark.parametrize(
+    "query, count",
+    [("", 4), ("?site=site1", 2), ("?host=pve1", 2), ("?host=pve1&status=running", 1), ("?q=vm100", 2),
+     ("?tag=prod", 4),
+     ("?tag=nope", 0), ("?q=pve2%20db", 1)],
+)  # fmt: skip
+def test_guests_are_found_by_filter_and_search(fleet, admin, query, count):
+    assert len(items(admin.get(f"/api/v1/guests{query}"))) == count
+
+
+def test_the_rows_have_the_columns_of_the_contract(fleet, admin):
+    columns = {
+        "guests": "host vmid type name status verdict template lock tags cpu_count cpu_ratio memory_used_bytes "
+        "memory_max_bytes disk_used_bytes disk_max_bytes uptime_seconds onboot ha_state as_of",
+        "pools": "host name guid state verdict reason layout size_bytes allocated_bytes free_bytes usable_used_bytes "
+        "usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin data_errors "
+        "read_errors write_errors checksum_errors scan_function scan_state scan_progress_ratio last_scrub_at as_of",
+        "storages": "host storage type content shared enabled active verdict reason total_bytes used_bytes "
+        "available_bytes used_ratio dataset as_of",
+        "alerts": "id rule severity state host object message value since resolved_at acknowledged because_of",
+        "hosts": "name verdict reason site tags last_seen_at",
+    }
+    for name, wanted in columns.items():
+        rows = items(admin.get(f"/api/v1/{name}"))
+        assert rows
+        for row in rows:
+            assert set(wanted.split()) <= set(row), name
+
+
+def test_a_formula_in_a_name_stays_a_text_in_csv(register, post, admin):
+    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", '=HYPERLINK("http://x","y")', 'a,b\n"c"']
+    post(register("pve1"), build_report(guests=[build_guest(100 + n, name=name) for n, name in enumerate(names)]))
+    rows = list(csv.DictReader(io.StringIO(admin.get("/api/v1/guests?format=csv").text, newline="")))
+    found = {int(row["vmid"]): row["name"] for row in rows}
+    for number, name in enumerate(names):
+        shown = found[100 + number]
+        assert shown.lstrip("'") == name
+        assert shown[0] not in "=+-@\t\r"
+
+
+def test_a_newline_or_an_escape_in_a_name_does_not_break_a_line_of_text(register, post, admin):
+    post(register("pve1"), build_report(guests=[build_guest(100, name="a\nb\x1b[31m"), build_guest(101)]))
+    text = admin.get("/api/v1/guests?format=text").text
+    assert len(text.splitlines()) == 3
+    assert "\x1b" not in text
+
+
+def test_etag_saves_the_answer_until_something_changes(fleet, admin, register, post, clock):
+    for path in ("overview", "hosts", "guests", "pools", "hosts/pve1", "openapi.json"):
+        tag = admin.get(f"/api/v1/{path}").headers["etag"]
+        again = admin.get(f"/api/v1/{path}", If_None_Match=tag)
+        assert (again.status, again.body) == (304, b"")
+    tag = admin.get("/api/v1/guests").headers["etag"]
+    post(register("pve9"), build_report("pve9"), host="pve9")
+    assert admin.get("/api/v1/guests", If_None_Match=tag).status == 200
+
+
+def test_an_etag_of_one_list_is_not_good_for_another(fleet, admin):
+    tag = admin.get("/api/v1/guests").headers["etag"]
+    assert admin.get("/api/v1/pools", If_None_Match=tag).status == 200
+    assert admin.get("/api/v1/guests?format=csv", If_None_Match=tag).status == 200
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/api/v1/", "/api/v1/nowhere", "/api/v2/hosts", "/static/../server.py",
+                                  "/static/..%2fserver.py", "/static/", "/static/page.html",
+                                  "/.git/config"])  # fmt: skip
+def test_what_is_not_there_is_not_found(admin, path):
+    answer = admin.get(path)
+    assert (answer.status, answer.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "method, path", [("PUT", "hosts"), ("DELETE", "overview"), ("POST", "guests"), ("PATCH", "hosts")]
+)
+def test_a_method_that_is_not_there_is_named(admin, method, path):
+    answer = admin.send(method, f"/api/v1/{path}", {})
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+    assert "GET" in answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b"\xff", b"[" * 5000, b'{"name": NaN}', b'{"a":' + b"9" * 5000 + b"}"]
+)
+def test_a_write_that_is_no_json_object_is_a_400(admin, body):
+    answer = admin.request("POST", "/api/v1/hosts", body, {"Content-Type": "application/json"})
+    assert answer.status == 400
+    assert answer.code in ("invalid_json", "invalid_request")
+
+
+# --- what the rows say ---
+
+
+def test_errors_of_the_disks_are_summed_over_the_leaves(register, post, admin):
+    leaves = [build_disk("sda", read_errors=1, checksum_errors=2), build_disk("sdb", checksum_errors=None)]
+    vdevs = [{"name": "mirror-0", "type": "mirror", "state": "ONLINE", "checksum_errors": 99, "children": leaves}]
+    post(register("pve1"), build_report(pools=[build_pool(vdevs=vdevs)]))
+    row = items(admin.get("/api/v1/pools"))[0]
+    assert (row["read_errors"], row["write_errors"], row["checksum_errors"]) == (1, 0, 2)
+
+
+def test_a_pool_whose_state_is_not_known_is_not_green(register, post, admin):
+    pool = build_pool()
+    del pool["state"]
+    post(register("pve1"), build_report(pools=[pool], pool_states=None))
+    assert items(admin.get("/api/v1/pools"))[0]["verdict"] != "ok"
+
+
+def test_a_storage_whose_state_is_not_known_is_not_green(register, post, admin):
+    unknown = build_storage("nas", active=None, total_bytes=None, used_bytes=None, available_bytes=None)
+    post(register("pve1"), build_report(storages=[unknown]))
+    row = items(admin.get("/api/v1/storages"))[0]
+    assert row["verdict"] != "ok"
+    assert row["used_ratio"] is None and row["total_bytes"] is None
+
+
+def test_an_inactive_storage_counts_and_a_disabled_one_does_not(register, post, admin):
+    storages = [build_storage("a", active=False), build_storage("b", active=False, enabled=False)]
+    post(register("pve1"), build_report(storages=storages))
+    assert items(admin.get("/api/v1/hosts"))[0]["storages_inactive"] == 1
+
+
+def test_a_guest_whose_state_is_not_known_is_not_green(register, post, admin):
+    post(register("pve1"), build_report(guests=[build_guest(100, status="unknown"), build_guest(101, status=None)]))
+    assert [row["verdict"] for row in items(admin.get("/api/v1/guests"))] == ["unknown", "unknown"]
+
+
+def test_what_is_old_is_not_green(fleet, admin, clock):
+    clock.advance(250)
+    for name in ("guests", "storages"):
+        assert {row["verdict"] for row in items(admin.get(f"/api/v1/{name}?host=pve1"))} == {"stale"}
+
+
+# --- history ---
+
+
+def test_history_gives_what_was_reported(register, post, admin, clock):
+    token = register("pve1")
+    for seq in range(1, 5):
+        report = build_report(seq=seq, at=clock())
+        report["node"]["cpu_ratio"] = seq / 10
+        report["guests"][0]["cpu_ratio"] = seq / 20
+        post(token, report)
+        clock.advance(30)
+    query = f"series=node.cpu_ratio&series=guests/100.cpu_ratio&from={START - 10}&to={START + 300}&step=30"
+    series = admin.get(f"/api/v1/hosts/pve1/history?{query}").json()["series"]
+    assert [one["name"] for one in series] == ["node.cpu_ratio", "guests/100.cpu_ratio"]
+    assert [point[1] for point in series[0]["points"]] == [0.1, 0.2, 0.3, 0.4]
+    assert [point[1] for point in series[1]["points"]] == [0.05, 0.1, 0.15, 0.2]
+    assert [round(point[0] - START) for point in series[0]["points"]] == [0, 30, 60, 90]
+
+
+def test_a_backlog_fills_history_at_its_own_times(register, post, admin, clock):
+    token = register("pve1")
+    post(token, build_report(seq=10, at=START))
+    post(token, [build_report(seq=n, at=START - 300 + n * 30) for n in range(1, 10)])
+    query = f"series=node.cpu_ratio&from={START - 400}&to={START + 1}"
+    points = admin.get(f"/api/v1/hosts/pve1/history?{query}").json()["series"][0]["points"]
+    assert [round(point[0] - START) for point in points] == list(range(-270, 1, 30))
+
+
+@pytest.mark.parametrize("query", ["from=x", "to=nan", "from=1e400"])
+def test_a_history_of_no_time_is_a_400(fleet, admin, query):
+    assert admin.get(f"/api/v1/hosts/pve1/history?series=node.load1&{query}").status == 400
+
+
+@pytest.mark.parametrize(
+    "series", ["", "x", ".", "/", "node.", ".cpu_ratio", "guests/.x", "guests/100.name", "node.nope", "%00.x"]
+)
+def test_a_series_that_is_not_there_has_no_points(fleet, admin, series):
+    answer = admin.get(f"/api/v1/hosts/pve1/history?series={series}")
+    assert answer.status in (200, 400)
+    if answer.status == 200:
+        assert all(one["points"] == [] for one in answer.json()["series"])
+
+
+# --- health, metrics, description ---
+
+
+def test_health_needs_no_login_and_tells_the_writers_state(client, store):
+    answer = client.get("/healthz")
+    assert answer.status == 200
+    health = answer.json()
+    assert health["writer_alive"] is True and health["database_writable"] is True
+    assert health["last_commit_age_seconds"] < 60
+
+
+def test_health_is_503_when_nothing_can_be_written(client, store):
+    with pytest.raises(server.Problem):
+        store.write(lambda db: db.execute("INSERT INTO no_such_table VALUES (1)"))
+    assert client.get("/healthz").status == 503
+    store.write(lambda db: server.set_meta(db, "x", 1))
+    assert client.get("/healthz").status == 200
+    store.close()
+    assert client.get("/healthz").status == 503
+
+
+HOSTILE = ['a"b', "a\\b", "a\nb", "a{b}", "ä ✓", "a\ud800".encode("utf-8", "replace").decode(), "\0"]
+
+
+def test_metrics_pass_promtool(register, post, admin):
+    promtool = find_program("promtool")
+    guests = [build_guest(100 + n, name=name) for n, name in enumerate(HOSTILE)]
+    pools = [build_pool(name) for name in HOSTILE]
+    post(register("pve1", site='s"1'), build_report(guests=guests, pools=pools))
+    text = admin.get("/metrics")
+    assert text.headers["content-type"].startswith("text/plain")
+    told = subprocess.run([promtool, "check", "metrics"], input=text.body, capture_output=True, timeout=60)
+    assert (told.returncode, told.stdout, told.stderr) == (0, b"", b"")
+    assert b'proxmon_guest_running{host="pve1"' in text.body
+
+
+def test_a_metric_that_is_not_known_has_no_line(register, post, admin):
+    post(register("pve1"), build_report(node={"name": "pve1", "cpu_ratio": None}, guests=None, pools=None))
+    lines = admin.get("/metrics").text.splitlines()
+    assert not [line for line in lines if line.startswith("proxmon_host_cpu_ratio{")]
+
+
+def test_the_description_names_every_route(admin):
+    paths = admin.get("/api/v1/openapi.json").json()["paths"]
+    for one in server.ROUTES:
+        if one.path.startswith("/api/"):
+            path = one.path.replace("<", "{").replace(">", "}")
+            assert one.method.lower() in paths[path], one
+    assert "post" in paths["/api/v1/hosts/{id}/reports"]
+    json.dumps(paths, allow_nan=False)

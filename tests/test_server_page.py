@@ -1,0 +1,195 @@
+"""Server, section page: what the page shows, escapes and leaves out. (How it behaves in a browser: test_browser.py.)"""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from conftest import Client, build_disk, build_guest, build_pool, build_report, build_storage
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;"
+
+
+@pytest.fixture
+def page(client: Client):
+    """page("/?tab=guests") -> the document, as somebody who is logged in."""
+    client.log_in()
+
+    def page(path: str = "/") -> str:
+        answer = client.get(path)
+        assert answer.status == 200, answer.text
+        assert answer.headers["content-type"].startswith("text/html")
+        return answer.text
+
+    return page
+
+
+class Tags(HTMLParser):
+    """Every element of a document with its attributes."""
+
+    def __init__(self, document: str):
+        super().__init__(convert_charrefs=True)
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+# --- who sees it ---
+
+
+def test_without_a_session_the_page_leads_to_the_log_in(client):
+    for path in ("/", "/admin/hosts", "/?host=pve1"):
+        answer = client.get(path)
+        assert answer.status == 303 and answer.headers["location"].startswith("/login")
+
+
+def test_the_log_in_form_posts_a_password(client):
+    tags = Tags(client.get("/login").text).found
+    form = next(attrs for tag, attrs in tags if tag == "form")
+    assert (form.get("method") or "").lower() == "post" and form.get("action") in ("/login", None, "")
+    assert any(
+        tag == "input" and attrs.get("name") == "password" and attrs.get("type") == "password" for tag, attrs in tags
+    )
+
+
+def test_the_page_carries_its_token_where_scripts_find_it(page, client):
+    meta = next(attrs for tag, attrs in Tags(page()).found if tag == "meta" and attrs.get("name") == "csrf-token")
+    assert meta["content"] == client.headers["X-CSRF-Token"]
+
+
+# --- what it shows ---
+
+
+def test_an_empty_fleet_says_what_to_do(page):
+    assert "No host is registered yet" in page()
+
+
+def test_the_page_shows_what_is_wrong(page, register, post):
+    pools = [build_pool(state="DEGRADED", vdevs=[build_disk("sdq", state="FAULTED", checksum_errors=7)])]
+    post(
+        register("pve-a"),
+        build_report("pve-a", pools=pools, pool_states=[{"name": "tank", "guid": "1", "state": "DEGRADED"}]),
+        host="pve-a",
+    )
+    document = page()
+    for word in ("pve-a", "tank", "DEGRADED", "1 critical"):
+        assert word in document
+
+
+def test_every_tab_shows_its_rows(page, register, post):
+    post(register("pve1"), build_report(storages=[build_storage("nas-7")], guests=[build_guest(104, name="mail")]))
+    for tab, word in (("hosts", "pve1"), ("guests", "mail"), ("pools", "tank"), ("storages", "nas-7"), ("alerts", "")):
+        assert word in page(f"/?tab={tab}")
+
+
+def test_the_drill_down_shows_pool_vdev_and_disk(page, register, post):
+    post(register("pve1"), build_report())
+    document = page("/?host=pve1")
+    for word in ("tank", "mirror-0", "sda", "sdb", "vm100", "tank-vm"):
+        assert word in document
+
+
+def test_the_search_looks_at_all_guests_of_the_fleet(page, register, post):
+    for number in (1, 2):
+        guests = [build_guest(100 + number, name=f"shop-{number}")]
+        post(register(f"pve{number}"), build_report(f"pve{number}", guests=guests), host=f"pve{number}")
+    document = page("/?tab=guests&q=shop-2")
+    assert "shop-2" in document and "shop-1" not in document
+
+
+def test_host_administration_has_what_it_needs(page, register):
+    register("pve1")
+    document = page("/admin/hosts")
+    assert "pve1" in document
+    for word in ("Register", "Rotate", "Remove", 'name="name" value="pve1"'):
+        assert word in document, word
+
+
+def test_what_is_not_known_is_a_dash_and_not_zero(page, register, post):
+    node = {"name": "pve1"}
+    post(register("pve1"), build_report(node=node, guests=None, pools=None, pool_states=None, storages=None))
+    row = next(part for part in page().split("<tr")[1:] if "pve1" in part and "<td" in part)
+    assert "–" in row
+    assert not re.search(r">\s*0\s*%?\s*<", row)
+
+
+def test_a_host_without_a_report_is_not_green(page, register):
+    register("pve1")
+    document = page()
+    assert "0 of 1 host reporting" in document
+    assert "No report has come yet" in document
+
+
+# --- what others send ---
+
+
+def hostile_report() -> dict:
+    pool = build_pool(EVIL, vdevs=[build_disk(EVIL, state=EVIL, path=EVIL, reason=EVIL)], status_text=EVIL, layout=EVIL)
+    report = build_report(
+        guests=[build_guest(100, name=EVIL, tags=EVIL, status=EVIL, lock=EVIL)],
+        storages=[build_storage(EVIL, type=EVIL, content=EVIL, dataset=EVIL, active=False)],
+        pools=[pool, build_pool("second", state=EVIL)],
+        pool_states=[{"name": EVIL, "guid": EVIL, "state": EVIL}],
+        errors={EVIL: {"code": EVIL, "detail": EVIL}, "datasets": {"code": EVIL, "detail": EVIL}},
+        absent=[EVIL],
+    )
+    report["node"].update(pve_version=EVIL, kernel=EVIL)
+    report["agent"]["version"] = EVIL
+    return report
+
+
+PAGES = ("/", "/?tab=guests", "/?tab=pools", "/?tab=storages", "/?tab=alerts", "/?host=pve1", "/admin/hosts",
+         "/?q=%3Cscript%3E&tab=guests", "/?host=%3Cscript%3E", "/?sort=%22%3E%3Cscript%3E")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_whatever_an_agent_sends_stays_text(page, register, post, path):
+    assert post(register("pve1", site=EVIL, tags=[EVIL]), hostile_report()).status == 200
+    document = page(path)
+    for tag, attrs in Tags(document).found:
+        assert tag not in ("img", "b", "iframe", "object", "embed")
+        if tag == "script":
+            assert (attrs.get("src") or "").startswith("/static/")
+        for name, value in attrs.items():
+            assert not name.startswith("on"), (tag, attrs)
+            assert name != "style", (tag, attrs)
+            assert not (value or "").lower().lstrip().startswith("javascript:")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_value_breaks_the_page(page, register, post, path):
+    odd = {"state": None, "layout": None, "vdevs": None, "scan": None, "last_scrub": 7, "capacity_ratio": None}
+    report = build_report(
+        guests=[{"vmid": 1}, {"vmid": 2, "name": None, "tags": [1], "type": 7}],
+        storages=[{"storage": "a"}, {"storage": "b", "active": "maybe", "content": ["x"]}],
+        pools=[{"name": "a"}, build_pool("b", **odd), build_pool("c", vdevs=[{}, 7, {"children": [None]}], scan=[1])],
+        pool_states=[{"name": "z"}],
+        node={},
+        cluster={"members": 7},
+    )
+    assert post(register("pve1"), report).status == 200
+    page(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["/?tab=nope", "/?offset=-1", "/?offset=99999999999", "/?host=nobody", "/?sort=nope", "/?q=" + "x" * 9000]
+)
+def test_no_query_breaks_the_page(page, register, path):
+    register("pve1")
+    page(path)
+
+
+def test_the_page_names_no_other_origin(page, register, post, client):
+    post(register("pve1"), build_report())
+    for path in ("/", "/?host=pve1", "/admin/hosts", "/login"):
+        for tag, attrs in Tags(client.get(path).text).found:
+            for name in ("src", "href", "action"):
+                if tag != "a" and attrs.get(name):
+                    assert not re.match(r"(https?:)?//", attrs[name] or ""), (path, tag, attrs)

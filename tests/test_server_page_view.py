@@ -1,0 +1,278 @@
+"""Server, section page: what is searched and in which order, how values are written, and that no text of an agent
+becomes a part of the page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from conftest import START, build_disk, build_guest, build_pool, build_report, build_storage
+
+import server
+
+EVIL = "<img src=x onerror=alert(1)>\"'&{{7*7}}\n% end"
+VOID = {"meta", "link", "input", "img", "br", "hr"}
+
+
+class Outline(HTMLParser):
+    """The elements of a page, and whether they are closed as they were opened."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def browser(client):
+    """Somebody who has logged in."""
+    assert client.log_in().status == 303
+    return client
+
+
+@pytest.fixture
+def two_hosts(register, post):
+    """A host that is well, and one whose pool is not."""
+    post(register("pve1", site="paris", tags=["prod"]), build_report("pve1"))
+    bad = build_pool(state="DEGRADED", capacity_ratio=0.84)
+    states = [{"name": "tank", "guid": bad["guid"], "state": "DEGRADED"}]
+    guests = [build_guest(300, name="mail", cpu_ratio=0.95), build_guest(301, name="web mail", status="stopped")]
+    report = build_report("pve2", pools=[bad], pool_states=states, guests=guests)
+    post(register("pve2", site="berlin", tags=["test"]), report, host="pve2")
+
+
+def shown(browser, query: str) -> list[str]:
+    """What the rows of the list are called, in their order."""
+    page = browser.get("/?" + query)
+    assert page.status == 200
+    return re.findall(r'<a class="row-link"[^>]*>([^<]*)</a>', page.text)
+
+
+# --- who may see it ---
+
+
+@pytest.mark.parametrize("path", ["/", "/admin/hosts", "/?host=pve1", "/?tab=guests&q=x"])
+def test_without_a_session_there_is_only_the_log_in(client, path):
+    answer = client.get(path)
+    assert (answer.status, answer.headers["location"]) == (303, "/login")
+
+
+def test_an_api_token_opens_no_page(admin):
+    assert admin.get("/").status == 303
+
+
+# --- order and search ---
+
+
+def test_hosts_stand_worst_first(browser, two_hosts):
+    assert shown(browser, "") == ["pve2", "pve1"]
+
+
+@pytest.mark.parametrize("query, rows", [
+    ("q=pve1", ["pve1"]),
+    ("q=site:par", ["pve1"]),
+    ("q=-site:par", ["pve2"]),
+    ("q=tag:prod", ["pve1"]),
+    ("q=tag:pro", []),                              # a tag as a whole
+    ("q=state:crit", ["pve2"]),                     # a state from its beginning
+    ("q=pool>80", ["pve2"]),
+    ("q=pool>84", []),
+    ("q=pool<80%25", ["pve1"]),
+    ("q=full<10", []),                              # not known is neither more nor less
+    ("q=site:berlin+tag:test", ["pve2"]),
+    ("q=site:berlin+tag:prod", []),
+    ("tab=guests&q=mail", ["mail", "web mail"]),    # over all guests of the fleet
+    ('tab=guests&q="web mail"', ["web mail"]),
+    ('tab=guests&q="web', ["web mail"]),            # a quote that is still being typed
+    ("tab=guests&q=vmid:300", ["mail"]),
+    ("tab=guests&q=vmid:30", []),                   # a vmid as a whole
+    ("tab=guests&q=cpu>90", ["mail"]),
+    ("tab=guests&q=site:paris+state:run", ["vm100"]),
+    ("tab=pools&q=state:degraded", ["tank"]),
+    ("tab=nonsense&q=pve2", ["pve2"]),
+    ("sort=name", ["pve1", "pve2"]),
+    ("sort=-name", ["pve2", "pve1"]),
+    ("sort=pools_max_capacity_ratio", ["pve1", "pve2"]),
+    ("sort=nonsense&offset=x", ["pve2", "pve1"]),
+    ("offset=200", ["pve2", "pve1"]),               # past the end is the first page
+])  # fmt: skip
+def test_search_and_order(browser, two_hosts, query, rows):
+    assert sorted(shown(browser, query)) == sorted(rows) if "guests" in query else shown(browser, query) == rows
+
+
+def test_a_search_that_finds_nothing_says_where_there_is_something(browser, two_hosts):
+    page = browser.get("/?q=mail").text
+    assert "None of the hosts matches" in page
+    assert "2 guests" in page
+
+
+def test_200_rows_are_shown_and_the_next_page_has_the_rest(browser, register, post):
+    post(register("pve1"), build_report(guests=[build_guest(100 + n) for n in range(250)]))
+    assert len(shown(browser, "tab=guests")) == 200
+    assert len(shown(browser, "tab=guests&offset=200")) == 50
+
+
+# --- what is shown ---
+
+
+def test_the_posture_is_never_green_while_a_host_is_not_heard(browser, register, post, clock):
+    post(register("pve1"), build_report())
+    assert 'class="posture look-ok"' in browser.get("/").text
+    register("pve2")
+    page = browser.get("/").text
+    assert 'class="posture look-stale"' in page
+    assert "1 of 2 hosts reporting; no open problem." in page
+    assert "Nothing needs you." in page
+
+
+def test_the_drawer_tells_absent_error_and_no_data_apart(browser, register, post):
+    errors = {"storages": {"code": "timeout", "detail": "pvesm hung"}}
+    post(register("pve1"), build_report(storages=None, errors=errors))
+    page = browser.get("/?host=PVE1").text
+    assert "could not be collected (timeout: pvesm hung)" in page
+    assert "does not apply on this host" in page
+    assert re.search(r'<span class="dash" title="[^"]+">–</span>', page)
+
+
+def test_a_problem_leads_to_its_pool(browser, two_hosts):
+    page = browser.get("/").text
+    assert 'href="/?host=pve2&amp;pool=tank#pool-tank"' in page
+    assert 'id="pool-tank"' in browser.get("/?host=pve2&pool=tank").text
+
+
+def test_an_unknown_host_leaves_the_page_without_drawer(browser, two_hosts):
+    page = browser.get("/?host=nobody")
+    assert page.status == 200
+    assert 'id="drawer"' not in page.text
+
+
+def test_the_same_state_is_the_same_fragment_at_any_time(browser, two_hosts, clock):
+    first = browser.get("/?host=pve2", X_Fragment="main")
+    assert first.text.startswith("\n<main") or "<main" in first.text[:200]
+    assert "<html" not in first.text
+    clock.advance(7)
+    assert browser.get("/?host=pve2", X_Fragment="main").body == first.body
+    assert browser.get("/?host=pve2", X_Fragment="main", If_None_Match=first.headers["etag"]).status == 304
+
+
+def test_without_hosts_the_page_says_how_to_begin(browser):
+    page = browser.get("/").text
+    assert "proxmox-monitor-server register-host" in page
+    assert "/install/install.sh" in page
+
+
+def test_the_page_carries_its_csrf_token(browser):
+    assert f'<meta name="csrf-token" content="{browser.headers["X-CSRF-Token"]}">' in browser.get("/").text
+
+
+# --- hostile input ---
+
+
+def hostile_report() -> dict:
+    leaf = build_disk(EVIL, path=EVIL, disk=EVIL, reason=EVIL, state=EVIL, **{"class": EVIL})
+    pool = build_pool(EVIL, layout=EVIL, state=EVIL, status_text=EVIL, damaged_files=[EVIL], vdevs=[leaf])
+    named = {"name": EVIL, "id": EVIL, "file": EVIL, "dataset": EVIL, "class": EVIL, "unit": EVIL, "upid": EVIL}
+    return build_report(
+        guests=[build_guest(7, name=EVIL, status=EVIL, tags=[EVIL], lock=EVIL, type=EVIL, ha_state=EVIL)],
+        storages=[build_storage(EVIL, type=EVIL, content=[EVIL], dataset=EVIL)],
+        pools=[pool], pool_states=[{"name": EVIL, "guid": EVIL, "state": EVIL}], absent=[EVIL],
+        errors={"ha": {"code": EVIL, "detail": EVIL}}, disks=[{**named, "model": EVIL, "serial": EVIL, "pool": EVIL}],
+        cluster={"name": EVIL, "members": [{**named, "address": EVIL}]}, replication=[{**named, "error": EVIL}],
+        datasets=[{**named, "encryption": EVIL}], snapshots=[named], certificates=[{**named, "subject": EVIL}],
+        tasks=[{**named, "type": EVIL, "user": EVIL, "status": EVIL, "result": EVIL}], ceph={"health": EVIL},
+        backups={"jobs": [named], "guests": [{"vmid": 7, "newest_failed": {"ended_at": START, "error": EVIL}}]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("query", ["", "?host=pve1", "?tab=guests", "?tab=pools", "?tab=storages", "?tab=alerts"])
+def test_nothing_an_agent_sends_becomes_markup(browser, register, post, query):
+    answer = post(register("pve1", site=EVIL[:60], tags=[EVIL[:60]]), hostile_report())
+    assert answer.status == 200, answer.body
+    page = browser.get("/" + query)
+    assert page.status == 200
+    outline = Outline(page.text)
+    assert not [tag for tag, _ in outline.tags if tag == "img"]
+    for _, attributes in outline.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+        assert not (attributes.get("href") or "").lower().startswith("javascript:")
+
+
+@pytest.mark.parametrize("path", ["/?q=%22%3E%3Cimg+src=x%3E", "/?q=%FF%00", "/?host=%3Cimg%3E&pool=%3Cimg%3E",
+                                  "/?sort=%3Cimg%3E", "/?offset=-1", "/?offset=%D9%A3", "/?tab=%3Cimg%3E&tab=x"])
+def test_nothing_in_an_address_becomes_markup(browser, two_hosts, path):
+    page = browser.get(path)
+    assert page.status == 200
+    assert not [tag for tag, _ in Outline(page.text).tags if tag == "img"]
+
+
+SECTIONS = ("node", "cluster", "disks", "backups", "replication", "ha", "datasets", "snapshots", "services", "ceph",
+            "time_sync", "updates", "certificates", "subscription", "versions", "tasks", "pools", "guests", "storages")
+BODIES = (None, "text", 5, True, [], {}, [None], [5], [[]], [{}], {"services": 5}, {"jobs": 5, "guests": [5]},
+          {"members": {}}, [{"name": "x", "vdevs": 5}], [{"name": "x", "vdevs": [5, {"children": {}}]}],
+          [{"vmid": 5, "newest_ok": 5}], {"packages": [None, {}]}, {"lrm": 5, "services": [5]},
+          {"temperatures": [{"celsius": 50}, 5], "kernel": {}, "load1": None})
+
+
+def test_a_section_of_any_shape_that_is_accepted_can_be_shown(browser, register, post):
+    token, seq, accepted = register("pve1"), 0, 0
+    for section in SECTIONS:
+        for body in BODIES:
+            seq += 1
+            if post(token, build_report(seq=seq, **{section: body})).status == 200:
+                accepted += 1
+                page = browser.get("/?host=pve1")
+                assert page.status == 200, (section, body)
+    assert accepted > len(SECTIONS)
+
+
+# --- how values are written ---
+
+
+@pytest.mark.parametrize("write, value, text", [
+    (server.show_bytes, None, "–"), (server.show_bytes, 0, "0 B"), (server.show_bytes, 1023, "1023 B"),
+    (server.show_bytes, 1024, "1.0 KiB"), (server.show_bytes, 123456789, "118 MiB"), (server.show_bytes, "7", "–"),
+    (server.show_bytes, 5e12, "4.5 TiB"), (server.show_bytes, 1e300, "–"), (server.show_bytes, True, "–"),
+    (server.show_ratio, None, "–"), (server.show_ratio, 0, "0%"), (server.show_ratio, 0.001, "<1%"),
+    (server.show_ratio, 0.834, "83%"), (server.show_ratio, 0.996, "99.6%"), (server.show_ratio, 1, "100%"),
+    (server.show_number, None, "–"), (server.show_number, 12345, "12,345"), (server.show_number, 0, "0"),
+    (server.show_duration, None, "–"), (server.show_duration, 41, "41 s"), (server.show_duration, -5, "0 s"),
+    (server.show_time, START, "2027-01-15 08:00:00 UTC"), (server.show_time, -1, "–"),
+])  # fmt: skip
+def test_how_values_are_written(write, value, text):
+    assert write(value) == text
+
+
+def test_ages_and_times_to_come():
+    assert server.show_age(START - 41, START) == "41 s"
+    assert server.show_age(START + 3 * 86400, START) == "in 3 d"
+    assert server.show_age(None, START) == "–"
+
+
+def test_a_sparkline_is_broken_where_a_value_is_unknown():
+    assert len(server.spark_points([0.1, 0.2, None, 0.3, 0.4])) == 2
+    assert server.spark_points([None]) == server.spark_points([]) == []
+
+
+def test_causes_fold_what_follows_from_them_and_a_circle_hides_nothing(monitor, client):
+    def alert(number, cause):
+        return {"id": number, "because_of": cause, "host": "pve1", "object": None, "severity": "warning"}
+    call = server.Call(monitor, {"QUERY_STRING": ""}, {})
+    alerts = [alert(1, None), alert(2, 1), alert(3, 2), alert(4, 99), alert(5, 6), alert(6, 5)]
+    tops = server.group_problems(call, alerts)
+    children = [child["id"] for top in tops for child in top["children"]]
+    assert sorted([top["id"] for top in tops] + children) == [1, 2, 3, 4, 5, 6]
+    assert next(top for top in tops if top["id"] == 1)["children"][1]["id"] == 3
