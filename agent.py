@@ -1681,7 +1681,7 @@ def read_text_expansion(lines: list[str]) -> dict[str, Any] | None:
 def parse_columns(text: str, columns: list[str]) -> list[dict[str, str | None]]:
     """`-Hp` output: tab-separated (names may hold blanks), `-` and an empty cell stand for none."""
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # names hold no line feed, but may hold what splitlines() takes for one
         cells = line.split("\t")
         if len(cells) >= len(columns):
             rows.append({name: None if cell in ("-", "") else cell for name, cell in zip(columns, cells)})
@@ -2270,8 +2270,8 @@ def attempt(read: Callable[..., Any], *args: Any, default: Any = None) -> Any:
         return default
 
 
-def node_name(probe: Any) -> str:
-    """The node's name is the short host name."""
+def host_name(probe: Any) -> str:
+    """The short host name, which Proxmox has as the node's name."""
     return probe.read("/proc/sys/kernel/hostname").strip().split(".")[0]
 
 
@@ -2285,7 +2285,7 @@ def collect_node(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
         raise Absent("no /proc here")
     boot_id = probe.read("/proc/sys/kernel/random/boot_id").strip()
     kernel = probe.read("/proc/sys/kernel/osrelease").strip()
-    node = known(name=node_name(probe), kernel=kernel, boot_id=boot_id)
+    node = known(name=host_name(probe), kernel=kernel, boot_id=boot_id)
     if memory.get("boot_id") != boot_id:
         memory.clear()
         memory["boot_id"] = boot_id
@@ -2527,6 +2527,17 @@ def read_version_file(probe: Any) -> dict[str, Any]:
     return parse_object(text, "/etc/pve/.version")
 
 
+def read_members(probe: Any) -> dict[str, Any]:
+    """/etc/pve/.members: who is in the cluster, and which of them is this node."""
+    return parse_object(probe.read_pve("/etc/pve/.members"), "/etc/pve/.members")
+
+
+def node_name(probe: Any) -> str:
+    """This node's name in the cluster; right after a renaming of the host it is still the old one."""
+    name = attempt(shared, probe, "members", read_members, default={}).get("nodename")
+    return name if isinstance(name, str) and name and "/" not in name else host_name(probe)
+
+
 def read_pve_config(
     probe: Any, memory: dict[str, Any], name: str, parse: Callable[[str], Any], *, path: str = "", default: Any = None
 ) -> Any:
@@ -2550,7 +2561,7 @@ def collect_cluster(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     """Name, quorum and members. Membership is what .members says, not the directories under /etc/pve/nodes."""
     require_pve(probe)
     shared(probe, "version", read_version_file)
-    members = parse_object(probe.read_pve("/etc/pve/.members"), "/etc/pve/.members")
+    members = shared(probe, "members", read_members)
     cluster = as_dict(members.get("cluster"))
     if not cluster:
         raise Absent("a stand-alone node")
@@ -3038,8 +3049,7 @@ def read_pool_status(probe: Any, name: str) -> dict[str, Any]:
                 raise
         except KeyError:
             pass
-    text = probe.run("zpool", "status", "-p", "-P", "-s", name, limit=ZFS_LIMIT)
-    pools = parse_zpool_status(text)
+    pools = parse_zpool_status(probe.run("zpool", "status", "-p", "-P", "-s", name, limit=ZFS_LIMIT))
     if name not in pools:
         raise SourceError("garbage", f"zpool status: nothing about pool {name!r} in the answer")
     return pools[name]
@@ -3466,7 +3476,7 @@ def collect_replication(probe: Any, memory: dict[str, Any]) -> list[dict[str, An
 def require_cluster(probe: Any) -> None:
     """Absent on a stand-alone node. Without pmxcfs nobody can tell."""
     read_version_file(probe)
-    if not parse_object(probe.read_pve("/etc/pve/.members"), "/etc/pve/.members").get("cluster"):
+    if not shared(probe, "members", read_members).get("cluster"):
         raise Absent("a stand-alone node")
 
 
@@ -3583,7 +3593,7 @@ def collect_time_sync(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     try:
         text = probe.run("timedatectl", "show", "-p", "NTPSynchronized")
     except SourceError as error:
-        if {told.code, error.code} == {"missing"}:
+        if told.code == "missing" and not probe.exists("/run/systemd/system"):
             raise Absent("neither chrony nor systemd") from None
         raise SourceError(error.code, f"{told.detail}; {error.detail}") from None
     value = parse_blocks(text)[0].get("NTPSynchronized") if parse_blocks(text) else None
@@ -3834,11 +3844,19 @@ def collect_versions(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     return known(
         pve=parse_pve_version(attempt(probe.read, PVECFG, default="")),
         zfs_module=attempt(probe.read, "/sys/module/zfs/version", default="").strip() or None,
-        zfs_userland=packages.get("zfsutils-linux") or None,
+        zfs_userland=packages.get("zfsutils-linux") or read_zfs_userland(probe),
         qemu=packages.get("pve-qemu-kvm") or None,
         smartctl=packages.get("smartmontools") or None,
         agent_python=sys.version.split()[0],
     )
+
+
+def read_zfs_userland(probe: Any) -> str | None:
+    """`zfs version` where the tools are not Debian's package; it would load the module where that is not loaded."""
+    if not probe.exists("/sys/module/zfs"):
+        return None
+    first = attempt(probe.run, "zfs", "version", default="").partition("\n")[0]
+    return first.removeprefix("zfs-").strip() or None
 
 
 @collector("ceph", tick=SLOW)
@@ -3848,6 +3866,10 @@ def collect_ceph(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     read_version_file(probe)
     if not probe.exists("/etc/pve/ceph.conf"):
         raise Absent("no /etc/pve/ceph.conf")
+    try:
+        probe.find("ceph")
+    except SourceError:
+        raise Absent("a node of the cluster without Ceph") from None
     return parse_ceph_status(probe.run("ceph", "-s", "--format", "json", "--connect-timeout", "10", limit=20.0))
 
 
