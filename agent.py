@@ -852,18 +852,21 @@ def known(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def is_whole(text: str) -> bool:
+    """Will int() take it? isdigit() alone takes a superscript 2 too, and int() refuses thousands of digits."""
+    return text.isdecimal() and len(text) < 40
+
+
 def to_number(value: Any) -> int | float | None:
     """A number from JSON or text; None for `U`, `-`, empty, infinite and anything else that is not one."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
         try:
-            value = int(value) if value.lstrip("-").isdigit() else float(value)
+            value = int(value) if is_whole(value) else float(value)
         except ValueError:
             return None
-    if not isinstance(value, (int, float)) or value != value or value in (float("inf"), float("-inf")):
-        return None
-    return value
+    return value if isinstance(value, (int, float)) and -1e300 < value < 1e300 else None
 
 
 def to_count(value: Any) -> int | None:
@@ -979,7 +982,7 @@ def parse_meminfo(text: str) -> dict[str, int]:
     for line in text.splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
-        if words and words[0].isdigit():
+        if words and is_whole(words[0]):
             sizes[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
     return sizes
 
@@ -989,7 +992,7 @@ def parse_kstat(text: str) -> dict[str, int]:
     values = {}
     for line in text.splitlines():
         words = line.split()
-        if len(words) == 3 and words[2].isdigit():
+        if len(words) == 3 and is_whole(words[2]):
             values[words[0]] = int(words[2])
     return values
 
@@ -998,7 +1001,7 @@ def parse_pressure(text: str) -> dict[str, float]:
     """/proc/pressure/*: ratios by `some_avg10` … `full_avg300`."""
     ratios = {}
     for line in text.splitlines():
-        kind, *pairs = line.split()
+        kind, *pairs = line.split() or [""]
         for pair in pairs:
             name, _, value = pair.partition("=")
             number = to_number(value)
@@ -1013,7 +1016,7 @@ def parse_net_dev(text: str) -> dict[str, list[int]]:
     for line in text.splitlines()[2:]:
         name, _, rest = line.rpartition(":")
         words = rest.split()
-        if name and len(words) >= 11 and all(words[column].isdigit() for column in (0, 2, 8, 10)):
+        if name and len(words) >= 11 and all(is_whole(words[column]) for column in (0, 2, 8, 10)):
             counters[name.strip()] = [int(words[column]) for column in (0, 2, 8, 10)]
     return counters
 
@@ -1023,15 +1026,15 @@ def parse_diskstats(text: str) -> dict[str, list[int]]:
     counters = {}
     for line in text.splitlines():
         words = line.split()
-        if len(words) >= 14 and words[5].isdigit() and words[9].isdigit() and words[12].isdigit():
+        if len(words) >= 14 and is_whole(words[5]) and is_whole(words[9]) and is_whole(words[12]):
             counters[words[2]] = [int(words[5]), int(words[9]), int(words[12])]
     return counters
 
 
 def version_key(release: str) -> list[int]:
     """The numbers in a version, for sorting: 6.8.12-4-pve comes before 6.8.12-11-pve."""
-    digits = "".join(char if char.isdigit() else " " for char in release)
-    return [int(part) for part in digits.split()]
+    digits = "".join(char if "0" <= char <= "9" else " " for char in release)
+    return [int(part) for part in digits.split() if is_whole(part)]
 
 
 # Proxmox: status files
@@ -1099,7 +1102,7 @@ def parse_vmlist(text: str) -> dict[str, list[Any]]:
     guests = {}
     for vmid, entry in as_dict(parse_object(text, "/etc/pve/.vmlist").get("ids")).items():
         entry = as_dict(entry)
-        if vmid.isdigit() and entry.get("type") in ("qemu", "lxc"):
+        if is_whole(vmid) and entry.get("type") in ("qemu", "lxc"):
             guests[vmid] = [entry.get("node"), entry["type"], entry.get("version")]
     return guests
 
@@ -1187,7 +1190,7 @@ def parse_quorumtool(text: str) -> dict[str, int]:
     for line in text.splitlines():
         key, _, value = line.partition(":")
         words = value.split()
-        if key.strip() in names and words and words[0].isdigit():
+        if key.strip() in names and words and is_whole(words[0]):
             votes[names[key.strip()]] = int(words[0])
     return votes
 
@@ -1268,7 +1271,7 @@ def read_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any
 def to_guid(value: Any) -> str | None:
     """Guids go beyond 2^53: they are text everywhere."""
     text = str(value).strip() if isinstance(value, (int, str)) else ""
-    return text if text.isdigit() else None
+    return text if is_whole(text) else None
 
 
 def squeeze(text: Any) -> str | None:
@@ -1369,7 +1372,7 @@ def short_vdev_name(name: str, path: str | None) -> str:
     short = name.rpartition("/")[2]
     if short.endswith("-part1"):
         return short[:-6]
-    if short.endswith("p1") and short[-3:-2].isdigit():
+    if short.endswith("p1") and is_whole(short[-3:-2]):
         return short[:-2]
     if short.startswith(("sd", "vd", "xvd")) and short.endswith("1") and short[-2:-1].isalpha():
         return short[:-1]
@@ -1392,6 +1395,8 @@ def read_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) 
 
 def later_scan(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Which of two scans to show: what still runs, else what ended last."""
+    if one["state"] == "none":
+        return other
     if "scanning" in (one["state"], other["state"]):
         return other if other["state"] == "scanning" else one
     return other if other.get("ended_at", 0) > one.get("ended_at", 0) else one
@@ -1738,7 +1743,7 @@ def parse_upid(upid: str) -> dict[str, Any] | None:
     started = from_hex(parts[4])
     if started is None:
         return None
-    vmid = int(parts[6]) if parts[6].isdigit() and 100 <= int(parts[6]) <= 999_999_999 else None
+    vmid = int(parts[6]) if is_whole(parts[6]) and 100 <= int(parts[6]) <= 999_999_999 else None
     return known(upid=upid, type=parts[5], vmid=vmid, user=":".join(parts[7:-1]) or None, started_at=started)
 
 
@@ -1782,7 +1787,7 @@ def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
         words = message.split()
         if message.startswith("starting new backup job:") and "--storage" in words[:-1]:
             storage = words[words.index("--storage") + 1]
-        elif message.startswith("Starting Backup of VM ") and words[4:5] and words[4].isdigit():
+        elif message.startswith("Starting Backup of VM ") and words[4:5] and is_whole(words[4]):
             runs.append({"vmid": int(words[4]), "ok": None})
         elif runs:
             read_vzdump_line(runs[-1], message, words)
@@ -1810,7 +1815,7 @@ ARCHIVE_ENDS = ("", ".gz", ".lzo", ".zst", ".bz2")
 def parse_archive_name(name: str) -> int | None:
     """The vmid of a finished backup: vzdump-qemu-100-2026_11_23-02_00_01.vma.zst; .notes, .log, .dat are none."""
     parts = name.split("-")
-    if len(parts) != 5 or parts[0] != "vzdump" or parts[1] not in ("qemu", "lxc", "openvz") or not parts[2].isdigit():
+    if len(parts) != 5 or parts[0] != "vzdump" or parts[1] not in ("qemu", "lxc", "openvz") or not is_whole(parts[2]):
         return None
     _, dot, ending = parts[4].partition(".")
     ends = {f"{kind}{end}" for kind in ("vma", "tar") for end in ARCHIVE_ENDS} | {"tgz"}
@@ -1820,7 +1825,7 @@ def parse_archive_name(name: str) -> int | None:
 def parse_vmids(text: str | None) -> list[int]:
     """A comma list of vmids."""
     parts = (text or "").replace(";", ",").split(",")
-    return sorted(int(part) for part in parts if part.strip().isdigit())
+    return sorted(int(part) for part in parts if is_whole(part.strip()))
 
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -1957,7 +1962,7 @@ def dataset_vmid(name: str) -> int | None:
     """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
     kind, dash, rest = name.rpartition("/")[2].partition("-")
     vmid = rest.partition("-")[0]
-    return int(vmid) if dash and kind in ("vm", "base", "subvol", "basevol") and vmid.isdigit() else None
+    return int(vmid) if dash and kind in ("vm", "base", "subvol", "basevol") and is_whole(vmid) else None
 
 
 def snapshot_class(dataset: str, name: str) -> str:
@@ -2121,7 +2126,7 @@ def read_smart_attributes(smart: dict[str, Any]) -> dict[int, tuple[int | None, 
         digits = words[0].split("/")[0] if words else ""
         number = to_count(row.get("id"))
         if number is not None:
-            table[number] = to_count(row.get("value")), int(digits) if digits.isdigit() else None
+            table[number] = to_count(row.get("value")), int(digits) if is_whole(digits) else None
     return table
 
 
@@ -2670,7 +2675,7 @@ def guess_guest_configs(memory: dict[str, Any], sources: dict[str, tuple[Any, An
     found = {}
     for kind, (guests, _) in sources.items():
         for vmid in guests or {}:
-            if vmid.isdigit():
+            if is_whole(vmid):
                 found[vmid] = as_dict(before.get(vmid)) or {"type": kind}
     return found
 
@@ -2782,7 +2787,7 @@ def find_running(probe: Any) -> set[int]:
     for folder in GUEST_GROUPS:
         for entry in attempt(probe.list_dir, folder, default=[]):
             vmid = entry.removesuffix(".scope")
-            if vmid.isdigit():
+            if is_whole(vmid):
                 running.add(int(vmid))
     return running
 
@@ -3374,7 +3379,7 @@ def read_vzdump_logs(probe: Any, memory: dict[str, Any], guests: dict[str, dict[
         kind, _, rest = name.partition("-")
         vmid, dot, ending = rest.partition(".")
         stat = attempt(probe.stat, f"/var/log/vzdump/{name}") if kind in ("qemu", "lxc") and ending == "log" else None
-        if stat is None or not vmid.isdigit() or seen.get(name) == [stat.st_mtime, stat.st_size]:
+        if stat is None or not is_whole(vmid) or seen.get(name) == [stat.st_mtime, stat.st_size]:
             continue
         storage, runs = parse_vzdump_log(attempt(probe.read, f"/var/log/vzdump/{name}", default=""))
         known_ends = [run.get("ended_at", 0) for run in guests.get(vmid, {}).values()]

@@ -1752,16 +1752,14 @@ def pack_chunk(segments: list[tuple[int, int, bytes]]) -> bytes:
 CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
 
 
-def open_chunk(body: bytes) -> dict[int, tuple[int, bytes]]:
-    """Object -> layout and its segment, still compressed."""
+def open_chunk(body: bytes) -> dict[int, tuple[int, slice]]:
+    """Object -> layout, and where in the body its segment is."""
     count = int.from_bytes(body[:4], "little")
-    head = array("I", body[4 : 4 + 12 * count])
-    begin, found = 4 + 12 * count, {}
-    start = 0
-    for thing, layout, end in zip(head[:count], head[count : 2 * count], head[2 * count :]):
-        found[thing] = layout, body[begin + start : begin + end]
-        start = end
-    return found
+    begin = 4 + 12 * count
+    head = array("I", body[4:begin]).tolist()
+    ends = [begin + end for end in head[2 * count :]]
+    return {thing: (layout, slice(start, end)) for thing, layout, start, end in zip(
+        head, head[count:], [begin, *ends], ends)}
 
 
 def inflate(segment: bytes) -> bytes:
@@ -1915,6 +1913,7 @@ class History:
     def __init__(self) -> None:
         self.ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
         self.bytes = 0
+        self.hours: dict[int, dict[int, tuple[float, int]]] = {}  # host -> hour -> sum and count of CPU in use
         self.layouts: dict[int, tuple[str, ...]] = {}
         self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
         self._next_host = 0
@@ -1922,6 +1921,14 @@ class History:
 
     def remember(self, host_id: int, report_id: int, tick: Tick) -> None:
         """A report has come; called by the writer."""
+        start, names = tick.shape.where.get(("node", ""), (0, ()))
+        value = tick.values[start + names.index("cpu_ratio")] if "cpu_ratio" in names else NAN
+        if value == value:
+            hours = self.hours.setdefault(host_id, {})
+            total, count = hours.get(tick.ms // 3_600_000 * HOUR, (0.0, 0))
+            if len(hours) > 100:
+                hours.clear()
+            hours[tick.ms // 3_600_000 * HOUR] = total + value, count + 1
         if self.bytes < HISTORY_MEMORY:
             self.ticks.setdefault(host_id, {})[report_id] = tick
             self.bytes += tick_bytes(tick)
@@ -2015,9 +2022,9 @@ def columns_of(cells: list[tuple[tuple[str, ...], Any]], fields: set[str] | None
 
 def merge_blocks(blocks: list[Block]) -> Block:
     """Several as one; the same report twice is there once."""
-    blocks = [block for block in blocks if block.keys]
-    if len(blocks) == 1:
-        return blocks[0]
+    blocks = sorted((block for block in blocks if block.keys), key=lambda block: block.keys[0])
+    if all(a.keys[-1] < b.keys[0] for a, b in zip(blocks, blocks[1:])):
+        return join_blocks(blocks)
     keys = sorted({key for block in blocks for key in block.keys})
     place = {key: at for at, key in enumerate(keys)}
     rows: dict[ObjectKey, dict[int, tuple[Columns, int]]] = {}
@@ -2027,6 +2034,25 @@ def merge_blocks(blocks: list[Block]) -> Block:
             for row, at in enumerate(columns[0]):
                 found[place[block.keys[at]]] = columns, row
     return Block(keys, {name: merge_columns(found) for name, found in rows.items()})
+
+
+def join_blocks(blocks: list[Block]) -> Block:
+    """Blocks that follow each other, as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    keys: list[TickKey] = []
+    objects: dict[ObjectKey, Columns] = {}
+    for block in blocks:
+        for name, (places, columns) in block.objects.items():
+            all_places, all_columns = objects.setdefault(name, ([], {}))
+            before = len(all_places)
+            all_places += [len(keys) + at for at in places]
+            for field in columns.keys() - all_columns.keys():
+                all_columns[field] = [NAN] * before
+            for field, values in all_columns.items():
+                values += columns.get(field) or [NAN] * len(places)
+        keys += block.keys
+    return Block(keys, objects)
 
 
 def merge_columns(rows: dict[int, tuple[Columns, int]]) -> Columns:
@@ -2064,7 +2090,7 @@ def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects:
     """What is wanted of a chunk of reports."""
     chunk = open_chunk(body)
     count, head = chunk[0]
-    packed, at, heads = inflate(head), 0, []
+    packed, at, heads = inflate(body[head]), 0, []
     for _ in range(3):
         heads.append([int(one) for one in unpack_column(packed, at, count)])
         at = skip_columns(packed, at, 1)
@@ -2073,7 +2099,7 @@ def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects:
         layout_id, segment = chunk[object_id]
         key = objects[object_id]
         names = history.layout(db, layout_id)
-        found[key] = unpack_columns(inflate(segment), count, names, wanted[key] if wanted else None)
+        found[key] = unpack_columns(inflate(body[segment]), count, names, wanted[key] if wanted else None)
     return Block(list(zip(*heads)), found)
 
 
@@ -2137,32 +2163,56 @@ def list_rates(times: list[int], values: list[float], uptimes: list[float] | Non
     return rates
 
 
-def fold(block: Block, key: ObjectKey, field: str, since: float, until: float) -> dict[int, Point]:
-    """The points of 5 minutes of one series from since to until, from reports."""
-    times, values = list_values(block, key, field)
-    steps = [at // (FINE * 1000) * FINE for at in times]
-    points = {}
-    row = bisect.bisect_left(steps, since)
-    last = bisect.bisect_left(steps, until)
+def fold_object(block: Block, key: ObjectKey, fields: Iterable[str], since: float, until: float) -> dict[
+        str, dict[int, Point]]:
+    """The points of 5 minutes of an object's fields from since to until, from reports."""
+    places, columns = block.objects.get(key, ([], {}))
+    steps = [block.keys[at][0] // (FINE * 1000) * FINE for at in places]
+    spans = []
+    row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
     while row < last:
         end = bisect.bisect_right(steps, steps[row], row, last)
+        spans.append((steps[row], row, end))
+        row = end
+    return {field: fold(list_values(block, key, field)[1], spans, is_rate=stored_field(field).endswith("_total"))
+            for field in fields if stored_field(field) in columns}
+
+
+def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
+    """Points of values; a span is the beginning of a step with its first row and the one after its last."""
+    if values[0] == values[0] and values.count(values[0]) == len(values) and not is_rate:
+        return {step: (values[0], values[0], values[0], float(end - row)) for step, row, end in spans}
+    points = {}
+    for step, row, end in spans:
         known = values[row:end]
         average = sum(known) / len(known)
         if average != average:
             known = [value for value in known if value == value]
-            average = sum(known) / len(known) if known else NAN
-        if known:
-            point = average, min(known), max(known)
-            if stored_field(field).endswith("_total"):
-                point = average, tidy(point[1]), tidy(point[2])
-            points[steps[row]] = tidy(average), point[1], point[2], float(len(known))
-        row = end
+            if not known:
+                continue
+            average = sum(known) / len(known)
+        lowest, highest = min(known), max(known)
+        if is_rate:
+            lowest, highest = rough(lowest), rough(highest)
+        points[step] = tidy(average, lowest, highest), lowest, highest, float(len(known))
     return points
 
 
-def tidy(value: float) -> float:
-    """An average with as many digits as say something."""
-    return round(value, 4) if -1000 < value < 1000 else float(round(value))
+def tidy(average: float, lowest: float, highest: float) -> float:
+    """An average with as many digits as say something beside its minimum and maximum; zeros take no room."""
+    if lowest == highest:
+        return lowest
+    if -1000 < average < 1000:
+        rounded = round(average, 4)
+    else:
+        step = max(1.0, 2.0 ** (math.frexp(highest - lowest)[1] - 8))
+        rounded = round(average / step) * step
+    return min(highest, max(lowest, rounded))
+
+
+def rough(rate: float) -> float:
+    """A rate to about a thousandth: it is a quotient of noisy times anyway."""
+    return round(rate, 3) if rate < 1000 else round(rate / (step := 2.0 ** (math.frexp(rate)[1] - 11))) * step
 
 
 def combine(points: Iterable[Point]) -> Point:
@@ -2170,7 +2220,7 @@ def combine(points: Iterable[Point]) -> Point:
     averages, lowest, highest, counts = zip(*points)
     count = sum(counts)
     average = sum(one * weight for one, weight in zip(averages, counts)) / count
-    return tidy(average), min(lowest), max(highest), count
+    return tidy(average, min(lowest), max(highest)), min(lowest), max(highest), count
 
 
 def coarsen(points: dict[int, Point], step: int) -> dict[int, Point]:
@@ -2186,6 +2236,9 @@ def add_points(into: Points, more: Points) -> None:
     for key, fields in more.items():
         for field, points in fields.items():
             old = into.setdefault(key, {}).setdefault(field, {})
+            if not old:
+                old.update(points)
+                continue
             for at, point in points.items():
                 old[at] = combine((old[at], point)) if at in old else point
 
@@ -2229,7 +2282,7 @@ def unpack_points(history: History, db: sqlite3.Connection, body: bytes, begin: 
     found: Points = {}
     for object_id in objects.keys() & chunk.keys():
         layout_id, segment = chunk[object_id]
-        key, packed, at = objects[object_id], inflate(segment), 0
+        key, packed, at = objects[object_id], inflate(body[segment]), 0
         fields = found[key] = {}
         for name in history.layout(db, layout_id):
             body_at = at + 1 + (len(steps) + 8) // 8
@@ -2323,7 +2376,7 @@ class Source:
         found: Points = {}
         for key, (_, columns) in block.objects.items():
             fields = self.plain[key] if self.plain else columns.keys() - {BOOT}
-            found[key] = {field: fold(block, key, field, day, day + DAY) for field in fields if field in columns}
+            found[key] = fold_object(block, key, fields, day, day + DAY)
         return found
 
 
@@ -2516,15 +2569,20 @@ def list_silences(history: History, db: sqlite3.Connection, host_id: int, since:
             for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
 
 
-def list_sparks(db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
-    """CPU in use of each of the last 24 hours that are over, by host; one query."""
+def list_sparks(history: History, db: sqlite3.Connection, host_ids: list[int],
+                now: float) -> dict[int, list[float | None]]:
+    """CPU in use of the last 24 hours by host, the hour under way last: one query, and what is at hand."""
     last = int(now) // HOUR * HOUR
     rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
                       {"ids": json.dumps(host_ids)})
+    packed = {row["host_id"]: json.loads(row["hours"]) for row in rows}
     found = {}
-    for row in rows:
-        hours = json.loads(row["hours"])
-        found[row["host_id"]] = [hours.get(str(last - HOUR * back)) for back in range(24, 0, -1)]
+    for host_id in host_ids:
+        fresh, old = history.hours.get(host_id, {}), packed.get(host_id, {})
+        hours = range(last - 23 * HOUR, last + 1, HOUR)
+        line = [old[str(hour)] if str(hour) in old else fresh[hour][0] / fresh[hour][1] if hour in fresh else None
+                for hour in hours]
+        found[host_id] = line if any(value is not None for value in line) else []
     return found
 
 
@@ -2635,7 +2693,7 @@ class Keeper:
         block = block_of(tail[one] for one in ids)
         day = hour // DAY * DAY
         if day_states(db, state.id, day, day).get(day) == SEALED:
-            points = {key: {field: fold(block, key, field, day, day + DAY) for field in columns if field != BOOT}
+            points = {key: fold_object(block, key, columns.keys() - {BOOT}, day, day + DAY)
                       for key, (_, columns) in block.objects.items()}
             chunks = self._points_chunks(db, state.id, day, points, now, add=True)
             self.store.write(partial(put_hour, state, hour, ids, chunks, None, SEALED, now), urgent=False)
@@ -3825,12 +3883,15 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), list_alerts(call.db)
     posture, sentence = describe_posture(overview, alerts)
+    shown = rows[offset : offset + PAGE_LIMIT]
+    if tab == "hosts":
+        shown = add_sparks(call, shown)
     unseen = sum(not alert["acknowledged"] for alert in alerts)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
-        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": rows[offset : offset + PAGE_LIMIT],
+        "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
@@ -3838,6 +3899,13 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "admin_hosts": TABS["hosts"][1](call) if managing else None,
         "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
     }
+
+
+def add_sparks(call: Call, rows: Rows) -> Rows:
+    """The rows of one page with 24 numbers each: CPU in use, hour by hour."""
+    ids = {state.name: state.id for state in call.fleet.hosts.values()}
+    sparks = list_sparks(call.monitor.history, call.db, [ids[row["name"]] for row in rows], call.now)
+    return [{**row, "spark": sparks[ids[row["name"]]]} for row in rows]
 
 
 def page_url(query: dict[str, str]) -> Callable[..., str]:

@@ -1,5 +1,6 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
 //   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration
+//     -> charts
 "use strict";
 (() => {
   const POLL_MS = 3000, TIMEOUT_MS = 8000, TYPING_MS = 180;
@@ -125,6 +126,7 @@
     root.classList.toggle("has-drawer", Boolean(drawer));
     if (drawer && drawer.dataset.host !== before) { drawer.scrollTop = 0; $("#drawer-title").focus({ preventScroll: true }); }
     if (drawer && drawer.dataset.host !== before) goToPool(drawer);
+    if (drawer && !$("[data-charts][data-shown]")) chooseRange($(`[data-range="${range}"]`));
     if (!drawer && before) {
       const row = $$(".row-link").find((link) => new URL(link.href).searchParams.get("host") === before);
       if (row && document.activeElement === document.body) row.focus({ preventScroll: true });
@@ -390,6 +392,248 @@
     await doing(null, () => write("DELETE", apiOf(name)));
   }
 
+  // --- charts: the history API as SVG; average line, band from minimum to maximum, gaps as gaps, marks below ---
+  const SVG = "http://www.w3.org/2000/svg";
+  const CHART_HEIGHT = 112, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 30;
+  const CHARTS = {       // section -> [title, unit, fields with their names in the read-out]
+    node: [["CPU", "ratio", { cpu_ratio: "in use", iowait_ratio: "waiting for IO" }], ["RAM free", "ratio", { memory_free_ratio: "free" }],
+      ["IO pressure", "ratio", { pressure_io_full_avg10_ratio: "stalled" }], ["Load", "number", { load1: "1 min" }],
+      ["Network", "bytes/s", { net_receive_bytes_total: "in", net_transmit_bytes_total: "out" }], ["ZFS cache", "bytes", { arc_size_bytes: "size" }]],
+    pools: [["Used", "ratio", { capacity_ratio: "used" }], ["Fragmentation", "ratio", { fragmentation_ratio: "of free space" }],
+      ["Errors", "number", { read_errors: "read", checksum_errors: "checksum" }], ["Scrub or resilver", "ratio", { scan_progress_ratio: "done" }]],
+    guests: [["CPU", "ratio", { cpu_ratio: "in use" }], ["Memory", "bytes", { memory_used_bytes: "used", memory_max_bytes: "most" }],
+      ["Network", "bytes/s", { net_receive_bytes_total: "in", net_transmit_bytes_total: "out" }], ["Disk", "bytes/s", { disk_read_bytes_total: "read", disk_write_bytes_total: "written" }]],
+    storages: [["Space", "bytes", { used_bytes: "used", total_bytes: "size" }]],
+    disks: [["Temperature", "celsius", { temperature_celsius: "now" }], ["Wear", "ratio", { wear_ratio: "used up" }], ["Reallocated sectors", "number", { reallocated_sectors: "sectors" }]],
+  };
+  let range = 86400, chartsAsked = 0, chartsTimer = 0;
+
+  function node(name, attributes = {}, ...children) {
+    const made = name === "svg" || SVG_NAMES.has(name) ? document.createElementNS(SVG, name) : document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  }
+  const SVG_NAMES = new Set(["g", "path", "line", "text", "title", "circle", "rect"]);
+
+  function show1024(value, suffix) {
+    const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let at = 0;
+    while (Math.abs(value) >= 1000 && at < units.length - 1) { value /= 1024; at++; }
+    return `${value.toFixed(value >= 100 || at === 0 ? 0 : value >= 10 ? 1 : 2)} ${units[at]}${suffix}`;
+  }
+
+  const UNIT_TEXT = {
+    ratio: (value) => `${(value * 100).toFixed(value < 0.1 ? 1 : 0)} %`,
+    bytes: (value) => show1024(value, ""),
+    "bytes/s": (value) => show1024(value, "/s"),
+    celsius: (value) => `${value.toFixed(0)} °C`,
+    number: (value) => value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(2),
+  };
+
+  function axisText(value, unit) {
+    if (unit === "ratio") return `${+(value * 100).toFixed(1)} %`;
+    if (!unit.startsWith("bytes")) return `${+value.toFixed(2)}`;
+    const power = value ? Math.min(5, Math.floor(Math.log(value) / Math.log(1000))) : 0;
+    return `${+(value / 1024 ** power).toPrecision(3)}${["", " K", " M", " G", " T", " P"][power]}`;
+  }
+
+  function niceTop(most, unit) {
+    if (unit === "ratio") return [0.1, 0.2, 0.5, 1].find((top) => most <= top) || Math.ceil(most * 2) / 2;
+    if (!(most > 0)) return 1;
+    const base = unit.startsWith("bytes") ? 1024 ** Math.max(0, Math.floor(Math.log(most) / Math.log(1024))) : 1;
+    const power = 10 ** Math.floor(Math.log10(most / base));
+    return base * power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((one) => most / base / power <= one);
+  }
+
+  // Stretches without a gap: a gap is a step without a point, or, as received, a much longer wait than usual.
+  function stretches(points, step) {
+    const waits = points.slice(1).map((point, n) => point[0] - points[n][0]).sort((a, b) => a - b);
+    const usual = waits.length ? waits[waits.length >> 1] : step;
+    const most = Math.max(step > 30 ? step * 1.01 : 75, usual * 2.2);
+    const found = [];
+    points.forEach((point, n) => {
+      if (!n || point[0] - points[n - 1][0] > most) found.push([]);
+      found[found.length - 1].push(point);
+    });
+    return found;
+  }
+
+  function timeText(at) {
+    const date = new Date(at * 1000);
+    return range <= 86400 ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" })
+      : date.toLocaleDateString([], { day: "numeric", month: "short", ...(range > 2e7 ? { year: "2-digit" } : {}) });
+  }
+
+  function drawAxes(svg, view, unit) {
+    for (const part of [0, 0.5, 1]) {
+      const y = view.y(view.top * part);
+      svg.append(node("line", { class: "grid", x1: LEFT, x2: view.width - RIGHT, y1: y, y2: y }));
+      svg.append(node("text", { class: "axis", x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, axisText(view.top * part, unit)));
+    }
+    const wanted = Math.max(2, Math.floor((view.width - LEFT) / 58));
+    const sizes = [600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 345600, 604800, 1209600, 2629800, 5259600, 7889400];
+    const size = sizes.find((one) => (view.to - view.from) / one <= wanted) || 7889400;
+    const zone = new Date(view.to * 1000).getTimezoneOffset() * 60;
+    for (let at = Math.ceil((view.from - zone) / size) * size + zone; at <= view.to; at += size) {
+      const x = view.x(at);
+      svg.append(node("line", { class: "tick", x1: x, x2: x, y1: CHART_HEIGHT - BOTTOM, y2: CHART_HEIGHT - BOTTOM + 3 }));
+      if (x > LEFT + 14 && x < view.width - 20) svg.append(node("text", { class: "axis", x, y: CHART_HEIGHT - 3, "text-anchor": "middle" }, timeText(at)));
+    }
+  }
+
+  function drawSeries(svg, view, series, number) {
+    const f = (value) => value.toFixed(1);
+    for (const part of stretches(series.points, series.step)) {
+      const line = part.map(([at, average]) => `${f(view.x(at))},${f(view.y(average))}`).join("L");
+      const upper = part.map(([at, , , most]) => `${f(view.x(at))},${f(view.y(most))}`);
+      const lower = part.map(([at, , least]) => `${f(view.x(at))},${f(view.y(least))}`).reverse();
+      if (part.length > 1 && series.step > 30) svg.append(node("path", { class: `band band-${number}`, d: `M${[...upper, ...lower].join("L")}Z` }));
+      svg.append(node("path", { class: `curve curve-${number}`, d: part.length > 1 ? `M${line}` : `M${line}h.01` }));
+    }
+  }
+
+  function drawMarks(svg, view, marks) {
+    const y = CHART_HEIGHT - BOTTOM + 9;
+    for (const mark of marks) {
+      if (mark.at < view.from || mark.at > view.to) continue;
+      const x = view.x(mark.at);
+      const shape = { reboot: `M${x - 4},${y + 3}h8l-4,-7z`, alert: `M${x},${y - 4}l4,4l-4,4l-4,-4z`, scrub: `M${x - 3},${y - 3}h6v6h-6z` }[mark.kind];
+      svg.append(node("g", { class: `event event-${mark.kind}` },
+        node("title", {}, `${mark.text} – ${clock(mark.at)}`), node("line", { x1: x, x2: x, y1: TOP, y2: CHART_HEIGHT - BOTTOM }), node("path", { d: shape })));
+    }
+  }
+
+  // The nearest point of each series to a time; where there is none near, it says so.
+  function readOut(figure, at) {
+    const { view, unit, list, marks } = figure.chart;
+    const tolerance = Math.max(list[0].step, (view.to - view.from) / 150) * 1.5;
+    const told = list.map((series) => {
+      const near = series.points.reduce((best, point) => !best || Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best, null);
+      if (!near || Math.abs(near[0] - at) > tolerance) return `${series.label} –`;
+      const text = UNIT_TEXT[unit];
+      return `${series.label} ${text(near[1])}${near[2] < near[3] ? ` (${text(near[2])} – ${text(near[3])})` : ""}`;
+    });
+    const events = marks.filter((mark) => Math.abs(view.x(mark.at) - view.x(at)) < 5).map((mark) => mark.text);
+    const when = new Date(at * 1000).toLocaleString([], { ...(range > 86400 ? { day: "numeric", month: "short" } : {}), ...(range > 2e7 ? { year: "numeric" } : {}), hour: "2-digit", minute: "2-digit", ...(range <= 3600 ? { second: "2-digit" } : {}), hourCycle: "h23" });
+    $(".chart-read", figure).textContent = [when, ...told, ...events.slice(0, 3)].join(" · ");
+    const cursor = $(".cursor", figure);
+    cursor.setAttribute("x1", view.x(at)); cursor.setAttribute("x2", view.x(at));
+    figure.classList.add("is-read");
+    figure.chart.at = at;
+  }
+
+  function endReadOut(figure) {
+    figure.classList.remove("is-read");
+    $(".chart-read", figure).textContent = figure.chart.summary;
+    figure.chart.at = null;
+  }
+
+  function summary(list, unit) {
+    return list.map((series) => {
+      const last = series.points[series.points.length - 1];
+      return last ? `${series.label} ${UNIT_TEXT[unit](last[1])}` : `${series.label} –`;
+    }).join(" · ");
+  }
+
+  function drawChart(body, title, unit, list, span, marks) {
+    const width = Math.max(260, Math.floor(body.clientWidth / (body.clientWidth > 620 ? 2 : 1)) - 10);
+    const most = Math.max(0, ...list.flatMap((series) => series.points.map((point) => point[3])));
+    const top = niceTop(most, unit);
+    const view = { ...span, top, width, x: (at) => LEFT + (at - span.from) / (span.to - span.from) * (width - LEFT - RIGHT),
+      y: (value) => TOP + (1 - Math.max(0, value) / top) * (CHART_HEIGHT - TOP - BOTTOM) };
+    const told = summary(list, unit);
+    const svg = node("svg", { class: "chart", viewBox: `0 0 ${width} ${CHART_HEIGHT}`, width, height: CHART_HEIGHT, tabindex: "0", role: "img", "aria-label": `${title}: ${told}. Left and right arrow keys read single values.` });
+    drawAxes(svg, view, unit);
+    drawMarks(svg, view, marks);
+    list.forEach((series, number) => drawSeries(svg, view, series, number));
+    svg.append(node("line", { class: "cursor", y1: TOP, y2: CHART_HEIGHT - BOTTOM }));
+    const figure = node("figure", { class: "chart-figure" },
+      node("figcaption", {}, node("strong", {}, title), node("span", { class: "chart-read", "aria-live": "polite" }, told)), svg);
+    figure.chart = { view, unit, list, marks, summary: told, at: null };
+    svg.addEventListener("pointermove", (event) => {
+      const x = event.clientX - svg.getBoundingClientRect().left;
+      readOut(figure, Math.min(view.to, Math.max(view.from, view.from + (x - LEFT) / (width - LEFT - RIGHT) * (view.to - view.from))));
+    });
+    svg.addEventListener("pointerleave", () => endReadOut(figure));
+    svg.addEventListener("blur", () => endReadOut(figure));
+    svg.addEventListener("keydown", (event) => chartKey(event, figure));
+    return figure;
+  }
+
+  function chartKey(event, figure) {
+    const { view, list } = figure.chart;
+    const step = Math.max(list[0].step, (view.to - view.from) / 120);
+    const from = figure.chart.at ?? view.to + step;
+    const to = { ArrowLeft: from - step, ArrowRight: from + step, Home: view.from, End: view.to }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    readOut(figure, Math.min(view.to, Math.max(view.from, to)));
+  }
+
+  async function getJson(address) {
+    try {
+      const answer = await fetch(address, { credentials: "same-origin", signal: AbortSignal.timeout(TIMEOUT_MS) });
+      return answer.ok ? await answer.json() : null;
+    } catch { return null; }
+  }
+
+  // Reboots (the uptime fell), alerts and scrubs, on the axis of every chart of the host.
+  function marksOf(uptime, alerts, host) {
+    const marks = [];
+    (uptime ? uptime.points : []).forEach((point, n, points) => { if (n && point[2] < points[n - 1][2]) marks.push({ kind: "reboot", at: point[0], text: "reboot" }); });
+    for (const alert of alerts ? alerts.items : []) if (alert.state !== "pending") marks.push({ kind: "alert", at: alert.since, text: alert.message });
+    for (const pool of ((host && host.sections && host.sections.pools || {}).body || [])) {
+      for (const at of [(pool.scan || {}).started_at, (pool.scan || {}).ended_at, (pool.last_scrub || {}).ended_at]) {
+        if (typeof at === "number" && !marks.some((mark) => mark.kind === "scrub" && mark.at === at)) marks.push({ kind: "scrub", at, text: `${pool.name}: ${at === (pool.scan || {}).started_at ? "scan began" : "scan ended"}` });
+      }
+    }
+    return marks;
+  }
+
+  async function showCharts({ again = false } = {}) {
+    const frame = $("[data-charts]");
+    clearTimeout(chartsTimer);
+    if (!frame || document.hidden) return;
+    if (!again && frame.dataset.shown) { chartsTimer = setTimeout(() => showCharts({ again: true }), 30000); return; }
+    const ticket = ++chartsAsked, name = frame.dataset.charts, subject = $("[data-subject]", frame).value;
+    const table = CHARTS[subject.split("/")[0]], to = Math.floor(now()), span = { from: to - range, to };
+    frame.dataset.shown = "1";
+    const names = table.flatMap(([, , fields]) => Object.keys(fields).map((field) => `${subject}.${field}`));
+    const query = new URLSearchParams([...[...names, "node.uptime_seconds"].map((one) => ["series", one]), ["from", span.from], ["to", to], ...(range === 604800 ? [["step", 900]] : [])]);
+    const [history, alerts, host, gaps] = await Promise.all([getJson(apiOf(name, `/history?${query}`)), getJson(`/api/v1/alerts?state=all&host=${encodeURIComponent(name)}`), getJson(apiOf(name)), getJson(apiOf(name, "/gaps"))]);
+    if (ticket !== chartsAsked || !frame.isConnected) return;
+    chartsTimer = setTimeout(() => showCharts({ again: true }), range <= 21600 ? 30000 : 300000);
+    const body = $("[data-charts-body]", frame);
+    if ($(".is-read", body)) return;                 // somebody is reading it: not under the reader's hand
+    body.setAttribute("aria-busy", "false");
+    if (!history) { body.textContent = "The history could not be read."; return; }
+    const found = new Map(history.series.map((series) => [series.name, series]));
+    const marks = marksOf(found.get("node.uptime_seconds"), alerts, host);
+    const figures = table.map(([title, unit, fields]) => [title, unit, Object.entries(fields).map(([field, label]) => ({ ...found.get(`${subject}.${field}`), label })).filter((series) => series.points.length)])
+      .filter(([, , list]) => list.length).map(([title, unit, list]) => drawChart(body, title, unit, list, span, marks));
+    const focused = [...body.children].indexOf(document.activeElement && document.activeElement.closest(".chart-figure"));
+    body.replaceChildren(...figures);
+    if (!figures.length) body.textContent = "Nothing was recorded in this time.";
+    if (focused >= 0 && figures[focused]) $("svg", figures[focused]).focus({ preventScroll: true });
+    $("[data-charts-note]", frame).textContent = gapsText(gaps);
+  }
+
+  function gapsText(gaps) {
+    if (!gaps) return "";
+    const told = gaps.silences.slice(-3).map((one) => `${clock(one.from)}, ${duration(one.seconds)}`);
+    const silent = told.length ? `Silent in the last two days: ${told.join("; ")}.` : "No silence in the last two days.";
+    const last = gaps.lost[gaps.lost.length - 1];
+    const lost = gaps.missing_reports ? ` ${gaps.missing_reports} reports never came${last ? `, the last ${last.reports} before ${clock(last.to)}` : ""}.` : " No report is missing.";
+    return silent + lost;
+  }
+
+  function chooseRange(button) {
+    range = Number(button.dataset.range);
+    for (const one of $$("[data-range]")) one.setAttribute("aria-pressed", String(one === button));
+    showCharts({ again: true });
+  }
+
   function onClick(event) {
     const on = (selector) => event.target.closest(selector);
     let button;
@@ -399,6 +643,7 @@
     else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);
     else if ((button = on("[data-remove]"))) remove(button);
+    else if ((button = on("[data-range]"))) chooseRange(button);
     else followLink(event);
   }
 
@@ -419,6 +664,8 @@
     settle("");
     showTab();
     document.addEventListener("keydown", onKey);
+    document.addEventListener("change", (event) => { if (event.target.matches("[data-subject]")) showCharts({ again: true }); });
+    addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });

@@ -190,7 +190,7 @@ def test_a_user_who_may_not_write_the_cache_gets_one_of_his_own(bookworm, frozen
 def test_root_runs_nothing_from_a_directory_that_another_user_could_fill(bookworm, frozen):
     script = """/opt/agent version >/dev/null; chown -R 65534 /var/cache/proxmox-monitor-agent
         printf '#!/bin/sh\\necho caught\\n' | tee /var/cache/proxmox-monitor-agent/*/*/proxmox-monitor-agent >/dev/null
-        /opt/agent version; ls /root/.cache"""
+        /opt/agent version; ls $HOME/.cache"""
     done = in_root(bookworm, script, agent=frozen["agent"])
     assert done.stdout == f"proxmox-monitor-agent {agent.VERSION}\nproxmox-monitor-agent\n", done.stderr
 

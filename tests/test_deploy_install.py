@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -89,13 +90,23 @@ def run_command(folder, *argv, **settings):
     return subprocess.run([sys.executable, ROOT / "server.py", *argv], env=env, capture_output=True, text=True)
 
 
-def test_register_host_prints_three_lines_and_the_way_on_beside_them(tmp_path):
+def test_register_host_prints_three_lines(tmp_path):
     told = run_command(tmp_path, "register-host", "pve-host-01", PUBLIC_URL="https://monitor.example.com")
     assert re.fullmatch(
         r"Host 'pve-host-01' registered \(id=1\)\.\nTOKEN: whsec_[A-Za-z0-9+/]{43}=\n"
         r"Store this token NOW — it will never be shown again\.\n", told.stdout)  # fmt: skip
-    line = "curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01"
-    assert line in told.stderr
+    assert told.stderr == ""  # a script gets the three lines and nothing else
+
+
+def test_register_host_shows_a_person_the_way_on(tmp_path):
+    ours, theirs = pty.openpty()  # standard error is a terminal
+    env = {"PATH": os.environ["PATH"], "DATABASE_PATH": str(tmp_path / "monitor.db"),
+           "PUBLIC_URL": "https://monitor.example.com"}  # fmt: skip
+    command = [sys.executable, ROOT / "server.py", "register-host", "pve-host-01"]
+    told = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    line = b"curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01"
+    assert line in os.read(ours, 4096)
+    assert told.stdout.count("\n") == 3
 
 
 @needs_root

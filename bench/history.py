@@ -1,0 +1,531 @@
+#!/usr/bin/env python3
+"""Measure the history: bytes per value, CPU per report, time per question; peers in the same run, fed the same.
+
+    options -> reports -> processes -> ours -> peers -> questions -> main
+
+    bench/history.py                      everything, about 6 minutes on 2 cores
+    bench/history.py --hosts 3 --days 3   a first look
+
+One report has 250 values: the host, 30 guests, 2 pools, 4 storages. Figures compare inside one run only: the machine is
+shared, and CPU time by the kernel's accounting moves by a quarter from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import server  # noqa: E402
+
+DAY, HOUR, STEP = 86400, 3600, 30
+HOUR_TICKS = HOUR // STEP
+
+
+# --- options ---
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the history, next to its peers.")
+    parser.add_argument("--hosts", type=int, default=5, help="hosts in the test of CPU, one day of reports each")
+    parser.add_argument("--days", type=int, default=33, help="days of one host in the test of size")
+    parser.add_argument("--threads", type=int, default=16, help="senders; agents are many and each waits for its answer")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only", choices=("size", "cpu"), help="one part alone")
+    return parser.parse_args()
+
+
+# --- reports: values as an agent has them, with the digits an agent sends ---
+
+
+class PlayedHost:
+    """One host whose values wander; `report(at)` is what its agent would send."""
+
+    def __init__(self, name: str, seed: int):
+        self.name, self.dice, self.seq = name, random.Random(seed), 0
+        self.cpu, self.counters = 0.2, {}  # type: float, dict[Any, int]
+        self.guests = [[self.dice.uniform(0.01, 0.5), int(self.dice.uniform(1, 8) * 2**30)] for _ in range(30)]
+
+    def grow(self, key: Any, rate: float) -> int:
+        self.counters[key] = self.counters.get(key, 0) + int(self.dice.uniform(0, 2 * rate * STEP))
+        return self.counters[key]
+
+    def wander(self, value: float, step: float) -> float:
+        return min(0.98, max(0.005, value + self.dice.gauss((0.3 - value) * 0.03, step)))
+
+    def report(self, at: float) -> dict[str, Any]:
+        self.seq += 1
+        self.cpu = cpu = self.wander(self.cpu, 0.02)
+        cached = 8 << 30
+        node = {
+            "name": self.name, "boot_id": "b", "uptime_seconds": round(1e6 + self.seq * STEP + 0.13, 2), "cpu_count": 16,
+            "cpu_ratio": round(cpu, 5), "iowait_ratio": round(cpu / 20, 5), "steal_ratio": 0.0, "load1": round(cpu * 16, 2),
+            "load5": round(cpu * 15, 2), "load15": round(cpu * 14, 2), "memory_total_bytes": 128 << 30,
+            "memory_available_bytes": int((0.4 - cpu / 10) * 2**37) & ~4095, "arc_size_bytes": cached + int(cpu * 2**28),
+            "arc_hits_total": self.grow("hits", 9000), "arc_misses_total": self.grow("misses", 40),
+            "memory_free_ratio": round(0.5 - cpu / 8, 4), "swap_total_bytes": 8 << 30, "swap_used_bytes": 0,
+            "root_total_bytes": 100 << 30, "root_used_bytes": (30 << 30) + self.grow("root", 900) // 4096 * 4096,
+            "root_available_bytes": 65 << 30, "pressure_cpu_some_avg10_ratio": round(cpu / 9, 4),
+            "pressure_io_full_avg10_ratio": round(max(0, cpu - 0.3) / 5, 4), "pressure_io_full_avg300_ratio": 0.002,
+            "pressure_memory_full_avg10_ratio": 0.0, "oom_kills_total": 0, "net_receive_bytes_total": self.grow("rx", 4e6),
+            "net_transmit_bytes_total": self.grow("tx", 9e6),
+        }  # fmt: skip
+        return {
+            "version": 1, "host_id": self.name, "tick": "fast", "time": round(at, 3), "run_id": "0123456789abcdef",
+            "seq": self.seq, "agent": {"version": "0.1.0", "spooled": 0, "dropped": 0, "clock_offset": 0.01},
+            "node": node, "guests": [self._guest(number) for number in range(30)],
+            "storages": [{"storage": f"store{n}", "type": "dir", "active": True, "enabled": True,
+                          "total_bytes": 4 << 40, "used_bytes": (1 << 40) + self.grow(f"s{n}", 5e4) // 4096 * 4096,
+                          "available_bytes": 3 << 40} for n in range(4)],
+            "pools": [{"name": f"tank{n}", "guid": str(10**18 + n), "state": "ONLINE", "size_bytes": 8 << 40,
+                       "allocated_bytes": (4 << 40) + self.grow(f"p{n}", 2e5), "capacity_ratio": 0.51,
+                       "fragmentation_ratio": 0.12, "data_errors": 0, "redundancy_margin": 1} for n in range(2)],
+        }  # fmt: skip
+
+    def _guest(self, number: int) -> dict[str, Any]:
+        guest = self.guests[number]
+        guest[0] = self.wander(guest[0], 0.02)
+        guest[1] = max(2**28, guest[1] + int(self.dice.gauss(0, 2**21)) // 4096 * 4096)
+        return {
+            "vmid": 100 + number, "type": "qemu", "name": f"vm{number}", "status": "running", "template": False,
+            "cpu_ratio": round(guest[0], 5), "memory_used_bytes": guest[1], "memory_max_bytes": 8 << 30,
+            "uptime_seconds": 5000 + self.seq * STEP, "net_receive_bytes_total": self.grow((number, "rx"), 2e5),
+            "net_transmit_bytes_total": self.grow((number, "tx"), 1e5),
+        }  # fmt: skip
+
+
+def count_values(report: dict[str, Any]) -> int:
+    return sum(value == value for value in server.build_tick(report, report["time"]).values)
+
+
+# --- processes: started, measured by the kernel's accounting, stopped ---
+
+
+class Measured:
+    """A server process on a free port."""
+
+    def __init__(self, *argv: str, port: int, env: dict[str, str] | None = None):
+        self.port = port
+        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        env={**os.environ, **(env or {})})
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.05)
+        raise SystemExit(f"{argv[0]} did not start")
+
+    def cpu(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def written(self) -> int:
+        """Bytes that this process had written to the disk."""
+        text = Path(f"/proc/{self.process.pid}/io").read_text()
+        return int(text.partition("\nwrite_bytes: ")[2].split()[0])
+
+    def memory(self) -> float:
+        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        return int(text.partition("\nPss:")[2].split()[0]) / 1024
+
+    def ask(self, path: str, headers: dict[str, str] | None = None) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path, headers=headers or {})
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            raise SystemExit(f"{path}: {answer.status} {body[:300]!r}")
+        return body
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(20)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def post_all(port: int, requests: list[tuple[str, bytes, Callable[[bytes], dict[str, str]]]], threads: int) -> None:
+    """Post everything in order, each sender over its own kept connection."""
+    place, lock = iter(requests), threading.Lock()
+
+    def send() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        while True:
+            with lock:
+                found = next(place, None)
+            if found is None:
+                return
+            path, body, headers = found
+            connection.request("POST", path, body, headers(body))
+            answer = connection.getresponse()
+            told = answer.read()
+            if answer.status // 100 != 2:
+                raise SystemExit(f"{path}: {answer.status} {told[:300]!r}")
+
+    workers = [threading.Thread(target=send) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+
+
+# --- ours ---
+
+
+def sign(key: bytes, message_id: str, body: bytes) -> dict[str, str]:
+    at = str(int(time.time()))
+    digest = hmac.digest(key, f"{message_id}.{at}.".encode() + body, hashlib.sha256)
+    return {"webhook-id": message_id, "webhook-timestamp": at, "Content-Type": "application/json",
+            "webhook-signature": "v1," + base64.b64encode(digest).decode(), "Content-Encoding": "gzip"}
+
+
+def prepare(folder: Path, names: list[str]) -> tuple[dict[str, bytes], str]:
+    """A database with hosts; their keys, and a token to read with."""
+    config = server.Config({"DATABASE_PATH": str(folder / "monitor.db")})
+    db = server.open_database(config, create=True)
+    with server.transaction(db):
+        rows = {name: server.insert_host(db, name, time.time()) for name in names}
+        token = server.create_api_token(db, "bench", time.time(), admin=False, days=None)
+    db.close()
+    return {name: server.host_key(config.secret(), row["nonce"]) for name, row in rows.items()}, token
+
+
+def serve(folder: Path) -> Measured:
+    port = free_port()
+    env = {"DATABASE_PATH": str(folder / "monitor.db"), "PORT": str(port), "DASHBOARD_PASSWORD_HASH": ""}
+    return Measured(sys.executable, str(ROOT / "server.py"), "serve", port=port, env=env)
+
+
+def measure_size(folder: Path, days: int) -> None:
+    """Feed one host the days before now, packing as time goes by, and weigh what is there."""
+    end = int(time.time()) // DAY * DAY
+    clock = [float(end - days * DAY)]
+    config = server.Config({"DATABASE_PATH": str(folder / "monitor.db")})
+    prepare(folder, ["host0"])
+    monitor = server.Monitor(config, lambda: clock[0])
+    host, played = next(iter(monitor.fleet.hosts)), PlayedHost("host0", 1)
+    values, began = 0, time.process_time()
+    for first in range(end - days * DAY, end, HOUR):
+        batch = [played.report(at + 0.25) for at in range(first, first + HOUR, STEP)]
+        values = count_values(batch[-1])
+        clock[0] = first + HOUR
+        monitor.store.write(partial(server.insert_reports, monitor, host, batch, None, clock[0]))
+        monitor.keeper.settle(clock[0] + 500)
+    monitor.keeper.settle(end + 2 * HOUR)
+    print(f"size: {days} days of one host, {values} values per report ({time.process_time() - began:.0f} s CPU)")
+    weigh(monitor.store.reader(), values)
+    monitor.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    monitor.close()
+    size = os.path.getsize(folder / "monitor.db")
+    print(f"  the file: {size / 2**20:.1f} MiB; 20 such hosts: {20 * size / 2**30:.2f} GiB of the 10 GB of the server's LXC")
+
+
+def weigh(db: Any, values: int) -> None:
+    names = {0: "raw (30 s)", 1: "5 minutes", 2: "1 hour"}
+    points = {0: HOUR // STEP * values, 1: DAY // 300 * values, 2: 240 * values}
+    for code, name in names.items():
+        row = db.execute("""
+            SELECT count(*), sum(length(body)), sum((length(body) + 4200) / 4096 * 4096) FROM chunk
+            WHERE (id >> 34) & 3 = ?""", (code,)).fetchone()
+        if row[0]:
+            count = row[0] * points[code] if code < 2 else None
+            if count is None:  # the last chunk of hours is not full yet
+                days = db.execute("SELECT count(*) FROM history_day").fetchone()[0]
+                count = days * 24 * values
+            print(f"  {name}: {row[1] / count:.2f} bytes per {'value' if code == 0 else 'point'}, "
+                  f"{row[2] / count:.2f} with the pages' rests; {row[1] / 2**20:.1f} MiB in {row[0]} chunks")
+
+
+def build_requests(hosts: list[PlayedHost], begin: int, ticks: int) -> Iterator[tuple[PlayedHost, dict[str, Any]]]:
+    for tick in range(ticks):
+        for host in hosts:
+            yield host, host.report(begin + tick * STEP + 0.25)
+
+
+def measure_cpu(folder: Path, options: argparse.Namespace, begin: int) -> tuple[Measured, str]:
+    """One day of reports of some hosts over HTTP, one per request, acknowledged when durable; then all of it packed."""
+    names = [f"host{number}" for number in range(options.hosts)]
+    keys, token = prepare(folder, names)
+    process = serve(folder)
+    hosts = [PlayedHost(name, number) for number, name in enumerate(names)]
+    requests = []
+    for number, (host, report) in enumerate(build_requests(hosts, begin, DAY // STEP)):
+        body = gzip.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
+        requests.append((f"/api/v1/hosts/{host.name}/reports", body, partial(sign, keys[host.name], f"m{number}")))
+    before, started = process.cpu(), time.monotonic()
+    post_all(process.port, requests, options.threads)
+    fed, seconds = process.cpu() - before, time.monotonic() - started
+    wait_until_packed(folder)
+    count = len(requests) / 1000
+    print(f"ours: {fed / count:.2f} CPU s per 1,000 reports until acknowledged and durable, {(process.cpu() - before) / count:.2f}"
+          f" with all packing and roll-up; {len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB")
+    return process, token
+
+
+def wait_until_packed(folder: Path) -> None:
+    db = server.connect(str(folder / "monitor.db"), readonly=True)
+    for _ in range(600):
+        left = db.execute("SELECT (SELECT count(*) FROM report), (SELECT count(*) FROM history_day WHERE state = 0)")
+        if tuple(left.fetchone()) == (0, 0):
+            return
+        time.sleep(1)
+    raise SystemExit("ours: the history was not packed in 10 minutes")
+
+
+def measure_flash(folder: Path, count: int = 300) -> None:
+    """What one report costs the disk when it comes alone, as with 20 hosts, and in company, as with many."""
+    keys, _ = prepare(folder, ["host0"])
+    process = serve(folder)
+    host = PlayedHost("host0", 1)
+    begin, before = time.time() - count * STEP, process.written()
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+    for number in range(count):
+        body = gzip.compress(json.dumps(host.report(begin + number * STEP), separators=(",", ":")).encode(), 1)
+        connection.request("POST", "/api/v1/hosts/host0/reports", body, sign(keys["host0"], f"m{number}", body))
+        connection.getresponse().read()
+        time.sleep(0.06)
+    each = (process.written() - before) / count
+    process.stop()
+    print(f"flash: {each / 1024:.1f} KiB written per report that comes alone: {each * 57600 / 1e6:.0f} MB a day for 20 "
+          f"hosts, at most {each * 576000 / 1e6:.0f} MB for 200")
+
+
+# --- peers: the same values, each by its own fast way in ---
+
+
+def start_victoria(folder: Path) -> Measured:
+    port = free_port()
+    return Measured("victoria-metrics", f"-storageDataPath={folder}", f"-httpListenAddr=127.0.0.1:{port}",
+                    "-retentionPeriod=3", "-search.latencyOffset=0s", port=port)
+
+
+def start_prometheus(folder: Path) -> Measured:
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prometheus.yml").write_text("global: {}\n")
+    return Measured("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb",
+                    f"--web.listen-address=127.0.0.1:{port}", "--web.enable-remote-write-receiver",
+                    "--storage.tsdb.retention.time=90d", port=port)
+
+
+def list_samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Metric, object and value of everything in a report."""
+    for section, object, fields in server.history_objects(report):
+        names, mask = server.kept_fields(section, tuple(fields))
+        for name, value in zip(names, [v for v, kept in zip(fields.values(), mask) if kept]):
+            if isinstance(value, (int, float)) and name != server.BOOT:
+                yield f"{section}_{name}", object, value
+
+
+def victoria_text(report: dict[str, Any], host: str) -> bytes:
+    at = int(report["time"] * 1000)
+    return "".join(f'{metric}{{host="{host}",object="{thing}"}} {value} {at}\n'
+                   for metric, thing, value in list_samples(report)).encode()
+
+
+def remote_write(report: dict[str, Any], host: str) -> bytes:
+    """Prometheus' WriteRequest, in snappy's framing for what is not compressed."""
+    at, out = int(report["time"] * 1000), bytearray()
+    for metric, thing, value in list_samples(report):
+        series = b"".join(field(1, field(1, name) + field(2, text)) for name, text in (
+            (b"__name__", metric.encode()), (b"host", host.encode()), (b"object", (thing or "-").encode())))
+        out += field(1, series + field(2, b"\x09" + struct.pack("<d", value) + b"\x10" + varint(at)))
+    packed = bytearray(varint(len(out)))
+    for first in range(0, len(out), 60000):
+        part = out[first : first + 60000]
+        packed += b"\xf4" + struct.pack("<H", len(part) - 1) + part
+    return bytes(packed)
+
+
+def varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + varint(len(content)) + content
+
+
+REMOTE_HEADERS = {"Content-Encoding": "snappy", "Content-Type": "application/x-protobuf",
+                  "X-Prometheus-Remote-Write-Version": "0.1.0"}
+PEERS: tuple[tuple[str, Callable[[Path], Measured], str, Callable[[dict, str], bytes], dict[str, str]], ...] = (
+    ("VictoriaMetrics, remote write", start_victoria, "/api/v1/write", remote_write, REMOTE_HEADERS),
+    ("VictoriaMetrics, text import", start_victoria, "/api/v1/import/prometheus", victoria_text, {}),
+    ("Prometheus, remote write", start_prometheus, "/api/v1/write", remote_write, REMOTE_HEADERS),
+)  # fmt: skip
+
+
+def measure_peer(peer: Any, folder: Path, options: argparse.Namespace, begin: int) -> Measured:
+    """The same day of the same hosts. No peer's answer means that the values are on the disk."""
+    name, start, path, encode, headers = peer
+    process = start(folder)
+    hosts = [PlayedHost(f"host{number}", number) for number in range(options.hosts)]
+    count = values = 0
+    used, seconds = 0.0, 0.0
+    for first in range(0, DAY // STEP, HOUR_TICKS):
+        batch = [(path, encode(report, host.name), lambda body: headers) for host, report in build_requests(
+            hosts, begin + first * STEP, HOUR_TICKS)]
+        before, started = process.cpu(), time.monotonic()
+        # In order and by few, or Prometheus refuses what comes after something younger.
+        post_all(process.port, batch, 1 if "Prometheus" in name else options.threads)
+        used, seconds, count = used + process.cpu() - before, seconds + time.monotonic() - started, count + len(batch)
+    values = count_values(hosts[0].report(0)) * count
+    before = process.cpu()
+    time.sleep(15)  # what it does in the background with it
+    used += process.cpu() - before
+    size = folder_bytes(folder) / values
+    print(f"{name}: {used / count * 1000:.2f} CPU s per 1,000 reports, not durable when acknowledged; {count / seconds:.0f} reports/s; "
+          f"{size:.2f} bytes per value now; PSS {process.memory():.0f} MB")
+    return process
+
+
+# --- questions: time through HTTP, kept connection, median of many ---
+
+
+def time_question(process: Measured, path: str, headers: dict[str, str] | None = None, times: int = 40) -> tuple[float, int]:
+    """Milliseconds of the median answer, and its bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+    took, size = [], 0
+    for _ in range(times):
+        started = time.perf_counter()
+        connection.request("GET", path, headers=headers or {})
+        answer = connection.getresponse()
+        size = len(answer.read())
+        took.append((time.perf_counter() - started) * 1000)
+        if answer.status != 200:
+            raise SystemExit(f"{path}: {answer.status}")
+    return statistics.median(took), size
+
+
+def ask_ours(process: Measured, token: str, questions: dict[str, tuple[str, int]]) -> None:
+    headers = {"Authorization": f"Bearer {token}"}
+    for name, (path, times) in questions.items():
+        took, size = time_question(process, path, headers, times)
+        print(f"  ours, {name}: {took:.1f} ms ({size} bytes)")
+
+
+def history_path(host: str, series: list[str], since: float, until: float, step: int | None = None) -> str:
+    query = [("series", one) for one in series] + [("from", str(since)), ("to", str(until))]
+    return f"/api/v1/hosts/{host}/history?" + urllib.parse.urlencode(query + ([("step", str(step))] if step else []))
+
+
+def every_series(host: str, begin: float) -> list[str]:
+    tick = server.build_tick(PlayedHost(host, 1).report(begin), begin)
+    return [server.series_name(section, thing, name) for section, thing, names in tick.shape.parts for name in names
+            if name != server.BOOT]
+
+
+def ask_peer(process: Measured, name: str, begin: int) -> None:
+    query = urllib.parse.urlencode({"query": 'node_cpu_ratio{host="host0"}', "start": begin, "end": begin + DAY - 1, "step": 300})
+    every = urllib.parse.urlencode({"query": '{host="host0"}', "start": begin, "end": begin + DAY - 1, "step": 300})
+    for told, path, times in (("24 h of one series", query, 40), ("24 h of all series of a host", every, 5)):
+        took, size = time_question(process, f"/api/v1/query_range?{path}", None, times)
+        print(f"  {name}, {told}: {took:.1f} ms ({size} bytes)")
+
+
+def measure_latest(folder: Path) -> None:
+    """The rows of 1,000 hosts, each changed since the last question (an ETag would answer in a fraction)."""
+    names = [f"host{number}" for number in range(1000)]
+    keys, token = prepare(folder, names)
+    process = serve(folder)
+    requests = []
+    for number, name in enumerate(names):
+        body = gzip.compress(json.dumps(PlayedHost(name, number).report(time.time())).encode(), 1)
+        requests.append((f"/api/v1/hosts/{name}/reports", body, partial(sign, keys[name], f"m{number}")))
+    post_all(process.port, requests, 16)
+    ask_ours(process, token, {"latest of 1,000 hosts": ("/api/v1/hosts?limit=1000", 10)})
+    print(f"  ours at 1,000 hosts of 30 guests: PSS {process.memory():.0f} MB")
+    process.stop()
+
+
+# --- main ---
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    begin = int(time.time()) // DAY * DAY - DAY
+    if options.only in (None, "size"):
+        (folder / "size").mkdir()
+        measure_size(folder / "size", options.days)
+        ask_long(folder / "size", begin + DAY)
+    if options.only in (None, "cpu"):
+        (folder / "cpu").mkdir()
+        process, token = measure_cpu(folder / "cpu", options, begin)
+        ask_ours(process, token, {
+            "24 h of one series": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY), 40),
+            "24 h of one series, as received": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY, 30), 40),
+            "24 h of all series of a host": (history_path("host0", every_series("host0", begin), begin, begin + DAY), 5)})
+        process.stop()
+        for number, peer in enumerate(() if options.no_peers else PEERS):
+            if shutil.which(peer[1].__name__.replace("start_", "").replace("victoria", "victoria-metrics")):
+                process = measure_peer(peer, folder / f"peer{number}", options, begin)
+                ask_peer(process, peer[0], begin)
+                process.stop()
+        for name, measure in (("latest", measure_latest), ("flash", measure_flash)):
+            (folder / name).mkdir()
+            measure(folder / name)
+
+
+def ask_long(folder: Path, end: int) -> None:
+    """30 days of one series, of the host that was fed for its size."""
+    db = server.connect(str(folder / "monitor.db"))
+    with server.transaction(db):
+        token = server.create_api_token(db, "long", time.time(), admin=False, days=None)
+    db.close()
+    process = serve(folder)
+    ask_ours(process, token, {
+        "24 h of one series": (history_path("host0", ["node.cpu_ratio"], end - DAY, end), 40),
+        "30 d of one series": (history_path("host0", ["node.cpu_ratio"], end - 30 * DAY, end), 40),
+        "30 d of a rate": (history_path("host0", ["node.net_receive_bytes_total"], end - 30 * DAY, end), 40)})
+    process.stop()
+
+
+def machine() -> str:
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), "unknown CPU")
+    return f"{os.cpu_count()} × {model}, Python {sys.version.split()[0]}, SQLite {server.sqlite3.sqlite_version}"
+
+
+def main() -> None:
+    options = parse_options()
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="proxmon-bench-") as folder:
+        run(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
