@@ -156,3 +156,136 @@ DROP TABLE history_layout;
 DROP TABLE history_object;
 INSERT OR IGNORE INTO report SELECT * FROM kept_report;
 DROP TABLE kept_report;
+
+-- Alerts get acknowledged, told and silenced; those of a cluster, a site or the server itself have no host.
+-- What people decided is kept in `meta` by the way down, and taken up again by the way up.
+-- +migrate Up
+CREATE TABLE alert_kept AS SELECT * FROM alert;
+DROP TABLE alert;
+CREATE TABLE alert (
+    id                    INTEGER PRIMARY KEY AUTOINCREMENT,
+    rule                  TEXT NOT NULL,
+    host_id               INTEGER REFERENCES host(id) ON DELETE CASCADE,  -- NULL: of a cluster, a site, the server
+    object                TEXT NOT NULL,                  -- '' = the host itself
+    severity              TEXT NOT NULL,
+    state                 TEXT NOT NULL,
+    message               TEXT NOT NULL,
+    value                 REAL,
+    since                 REAL NOT NULL,                  -- when the condition was first seen
+    worse_since           REAL,                           -- when it was first seen to be critical
+    fired_at              REAL,
+    resolved_at           REAL,
+    because_of            INTEGER,
+    acknowledged_at       REAL,
+    acknowledged_by       TEXT,
+    acknowledged_until    REAL,
+    acknowledged_note     TEXT,
+    acknowledged_severity TEXT,                           -- it holds until the alert is worse than this
+    acknowledged_value    REAL,                           -- or its value is, for rules that say so
+    told_severity         TEXT,                           -- what people were last told of it; NULL: nothing yet
+    told_at               REAL,
+    CHECK (severity IN ('info', 'warning', 'critical')),
+    CHECK (state IN ('pending', 'firing', 'resolved'))
+) STRICT;
+INSERT INTO alert (id, rule, host_id, object, severity, state, message, value, since, fired_at, resolved_at,
+                       because_of)
+    SELECT id, rule, host_id, object, severity, state, message, value, since, fired_at, resolved_at, because_of
+    FROM alert_kept;
+DROP TABLE alert_kept;
+UPDATE alert SET (acknowledged_at, acknowledged_by, acknowledged_until, acknowledged_note, acknowledged_severity,
+                  told_severity, told_at, acknowledged_value) =
+    (SELECT k.value ->> 1, k.value ->> 2, k.value ->> 3, k.value ->> 4, k.value ->> 5, k.value ->> 6, k.value ->> 7,
+            k.value ->> 8
+     FROM meta, json_each(meta.value) AS k WHERE meta.key = 'kept_acknowledgements' AND k.value ->> 0 = alert.id);
+CREATE UNIQUE INDEX alert_open ON alert (ifnull(host_id, 0), rule, object) WHERE state <> 'resolved';
+CREATE INDEX alert_resolved ON alert (resolved_at) WHERE state = 'resolved';
+
+-- No notification for what fits all that is given, until it ends.
+CREATE TABLE silence (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    tag        TEXT,
+    site       TEXT,
+    host       TEXT,
+    object     TEXT,
+    rule       TEXT,
+    until      REAL NOT NULL,
+    note       TEXT,
+    created_by TEXT NOT NULL,
+    created_at REAL NOT NULL
+) STRICT;
+INSERT INTO silence
+    SELECT k.value ->> 0, k.value ->> 1, k.value ->> 2, k.value ->> 3, k.value ->> 4, k.value ->> 5, k.value ->> 6,
+           k.value ->> 7, k.value ->> 8, k.value ->> 9
+    FROM meta, json_each(meta.value) AS k WHERE meta.key = 'kept_silences';
+
+-- What rules have to remember of a host: baselines, what was there before. JSON {rule: {object: …}}
+CREATE TABLE rule_memory (
+    host_id INTEGER PRIMARY KEY REFERENCES host(id) ON DELETE CASCADE,
+    memory  TEXT NOT NULL
+) STRICT;
+INSERT INTO rule_memory
+    SELECT k.value ->> 0, k.value ->> 1 FROM meta, json_each(meta.value) AS k
+    WHERE meta.key = 'kept_memory' AND k.value ->> 0 IN (SELECT id FROM host);
+DELETE FROM meta WHERE key IN ('kept_acknowledgements', 'kept_silences', 'kept_memory');
+
+-- The outbox: what a channel has to tell, and the messages made of it. A message is made before it is sent, so
+-- that one that is sent twice after a crash is the same message with the same id.
+CREATE TABLE message (
+    id          TEXT PRIMARY KEY,
+    channel     TEXT NOT NULL,
+    body        TEXT NOT NULL,                            -- JSON: kind, subject, items
+    created_at  REAL NOT NULL,
+    due_at      REAL NOT NULL,
+    attempts    INTEGER NOT NULL DEFAULT 0,
+    error       TEXT,
+    sent_at     REAL,
+    given_up_at REAL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX message_open ON message (channel, due_at) WHERE sent_at IS NULL AND given_up_at IS NULL;
+CREATE INDEX message_sent ON message (channel, sent_at) WHERE sent_at IS NOT NULL;
+CREATE TABLE notification (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    channel    TEXT NOT NULL,
+    alert_id   INTEGER,
+    body       TEXT NOT NULL,                             -- JSON: kind, what, where, since, why, what to do, link
+    created_at REAL NOT NULL,
+    not_before REAL NOT NULL,
+    message_id TEXT                                       -- NULL: waits; '-': over before it was told
+) STRICT;
+CREATE INDEX notification_waiting ON notification (channel, not_before) WHERE message_id IS NULL;
+
+-- +migrate Down
+INSERT INTO meta SELECT 'kept_acknowledgements', json_group_array(json_array(
+    id, acknowledged_at, acknowledged_by, acknowledged_until, acknowledged_note, acknowledged_severity,
+    told_severity, told_at, acknowledged_value)) FROM alert WHERE state <> 'resolved' AND host_id IS NOT NULL;
+INSERT INTO meta SELECT 'kept_silences', json_group_array(json_array(
+    id, tag, site, host, object, rule, until, note, created_by, created_at)) FROM silence;
+INSERT INTO meta SELECT 'kept_memory', json_group_array(json_array(host_id, memory)) FROM rule_memory;
+DROP TABLE notification;
+DROP TABLE message;
+DROP TABLE rule_memory;
+DROP TABLE silence;
+CREATE TABLE alert_kept AS SELECT * FROM alert WHERE host_id IS NOT NULL;
+DROP TABLE alert;
+CREATE TABLE alert (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    rule         TEXT NOT NULL,
+    host_id      INTEGER NOT NULL REFERENCES host(id) ON DELETE CASCADE,
+    object       TEXT NOT NULL,                           -- '' = the host itself
+    severity     TEXT NOT NULL,
+    state        TEXT NOT NULL,
+    message      TEXT NOT NULL,
+    value        REAL,
+    since        REAL NOT NULL,                           -- when the condition was first seen
+    fired_at     REAL,
+    resolved_at  REAL,
+    because_of   INTEGER,
+    CHECK (severity IN ('info', 'warning', 'critical')),
+    CHECK (state IN ('pending', 'firing', 'resolved'))
+) STRICT;
+INSERT INTO alert
+    SELECT id, rule, host_id, object, severity, state, message, value, since, fired_at, resolved_at, because_of
+    FROM alert_kept;
+DROP TABLE alert_kept;
+CREATE UNIQUE INDEX alert_open ON alert (host_id, rule, object) WHERE state <> 'resolved';
+CREATE INDEX alert_resolved ON alert (resolved_at) WHERE state = 'resolved';

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> columns -> history -> ingest
-        -> jobs -> api -> page -> serving -> commands
+    constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> notifications -> columns
+        -> history -> ingest -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
 one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
@@ -14,10 +14,15 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
+import copy
 import csv
+import datetime
+import email.message
+import email.utils
 import getpass
 import hashlib
 import hmac
+import http.client
 import io
 import ipaddress
 import json
@@ -28,13 +33,19 @@ import re
 import secrets
 import shutil
 import signal
+import smtplib
+import socket
 import sqlite3
+import ssl
 import struct
 import sys
 import threading
 import time
+import tomllib
 import traceback
+import urllib.error
 import urllib.parse
+import urllib.request
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,6 +144,11 @@ class Config:
         if self.history_url != "sqlite:":
             raise Failure(f"HISTORY_URL: {self.history_url!r} is not supported by this version; leave it out, or "
                           "set it to sqlite: (history is then kept in the database)")
+        self.settings_given = bool(env.get("SERVER_CONFIG"))
+        self.settings_path = env.get("SERVER_CONFIG") or "/etc/proxmox-monitor/server.toml"
+        self.heartbeat_url = env.get("HEARTBEAT_URL") or ""
+        if self.heartbeat_url and urllib.parse.urlsplit(self.heartbeat_url).scheme not in ("http", "https"):
+            raise Failure(f"HEARTBEAT_URL: {self.heartbeat_url!r} is not an http(s) address")
         if self.password_hash and not self.password_hash.startswith("$argon2id$"):
             raise Failure("DASHBOARD_PASSWORD_HASH: not an Argon2id hash; make one with `hash-password`")
         if self.given_secret and len(self.given_secret) < 32:
@@ -581,20 +597,38 @@ def list_events(db: sqlite3.Connection, *, since: float, limit: int) -> list[dic
         WHERE at >= :since ORDER BY id DESC LIMIT :limit""", {"since": since, "limit": limit})]
 
 
-ALERT_SELECT = """
-    SELECT alert.id, rule, severity, state, host.name AS host, object, message, value, since, resolved_at,
-           NULL AS acknowledged, because_of
-    FROM alert JOIN host ON host.id = alert.host_id"""
-
-
 def list_alerts(db: sqlite3.Connection, state: str = "firing", *, limit: int = LIST_MOST) -> list[dict[str, Any]]:
-    """Alerts worst first, then newest; `state`: pending, firing, resolved or all."""
+    """Alerts worst first, then newest; `state`: pending, firing, resolved or all. Clusters and sites have no host."""
     order = "CASE severity WHEN 'critical' THEN 0 WHEN 'warning' THEN 1 ELSE 2 END, since DESC, alert.id"
     if state == "resolved":
         order = "resolved_at DESC"
-    return [dict(row) for row in db.execute(f"""
-        {ALERT_SELECT} WHERE :state IN ('all', state) ORDER BY {order} LIMIT :limit""",
-        {"state": state, "limit": limit})]
+    return [to_alert_row(row) for row in db.execute(f"""
+        SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id
+        WHERE :state IN ('all', alert.state) ORDER BY {order} LIMIT :limit""", {"state": state, "limit": limit})]
+
+
+def to_alert_row(row: sqlite3.Row) -> dict[str, Any]:
+    acknowledged = None
+    if row["acknowledged_at"] is not None:
+        acknowledged = {"at": row["acknowledged_at"], "by": row["acknowledged_by"],
+                        "until": row["acknowledged_until"], "note": row["acknowledged_note"]}
+    return {"id": row["id"], "rule": row["rule"], "severity": row["severity"], "state": row["state"],
+            "host": row["host"], "object": row["object"] or None, "message": row["message"], "value": row["value"],
+            "since": row["since"], "resolved_at": row["resolved_at"], "acknowledged": acknowledged,
+            "because_of": row["because_of"]}
+
+
+SILENCE_MATCHERS = ("tag", "site", "host", "object", "rule")
+
+
+def active_silences(db: sqlite3.Connection, now: float = 0.0) -> list[dict[str, Any]]:
+    """The silences that have not ended, the next to end first."""
+    return [dict(row) for row in db.execute("SELECT * FROM silence WHERE until > :now ORDER BY until, id",
+                                            {"now": now})]
+
+
+def last_notification_at(db: sqlite3.Connection) -> float | None:
+    return db.execute("SELECT max(sent_at) FROM message WHERE sent_at IS NOT NULL").fetchone()[0]
 
 
 def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
@@ -1030,14 +1064,38 @@ class Section(NamedTuple):
 
 
 class Alert:
-    """An open alert: pending or firing."""
+    """An open alert: pending or firing. It is replaced, not changed."""
 
-    __slots__ = ("id", "rule", "object", "severity", "state", "message", "value", "since", "fired_at")
+    __slots__ = ("id", "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at",
+                 "resolved_at", "because_of", "acknowledged_at", "acknowledged_by", "acknowledged_until",
+                 "acknowledged_note", "acknowledged_severity", "acknowledged_value", "told_severity", "told_at")
 
-    def __init__(self, rule: str, object: str, severity: str, message: str, value: float | None, since: float, *,
-                 id: int | None = None, state: str = "pending", fired_at: float | None = None):
-        self.id, self.rule, self.object, self.severity, self.state = id, rule, object, severity, state
-        self.message, self.value, self.since, self.fired_at = message, value, since, fired_at
+    def __init__(self, object: str, severity: str, message: str, value: float | None, since: float, **fields: Any):
+        self.object, self.severity, self.message, self.value, self.since = object, severity, message, value, since
+        self.rule: str = fields.get("rule", "")
+        self.state: str = fields.get("state", "pending")
+        self.id: int | None = fields.get("id")
+        self.worse_since: float | None = fields.get("worse_since")  # critical since
+        self.fired_at: float | None = fields.get("fired_at")
+        self.resolved_at: float | None = fields.get("resolved_at")
+        self.because_of: int | None = fields.get("because_of")
+        self.acknowledged_at: float | None = fields.get("acknowledged_at")
+        self.acknowledged_by: str | None = fields.get("acknowledged_by")
+        self.acknowledged_until: float | None = fields.get("acknowledged_until")
+        self.acknowledged_note: str | None = fields.get("acknowledged_note")
+        self.acknowledged_severity: str | None = fields.get("acknowledged_severity")
+        self.acknowledged_value: float | None = fields.get("acknowledged_value")
+        self.told_severity: str | None = fields.get("told_severity")
+        self.told_at: float | None = fields.get("told_at")
+
+    def changed(self, **fields: Any) -> Alert:
+        """A copy with some fields changed; the same alert if nothing does."""
+        if all(getattr(self, key) == value for key, value in fields.items()):
+            return self
+        new = copy.copy(self)
+        for key, value in fields.items():
+            setattr(new, key, value)
+        return new
 
 
 class HostState:
@@ -1047,6 +1105,10 @@ class HostState:
         self.id: int = record["id"]
         self.sections: dict[str, Section] = {}
         self.alerts: dict[tuple[str, str], Alert] = {}
+        self.memory: dict[str, Any] = {}  # what rules remember, kept in the database
+        self.memory_changed = False
+        self.scratch: dict[str, Any] = {}  # what they remember until the next start
+        self.limits: tuple[Any, dict[str, Any]] | None = None
         self.agent: dict[str, Any] = {}
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
@@ -1061,6 +1123,7 @@ class HostState:
         self.tags: list[str] = json.loads(record["tags"])
         self.note: str | None = record["note"]
         self.maintenance_until: float | None = record["maintenance_until"]
+        self.limits = None  # thresholds depend on name and tags
         self.generation += 1
 
     def body(self, section: str, default: Any = None) -> Any:
@@ -1103,6 +1166,23 @@ class HostState:
 NOTHING = Section()
 
 
+class Shared:
+    """What has alerts but is no host: clusters, sites, the server itself. To a rule it looks like a host."""
+
+    def __init__(self) -> None:
+        self.id = self.name = self.site = self.maintenance_until = None
+        self.tags: list[str] = []
+        self.alerts: dict[tuple[str, str], Alert] = {}
+        self.memory: dict[str, Any] = {}
+        self.memory_changed = False
+        self.scratch: dict[str, Any] = {"views": {}, "silent": {}, "concerns": {}}
+        self.limits: tuple[Any, dict[str, Any]] | None = None
+        self.sections: dict[str, Section] = {}
+
+    def body(self, section: str, default: Any = None) -> Any:
+        return default
+
+
 class Fleet:
     """Every registered host's state, built from the database at start and kept by the writer from then on."""
 
@@ -1112,6 +1192,14 @@ class Fleet:
         self.hosts_version = 0
         self.lock = threading.Lock()
         self.serving_since = 0.0  # silence is counted from here at the earliest
+        self.shared = Shared()
+        self.concerned: dict[int, list[Alert]] = {}  # shared alerts, by the hosts they are about
+        self.layers = Layers()
+        self.channels: list[Channel] = []
+        self.silences: list[dict[str, Any]] = []
+        self.told_at: float | None = None  # when a channel last took a message
+        self.outbox_changed = threading.Event()
+        self.public_url = ""
 
     def load(self, db: sqlite3.Connection) -> None:
         """Build everything anew."""
@@ -1120,6 +1208,10 @@ class Fleet:
             state = hosts[record["id"]] = HostState(record)
             load_sections(db, state)
             load_alerts(db, state)
+        load_alerts(db, self.shared)
+        self.concerned = {}
+        self.silences = active_silences(db)
+        self.told_at = last_notification_at(db)
         self.hosts, self.hosts_version = hosts, int(get_meta(db, "hosts_version") or 0)
         self.generation += 1
 
@@ -1144,6 +1236,10 @@ class Fleet:
             return VERDICTS.index(self.verdict(state, now)[0]), state.last_seen_at or 0.0, state.name.lower()
         return sorted(self.hosts.values(), key=order)
 
+    def everything(self) -> list[Any]:
+        """All that can have alerts: hosts, and what they share."""
+        return [self.shared, *self.hosts.values()]
+
     def find(self, name: str) -> HostState:
         """The state of the host with this name, whatever its case. `Problem('not_found')`."""
         for state in self.hosts.values():
@@ -1167,7 +1263,7 @@ class Fleet:
             return "unknown", "No report has come yet."
         if silent >= OFFLINE_SECONDS:
             return "offline", f"Nothing received for {format_duration(silent)}."
-        worst, reason = worst_alert(state.alerts.values())
+        worst, reason = worst_alert((*state.alerts.values(), *self.concerned.get(state.id, ())))
         if worst == "critical":
             return worst, reason
         if silent >= STALE_SECONDS:
@@ -1185,21 +1281,27 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
         state.apply(read_body(report["body"]), stamp)
 
 
-def load_alerts(db: sqlite3.Connection, state: HostState) -> None:
-    rows = db.execute("""
-        SELECT id, rule, object, severity, state, message, value, since, fired_at FROM alert
-        WHERE host_id = :id AND state <> 'resolved'""", {"id": state.id})
-    state.alerts = {(row["rule"], row["object"]): Alert(**dict(row)) for row in rows}
+def load_alerts(db: sqlite3.Connection, state: HostState | Shared) -> None:
+    owner = {"id": state.id or 0}
+    rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state <> 'resolved'", owner)
+    state.alerts = {(row["rule"], row["object"]): Alert(**{key: row[key] for key in Alert.__slots__}) for row in rows}
+    memory = db.execute("SELECT memory FROM rule_memory WHERE host_id = :id", {"id": state.id or 0}).fetchone()
+    state.memory = json.loads(memory[0]) if memory else {}
 
 
 def worst_alert(alerts: Iterable[Alert]) -> tuple[str | None, str]:
-    """Severity and sentence of the worst that fires; None if nothing does."""
-    firing = [alert for alert in alerts if alert.state == "firing"]
+    """Severity and sentence of the worst that fires and that nobody has acknowledged; None if nothing does."""
+    firing = [alert for alert in alerts if alert.state == "firing" and alert.acknowledged_at is None]
     if not firing:
         return None, ""
     worst = min(firing, key=lambda alert: (SEVERITIES.index(alert.severity), -alert.since))
     more = f" (+{len(firing) - 1} more)" if len(firing) > 1 else ""
     return worst.severity, worst.message + more
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, whatever else an agent put into it."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def number(fields: Any, key: str) -> float | None:
@@ -1260,13 +1362,15 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> dict[str, Any]:
         "name": state.name, "verdict": verdict, "reason": reason, "site": state.site, "tags": state.tags,
         "note": state.note, "maintenance_until": state.maintenance_until, "last_seen_at": state.last_seen_at,
         "pve_version": text(node, "pve_version"), "agent_version": text(state.agent, "version"),
-        "cluster": text(state.body("cluster"), "name"), **pool_columns(state), "days_until_full": None,
+        "cluster": text(state.body("cluster"), "name"), **pool_columns(state),
+        "days_until_full": worst_days_until_full(state, now),
         **guest_columns(state), "cpu_ratio": number(node, "cpu_ratio"),
         "memory_free_ratio": number(node, "memory_free_ratio"),
         "io_pressure_ratio": number(node, "pressure_io_full_avg10_ratio"),
         "root_used_ratio": None if None in root else ratio(root[0], sum_known(root)),
         "load1": number(node, "load1"), "uptime_seconds": number(node, "uptime_seconds"),
-        "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state), "backups_worst": None,
+        "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state),
+        "backups_worst": worst_backup(state, fleet, now),
         "updates_pending": number(state.body("updates"), "pending"),
         "reboot_needed": node.get("reboot_needed") if isinstance(node.get("reboot_needed"), bool) else None,
         "clock_offset_seconds": state.clock_ahead or number(state.agent, "clock_offset"),
@@ -1307,8 +1411,11 @@ def count_inactive(state: HostState) -> int | None:
 
 
 def count_suspect(state: HostState) -> int | None:
-    disks = state.body("disks")
-    return None if disks is None else sum(d.get("passed") is False or bool(d.get("critical_warning")) for d in disks)
+    """Disks that something is wrong with, as the alerts have it; None if no disk could be looked at."""
+    if state.body("disks") is None:
+        return None
+    return len({alert.object for alert in state.alerts.values()
+                if alert.object.startswith("disks/") and alert.state == "firing" and alert.severity != "info"})
 
 
 GUEST_FIELDS = (
@@ -1407,7 +1514,8 @@ def build_overview(fleet: Fleet, now: float) -> dict[str, Any]:
     known = [silent for silent in silences if silent is not None]
     reporting = [state for state in fleet.hosts.values()
                  if (silent := fleet.silent_seconds(state, now)) is not None and silent < STALE_SECONDS]
-    firing = [a.severity for state in fleet.hosts.values() for a in state.alerts.values() if a.state == "firing"]
+    firing = [alert.severity for state in fleet.everything() for alert in state.alerts.values()
+              if alert.state == "firing" and alert.acknowledged_at is None]
     return {
         "server_time": now,
         "hosts": {
@@ -1417,7 +1525,7 @@ def build_overview(fleet: Fleet, now: float) -> dict[str, Any]:
         },
         "problems": {"critical": firing.count("critical"), "warning": firing.count("warning")},
         "oldest_verified_at": min((state.last_seen_at or 0.0 for state in reporting), default=None),
-        "last_notification_at": None,
+        "last_notification_at": fleet.told_at,
         "version": VERSION,
     }
 
@@ -1431,197 +1539,3184 @@ def format_duration(seconds: float) -> str:
 
 
 # --- rules: what is wrong, from when on, and until when ---
+#
+# A rule is a row of RULES. Its reader looks at the latest state of a host and yields what is not well and what is
+# not known; of numbers it yields every one, so that what fires can clear lower than it fired. What a reader does
+# not yield is well, or gone.
+
+CLOCK, SHARED, AGENT = "(clock)", "(shared)", "(agent)"  # as a Rule's section: by the job, or with every report
+UNKNOWN = "unknown"  # as a Reading's severity: resolves nothing, alarms nobody
+BY_LEVEL = ""  # as a Reading's severity: the value is held against the rule's thresholds
 
 
-class Judgement(NamedTuple):
-    """What a rule makes of an object now; severity None = well."""
+class Reading(NamedTuple):
+    """What a rule reads of an object: a number for its thresholds, or a severity of its own."""
 
-    severity: str | None
-    message: str = ""
-    value: float | None = None
+    object: str
+    value: float | None
+    message: str
+    severity: str | None = BY_LEVEL
+    limits: tuple[float | None, float | None] | None = None  # the object's own thresholds, where nobody set any
 
 
 class Rule(NamedTuple):
-    """One row: what it looks at, how it judges, and how long that must hold before anybody is told.
-
-    `judge(subject, current)` gives a Judgement, or None for "not known": that resolves nothing and alarms
-    nobody. `current` is the severity that is open, for thresholds that clear lower than they fire."""
+    """One row: what it looks at and when it comes, how it is judged, what to tell."""
 
     name: str
-    section: str
-    objects: Callable[[HostState], Iterable[tuple[str, Any]]]
-    judge: Callable[[Any, str | None], Judgement | None]
-    hold_seconds: float = 0
+    of: str  # kind of object
+    section: str  # judged when this section comes
+    read: Callable[[HostState, Fleet, float], Iterable[Reading]] | None
+    why: str
+    todo: str
+    warn: float | None = None
+    crit: float | None = None
+    clear_by: float = 0.0  # fires at the threshold, clears this much on the good side of it
+    clear_part: float = 1.0  # or at this part of it
+    hold: float = 0.0  # seconds before it fires
+    hold_crit: float | None = None  # before it is critical, where that is another time
+    low: bool = False  # low numbers are the bad ones
+    data_risk: bool = False  # said again each day until somebody acknowledges it
+    worse: int = 0  # an acknowledgement ends when the value rises (1) or falls (-1)
+    always: bool = False  # judged also on values older than 10 minutes: about what does not change by the minute
+    accept: Callable[[HostState, str], bool] | None = None  # take the present value as normal
 
 
-def level(value: float | None, warn: float, crit: float, clear_by: float, current: str | None) -> str | None:
-    """Severity of a number against its thresholds; what is open clears `clear_by` lower."""
-    if value is None:
-        return None
-    if value >= crit - (clear_by if current == "critical" else 0):
-        return "critical"
-    if value >= warn - (clear_by if current else 0):
-        return "warning"
+    @property
+    def by_number(self) -> bool:
+        """Whether it holds a number against thresholds."""
+        return self.warn is not None or self.name == "disk-temperature"
+
+
+class Limits(NamedTuple):
+    """A rule's thresholds for one object, and the layer of server.toml that decided: '' = as shipped."""
+
+    enabled: bool
+    warn: float | None
+    crit: float | None
+    clear_by: float
+    clear_part: float
+    hold: float
+    hold_crit: float
+    low: bool
+    worse: int
+    layer: str
+
+
+def level(value: float, limits: Limits, current: str | None) -> str | None:
+    """Severity of a number against its thresholds; what is reached clears on the good side of its threshold."""
+    for severity, threshold, held in (("critical", limits.crit, current == "critical"),
+                                      ("warning", limits.warn, current is not None)):
+        if threshold is None:
+            continue
+        bound = threshold * limits.clear_part + (limits.clear_by if limits.low else -limits.clear_by)
+        if held and bound != threshold:
+            bad = value < bound - 1e-9 if limits.low else value > bound + 1e-9
+        else:
+            bad = value < threshold if limits.low else value >= threshold
+        if bad:
+            return severity
     return None
 
 
-def judge_pool_state(pool: dict[str, Any], current: str | None) -> Judgement | None:
-    state = text(pool, "state")
-    if state is None or state in ("UNKNOWN", "TRANSITIONING"):  # the latter during import and export
-        return None
-    if state == "ONLINE":
-        return Judgement(None)
-    return Judgement("critical", f"Pool {pool['name']} is {state}.")
+def evaluate(limits: Limits, alert: Alert | None, reading: Reading, now: float) -> Alert | None:
+    """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
+    severity = reading.severity
+    if severity == BY_LEVEL:
+        reached = None  # before it fires, each look counts by itself: the hold starts anew
+        if alert is not None and alert.state == "firing":
+            reached = "critical" if alert.worse_since is not None else alert.severity
+        severity = UNKNOWN if reading.value is None else level(reading.value, limits, reached)
+    if severity == UNKNOWN:
+        return alert
+    if severity is None:
+        if alert is None or alert.state == "pending":
+            return None
+        return alert.changed(state="resolved", resolved_at=now)
+    since = alert.since if alert else now
+    worse_since = None
+    if severity == "critical":
+        worse_since = alert.worse_since if alert and alert.worse_since is not None else now
+    hold = limits.hold_crit if severity == "critical" else limits.hold
+    ripe = now - (since if worse_since is None else worse_since) >= hold
+    fires = (alert is not None and alert.state == "firing") or ripe or now - since >= limits.hold
+    if severity == "critical" and fires and not ripe and limits.warn is not None:
+        severity = "warning"  # bad enough for long enough, but critical only for a moment so far
+    old = alert or Alert(reading.object, severity, reading.message, reading.value, now)
+    new = old.changed(severity=severity, message=reading.message, value=reading.value, worse_since=worse_since,
+                      state="firing" if fires else "pending", fired_at=old.fired_at or (now if fires else None))
+    if new.acknowledged_at is not None and is_worse(new, limits):
+        new = new.changed(**NOT_ACKNOWLEDGED, told_severity=None)
+    return new
 
 
-def judge_pool_capacity(pool: dict[str, Any], current: str | None) -> Judgement | None:
-    used = number(pool, "capacity_ratio")
-    if used is None:
-        return None
-    return Judgement(level(used, 0.80, 0.90, 0.03, current), f"Pool {pool['name']} is {used:.0%} full.", used)
+NOT_ACKNOWLEDGED = dict.fromkeys(("acknowledged_at", "acknowledged_by", "acknowledged_until", "acknowledged_note",
+                                  "acknowledged_severity", "acknowledged_value"))
 
 
-def judge_vdev_errors(vdev: dict[str, Any], current: str | None) -> Judgement | None:
-    counts = {key: number(vdev, key) for key in VDEV_COUNTERS}
-    total = sum_known(counts.values())
-    if total is None:
-        return None
-    told = ", ".join(f"{int(count)} {key.partition('_')[0]}" for key, count in counts.items() if count)
-    return Judgement("warning" if total else None, f"{vdev.get('name')} has errors: {told}.", total)
+def is_worse(alert: Alert, limits: Limits) -> bool:
+    """Whether an alert is worse than what was acknowledged: more severe, or by a number that tells it."""
+    if SEVERITIES.index(alert.severity) < SEVERITIES.index(alert.acknowledged_severity or alert.severity):
+        return True
+    if not limits.worse or alert.value is None or alert.acknowledged_value is None:
+        return False
+    return (alert.value - alert.acknowledged_value) * limits.worse > 0
 
 
-def judge_storage_active(storage: dict[str, Any], current: str | None) -> Judgement | None:
-    active = storage.get("active")
-    if storage.get("enabled") in (False, 0):
-        return Judgement(None)
-    if active is None:
-        return None
-    return Judgement(None if active else "warning", f"Storage {storage['storage']} is not active.")
+def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[tuple[Alert | None, Alert | None]]:
+    """Run rules over a state; gives back what changed as pairs of old and new alert. `state.alerts` is replaced."""
+    changes: list[tuple[Alert | None, Alert | None]] = []
+    alerts = state.alerts
+    looked: dict[tuple[str, bool], str | None] = {}
+    for rule in rules:
+        limits = fleet.layers.limits(state, rule)
+        known: str | None = "absent"  # of a rule that is switched off nothing is left
+        if limits.enabled and rule.read is not None:
+            section = rule.section, rule.always
+            if section not in looked:
+                looked[section] = knows(state, rule, now)
+            known = looked[section]
+            if known is None:
+                continue
+        mine: list[tuple[Alert | None, Alert | None]] = []
+        try:
+            readings = () if known == "absent" or rule.read is None else rule.read(state, fleet, now)
+            alerts = judge_rule(state, rule, limits, readings, alerts, known == "partly", fleet, now, mine)
+            changes += mine
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+            log(  # a report can hold anything: one rule that stumbles over it must not stop the others, nor the ingest
+                f"rules: {rule.name} cannot judge {state.name}: {type(error).__name__}: {error}")
+    if alerts is not state.alerts:
+        state.alerts = alerts
+    return changes
 
 
-def judge_storage_full(storage: dict[str, Any], current: str | None) -> Judgement | None:
-    used = storage_used_ratio(storage)
-    if used is None:
-        return None
-    return Judgement(level(used, 0.85, 0.93, 0.03, current), f"Storage {storage['storage']} is {used:.0%} full.", used)
-
-
-def pool_objects(section: str) -> Callable[[HostState], Iterable[tuple[str, Any]]]:
-    return lambda state: ((f"pools/{pool['name']}", pool) for pool in state.body(section, ()))
-
-
-def vdev_objects(state: HostState) -> Iterator[tuple[str, Any]]:
-    for pool in state.body("pools", ()):
-        for vdev in walk_vdevs(pool.get("vdevs")):
-            if not vdev.get("children"):
-                yield f"pools/{pool['name']}/{vdev.get('name')}", vdev
-
-
-def storage_objects(state: HostState) -> Iterator[tuple[str, Any]]:
-    for storage in state.body("storages", ()):
-        yield f"storages/{storage['storage']}", storage
-
-
-RULES = (
-    Rule("pool-state", "pool_states", pool_objects("pool_states"), judge_pool_state),
-    Rule("vdev-errors", "pools", vdev_objects, judge_vdev_errors),
-    Rule("pool-capacity", "pools", pool_objects("pools"), judge_pool_capacity, 15 * MINUTE),
-    Rule("storage-inactive", "storages", storage_objects, judge_storage_active, 10 * MINUTE),
-    Rule("storage-full", "storages", storage_objects, judge_storage_full, 10 * MINUTE),
-)
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 
-def evaluate(alert: Alert | None, rule: str, object: str, found: Judgement | None, hold: float,
-             now: float) -> Alert | None:
-    """The next state of an alert, pure: ok (None) -> pending -> firing -> resolved."""
-    if found is None:
-        return alert
-    if found.severity is None:
-        if alert is None or alert.state == "pending":
-            return None
-        return Alert(rule, object, alert.severity, alert.message, alert.value, alert.since, id=alert.id,
-                     state="resolved", fired_at=alert.fired_at)
-    since = alert.since if alert else now
-    fires = (alert is not None and alert.state == "firing") or now - since >= hold
-    return Alert(rule, object, found.severity, found.message, found.value, since, id=alert.id if alert else None,
-                 state="firing" if fires else "pending",
-                 fired_at=(alert and alert.fired_at) or (now if fires else None))
+def knows(state: Any, rule: Rule, now: float) -> str | None:
+    """Whether the section a rule reads is there: 'whole', 'partly', 'absent', or None for not known."""
+    if rule.section in (CLOCK, SHARED, AGENT):
+        return "whole"
+    section = state.sections.get(rule.section, NOTHING)
+    if section.absent:
+        return "absent"
+    if section.stamp is None or (not rule.always and now - section.time > JUDGED_WITHIN):
+        return None
+    if section.error is None:
+        return "whole"
+    return "partly" if section.stamp == section.status else None
 
 
-def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: float) -> None:
-    """Run every rule over a host's latest state and write what changed. Called by the writer only."""
-    alerts = dict(state.alerts)
-    judge_silence(db, fleet, state, alerts, now)
-    for rule in RULES:
-        section = state.sections.get(rule.section, NOTHING)
-        if section.absent:
-            seen: dict[str, Any] | None = {}
-        elif section.time is None or section.error or now - section.time > JUDGED_WITHIN:
-            seen = None
-        else:
-            seen = dict(rule.objects(state))
-        judge_rule(db, state, alerts, rule, seen, now)
-    state.alerts = alerts
+def judge_rule(state: Any, rule: Rule, limits: Limits, readings: Iterable[Reading],
+               alerts: dict[tuple[str, str], Alert], partly: bool, fleet: Fleet, now: float,
+               changes: list[tuple[Alert | None, Alert | None]]) -> dict[tuple[str, str], Alert]:
+    """One rule over what it reads; gives back the alerts, a new dict if anything changed."""
+    name, seen, before = rule.name, set(), alerts
+    special = fleet.layers.has_objects
+    for reading in readings:
+        key = name, reading.object
+        old = alerts.get(key)
+        if old is None:  # most readings are of this kind: nothing is open, and nothing is wrong
+            severity = reading.severity
+            if severity is None or severity == UNKNOWN or (severity == BY_LEVEL and reading.value is None):
+                continue
+            if severity == BY_LEVEL and reading.limits is None and not special and (
+                    level(reading.value or 0, limits, None) is None):
+                continue
+        seen.add(reading.object)
+        own = (fleet.layers.object_limits(state, rule, reading.object) if special else None) or limits
+        if reading.limits is not None and not own.layer:
+            own = own._replace(warn=reading.limits[0], crit=reading.limits[1])
+        new = evaluate(own, old, reading, now) if own.enabled else None
+        if new is not old:
+            alerts = with_alert(alerts, before, key, rule, new)
+            changes.append((old, new))
+    if alerts and not partly:
+        for key in [key for key in alerts if key[0] == name and key[1] not in seen]:
+            old = alerts[key]
+            new = evaluate(limits, old, Reading(key[1], None, "", None), now)
+            alerts = with_alert(alerts, before, key, rule, new)
+            changes.append((old, new))
+    return alerts
 
 
-def judge_rule(db: sqlite3.Connection, state: HostState, alerts: dict[tuple[str, str], Alert], rule: Rule,
-               seen: dict[str, Any] | None, now: float) -> None:
-    """One rule over the objects that were seen (None: it is not known which there are)."""
-    if seen is None:
-        return
-    gone = {object for name, object in alerts if name == rule.name} - seen.keys()
-    for object in gone:
-        settle(db, state, alerts, (rule.name, object), Judgement(None), 0, now)
-    for object, subject in seen.items():
-        open_alert = alerts.get((rule.name, object))
-        found = rule.judge(subject, open_alert.severity if open_alert else None)
-        settle(db, state, alerts, (rule.name, object), found, rule.hold_seconds, now)
-
-
-def judge_silence(db: sqlite3.Connection, fleet: Fleet, state: HostState, alerts: dict[tuple[str, str], Alert],
-                  now: float) -> None:
-    """Host offline: the only rule about what does not come."""
-    silent = fleet.silent_seconds(state, now)
-    if silent is None:
-        return
-    severity = "critical" if silent >= OFFLINE_SECONDS else None
-    found = Judgement(severity, f"Nothing received from {state.name} for {format_duration(silent)}.", silent)
-    settle(db, state, alerts, ("host-offline", ""), found, 0, now)
-
-
-def settle(db: sqlite3.Connection, state: HostState, alerts: dict[tuple[str, str], Alert], key: tuple[str, str],
-           found: Judgement | None, hold: float, now: float) -> None:
-    """Evaluate one alert and write it if it changed."""
-    old = alerts.get(key)
-    new = evaluate(old, *key, found, hold, now)
+def with_alert(alerts: dict[tuple[str, str], Alert], before: dict[tuple[str, str], Alert], key: tuple[str, str],
+               rule: Rule, new: Alert | None) -> dict[tuple[str, str], Alert]:
+    """The alerts with one changed: readers keep the dict they have."""
+    if alerts is before:
+        alerts = dict(alerts)
     if new is None or new.state == "resolved":
         alerts.pop(key, None)
     else:
         alerts[key] = new
-    if new is old or (old and new and (old.state, old.severity, old.message) == (new.state, new.severity, new.message)):
+    if new is not None:
+        new.rule = rule.name
+    return alerts
+
+
+# What rules remember of a host (state.memory, kept in the database) is JSON: {rule: {object: …}}.
+
+
+def remembered(state: Any, rule: str) -> dict[str, Any]:
+    return state.memory.setdefault(rule, {})
+
+
+def remember(state: Any, memory: dict[str, Any], key: str, value: Any) -> None:
+    """Keep a value; it is written with the report that brought it."""
+    if memory.get(key, NOTHING) != value:
+        memory[key] = value
+        state.memory_changed = True
+
+
+def forget(state: Any, memory: dict[str, Any], key: str) -> None:
+    if memory.pop(key, None) is not None:
+        state.memory_changed = True
+
+
+def forgets(rule: str) -> Callable[[HostState, str], bool]:
+    """An `accept` that drops what a rule remembers of an object."""
+
+    def accept(state: HostState, object: str) -> bool:
+        memory = remembered(state, rule)
+        known = object in memory
+        forget(state, memory, object)
+        return known
+
+    return accept
+
+
+def percent(part: float) -> str:
+    return f"{part:.0%}"
+
+
+def days(seconds: float) -> str:
+    return f"{seconds / DAY:.0f} d"
+
+
+# Pools
+
+
+def full_pools(state: Any) -> dict[str, dict[str, Any]]:
+    return {pool["name"]: pool for pool in state.body("pools", ())}
+
+
+def read_pool_state(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """State of every pool, from the newer of the kernel's word and `zpool status`."""
+    brief, full = state.sections.get("pool_states", NOTHING), state.sections.get("pools", NOTHING)
+    pools = full_pools(state)
+    states = {name: text(pool, "state") for name, pool in pools.items()}
+    if brief.body is not None and brief.stamp is not None:
+        older = full.stamp is not None and full.stamp != brief.stamp and full.stamp.newer_than(brief.stamp)
+        if not older:
+            states = {pool["name"]: text(pool, "state") for pool in brief.body}
+    for name, word in states.items():
+        if word == "ONLINE":
+            continue
+        if word is None or word in ("UNKNOWN", "TRANSITIONING"):  # the latter during import and export
+            yield Reading(f"pools/{name}", None, "", UNKNOWN)
+        else:
+            yield judge_pool(name, word, pools.get(name, {}))
+
+
+def judge_pool(name: str, word: str, pool: dict[str, Any]) -> Reading:
+    """A pool that is not ONLINE: what, how far the repair is, and how many more disks it can lose."""
+    leaves = [vdev for vdev in walk_vdevs(pool.get("vdevs")) if not vdev.get("children")]
+    bad = [vdev for vdev in leaves if text(vdev, "state") not in (None, "ONLINE", "AVAIL", "INUSE")]
+    margin = number(pool, "redundancy_margin")
+    parts = [f"Pool {name} is {word}"]
+    scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else {}
+    if text(scan, "function") == "resilver" and text(scan, "state") == "scanning":
+        done = number(scan, "progress_ratio")
+        parts.append("resilvering" + ("" if done is None else f" {percent(done)}"))
+    if bad:
+        shown = ", ".join(f"{vdev.get('name')} {vdev.get('state')}" for vdev in bad[:4])
+        parts.append(shown + (f" and {len(bad) - 4} more" if len(bad) > 4 else ""))
+    if margin is not None:
+        parts.append("data is lost already" if margin < 0 else f"{int(margin)} more disk(s) may fail without loss")
+    by_hand = word == "DEGRADED" and bad and all(text(vdev, "state") == "OFFLINE" for vdev in bad)
+    severity = "warning" if by_hand and margin is not None and margin >= 1 else "critical"
+    return Reading(f"pools/{name}", margin, "; ".join(parts) + ".", severity)
+
+
+def read_pool_vanished(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Pools that were there and are not. Only an export, a destroy, or a start without an import does that."""
+    memory = remembered(state, "pool-vanished")
+    here = {f"pools/{pool['name']}" for pool in state.body("pool_states", ())}
+    boot = text(state.body("node"), "boot_id")
+    for object in here:
+        if memory.get(object, NOTHING) is NOTHING or memory[object].get("boot") not in (boot, None):
+            remember(state, memory, object, {"boot": boot})
+    for object in [one for one in memory if one not in here]:
+        name = object.partition("/")[2]
+        if any(task[0].startswith("zfs") for task in state.memory.get("tasks", ())):  # zfsremove: PVE destroyed it
+            forget(state, memory, object)
+            continue
+        same_boot = memory[object].get("boot") == boot
+        if same_boot and state.body("storages") is not None and not uses_pool(state, name):
+            yield Reading(object, None, f"Pool {name} is gone: exported? Nothing in Proxmox uses it.", "info")
+        else:
+            how = "after the host started" if not same_boot else "though Proxmox needs it"
+            yield Reading(object, None, f"Pool {name} was there and is gone {how}.", "critical")
+
+
+def uses_pool(state: Any, pool: str) -> bool:
+    """Whether a storage or a guest's volume lies on a pool."""
+    storages = [text(one, "dataset") for one in state.body("storages", ()) if one.get("enabled") not in (False, 0)]
+    volumes = [text(volume, "dataset") for guest in state.body("guests", ())
+               for volume in dicts(guest.get("volumes"))]
+    return any(pool_of(dataset) == pool for dataset in storages + volumes)
+
+
+def pool_of(dataset: Any) -> str | None:
+    return dataset.partition("/")[0] if dataset and isinstance(dataset, str) else None
+
+
+def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every leaf that holds data, with the name of the top-level vdev it belongs to; spares are left out."""
+    for top in pool.get("vdevs") or ():
+        if not isinstance(top, dict) or text(top, "class") == "spare":
+            continue
+        for vdev in walk_vdevs([top]):
+            if not vdev.get("children") and text(vdev, "state") not in ("AVAIL", "INUSE"):
+                yield vdev, str(top.get("name"))
+
+
+def read_vdev_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Errors above the accepted baseline; 10 in 24 h, or two disks of one vdev, are critical."""
+    memory = remembered(state, "vdev-errors")
+    for pool in state.body("pools", ()):
+        found: list[tuple[str, dict[str, Any], str, float, float]] = []
+        for vdev, top in leaves_with_parent(pool):
+            object = f"pools/{pool['name']}/{vdev.get('name')}"
+            total = sum_known(number(vdev, key) for key in VDEV_COUNTERS)
+            if total is None:
+                yield Reading(object, None, "", UNKNOWN)
+                continue
+            grown, lately = grow(state, memory, object, total, now)
+            if grown > 0:
+                found.append((object, vdev, top, grown, lately))
+        tops = [top for _, vdev, top, _, _ in found if vdev.get("name") != top]
+        for object, vdev, top, grown, lately in found:
+            told = ", ".join(f"{int(count)} {key.partition('_')[0]}" for key in VDEV_COUNTERS
+                             if (count := number(vdev, key)))
+            worse = lately >= 10 or tops.count(top) > 1
+            reason = "; another disk of the same vdev has some too" if tops.count(top) > 1 else ""
+            yield Reading(object, grown, f"{vdev.get('name')} in pool {pool['name']} has errors: {told}"
+                          f" ({int(grown)} new){reason}.", "critical" if worse else "warning")
+
+
+def grow(state: Any, memory: dict[str, Any], key: str, total: float, now: float) -> tuple[float, float]:
+    """How much a counter stands above its baseline, and how much it grew in 24 h. Entry: [baseline, last, steps]."""
+    entry = memory.get(key)
+    if entry is None and not total:
+        return 0, 0
+    base, last, steps = entry or [0, 0, []]
+    if total < last:
+        base, steps = 0, []  # `zpool clear`, or an import: counted from 0 again
+    if total != last or entry is None:
+        if entry is not None and total > last:
+            steps = [*(step for step in steps if step[0] > now - 7 * DAY), [now, total - last]]
+        remember(state, memory, key, [base, total, steps])
+    return total - base, sum(step[1] for step in steps if step[0] > now - DAY)
+
+
+def accept_vdev_errors(state: HostState, object: str) -> bool:
+    memory = remembered(state, "vdev-errors")
+    if object not in memory:
+        return False
+    remember(state, memory, object, [memory[object][1], memory[object][1], []])
+    return True
+
+
+def read_data_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for pool in state.body("pools", ()):
+        errors = number(pool, "data_errors")
+        if errors is None:
+            yield Reading(f"pools/{pool['name']}", None, "", UNKNOWN)
+        elif errors:
+            files = [str(one) for one in pool.get("damaged_files") or ()][:3]
+            yield Reading(f"pools/{pool['name']}", errors, f"Pool {pool['name']} has {int(errors)} permanent data "
+                          f"error(s){': ' + ', '.join(files) if files else ''}.", "critical")
+
+
+def read_pool_capacity(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for pool in state.body("pools", ()):
+        used = number(pool, "capacity_ratio")
+        yield Reading(f"pools/{pool['name']}", used,
+                      "" if used is None else f"Pool {pool['name']} is {percent(used)} full.")
+
+
+FORECAST_STEP, FORECAST_SPAN, FORECAST_LEAST = 6 * HOUR, 14 * DAY, 3 * DAY
+
+
+def read_pool_forecast(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Days until a pool is full, from a straight line through its use of the last 3 to 14 days."""
+    memory = remembered(state, "pool-forecast")
+    for pool in state.body("pools", ()):
+        object = f"pools/{pool['name']}"
+        used, free = pool_space(pool)
+        if used is None or free is None:
+            yield Reading(object, None, "")
+            continue
+        points = memory.get(object, [])
+        if not points or now - points[-1][0] >= FORECAST_STEP:
+            points = [point for point in points if point[0] > now - FORECAST_SPAN] + [[int(now), int(used)]]
+            remember(state, memory, object, points)
+        left = days_until_full(points, used, free, now)
+        if left is not None:
+            yield Reading(object, left, f"Pool {pool['name']} will be full in {left:.0f} days at the present growth.")
+    for object in [one for one in memory if one.partition("/")[2] not in full_pools(state)]:
+        forget(state, memory, object)
+
+
+def pool_space(pool: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Used and free bytes, as users mean them (RAIDZ parity not counted) where that is known."""
+    used, free = number(pool, "usable_used_bytes"), number(pool, "usable_available_bytes")
+    if used is None or free is None:
+        used, free = number(pool, "allocated_bytes"), number(pool, "free_bytes")
+    return used, free
+
+
+def days_until_full(points: list[list[float]], used: float, free: float, now: float) -> float | None:
+    """Days until nothing is free; None without 3 days of points or without a steady growth (the slope of the
+    later half within a factor of 2 of the whole, and the line explaining most of what moves)."""
+    points = [*points, [now, used]]
+    if points[-1][0] - points[0][0] < FORECAST_LEAST:
+        return None
+    slope, fit = line_through(points)
+    late, _ = line_through(points[len(points) // 2:])
+    if slope <= 0 or fit < 0.8 or not slope / 2 <= late <= slope * 2:
+        return None
+    return free / slope / DAY
+
+
+def line_through(points: list[list[float]]) -> tuple[float, float]:
+    """Slope of the least-squares line and its coefficient of determination."""
+    count = len(points)
+    middle_x, middle_y = sum(p[0] for p in points) / count, sum(p[1] for p in points) / count
+    xx = sum((p[0] - middle_x) ** 2 for p in points)
+    xy = sum((p[0] - middle_x) * (p[1] - middle_y) for p in points)
+    yy = sum((p[1] - middle_y) ** 2 for p in points)
+    return (xy / xx, xy * xy / (xx * yy)) if xx and yy else (0.0, 0.0)
+
+
+def worst_days_until_full(state: HostState, now: float) -> float | None:
+    """The host table's column: the pool that is full first, if any is filling up steadily."""
+    memory = state.memory.get("pool-forecast", {})
+    found = []
+    for pool in state.body("pools", ()):
+        used, free = pool_space(pool)
+        if used is not None and free is not None:
+            left = days_until_full(memory.get(f"pools/{pool['name']}", []) or [[now, used]], used, free, now)
+            found += [left] if left is not None else []
+    return min(found, default=None)
+
+
+def read_dataset_quota(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for dataset in state.body("datasets", ()):
+        pairs = ((number(dataset, "used_bytes"), number(dataset, "quota_bytes")),
+                 (number(dataset, "referenced_bytes"), number(dataset, "refquota_bytes")))
+        full = [part / whole for part, whole in pairs if part is not None and whole]
+        if full:
+            yield Reading(f"datasets/{dataset['name']}", max(full),
+                          f"Dataset {dataset['name']} has used {percent(max(full))} of its quota.")
+
+
+def read_fragmentation(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Fragmentation matters once little is free."""
+    for pool in state.body("pools", ()):
+        fragmented, used = number(pool, "fragmentation_ratio"), number(pool, "capacity_ratio")
+        if fragmented is None or used is None:
+            yield Reading(f"pools/{pool['name']}", None, "")
+        elif used > 0.80:
+            yield Reading(f"pools/{pool['name']}", fragmented, f"Pool {pool['name']} is {percent(used)} full and its "
+                          f"free space {percent(fragmented)} fragmented.")
+
+
+def read_scrub_age(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Age of the last scrub; of a pool that never had one, the time since it is known here."""
+    memory = remembered(state, "scrub-age")
+    for pool in state.body("pools", ()):
+        object = f"pools/{pool['name']}"
+        if object not in memory:
+            remember(state, memory, object, now)
+        ended = number(pool.get("last_scrub"), "ended_at")
+        scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else None
+        running = text(scan, "function") == "scrub" and text(scan, "state") == "scanning"
+        if running:
+            continue
+        if ended is not None:
+            yield Reading(object, now - ended, f"Pool {pool['name']} was last scrubbed {days(now - ended)} ago.")
+        elif scan is None:
+            yield Reading(object, None, "", UNKNOWN)
+        elif now - memory[object] > 40 * DAY:
+            yield Reading(object, now - memory[object], f"Pool {pool['name']} has never been scrubbed.", "warning")
+
+
+def read_scrub_result(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    memory = remembered(state, "scrub-result")
+    for pool in state.body("pools", ()):
+        last = pool.get("last_scrub")
+        ended, repaired = number(last, "ended_at"), number(last, "repaired_bytes")
+        errors = number(last, "errors")
+        object = f"pools/{pool['name']}"
+        if ended is None or memory.get(object) == ended:
+            continue
+        if errors:
+            yield Reading(object, errors, f"The last scrub of pool {pool['name']} found {int(errors)} error(s) it "
+                          "could not repair.", "critical")
+        elif repaired:
+            yield Reading(object, repaired, f"The last scrub of pool {pool['name']} repaired {int(repaired)} bytes.",
+                          "warning")
+
+
+def accept_scrub_result(state: HostState, object: str) -> bool:
+    pool = full_pools(state).get(object.partition("/")[2])
+    ended = number(pool.get("last_scrub"), "ended_at") if pool else None
+    if ended is None:
+        return False
+    remember(state, remembered(state, "scrub-result"), object, ended)
+    return True
+
+
+def read_scrub_stuck(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """A scrub or resilver that has not moved for 24 h, paused ones too."""
+    memory = remembered(state, "scrub-stuck")
+    for pool in state.body("pools", ()):
+        scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else {}
+        object, done = f"pools/{pool['name']}", number(scan, "progress_ratio")
+        if text(scan, "state") not in ("scanning", "paused") or done is None:
+            if text(scan, "state") is not None:
+                forget(state, memory, object)
+            continue
+        if object not in memory or memory[object][0] != done:
+            remember(state, memory, object, [done, now])
+        elif now - memory[object][1] >= DAY:
+            yield Reading(object, done, f"The {text(scan, 'function')} of pool {pool['name']} stands at "
+                                        f"{percent(done)} "
+                          f"for {format_duration(now - memory[object][1])}.", "warning")
+
+
+# Snapshots
+
+
+SANOID_AGES = {"hourly": (90 * MINUTE, 360 * MINUTE), "daily": (28 * HOUR, 32 * HOUR),
+               "monthly": (32 * DAY, 40 * DAY)}  # sanoid.defaults.conf: *_warn, *_crit
+NO_CADENCE = ("pve", "other")  # made by hand, or by who knows what: no interval to hold them to
+
+
+def snapshot_limits(one: dict[str, Any]) -> tuple[float, float] | None:
+    """Warning and critical age of a class of snapshots: learned from 5 samples, else by name."""
+    interval, count = number(one, "interval_seconds"), number(one, "count") or 0
+    if interval and count >= 5:
+        return 1.5 * interval + 10 * MINUTE, 3 * interval + 10 * MINUTE
+    return next((ages for word, ages in SANOID_AGES.items() if word in (text(one, "class") or "")), None)
+
+
+def read_snapshot_age(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Age of the newest snapshot of each class; classes that were given up long before we looked are left alone."""
+    memory = remembered(state, "snapshot-age")
+    for one in state.body("snapshots", ()):
+        name, newest, limits = text(one, "class") or "other", number(one, "newest_at"), snapshot_limits(one)
+        if name in NO_CADENCE or name.startswith("__replicate") or newest is None or limits is None:
+            continue
+        object, age = f"snapshots/{one['dataset']}@{name}", now - newest
+        if object not in memory:
+            if age > 10 * limits[1]:
+                continue
+            remember(state, memory, object, 1)
+        yield Reading(object, age, f"The newest {name} snapshot of {one['dataset']} is {format_duration(age)} old; "
+                      f"it should be at most {format_duration(limits[0])}.", limits=limits)
+
+
+def read_snapshot_gone(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """A class of snapshots that had 5 and has none now, while its dataset is still there: said for a week."""
+    memory = remembered(state, "snapshot-gone")
+    here = {}
+    for one in state.body("snapshots", ()):
+        name = text(one, "class") or "other"
+        if name not in NO_CADENCE and not name.startswith("__replicate"):
+            here[f"snapshots/{one['dataset']}@{name}"] = number(one, "count") or 0
+    for object, count in here.items():
+        if count >= 5 and memory.get(object) != 0:
+            remember(state, memory, object, 0)
+    datasets = {one["name"] for one in state.body("datasets", ())}
+    for object in [one for one in memory if one not in here]:
+        dataset, _, name = object.partition("/")[2].rpartition("@")
+        if dataset not in datasets or (memory[object] and now - memory[object] > 7 * DAY):
+            forget(state, memory, object)
+            continue
+        if not memory[object]:
+            remember(state, memory, object, now)
+        yield Reading(object, 0, f"Dataset {dataset} has no {name} snapshot any more.", "warning")
+
+
+def read_guest_snapshots(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Snapshots made of guests by hand that are old, or hold much of what is free."""
+    datasets = {one["name"]: one for one in state.body("datasets", ())}
+    worst: dict[str, Reading] = {}
+    for one in state.body("snapshots", ()):
+        oldest = number(one, "oldest_at")
+        if text(one, "class") != "pve" or oldest is None:
+            continue
+        dataset = datasets.get(one["dataset"], {})
+        vmid = number(dataset, "vmid")
+        object = f"guests/{int(vmid)}" if vmid is not None else f"datasets/{one['dataset']}"
+        age, held = now - oldest, number(dataset, "used_by_snapshots_bytes")
+        free = pool_space(full_pools(state).get(pool_of(one["dataset"]) or "", {}))[1]
+        share = held / free if held is not None and free else 0
+        if age > 30 * DAY or share > 0.20:
+            much = f" and its snapshots hold {percent(share)} of what is free" if share > 0.20 else ""
+            found = Reading(object, age, f"The oldest snapshot of {one['dataset']} is {days(age)} old{much}.",
+                            "warning")
+            if object not in worst or (worst[object].value or 0) < age:
+                worst[object] = found
+    yield from worst.values()
+
+
+# Disks
+
+
+def disk_key(disk: dict[str, Any]) -> str:
+    """What stays with a disk when its letter changes."""
+    return text(disk, "serial") or text(disk, "wwn") or disk["name"]
+
+
+def disk_called(disk: dict[str, Any]) -> str:
+    model, serial = text(disk, "model"), text(disk, "serial")
+    known = ", ".join(one for one in (model, serial) if one)
+    where = f" of pool {disk['pool']}" if text(disk, "pool") else ""
+    return f"Disk {disk['name']}{f' ({known})' if known else ''}{where}"
+
+
+def read_smart_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for disk in state.body("disks", ()):
+        if disk.get("passed") is False:
+            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} says that it is failing (SMART).",
+                          "critical")
+        elif disk.get("passed") is None:
+            yield Reading(f"disks/{disk['name']}", None, "", UNKNOWN)
+
+
+def read_smart_warning(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for disk in state.body("disks", ()):
+        bits = number(disk, "critical_warning")
+        if bits:
+            yield Reading(f"disks/{disk['name']}", bits, f"{disk_called(disk)} raises its critical warning "
+                          f"(0x{int(bits):02x}).", "critical")
+        elif bits is None and disk.get("kind") == "nvme":
+            yield Reading(f"disks/{disk['name']}", None, "", UNKNOWN)
+
+
+def read_smart_unknown(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for disk in state.body("disks", ()):
+        if disk.get("passed") is None and not disk.get("standby"):
+            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} tells nothing about its health.", "info")
+
+
+DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable": "reported uncorrectable errors",
+          "pending_sectors": "pending sectors", "uncorrectable_errors": "uncorrectable sectors",
+          "media_errors": "media errors"}
+
+
+def growth_reader(rule: str, fields: dict[str, str]) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
+    """SMART counts above what they were when the disk was first seen, or accepted. Entry: {field: [base, last]}, and
+    under '' the times of growth."""
+
+    def read(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+        memory = remembered(state, rule)
+        for disk in state.body("disks", ()):
+            key, object = disk_key(disk), f"disks/{disk['name']}"
+            old = memory.get(key)
+            entry: dict[str, Any] = {"": [at for at in (old or {}).get("", ()) if at > now - 7 * DAY]}
+            told = []
+            for field, words in fields.items():
+                count = number(disk, field)
+                if count is None:
+                    if old and field in old:
+                        entry[field] = old[field]
+                    continue
+                base, last = (old or {}).get(field, [count, count])
+                if count > last:
+                    entry[""].append(now)
+                entry[field] = [min(base, count), count]
+                if count > entry[field][0]:
+                    told.append(f"{int(count)} {words} ({int(count - entry[field][0])} more)")
+            if len(entry) == 1 and not old:
+                continue
+            remember(state, memory, key, entry)
+            if told:
+                yield Reading(object, None, f"{disk_called(disk)} has {', '.join(told)}.",
+                              damage_severity(state, rule, disk, entry[""]))
+
+    return read
+
+
+def damage_severity(state: Any, rule: str, disk: dict[str, Any], grown: list[float]) -> str:
+    """Growth warns; twice within 7 days, or with errors of its vdev, is critical. A cable only ever warns."""
+    if rule == "smart-crc":
+        return "warning"
+    with_errors = any(name == "vdev-errors" and alert.state == "firing" and names_disk(alert.object, disk)
+                      for (name, _), alert in state.alerts.items())
+    return "critical" if len(set(grown)) >= 2 or with_errors else "warning"
+
+
+def names_disk(object: str, disk: dict[str, Any]) -> bool:
+    vdev = object.rpartition("/")[2]
+    return vdev in (disk["name"], text(disk, "by_id"), text(disk, "vdev")) or vdev.startswith(disk["name"])
+
+
+def accept_growth(rule: str) -> Callable[[HostState, str], bool]:
+    def accept(state: HostState, object: str) -> bool:
+        memory = remembered(state, rule)
+        for disk in state.body("disks", ()):
+            if f"disks/{disk['name']}" == object and disk_key(disk) in memory:
+                entry = memory[disk_key(disk)]
+                remember(state, memory, disk_key(disk), {"": [], **{
+                    field: [pair[1], pair[1]] for field, pair in entry.items() if field}})
+                return True
+        return False
+
+    return accept
+
+
+def read_disk_gone(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Disks that were there and are not; forgotten once no pool names them and every pool is well."""
+    memory = remembered(state, "disk-gone")
+    here = {}
+    for disk in state.body("disks", ()):
+        here[disk_key(disk)] = [disk["name"], text(disk, "pool"), disk_called(disk)]
+    leaves = {str(vdev.get(key)) for pool in state.body("pools", ()) for vdev, _ in leaves_with_parent(pool)
+              for key in ("name", "disk")}
+    well = state.body("pools") is not None and all(pool.get("state") == "ONLINE" for pool in state.body("pools", ()))
+    for key in [one for one in memory if one not in here]:
+        name, pool, called = memory[key]
+        replaced = any(entry[0] == name for entry in here.values())  # another disk has its place
+        if pool and well and (name not in leaves or replaced):
+            forget(state, memory, key)
+        else:
+            yield Reading(f"disks/{name}", None, f"{called} is gone.", "critical" if pool else "warning")
+    for key, entry in here.items():
+        remember(state, memory, key, entry)
+
+
+def accept_disk_gone(state: HostState, object: str) -> bool:
+    memory = remembered(state, "disk-gone")
+    found = [key for key, entry in memory.items() if f"disks/{entry[0]}" == object]
+    for key in found:
+        forget(state, memory, key)
+    return bool(found)
+
+
+HOT = {"hdd": (55.0, 60.0), "ssd": (65.0, 70.0), "nvme": (75.0, 80.0)}
+
+
+def read_disk_temperature(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for disk in state.body("disks", ()):
+        degrees = number(disk, "temperature_celsius")
+        limits = HOT.get(text(disk, "kind") or "", HOT["ssd"])
+        yield Reading(f"disks/{disk['name']}", degrees,
+                      "" if degrees is None else f"{disk_called(disk)} is {degrees:.0f} °C hot.", limits=limits)
+
+
+def read_disk_wear(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for disk in state.body("disks", ()):
+        worn, spare = number(disk, "wear_ratio"), number(disk, "spare_ratio")
+        least = number(disk, "spare_threshold_ratio")
+        if spare is not None and least is not None and spare <= least:
+            yield Reading(f"disks/{disk['name']}", worn, f"{disk_called(disk)} has {percent(spare)} of its spare left, "
+                          f"its own limit is {percent(least)}.", "critical")
+        else:
+            yield Reading(f"disks/{disk['name']}", worn,
+                          "" if worn is None else f"{disk_called(disk)} has used {percent(worn)} of its rated life.")
+
+
+def read_wear_forecast(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Days until a disk's rated life is used up, from one point a day over at least 30 days."""
+    memory = remembered(state, "disk-wear-forecast")
+    for disk in state.body("disks", ()):
+        worn, key = number(disk, "wear_ratio"), disk_key(disk)
+        if worn is None:
+            continue
+        points = memory.get(key, [])
+        if not points or now - points[-1][0] >= 7 * DAY:
+            points = [*points[-25:], [int(now), worn]]
+            remember(state, memory, key, points)
+        if now - points[0][0] < 30 * DAY or worn >= 1:
+            continue
+        slope, _ = line_through([*points, [now, worn]])
+        if slope > 0:
+            left = (1 - worn) / slope
+            yield Reading(f"disks/{disk['name']}", left / DAY, f"{disk_called(disk)} will have used its rated life in "
+                          f"{days(left)} ({percent(worn)} now).")
+
+
+# Host
+
+
+def node_reader(field: str, says: Callable[[float], str]) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
+    """One number of the section `node` against the rule's thresholds."""
+
+    def read(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+        value = number(state.body("node"), field)
+        yield Reading("", value, "" if value is None else says(value))
+
+    return read
+
+
+def read_root_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    node = state.body("node")
+    used, free = number(node, "root_used_bytes"), number(node, "root_available_bytes")
+    full = None if used is None or free is None else ratio(used, used + free)
+    yield Reading("", full, "" if full is None else f"The root file system is {percent(full)} full.")
+
+
+def read_oom(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
+    memory, kills = remembered(state, "oom"), number(state.body("node"), "oom_kills_total")
+    if kills is None:
+        yield Reading("", None, "", UNKNOWN)
         return
-    write_alert(db, state, old, new, now)
+    last = memory.get("last")
+    if last is None or kills < last:  # first seen, or the host has started anew
+        remember(state, memory, "last", kills)
+    elif kills > last:
+        remember(state, memory, "last", kills)
+        remember(state, memory, "", [now, kills - last])
+    at, count = memory.get("") or [0, 0]
+    if now - at < HOUR:
+        hit = [alert.object for (name, _), alert in state.alerts.items()
+               if name == "guest-down" and abs(alert.since - at) <= 2 * MINUTE]
+        more = f"; {', '.join(hit)} went down" if hit else ""
+        yield Reading("", count, f"{int(count)} process(es) were killed because memory ran out{more}.",
+                      "critical" if hit else "warning")
 
 
-def write_alert(db: sqlite3.Connection, state: HostState, old: Alert | None, new: Alert | None, now: float) -> None:
+def read_reboot_needed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    memory, needed = remembered(state, "reboot-needed"), state.body("node", {}).get("reboot_needed")
+    if needed is None:
+        yield Reading("", None, "", UNKNOWN)
+    elif not needed:
+        forget(state, memory, "")
+    else:
+        if "" not in memory:
+            remember(state, memory, "", now)
+        yield Reading("", now - memory[""], f"A new kernel waits for a reboot for {days(now - memory[''])}.")
+
+
+# Storages
+
+
+def read_storage_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Use of each storage of this host alone; one on a pool that is full already is told by the pool."""
+    shared_elsewhere = state.body("cluster") is not None
+    for one in state.body("storages", ()):
+        if one.get("enabled") in (False, 0) or (shared_elsewhere and one.get("shared") in (True, 1)):
+            continue
+        dataset = one.get("dataset")
+        if dataset and ("pool-capacity", f"pools/{pool_of(dataset)}") in state.alerts:
+            yield Reading(f"storages/{one['storage']}", None, "", None)
+            continue
+        yield storage_reading(f"storages/{one['storage']}", one)
+
+
+def storage_reading(object: str, one: dict[str, Any]) -> Reading:
+    used = storage_used_ratio(one)
+    thin = (0.80, 0.90) if one.get("type") == "lvmthin" else None  # a full thin pool stops every guest on it
+    return Reading(object, used, "" if used is None else f"Storage {one['storage']} is {percent(used)} full.",
+                   limits=thin)
+
+
+def read_thin_metadata(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for one in state.body("storages", ()):
+        used = number(one, "metadata_used_ratio")
+        if used is not None:
+            yield Reading(f"storages/{one['storage']}", used,
+                          f"The metadata of thin pool {one['storage']} is {percent(used)} full.")
+
+
+def read_storage_inactive(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for one in state.body("storages", ()):
+        active = one.get("active")
+        if active or one.get("enabled") in (False, 0):
+            continue
+        object = f"storages/{one['storage']}"
+        if active is None:
+            yield Reading(object, None, "", UNKNOWN)
+            continue
+        users = [guest for guest in state.body("guests", ()) if guest.get("status") == "running" and any(
+            volume.get("storage") == one["storage"] for volume in dicts(guest.get("volumes")))]
+        needed = f"; {len(users)} running guest(s) use it" if users else ""
+        yield Reading(object, None, f"Storage {one['storage']} ({one.get('type') or 'unknown type'}) is not "
+                                    f"active{needed}.",
+                      "critical" if users else "warning")
+
+
+# Guests
+
+
+STOPPING = frozenset((
+    "qmstop", "qmshutdown", "vzstop", "vzshutdown", "qmigrate", "vzmigrate", "hamigrate", "hastop", "stopall",
+    "vzsuspend", "qmsuspend", "qmpause", "suspendall", "migrateall", "qmdestroy", "vzdestroy",
+    "qmrollback", "vzrollback",
+    "qmtemplate", "vztemplate", "qmrestore", "vzrestore", "qmmove", "vzmove", "qmclone", "vzclone"))
+RESTARTING = frozenset(("vzdump", "qmreboot", "vzreboot", "qmreset"))  # explain a stop only while they run
+BROKEN = frozenset(("io-error", "internal-error", "guest-panicked"))
+HA_STOPPED = frozenset(("stopped", "disabled", "request_stop", "ignored", "deleting", "disarm"))
+BOOT_SECONDS = 10 * MINUTE
+
+
+def absorb_tasks(state: HostState, tasks: Any, now: float) -> None:
+    """Remember tasks that explain why a guest went down: [type, vmid or None, started, ended]."""
+    found = []
+    for task in tasks if isinstance(tasks, list) else ():
+        kind, ended = text(task, "type") or "", number(task, "ended_at")
+        if (kind in STOPPING or kind in RESTARTING or kind.startswith("zfs")) and ended is not None:
+            vmid = task.get("vmid")
+            found.append([kind, None if vmid in (None, "") else str(vmid), number(task, "started_at") or ended, ended])
+    if found:
+        kept = [task for task in state.memory.get("tasks", ()) if task[3] > now - 2 * DAY]
+        state.memory["tasks"] = (kept + found)[-200:]
+        state.memory_changed = True
+
+
+def read_guest_down(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Guests that were running and are not, with nothing to explain it; and those that did not start with the host."""
+    memory = remembered(state, "guest-down")
+    up, down = memory.setdefault("up", {}), memory.setdefault("down", {})
+    node = state.body("node")
+    uptime = number(node, "uptime_seconds")
+    starting = uptime is not None and uptime < BOOT_SECONDS
+    booted = after_boot(state, memory, node, uptime)
+    seen = set()
+    for guest in state.body("guests", ()):
+        key, status = str(guest["vmid"]), guest.get("status")
+        seen.add(key)
+        if status == "running":
+            if key not in up:
+                up[key] = 1
+                state.memory_changed = True
+            if key in down:
+                forget(state, down, key)
+        elif status in (None, "unknown") or (starting and status not in BROKEN):
+            yield Reading(f"guests/{key}", None, "", UNKNOWN)
+        elif not guest.get("template"):
+            reading = judge_guest(state, guest, key, status, up, down, booted, now)
+            if reading is not None:
+                yield reading
+    if len(seen) < len(up) + len(down):
+        for memory_of in (up, down):
+            for key in [one for one in memory_of if one not in seen]:
+                forget(state, memory_of, key)
+
+
+def after_boot(state: Any, memory: dict[str, Any], node: Any, uptime: float | None) -> bool:
+    """Whether this is the first look at the guests 10 minutes after a start of the host that we witnessed."""
+    boot = text(node, "boot_id")
+    if boot is None or uptime is None or uptime < BOOT_SECONDS or memory.get("boot") == boot:
+        return False
+    remember(state, memory, "boot", boot)
+    return uptime < 2 * HOUR
+
+
+def judge_guest(state: Any, guest: dict[str, Any], key: str, status: str, up: dict[str, Any], down: dict[str, Any],
+                booted: bool, now: float) -> Reading | None:
+    """A guest that does not run: expected, or not?"""
+    object, name = f"guests/{key}", text(guest, "name") or key
+    grave = "critical" if is_ha_managed(guest) or "critical" in tags_of(guest) else "warning"
+    if status in BROKEN:
+        return Reading(object, None, f"Guest {key} ({name}) is in state {status}.", grave)
+    if status not in ("stopped", "shutdown"):
+        return None  # paused, prelaunch, suspended: somebody's doing
+    if key in up:
+        forget(state, up, key)
+        remember(state, down, key, [now, "was running and stopped"])
+    elif booted and guest.get("onboot") and key not in down:
+        remember(state, down, key, [now, "should start with the host and does not run"])
+    if key not in down:
+        return None
+    since, words = down[key]
+    if text(guest, "ha_state") in HA_STOPPED or explains_stop(state, key, since, now):
+        forget(state, down, key)
+        return None
+    if guest.get("lock") or is_restarting(state, key, now):
+        return Reading(object, None, "", UNKNOWN)
+    return Reading(object, None, f"Guest {key} ({name}) {words}; no task, backup, migration or HA explains it.", grave)
+
+
+def explains_stop(state: Any, vmid: str, since: float, now: float) -> bool:
+    """A task on the guest, or on all guests, around the time it was seen to have stopped."""
+    uptime = number(state.body("node"), "uptime_seconds")
+    earliest = since - 3 * MINUTE
+    if uptime is not None and since - (now - uptime) < 2 * BOOT_SECONDS:
+        earliest = min(earliest, now - uptime - 30 * MINUTE)  # stopped for a reboot
+    return any(kind in STOPPING and one in (vmid, None) and ended >= earliest and started <= since + 2 * MINUTE
+               for kind, one, started, ended in state.memory.get("tasks", ()))
+
+
+def is_restarting(state: Any, vmid: str, now: float) -> bool:
+    """A backup in mode stop, or a restart, that has only just ended: the guest is given 2 minutes to be back."""
+    return any(kind in RESTARTING and one in (vmid, None) and started <= now <= ended + 2 * MINUTE
+               for kind, one, started, ended in state.memory.get("tasks", ()))
+
+
+def is_ha_managed(guest: dict[str, Any]) -> bool:
+    return text(guest, "ha_state") not in (None, "", *HA_STOPPED)
+
+
+def tags_of(guest: dict[str, Any]) -> list[str]:
+    """A guest's tags, which PVE separates by ; , or blanks."""
+    tags = guest.get("tags")
+    if isinstance(tags, str):
+        return tags.replace(",", ";").replace(" ", ";").lower().split(";")
+    return [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
+
+
+# Schedules: systemd calendar events as PVE takes them (pve-docs calendar-events.adoc, systemd.time(7))
+
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+SHORTHANDS = {
+    "minutely": "*-*-* *:*:00", "hourly": "*-*-* *:00:00", "daily": "*-*-* 00:00:00", "weekly": "mon *-*-* 00:00:00",
+    "monthly": "*-*-01 00:00:00", "yearly": "*-01-01 00:00:00", "annually": "*-01-01 00:00:00",
+    "quarterly": "*-01,04,07,10-01 00:00:00", "semiannually": "*-01,07-01 00:00:00",
+    "semi-annually": "*-01,07-01 00:00:00",
+}
+
+
+class Calendar(NamedTuple):
+    """When a schedule is due: allowed values of each part; None = every year."""
+
+    weekdays: frozenset[int]
+    years: frozenset[int] | None
+    months: frozenset[int]
+    days: frozenset[int]
+    hours: list[int]
+    minutes: list[int]
+    seconds: list[int]
+
+    def on(self, day: datetime.date) -> bool:
+        return (day.month in self.months and day.day in self.days and day.weekday() in self.weekdays
+                and (self.years is None or day.year in self.years))
+
+    def after(self, local: float) -> float | None:
+        """The first time later than `local` (seconds since 1970 on the host's clock on the wall); None if there is
+        none within 5 years."""
+        first = int(local) // DAY
+        for ordinal in range(first, first + 5 * 366):
+            if self.on(datetime.date.fromordinal(ordinal + EPOCH_ORDINAL)):
+                found = self._in_day(local - ordinal * DAY)
+                if found is not None:
+                    return ordinal * DAY + found
+        return None
+
+    def _in_day(self, after: float) -> float | None:
+        for hour in self.hours:
+            if (hour + 1) * HOUR <= after:
+                continue
+            for minute in self.minutes:
+                if hour * HOUR + (minute + 1) * MINUTE <= after:
+                    continue
+                for second in self.seconds:
+                    at = hour * HOUR + minute * MINUTE + second
+                    if at > after:
+                        return at
+        return None
+
+
+EPOCH_ORDINAL = datetime.date(1970, 1, 1).toordinal()
+
+
+@lru_cache(1024)
+def parse_calendar(schedule: str) -> Calendar | None:
+    """[WEEKDAY] [[YEARS-]MONTHS-DAYS] [HOURS:MINUTES[:SECONDS]]; a lone number is minutes. None: not understood."""
+    words = SHORTHANDS.get(schedule.strip().lower(), schedule).lower().split()
+    if words and words[-1] == "utc":
+        words = words[:-1]
+    weekdays, date, clock = "", "*-*", None
+    try:
+        if words and words[0][:3] in WEEKDAYS:
+            weekdays = words.pop(0)
+        if words and "-" in words[0]:
+            date, clock = words.pop(0), "0:0"
+        if words:
+            clock = words.pop(0)
+        if words or (clock is None and not weekdays):
+            return None
+        return build_calendar(weekdays, date, clock or "0:0")
+    except ValueError:
+        return None
+
+
+def build_calendar(weekdays: str, date: str, clock: str) -> Calendar:
+    parts = date.split("-")
+    years = None
+    if len(parts) == 3:
+        years = None if parts[0] == "*" else frozenset(parse_values(parts.pop(0), 1970, 2199))
+        parts = parts[-2:]
+    months, month_days = parts
+    times = clock.split(":")
+    if len(times) == 1:
+        times = ["*", times[0]]  # a lone number is minutes of every hour
+    hours, minutes, seconds = [*times, "0"][:3]
+    if len(times) > 3:
+        raise ValueError(clock)
+    return Calendar(parse_weekdays(weekdays), years, frozenset(parse_values(months, 1, 12)),
+                    frozenset(parse_values(month_days, 1, 31)), parse_values(hours, 0, 23),
+                    parse_values(minutes, 0, 59), parse_values(seconds, 0, 59))
+
+
+def parse_weekdays(field: str) -> frozenset[int]:
+    if not field:
+        return frozenset(range(7))
+    found: set[int] = set()
+    for one in field.split(","):
+        first, dots, last = one.partition("..")
+        begin, end = WEEKDAYS.index(first[:3]), WEEKDAYS.index((last or first)[:3])
+        if dots and end < begin:
+            end += 7
+        found.update(day % 7 for day in range(begin, end + 1))
+    return frozenset(found)
+
+
+def parse_values(field: str, low: int, high: int) -> list[int]:
+    """'1,5..9,*/15,8..17/2' as sorted numbers. `ValueError` for anything else."""
+    found: set[int] = set()
+    for one in field.split(","):
+        span, slash, step = one.partition("/")
+        first, dots, last = span.partition("..")
+        begin = low if first == "*" else int(first)
+        end = int(last) if dots else high if first == "*" or slash else begin
+        if not (low <= begin <= end <= high) or (slash and int(step) < 1):
+            raise ValueError(field)
+        found.update(range(begin, end + 1, int(step) if slash else 1))
+    return sorted(found)
+
+
+def local_offset(jobs: list[dict[str, Any]], now: float) -> float:
+    """How far the host's wall clock is from UTC: PVE's own next run of a job tells; else as where the server is."""
+    for job in jobs:
+        calendar, upcoming = parse_calendar(text(job, "schedule") or ""), number(job, "next_run_at")
+        if calendar is None or upcoming is None:
+            continue
+        for quarter in sorted(range(-48, 57), key=abs):
+            offset = quarter * 15 * MINUTE
+            if calendar.after(upcoming + offset - 1) == upcoming + offset and len(calendar.hours) < 24:
+                return offset
+    return time.localtime(now).tm_gmtoff
+
+
+# Backups
+
+
+class Coverage(NamedTuple):
+    """What is known of a guest's backups: `late_seconds` since the run it missed (negative: until the next one)."""
+
+    vmid: str
+    name: str
+    covered: bool | None  # by an enabled job; None: cannot be told
+    late_seconds: float | None
+    missed_twice: bool
+    newest_ok_at: float | None
+
+
+BACKUP_GRACE = 6 * HOUR
+
+
+def backup_coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
+    """Every real guest of a host, with the lateness of its backup by the schedule of the jobs that hold it."""
+    body = state.body("backups", {})
+    jobs = dicts(body.get("jobs"))
+    enabled = [job for job in jobs if job.get("enabled") not in (False, 0)]
+    offset = local_offset(enabled, now)
+    newest = newest_backups(state, fleet)
+    memory = remembered(state, "backup-overdue")
+    found = []
+    for guest in state.body("guests", ()):
+        if guest.get("template"):
+            continue
+        vmid = guest["vmid"]
+        verdicts = [(job, job_holds(job, vmid, state)) for job in enabled]
+        holding = [job for job, holds in verdicts if holds]
+        unsure = body.get("jobs") is None or any(holds is None for _, holds in verdicts)
+        covered = True if holding else None if unsure else False
+        ok_at = newest.get(vmid)
+        late, twice = lateness(state, memory, guest, holding, ok_at, offset, now, schedules_known=bool(jobs))
+        found.append(Coverage(str(vmid), text(guest, "name") or str(vmid), covered, late, twice, ok_at))
+    return found
+
+
+def job_holds(job: dict[str, Any], vmid: int, state: Any) -> bool | None:
+    """Whether a job backs a guest up; None where only PVE knows who is in its pool."""
+    node = text(job, "node")
+    if node and node.lower() not in (state.name.lower(), (text(state.body("node"), "name") or state.name).lower()):
+        return False
+    excluded = [str(one) for one in job.get("exclude") or ()]
+    if str(vmid) in excluded:
+        return False
+    guests = job.get("guests")
+    if guests == "all":
+        return True
+    if isinstance(guests, list) and (guests or not text(job, "pool")):
+        return str(vmid) in [str(one) for one in guests]
+    return None if text(job, "pool") else False
+
+
+def newest_backups(state: Any, fleet: Fleet) -> dict[int, float]:
+    """When the newest good backup of each guest began; also as other nodes of the cluster know it (migration)."""
+    cluster = text(state.body("cluster"), "name")
+    states = [state] if cluster is None else [
+        one for one in fleet.hosts.values() if text(one.body("cluster"), "name") == cluster] or [state]
+    found: dict[int, float] = {}
+    for one in states:
+        for guest in dicts(one.body("backups", {}).get("guests")):
+            good = guest.get("newest_ok")
+            ended = number(good, "ended_at")
+            if ended is not None and is_number(guest.get("vmid")):
+                began = ended - (number(good, "duration_seconds") or 0)
+                found[guest["vmid"]] = max(found.get(guest["vmid"], 0), began)
+    return found
+
+
+def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding: list[dict[str, Any]],
+             ok_at: float | None,
+             offset: float, now: float, *, schedules_known: bool) -> tuple[float | None, bool]:
+    """Seconds since the run that should have been (negative: until it), and whether two have been missed."""
+    worst: tuple[float | None, bool] = (None, False)
+    for job in holding:
+        calendar = parse_calendar(text(job, "schedule") or "")
+        if calendar is None:
+            continue
+        start = ok_at
+        if start is None:  # never: due at the first run that the guest and the job have both lived to see
+            key = f"{guest['vmid']} {text(job, 'id')}"
+            if key not in memory:
+                remember(state, memory, key, now)
+            start = max(memory[key], number(guest, "created_at") or 0)
+        due = calendar.after(start + offset)
+        if due is None:
+            continue
+        again = calendar.after(due)
+        late = now + offset - due
+        if worst[0] is None or late > worst[0]:
+            worst = late, again is not None and now + offset - again > BACKUP_GRACE
+    if worst[0] is None and ok_at is not None and not (schedules_known and not holding):
+        late = now - ok_at - 20 * HOUR  # no schedule known: a day, then 26 h with the grace, 50 h
+        worst = late, now - ok_at > 50 * HOUR
+    return worst
+
+
+def read_backup_overdue(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for one in coverage(state, fleet, now):
+        if one.late_seconds is not None and one.late_seconds > BACKUP_GRACE:
+            when = "it has none yet"
+            if one.newest_ok_at is not None:
+                when = f"the newest is {format_duration(now - one.newest_ok_at)} old"
+            yield Reading(f"guests/{one.vmid}", one.late_seconds, f"The backup of guest {one.vmid} ({one.name}) is "
+                          f"{format_duration(one.late_seconds)} late; {when}.", "critical" if one.missed_twice
+                          else "warning")
+
+
+def coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
+    """backup_coverage, worked out once for each report that brings something new about it, and each 5 minutes."""
+    mark = state.sections.get("backups", NOTHING).stamp, number_of_guests(state)
+    kept = state.scratch.get("coverage")
+    if kept is None or kept[0] != mark or not 0 <= now - kept[1] < 5 * MINUTE:
+        kept = state.scratch["coverage"] = mark, now, backup_coverage(state, fleet, now)
+    return kept[2]
+
+
+def number_of_guests(state: Any) -> int:
+    return len(state.body("guests", ()))
+
+
+def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
+    """The host table's column: seconds the latest backup is late, 0 or less = all on time, None = not known."""
+    if state.body("backups") is None or state.body("guests") is None:
+        return None
+    try:
+        late = [one.late_seconds for one in coverage(state, fleet, now) if one.late_seconds is not None]
+    except (TypeError, ValueError, AttributeError, KeyError):  # a report may hold anything
+        return None
+    worst = max(late, default=None)
+    return worst if worst is None or worst > BACKUP_GRACE else min(worst, 0)
+
+
+def read_backup_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """The newest run failed; two in a row are critical."""
+    memory = remembered(state, "backup-failed")
+    here = {str(guest["vmid"]): text(guest, "name") for guest in state.body("guests", ()) if not guest.get("template")}
+    for guest in dicts(state.body("backups", {}).get("guests")):
+        vmid = str(guest.get("vmid"))
+        failed, good = number(guest.get("newest_failed"), "ended_at"), number(guest.get("newest_ok"), "ended_at")
+        if vmid not in here or failed is None or (good or 0) >= failed:
+            forget(state, memory, vmid)
+            continue
+        times = [at for at in memory.get(vmid, ()) if at > (good or 0)]
+        if failed not in times:
+            remember(state, memory, vmid, [*times, failed][-5:])
+        count = len(memory[vmid])
+        why = (text(guest["newest_failed"], "error") or "no reason told")[:200]
+        yield Reading(f"guests/{vmid}", count, f"The last {'backup' if count < 2 else f'{count} backups'} of guest "
+                                               f"{vmid} "
+                      f"({here[vmid] or vmid}) failed: {why}", "critical" if count >= 2 else "warning")
+
+
+def read_backup_missing(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
+    muted = {str(guest["vmid"]) for guest in state.body("guests", ())
+             if {"no-backup", "nobackup"} & set(tags_of(guest))}
+    bare = [one for one in coverage(state, fleet, now) if one.covered is False and one.vmid not in muted
+            and (one.newest_ok_at is None or now - one.newest_ok_at > 8 * DAY)]
+    if bare:
+        shown = ", ".join(f"{one.vmid} ({one.name})" for one in bare[:10])
+        more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
+        yield Reading("", len(bare), f"{len(bare)} guest(s) are in no backup job: {shown}{more}.", "warning")
+
+
+# Upkeep
+
+
+def read_updates_security(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    memory, waiting = remembered(state, "updates-security"), number(state.body("updates"), "security")
+    if waiting is None:
+        yield Reading("", None, "", UNKNOWN)
+    elif not waiting:
+        forget(state, memory, "")
+    else:
+        if "" not in memory:
+            remember(state, memory, "", now)
+        yield Reading("", now - memory[""], f"{int(waiting)} security update(s) wait for {days(now - memory[''])}.")
+
+
+def read_updates_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    as_of = number(state.body("updates"), "as_of")
+    yield Reading("", None if as_of is None else now - as_of,
+                  "" if as_of is None else f"The list of updates is {days(now - as_of)} old: apt update does not run.")
+
+
+def read_certificates(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Time left; PVE renews ACME certificates at 30 d and its own at 14 d, so less means that failed."""
+    for one in state.body("certificates", ()):
+        expires = number(one, "expires_at")
+        issuer, subject = text(one, "issuer") or "", text(one, "subject") or ""
+        acme = one.get("acme")
+        own = bool(issuer) and ("proxmox" in issuer.lower() or "PVE" in issuer or issuer == subject)
+        warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
+        left = None if expires is None else expires - now
+        failed = "; its renewal has failed" if acme or own else ""
+        yield Reading(f"certificates/{one.get('file')}", left, "" if left is None else certificate_text(one, left,
+                                                                                                        failed),
+                      limits=(warn, 5 * DAY))
+
+
+def certificate_text(one: dict[str, Any], left: float, failed: str) -> str:
+    when = f"expires in {format_duration(left)}" if left > 0 else f"expired {format_duration(-left)} ago"
+    return f"Certificate {one.get('file')} {when}{failed}."
+
+
+def read_clock_skew(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """How far the clock is off at the least in the last 3 live reports."""
+    skews = state.scratch.get("skews", ())
+    value = min(skews) if len(skews) >= 3 else None
+    yield Reading("", value, "" if value is None else f"The host's clock is {format_duration(value)} off the server's.")
+
+
+def read_clock_unsynced(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    synchronised = state.body("time_sync", {}).get("synchronised")
+    if synchronised is None:
+        yield Reading("", None, "", UNKNOWN)
+    elif not synchronised:
+        yield Reading("", None, f"The clock is not synchronised "
+                                f"({text(state.body('time_sync'), 'source') or 'no source'}).",
+                      "warning")
+
+
+# Replication, HA, services, the agent
+
+
+def read_replication(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    running = {guest.get("vmid") for guest in state.body("guests", ()) if guest.get("status") == "running"}
+    for job in state.body("replication", ()):
+        object, said = f"replication/{job['id']}", f"Replication {job['id']} to {job.get('target')}"
+        if job.get("enabled") in (False, 0):
+            if job.get("vmid") in running:
+                yield Reading(object, None, f"{said} is disabled while its guest runs.", "info")
+            continue
+        fails, last = number(job, "fail_count"), number(job, "last_sync_at")
+        age = now - last if last else None
+        calendar = parse_calendar(text(job, "schedule") or "*/15")
+        interval = None
+        if calendar is not None and (first := calendar.after(now)) is not None:
+            interval = (calendar.after(first) or first + HOUR) - first
+        late = age is not None and interval is not None and age > 3 * interval + 30 * MINUTE
+        if late or (fails or 0) >= 1:
+            why = text(job, "error")
+            shown = "never" if age is None else f"{format_duration(age)} ago"
+            yield Reading(object, fails, f"{said}: {int(fails or 0)} failure(s) in a row, last good sync {shown}"
+                          f"{f': {why[:200]}' if why else ''}.", "critical" if late or (fails or 0) >= 3 else "warning")
+        elif fails is None:
+            yield Reading(object, None, "", UNKNOWN)
+
+
+def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """LRM or CRM without a sign of life, on a host where HA has something to do."""
+    body, section = state.body("ha", {}), state.sections.get("ha", NOTHING)
+    if not body.get("services") or section.stamp is None:
+        return
+    for part in ("lrm", "manager"):
+        as_of = number(body.get(part), "as_of")
+        if as_of is not None and section.stamp.time - as_of > 2 * MINUTE:
+            silent = section.stamp.time - as_of
+            yield Reading(f"ha/{part}", silent, f"HA's {HA_PARTS[part]} manager has been silent for "
+                          f"{format_duration(silent)}.", "warning")
+
+
+HA_PARTS = {"lrm": "local resource", "manager": "cluster"}
+CORE_SERVICES = frozenset(("pve-cluster", "pvestatd", "pveproxy"))
+WATCHED_SERVICES = CORE_SERVICES | frozenset((
+    "pvedaemon", "pvescheduler", "pve-firewall", "pve-ha-crm", "pve-ha-lrm", "corosync", "qmeventd", "watchdog-mux",
+    "zfs-zed", "zed", "smartmontools", "smartd", "chrony", "chronyd", "rrdcached"))
+
+
+def read_services(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Services that Proxmox, ZFS and the clock need: failed, stopped, or disabled."""
+    body = state.body("services")
+    units = body.get("units") or body.get("services") or () if isinstance(body, dict) else body
+    for unit in units or ():
+        name = (text(unit, "unit") or "").removesuffix(".service")
+        if name not in WATCHED_SERVICES or text(unit, "load") in ("not-found", "masked"):
+            continue
+        active, enabled = text(unit, "active"), text(unit, "enabled")
+        if active is None:
+            yield Reading(f"services/{name}", None, "", UNKNOWN)
+        elif active == "failed" or (active == "inactive" and enabled in ("enabled", "disabled") and needs(state, name)):
+            yield Reading(f"services/{name}", None, f"Service {name} is {active}"
+                          f"{' and disabled' if enabled == 'disabled' else ''}.",
+                          "critical" if name in CORE_SERVICES else "warning")
+
+
+def needs(state: Any, service: str) -> bool:
+    """Whether a service has work on this host at all: corosync only in a cluster, zed only with pools."""
+    if service == "corosync":
+        return state.body("cluster") is not None
+    if service in ("zfs-zed", "zed"):
+        return bool(state.body("pool_states") or state.body("pools"))
+    return service not in ("pve-ha-crm", "pve-ha-lrm", "watchdog-mux", "pve-firewall")
+
+
+def read_mail_queue(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    body = state.body("services")
+    queue_length = number(body, "mail_queue") if isinstance(body, dict) else None
+    oldest = number(body, "mail_oldest_seconds") if isinstance(body, dict) else None
+    if (queue_length or 0) > 20 or (oldest or 0) > 6 * HOUR:
+        yield Reading("", queue_length, f"{int(queue_length or 0)} mails wait to leave the host, the oldest for "
+                      f"{format_duration(oldest or 0)}.", "warning")
+
+
+def read_section_failing(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """A section that failed in 3 of its ticks in a row."""
+    for name, (_, count) in state.scratch.get("failures", {}).items():
+        error = state.sections.get(name, NOTHING).error
+        if error and count >= 3:
+            yield Reading(f"sections/{name}", count, f"The agent cannot collect '{name}': "
+                          f"{str(error.get('detail') or error.get('code'))[:200]}", "warning")
+        elif error:
+            yield Reading(f"sections/{name}", None, "", UNKNOWN)
+
+
+def read_spool_dropped(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Reports the agent had to throw away because its spool was full: told for a day."""
+    memory, dropped = remembered(state, "spool-dropped"), number(state.agent, "dropped")
+    if dropped is None:
+        return
+    last, at, count = memory.get("", [0, 0, 0])
+    if dropped != last:
+        grown = dropped - last if dropped > last else dropped
+        at, count = (now, count + grown if now - at < DAY else grown) if grown else (at, count)
+        remember(state, memory, "", [dropped, at, count])
+    if count and now - at < DAY:
+        yield Reading("", count, f"The agent's spool was full: {int(count)} report(s) are lost.", "warning")
+
+
+def accept_spool_dropped(state: HostState, object: str) -> bool:
+    memory = remembered(state, "spool-dropped")
+    if not memory.get(""):
+        return False
+    remember(state, memory, "", [memory[""][0], 0, 0])
+    return True
+
+
+def read_agent_old(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    have, want = release(text(state.agent, "version")), release(VERSION)
+    if have and want and (want[0] > have[0] or want[1] - have[1] > 2):
+        yield Reading("", None, f"The agent is version {text(state.agent, 'version')}, the server {VERSION}.", "info")
+
+
+def release(version: str | None) -> tuple[int, int] | None:
+    """'1.4.2' -> (1, 4)"""
+    parts = (version or "").split(".")
+    return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else None
+
+
+def read_host_twice(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    at = state.scratch.get("twice_at")
+    if at is not None and now - at < 15 * MINUTE:
+        yield Reading("", None, f"Two machines report as {state.name}: their reports take turns.", "critical")
+
+
+def watch_agent(state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+    """What rules want to know of the reports themselves: skew, failing sections, two senders under one name."""
+    live = stamp.received_at - report["time"] < 2 * MINUTE
+    if live:
+        offset = number(report.get("agent"), "clock_offset")
+        skew = max(abs(offset or 0.0), abs(report["time"] - stamp.received_at) if report["time"] > stamp.received_at
+                   else 0.0)
+        state.scratch["skews"] = (*state.scratch.get("skews", ()), skew)[-3:]
+        watch_runs(state, report["time"], stamp)
+    failures = state.scratch.setdefault("failures", {})
+    for name in failures.keys() - (report.get("errors") or {}).keys():
+        if name in report or name in (report.get("absent") or ()):
+            del failures[name]
+    for name in report.get("errors") or ():
+        failures[name] = stamp.report_id, failures.get(name, (0, 0))[1] + 1
+
+
+def watch_runs(state: HostState, at: float, stamp: Stamp) -> None:
+    """Two agents under one name: a run goes on after a later one has begun."""
+    runs = state.scratch.setdefault("runs", {})
+    begun = {run: span for run, span in runs.items() if span[1] > at - 10 * MINUTE}
+    if stamp.run in begun and any(run != stamp.run and begun[stamp.run][0] < span[0] and span[0] + 5 < at
+                                  for run, span in begun.items()):
+        state.scratch["twice_at"] = stamp.received_at
+    begun[stamp.run] = begun.get(stamp.run, (at, at))[0], at
+    state.scratch["runs"] = begun
+
+
+# Clusters: facts that several nodes report are judged once, over all the views there are
+
+
+class View(NamedTuple):
+    """What one node says of its cluster."""
+
+    state: HostState
+    body: dict[str, Any]
+
+
+def cluster_views(fleet: Fleet, now: float) -> dict[str, list[View]]:
+    """The fresh views of each cluster. Two clusters of one name are told apart by having no member in common."""
+    named: dict[str, list[View]] = {}
+    for state in fleet.hosts.values():
+        section = state.sections.get("cluster", NOTHING)
+        if isinstance(section.body, dict) and section.stamp and now - section.stamp.received_at < 3 * MINUTE:
+            named.setdefault(text(section.body, "name") or "unnamed", []).append(View(state, section.body))
+    found = {}
+    for name, views in named.items():
+        groups = split_views(views)
+        for group in groups:
+            found[name if len(groups) == 1 else f"{name} ({min(view_members(group[0]))})"] = group
+    return found
+
+
+def split_views(views: list[View]) -> list[list[View]]:
+    groups: list[tuple[set[str], list[View]]] = []
+    for view in views:
+        names = view_members(view)
+        joined = [group for group in groups if group[0] & names]
+        rest = [group for group in groups if not group[0] & names]
+        merged = names.union(*(group[0] for group in joined)), [one for group in joined for one in group[1]] + [view]
+        groups = [*rest, merged]
+    return [group[1] for group in groups]
+
+
+def view_members(view: View) -> set[str]:
+    names = {text(one, "name") or "" for one in dicts(view.body.get("members"))}
+    return names or {view.state.name}
+
+
+def cluster_reader(judge_views: Callable[[str, list[View], Fleet, float], Iterable[Reading]],
+                   ) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
+    """A rule over every cluster; the alerts are the fleet's, with the member hosts they concern."""
+
+    def read(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+        for name, views in shared.scratch["views"].items():
+            for reading in judge_views(name, views, fleet, now):
+                shared.scratch["concerns"][reading.object] = frozenset(view.state.id for view in views)
+                yield reading
+
+    return read
+
+
+def disagreement(views: list[View]) -> str | None:
+    """In what the nodes of a cluster contradict each other."""
+    if len({view.body.get("quorate") for view in views if view.body.get("quorate") is not None}) > 1:
+        without = sorted(view.state.name for view in views if not view.body.get("quorate"))
+        return f"{', '.join(without[:5])} have no quorum, the others have"
+    if len({frozenset(view_members(view)) for view in views if view.body.get("members")}) > 1:
+        return "they name different members"
+    online = {frozenset(text(one, "name") or "" for one in dicts(view.body.get("members")) if one.get("online"))
+              for view in views if view.body.get("members")}
+    return "they see different members online" if len(online) > 1 else None
+
+
+def judge_quorum(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    words = {view.body.get("quorate") for view in views if view.body.get("quorate") is not None}
+    if words == {False}:
+        votes = [number(view.body, key) for view in views[:1] for key in ("votes_present", "votes_expected")]
+        shown = "" if None in votes else f" ({int(votes[0] or 0)} of {int(votes[1] or 0)} votes)"
+        yield Reading(f"clusters/{name}", votes[0], f"Cluster {name} has lost quorum{shown}: nothing can be started or "
+                      "changed.", "critical")
+    elif not words or len(words) > 1:
+        yield Reading(f"clusters/{name}", None, "", UNKNOWN)
+
+
+def judge_views(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    found = disagreement(views)
+    if found:
+        yield Reading(f"clusters/{name}", None, f"The nodes of cluster {name} disagree: {found}.", "critical")
+
+
+def judge_members(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Votes that are missing; a member that is known here to be offline is told by its own alert."""
+    quorate = [view for view in views if view.body.get("quorate")] or views
+    missing = [(number(view.body, "votes_expected") or 0) - (number(view.body, "votes_present") or 0)
+               for view in quorate
+               if number(view.body, "votes_expected") is not None and number(view.body, "votes_present") is not None]
+    if not missing or max(missing) < 1:
+        return
+    away = sorted({text(one, "name") or "?" for view in quorate for one in dicts(view.body.get("members"))
+                   if one.get("online") in (False, 0)})
+    offline = {state.name.lower() for state in fleet.hosts.values() if ("host-offline", "") in state.alerts}
+    if away and all(one.lower() in offline for one in away):
+        return
+    yield Reading(f"clusters/{name}", max(missing), f"Cluster {name} misses {int(max(missing))} of its votes"
+                  f"{': ' + ', '.join(away[:5]) if away else ''}.", "warning")
+
+
+def judge_margin(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    for view in views[:1]:
+        present, needed = number(view.body, "votes_present"), number(view.body, "votes_needed")
+        if view.body.get("quorate") and present is not None and present == needed:
+            yield Reading(f"clusters/{name}", 0, f"Cluster {name} loses quorum with the next vote it loses.", "info")
+
+
+def judge_cluster_clocks(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    """Clocks of one cluster against each other, by each node's own time source."""
+    offsets = {view.state.name: number(view.state.body("time_sync"), "offset_seconds") for view in views}
+    known = {host: offset for host, offset in offsets.items() if offset is not None}
+    if len(known) > 1:
+        apart = max(known.values()) - min(known.values())
+        first, last = min(known, key=lambda host: known[host]), max(known, key=lambda host: known[host])
+        yield Reading(f"clusters/{name}", apart, f"The clocks of {first} and {last} in cluster {name} are {apart:.1f} "
+                                                 f"s apart.")
+
+
+def judge_ha_services(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    """HA services as the freshest node tells them."""
+    bodies = [(section.stamp.time, section.body) for view in views
+              if (section := view.state.sections.get("ha", NOTHING)).stamp and isinstance(section.body, dict)]
+    for service in max(bodies, key=lambda one: one[0])[1].get("services") or () if bodies else ():
+        state = text(service, "state")
+        if state in ("error", "fence"):
+            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None, f"HA service {service.get('id')} of "
+                                                                           f"cluster {name} "
+                          f"on {service.get('node')} is in state {state}.", "critical")
+
+
+def shared_storages(views: list[View]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for view in views:
+        for one in view.state.body("storages", ()):
+            if one.get("shared") in (True, 1) and one.get("enabled") not in (False, 0):
+                found.setdefault(one["storage"], []).append((view.state.name, one))
+    return found
+
+
+def judge_shared_storages(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+    """A storage that all nodes share is full once, not once per node."""
+    for storage, seen in shared_storages(views).items():
+        known = [one for _, one in seen if storage_used_ratio(one) is not None]
+        fullest = max(known, key=lambda one: storage_used_ratio(one) or 0) if known else seen[0][1]
+        yield storage_reading(f"clusters/{name}/storages/{storage}", fullest)
+
+
+# Silence: judged by our own clock
+
+
+def silence_readings(fleet: Fleet, state: HostState, now: float) -> Iterator[Reading]:
+    """Host offline. After it, two reports have to come before it is over."""
+    silent = fleet.silent_seconds(state, now)
+    if silent is None:
+        yield Reading("", None, "", UNKNOWN)
+        return
+    alert = state.alerts.get(("host-offline", ""))
+    limit = fleet.layers.limits(state, RULE["host-offline"]).crit or OFFLINE_SECONDS
+    if silent >= limit:
+        state.scratch["heard"] = 0
+        yield Reading("", silent, f"Nothing received from {state.name} for {format_duration(silent)}.", "critical")
+    elif alert is not None and state.scratch.get("heard", 0) < 2:
+        yield Reading("", None, "", UNKNOWN)
+
+
+SITE_PART, SITE_LEAST, SITE_WINDOW = 0.30, 5, 2 * MINUTE
+
+
+def judge_silence(fleet: Fleet, now: float) -> dict[str, set[int]]:
+    """The hosts that fell silent together, by site: 30 % of it, at least 5, within 2 minutes, at least one of them
+    offline by now. '' = across the sites."""
+    found: dict[str, set[int]] = {}
+    sites: dict[str, list[HostState]] = {}
+    for state in fleet.hosts.values():
+        if state.last_seen_at is not None:
+            sites.setdefault(state.site or "", []).append(state)
+    for site, states in sites.items():
+        together = fell_silent(fleet, states, now)
+        if together:
+            found[f"sites/{site or 'none'}"] = together
+    if len(found) > 1:
+        return {"sites": set().union(*found.values())}
+    return found
+
+
+def fell_silent(fleet: Fleet, states: list[HostState], now: float) -> set[int]:
+    silent = sorted((max(state.last_seen_at or 0.0, fleet.serving_since), state.id) for state in states
+                    if now - max(state.last_seen_at or 0.0, fleet.serving_since) >= OFFLINE_SECONDS - SITE_WINDOW)
+    need = max(SITE_LEAST, math.ceil(SITE_PART * len(states)))
+    best: list[tuple[float, int]] = []
+    start = 0
+    for end in range(len(silent)):
+        while silent[end][0] - silent[start][0] > SITE_WINDOW:
+            start += 1
+        if end - start + 1 > len(best):
+            best = silent[start:end + 1]
+    if len(best) < need or now - best[0][0] < OFFLINE_SECONDS:
+        return set()
+    return {host_id for _, host_id in best}
+
+
+def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    for object, hosts in shared.scratch["silent"].items():
+        shared.scratch["concerns"][object] = frozenset(hosts)
+        where = "the fleet" if object == "sites" else f"site {object.partition('/')[2]}"
+        names = sorted(fleet.hosts[one].name for one in hosts if one in fleet.hosts)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        yield Reading(object, len(hosts), f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.",
+                      "critical")
+
+
+# The rows
+
+
+def rule_rows() -> tuple[Rule, ...]:
+    """Every rule, with the defaults that are shipped on; docs/alerts.md has them as a table."""
+    return (
+        Rule("host-offline", "host", CLOCK, None, "What is not seen cannot be judged: its guests may be down too.",
+             "Is the host up and on the network? On it: systemctl status proxmox-monitor-agent", crit=OFFLINE_SECONDS),
+        Rule("site-offline", "site", SHARED, read_sites, "Many hosts fell silent at once: one cause, not many.",
+             "Look at the site's power, uplink and firewall, and at this server's own network.", data_risk=False),
+        Rule("pool-state", "pool", "pool_states", read_pool_state, "A pool that is not ONLINE has lost redundancy, or "
+                                                                   "data.",
+             "zpool status -v POOL; replace or bring back the disk that is named.", data_risk=True, worse=-1),
+        Rule("pool-vanished", "pool", "pool_states", read_pool_vanished, "A pool that is not imported is no longer "
+                                                                         "there for "
+             "its guests.", "zpool import; if it was exported on purpose, accept this as normal.", data_risk=True,
+             accept=forgets("pool-vanished")),
+        Rule("vdev-errors", "vdev", "pools", read_vdev_errors, "A disk, cable or controller gives errors; ZFS has "
+                                                               "covered "
+             "for them so far.", "Look at the disk's SMART values and cable; then zpool clear, or accept as normal.",
+             data_risk=True, accept=accept_vdev_errors),
+        Rule("pool-data-errors", "pool", "pools", read_data_errors, "Data is damaged and ZFS has no good copy.",
+             "zpool status -v names the files: restore them from a backup, then zpool clear and scrub.", data_risk=True,
+             worse=1),
+        Rule("pool-capacity", "pool", "pools", read_pool_capacity, "ZFS slows down when little is free, and a full "
+                                                                   "pool stops "
+             "its guests.", "Delete old snapshots, move guests, or add a vdev.", warn=0.80, crit=0.90, clear_by=0.03,
+             hold=15 * MINUTE),
+        Rule("pool-forecast", "pool", "pools", read_pool_forecast, "It grows steadily, and a full pool stops its "
+                                                                   "guests.",
+             "Find what grows: zfs list -o space; plan disks.", warn=14, crit=3, clear_by=1, low=True, hold=HOUR),
+        Rule("dataset-quota", "dataset", "datasets", read_dataset_quota, "Writes fail when the quota is used up.",
+             "Raise the quota or delete something.", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE),
+        Rule("pool-fragmentation", "pool", "pools", read_fragmentation, "Little and scattered free space makes writes "
+                                                                        "slow.",
+             "Free space below 80 % use.", warn=0.70, clear_by=0.10, hold=DAY),
+        Rule("scrub-age", "pool", "pools", read_scrub_age, "Errors that nobody reads are found only by a scrub.",
+             "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.", warn=40 * DAY,
+             crit=75 * DAY,
+             data_risk=False),
+        Rule("scrub-result", "pool", "pools", read_scrub_result, "A disk returned wrong data.",
+             "Find the disk with zpool status -v; accept as normal if it was a single event.",
+             accept=accept_scrub_result),
+        Rule("scrub-stuck", "pool", "pools", read_scrub_stuck, "A scrub or resilver that stands still protects "
+                                                               "nothing.",
+             "zpool status; a paused scrub goes on with zpool scrub POOL."),
+        Rule("snapshot-age", "snapshots", "snapshots", read_snapshot_age, "Whoever makes these snapshots has stopped.",
+             "systemctl status sanoid.timer (or what makes them).", warn=None, crit=None, always=True),
+        Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone, "A kind of snapshot that was always there "
+                                                                            "is not.",
+             "If it was given up on purpose, accept this as normal.", accept=forgets("snapshot-gone")),
+        Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots, "Forgotten snapshots hold space and "
+                                                                               "grow.",
+             "Delete the snapshot if nobody needs it any more.", always=True),
+        Rule("smart-failed", "disk", "disks", read_smart_failed, "The disk itself expects to fail.",
+             "Replace it: zpool replace POOL OLD NEW.", data_risk=True, always=True),
+        Rule("smart-warning", "disk", "disks", read_smart_warning, "The NVMe controller reports worn-out spare, heat, "
+                                                                   "lost "
+             "reliability or read-only media.", "smartctl -a; replace the disk.", data_risk=True, always=True),
+        Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE), "Damage that grows is the best "
+                                                                                     "sign of a "
+             "disk about to fail.", "Order a spare; accept as normal if it stays as it is.", data_risk=True,
+             always=True,
+             accept=accept_growth("smart-growth")),
+        Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}), "Transfer "
+                                                                                                     "errors: cable, "
+             "backplane or power, seldom the disk.", "Reseat or replace the cable, then accept as normal.", always=True,
+             accept=accept_growth("smart-crc")),
+        Rule("smart-unknown", "disk", "disks", read_smart_unknown, "Behind a RAID controller or USB bridge nobody "
+                                                                   "sees it fail.",
+             "Ask the controller's own tool.", always=True),
+        Rule("disk-gone", "disk", "disks", read_disk_gone, "A disk that was there does not answer any more.",
+             "Is it plugged in? If it was taken out on purpose, accept this as normal.", data_risk=True, always=True,
+             accept=accept_disk_gone),
+        Rule("disk-temperature", "disk", "disks", read_disk_temperature, "Heat shortens a disk's life and makes it "
+                                                                         "throttle.",
+             "Look at fans, filters and airflow.", clear_by=5, hold=15 * MINUTE),
+        Rule("disk-wear", "disk", "disks", read_disk_wear, "Flash that is used up fails, often at once.",
+             "Replace it; in a mirror not both at the same time.", warn=0.80, crit=0.95, always=True),
+        Rule("disk-wear-forecast", "disk", "disks", read_wear_forecast, "Its rated life ends within half a year.",
+             "Plan its replacement; look at what writes so much.", warn=180, clear_by=14, low=True, always=True),
+        Rule("cpu", "host", "node", node_reader("cpu_ratio", lambda v: f"CPU is {percent(v)} busy."),
+             "Guests wait for CPU time.", "See which guests use it; move some.", warn=0.90, clear_by=0.10,
+             hold=30 * MINUTE),
+        Rule("memory", "host", "node", node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or "
+                                                                                  f"can be "
+             "freed (ARC counted)."), "The kernel will kill processes, guests among them.",
+             "Shrink or move guests, or limit the ARC.", warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE,
+             hold_crit=5 * MINUTE, low=True),
+        Rule("oom", "host", "node", read_oom, "The kernel killed processes to get memory.",
+             "journalctl -k -g 'Killed process' shows which.", accept=forgets("oom")),
+        Rule("io-pressure", "host", "node", node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait "
+                                                                                                   f"for I/O "
+             f"{percent(v)} of the time."), "Storage cannot keep up: guests stall.", "zpool iostat -v 5; is a disk "
+                                                                                     "slow, or a "
+             "backup or scrub running?", warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE),
+        Rule("memory-pressure", "host", "node", node_reader("pressure_memory_full_avg300_ratio", lambda v: f"All "
+                                                                                                           f"tasks "
+                                                                                                           f"wait for "
+             f"memory {percent(v)} of the time."), "The host is thrashing.", "Shrink or move guests.", warn=0.05,
+             crit=0.15,
+             clear_part=0.5, hold=5 * MINUTE),
+        Rule("root-full", "host", "node", read_root_full, "A full root file system stops logs, tasks and pmxcfs.",
+             "du -xh --max-depth=2 / | sort -h | tail", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
+        Rule("reboot-needed", "host", "node", read_reboot_needed, "Kernel fixes are installed but not running.",
+             "Plan a reboot.", warn=30 * DAY),
+        Rule("storage-full", "storage", "storages", read_storage_full, "Guests and backups on it fail when it is full.",
+             "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
+        Rule("storage-metadata", "storage", "storages", read_thin_metadata, "A thin pool without metadata space goes "
+                                                                            "read-only.",
+             "lvextend --poolmetadatasize", warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE),
+        Rule("storage-inactive", "storage", "storages", read_storage_inactive, "Guests and backups cannot use it.",
+             "pvesm status; is the server of it up, is the pool imported?", hold=10 * MINUTE),
+        Rule("cluster-storage-full", "storage", SHARED, cluster_reader(judge_shared_storages), "Guests and backups "
+                                                                                                  "on it fail "
+             "when it is full.", "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03,
+             hold=10 * MINUTE),
+        Rule("guest-down", "guest", "guests", read_guest_down, "It was running, and nobody stopped it through Proxmox.",
+             "Look at its task log and console; start it.", hold=2 * MINUTE),
+        Rule("backup-overdue", "guest", "backups", read_backup_overdue, "There is no backup as recent as the schedule "
+                                                                        "promises.",
+             "Look at the last vzdump task and whether the job runs.", data_risk=True, always=True),
+        Rule("backup-failed", "guest", "backups", read_backup_failed, "The newest backup of it does not exist.",
+             "Read the task log; run the backup by hand.", data_risk=True, always=True),
+        Rule("backup-missing", "host", "backups", read_backup_missing, "A guest in no job is never backed up.",
+             "Add them to a job, or tag them no-backup.", hold=HOUR, always=True),
+        Rule("updates-security", "host", "updates", read_updates_security, "Known holes stay open.",
+             "apt update && apt dist-upgrade", warn=14 * DAY, always=True),
+        Rule("updates-stale", "host", "updates", read_updates_stale, "Without a fresh list nobody knows what is "
+                                                                     "missing.",
+             "systemctl status pve-daily-update.timer; check the repositories.", warn=7 * DAY, always=True),
+        Rule("certificate", "certificate", "certificates", read_certificates, "When it expires, browsers and other "
+                                                                              "nodes refuse "
+             "the host.", "pvenode acme cert renew, or pvecm updatecerts --force", low=True, always=True),
+        Rule("clock-skew", "host", AGENT, read_clock_skew, "Wrong time breaks the cluster, certificates and logs.",
+             "chronyc tracking; systemctl restart chrony", warn=30, crit=120),
+        Rule("clock-unsynced", "host", "time_sync", read_clock_unsynced, "The clock will drift away.",
+             "chronyc sources -v", hold=30 * MINUTE),
+        Rule("cluster-clock", "cluster", SHARED, cluster_reader(judge_cluster_clocks), "Corosync and Ceph need "
+                                                                                          "equal clocks.",
+             "chronyc tracking on both nodes.", warn=0.5, clear_by=0.1, hold=5 * MINUTE),
+        Rule("cluster-quorum", "cluster", SHARED, cluster_reader(judge_quorum), "Without quorum /etc/pve is "
+                                                                                   "read-only: nothing "
+             "starts, HA fences nodes.", "pvecm status; bring nodes or their network back.", hold=MINUTE,
+             data_risk=True),
+        Rule("cluster-disagree", "cluster", SHARED, cluster_reader(judge_views), "The cluster is split, or a "
+                                                                                    "node's view is "
+             "wrong.", "pvecm status on each node; journalctl -u corosync", hold=MINUTE),
+        Rule("cluster-member", "cluster", SHARED, cluster_reader(judge_members), "The cluster can lose fewer nodes "
+                                                                                    "than it was "
+             "built for.", "pvecm status; start the node, or remove it for good.", hold=5 * MINUTE),
+        Rule("cluster-margin", "cluster", SHARED, cluster_reader(judge_margin), "One more failure stops the whole "
+                                                                                   "cluster.",
+             "Add a node or a QDevice.", hold=5 * MINUTE),
+        Rule("replication", "replication", "replication", read_replication, "The copy on the other node gets older.",
+             "pvesr status; read the job's log in /var/log/pve/replicate."),
+        Rule("ha-service", "service", SHARED, cluster_reader(judge_ha_services), "HA has given up on it, or is "
+                                                                                    "fencing its "
+             "node.", "ha-manager status; set it to disabled, mend it, start it."),
+        Rule("ha-stale", "service", "ha", read_ha_stale, "A dead resource manager lets the watchdog reset the node.",
+             "systemctl status pve-ha-lrm pve-ha-crm"),
+        Rule("service-failed", "service", "services", read_services, "What it does is not being done.",
+             "systemctl status UNIT; journalctl -u UNIT", hold=10 * MINUTE),
+        Rule("mail-queue", "host", "services", read_mail_queue, "The host's own warnings do not reach anybody.",
+             "mailq; postsuper -d ALL deferred", hold=10 * MINUTE),
+        Rule("section-failing", "section", AGENT, read_section_failing, "This part of the host is not being watched.",
+             "proxmox-monitor-agent once --explain shows the command that fails."),
+        Rule("spool-dropped", "host", AGENT, read_spool_dropped, "History has a hole.",
+             "Was the server away for long? Raise [spool] max_mb.", accept=accept_spool_dropped),
+        Rule("agent-old", "host", AGENT, read_agent_old, "An old agent knows fewer things.", "Install the newer "
+                                                                                               "one."),
+        Rule("host-twice", "host", AGENT, read_host_twice, "Two machines mix their reports: neither can be judged.",
+             "Was this host cloned? Give each its own host_id and token."),
+        Rule("server-certificate", "server", SHARED, None, "When it expires, agents and people cannot reach this "
+                                                              "server.",
+             "Look at Caddy's log.", warn=21 * DAY, crit=5 * DAY, low=True),
+    )
+
+
+RULES = rule_rows()
+RULE = {rule.name: rule for rule in RULES}
+RULES_OF: dict[str, tuple[Rule, ...]] = {
+    section: tuple(rule for rule in RULES if rule.section == section)
+    for section in {rule.section for rule in RULES} - {CLOCK, SHARED, AGENT}}
+RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # tells of the resilver
+AGENT_RULES = tuple(rule for rule in RULES if rule.section == AGENT)
+SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED and rule.read is not None)
+
+
+# Thresholds from server.toml: fleet -> tag -> host -> object
+
+
+class Layers:
+    """The thresholds as set: [rules.NAME], [tags.TAG.rules.NAME], [hosts.HOST.rules.NAME], and for single objects
+    [objects."pools/tank".rules.NAME] and [hosts.HOST.objects."pools/tank".rules.NAME]."""
+
+    FIELDS = ("enabled", "warn", "crit", "clear_by", "hold_seconds", "hold_crit_seconds")
+
+    def __init__(self, document: dict[str, Any] | None = None):
+        document = document or {}
+        self.fleet: dict[str, Any] = document.get("rules", {})
+        self.tags = {tag.lower(): one.get("rules", {}) for tag, one in document.get("tags", {}).items()}
+        self.hosts = {host.lower(): one for host, one in document.get("hosts", {}).items()}
+        self.objects: dict[str, Any] = document.get("objects", {})
+        self.has_objects = bool(self.objects) or any(one.get("objects") for one in self.hosts.values())
+
+    def limits(self, state: Any, rule: Rule) -> Limits:
+        """What holds for a rule on a host (or on the fleet's own alerts, which have no host)."""
+        kept = state.limits
+        if kept is None or kept[0] is not self:
+            kept = state.limits = self, {}
+        limits = kept[1].get(rule.name)
+        if limits is None:
+            limits = kept[1][rule.name] = self._resolve(state, rule, "")
+        return limits
+
+    def object_limits(self, state: Any, rule: Rule, object: str) -> Limits | None:
+        """What holds for one object, if anybody set something for it."""
+        own = self.hosts.get((state.name or "").lower(), {}).get("objects", {})
+        if object not in self.objects and object not in own:
+            return None
+        return self._resolve(state, rule, object)
+
+    def _resolve(self, state: Any, rule: Rule, object: str) -> Limits:
+        limits = Limits(True, rule.warn, rule.crit, rule.clear_by, rule.clear_part, rule.hold,
+                        rule.hold if rule.hold_crit is None else rule.hold_crit, rule.low, rule.worse, "")
+        host = self.hosts.get((state.name or "").lower(), {})
+        layers = [("fleet", self.fleet)]
+        layers += [(f"tag {tag}", rules) for tag, rules in self.tags.items() if tag in [t.lower() for t in state.tags]]
+        layers += [("host", host.get("rules", {}))]
+        if object:
+            layers += [("object", self.objects.get(object, {}).get("rules", {})),
+                       ("object", host.get("objects", {}).get(object, {}).get("rules", {}))]
+        for layer, rules in layers:
+            if rule.name in rules:
+                limits = overridden(limits, rules[rule.name], layer)
+        return limits
+
+
+def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
+    """Limits with what one layer sets; another hold counts for critical too unless that is set by itself."""
+    hold = float(given.get("hold_seconds", limits.hold))
+    crit_hold = hold if "hold_seconds" in given else limits.hold_crit
+    clear_part = 1.0 if "clear_by" in given else limits.clear_part
+    return Limits(given.get("enabled", limits.enabled), given.get("warn", limits.warn), given.get("crit", limits.crit),
+                  given.get("clear_by", limits.clear_by), clear_part, hold,
+                  float(given.get("hold_crit_seconds", crit_hold)), limits.low, limits.worse, layer)
+
+
+class Mistake(Exception):
+    """Something wrong in server.toml: the way to it, and why."""
+
+    def __init__(self, path: tuple[Any, ...], reason: str):
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+
+def check_layers(document: dict[str, Any]) -> None:
+    """`Mistake` unless every threshold is one of a rule that exists, and a number."""
+    check_rules(document.get("rules", {}), ("rules",))
+    for group in ("tags", "hosts", "objects"):
+        for name, one in expect_table(document.get(group, {}), (group,)).items():
+            expect_keys(one, ("rules", "objects") if group == "hosts" else ("rules",), (group, name))
+            check_rules(one.get("rules", {}), (group, name, "rules"))
+            for object, own in expect_table(one.get("objects", {}), (group, name, "objects")).items():
+                expect_keys(own, ("rules",), (group, name, "objects", object))
+                check_rules(own.get("rules", {}), (group, name, "objects", object, "rules"))
+
+
+def check_rules(rules: Any, path: tuple[Any, ...]) -> None:
+    for name, given in expect_table(rules, path).items():
+        if name not in RULE:
+            raise Mistake((*path, name), f"there is no rule {name!r}; see docs/alerts.md")
+        expect_keys(given, Layers.FIELDS, (*path, name))
+        for key, value in given.items():
+            if key == "enabled":
+                if not isinstance(value, bool):
+                    raise Mistake((*path, name, key), "should be true or false")
+            elif not is_number(value) or (key != "warn" and key != "crit" and value < 0):
+                raise Mistake((*path, name, key), "should be a number")
+        warn, crit = given.get("warn", RULE[name].warn), given.get("crit", RULE[name].crit)
+        if warn is not None and crit is not None and (warn < crit) == RULE[name].low and warn != crit:
+            raise Mistake((*path, name), f"warn {warn} is beyond crit {crit}")
+
+
+def expect_table(value: Any, path: tuple[Any, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Mistake(path, "should be a table")
+    return value
+
+
+def expect_keys(value: Any, allowed: Iterable[str], path: tuple[Any, ...]) -> None:
+    for key in expect_table(value, path):
+        if key not in allowed:
+            raise Mistake((*path, key), f"unknown; here belong: {', '.join(allowed)}")
+
+
+# Judging and writing: by the writer, in the transaction of the report
+
+
+def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: float,
+               changed: Iterable[str] | None = None) -> list[Alert]:
+    """Run the rules of the sections that came (None: only those of the clock) over a host's latest state, and write
+    what changed; gives back the alerts that did."""
+    changes: list[tuple[Alert | None, Alert | None]] = []
+    if changed is not None:
+        rules = [rule for section in changed for rule in RULES_OF.get(section, ())] + list(AGENT_RULES)
+        changes += judge(state, rules, fleet, now)
+    rule = RULE["host-offline"]
+    limits = fleet.layers.limits(state, rule)
+    readings = silence_readings(fleet, state, now) if limits.enabled else ()
+    state.alerts = judge_rule(state, rule, limits, readings, state.alerts, False, fleet, now, changes)
+    for old, new in changes:
+        write_alert(db, state, old, new, now)
+    if state.memory_changed:
+        write_memory(db, state)
+    return [new for _, new in changes if new is not None]
+
+
+def judge_shared(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
+    """What no single host can tell: clusters, sites."""
+    shared = fleet.shared
+    shared.scratch = {"views": cluster_views(fleet, now), "silent": judge_silence(fleet, now), "concerns": {}}
+    for old, new in judge(shared, SHARED_RULES, fleet, now):
+        write_alert(db, shared, old, new, now)
+    fleet.concerned = concerned_hosts(shared)
+
+
+def concerned_hosts(shared: Any) -> dict[int, list[Alert]]:
+    """The shared alerts by host, for its verdict."""
+    found: dict[int, list[Alert]] = {}
+    for (_, object), alert in shared.alerts.items():
+        for host_id in shared.scratch["concerns"].get(object, ()):
+            found.setdefault(host_id, []).append(alert)
+    return found
+
+
+def find_cause(fleet: Fleet, state: Any, alert: Alert) -> int | None:
+    """The open alert that this one follows from."""
+    kind, _, name = alert.object.partition("/")
+    cause: Alert | None = None
+    if alert.rule == "host-offline":
+        cause = next((one for one in fleet.concerned.get(state.id, ()) if one.rule == "site-offline"), None)
+    elif kind == "storages":
+        dataset = next((text(one, "dataset") for one in state.body("storages", ()) if one["storage"] == name), None)
+        cause = broken_pool(state, [pool_of(dataset)])
+    elif kind == "guests" and alert.rule == "guest-down":
+        cause = cause_of_guest(state, name)
+    elif kind == "pools" and alert.rule in ("vdev-errors", "pool-data-errors"):
+        cause = broken_pool(state, [name.partition("/")[0]])
+    elif kind == "replication":
+        target = next((text(job, "target") for job in state.body("replication", ()) if job["id"] == name), None) or ""
+        other = next((one for one in fleet.hosts.values() if one.name.lower() == target.lower()), None)
+        cause = other.alerts.get(("host-offline", "")) if other else None
+    return cause.id if cause is not None and cause.state == "firing" and cause is not alert else None
+
+
+def broken_pool(state: Any, pools: Iterable[str | None]) -> Alert | None:
+    for pool in pools:
+        for rule in ("pool-state", "pool-vanished"):
+            alert = state.alerts.get((rule, f"pools/{pool}"))
+            if alert is not None and alert.state == "firing":
+                return alert
+    return None
+
+
+def cause_of_guest(state: Any, vmid: str) -> Alert | None:
+    """A guest's volumes lead to its pools and storages."""
+    guest: dict[str, Any] = next((one for one in state.body("guests", ()) if str(one["vmid"]) == vmid), {})
+    volumes = dicts(guest.get("volumes"))
+    inactive = (state.alerts.get(("storage-inactive", f"storages/{one.get('storage')}")) for one in volumes)
+    firing = (alert for alert in inactive if alert is not None and alert.state == "firing")
+    return broken_pool(state, [pool_of(text(one, "dataset")) for one in volumes]) or next(firing, None)
+
+
+def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Alert | None, now: float) -> None:
     """Put a changed alert and its transition on record."""
     if new is None:
-        db.execute("DELETE FROM alert WHERE id = :id", {"id": old.id if old else None})
+        if old is not None and old.id is not None:
+            db.execute("DELETE FROM alert WHERE id = :id", {"id": old.id})
         return
-    fields = {"id": new.id, "rule": new.rule, "host": state.id, "object": new.object, "severity": new.severity,
-              "state": new.state, "message": new.message, "value": new.value, "since": new.since,
-              "fired_at": new.fired_at, "resolved_at": now if new.state == "resolved" else None}
+    fields = {key: getattr(new, key) for key in ALERT_FIELDS}
     if new.id is None:
-        new.id = db.execute("""
-            INSERT INTO alert (rule, host_id, object, severity, state, message, value, since, fired_at)
-            VALUES (:rule, :host, :object, :severity, :state, :message, :value, :since, :fired_at)""", fields).lastrowid
-    else:
-        db.execute("""
-            UPDATE alert SET severity = :severity, state = :state, message = :message, value = :value,
-                             fired_at = :fired_at, resolved_at = :resolved_at WHERE id = :id""", fields)
+        new.id = db.execute(INSERT_ALERT, {**fields, "host_id": state.id}).lastrowid
+    elif old is None or any(getattr(old, key) != fields[key] for key in ALERT_FIELDS):
+        db.execute(UPDATE_ALERT, {**fields, "id": new.id})
+    if new.state == "resolved" and new.told_severity is not None:
+        state.scratch.setdefault("over", []).append(new)
     if new.state != "pending" and (old is None or (old.state, old.severity) != (new.state, new.severity)):
-        insert_event(db, now, f"alert-{new.state}", new.message, host=state.name, object=new.object or None)
+        message = new.message if new.state == "firing" else f"Over: {new.message}"
+        insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None)
+
+
+ALERT_FIELDS = (
+    "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at", "resolved_at",
+    "because_of",
+    "acknowledged_at", "acknowledged_by", "acknowledged_until", "acknowledged_note", "acknowledged_severity",
+    "acknowledged_value", "told_severity", "told_at",
+)
+INSERT_ALERT = (f"INSERT INTO alert (host_id, {', '.join(ALERT_FIELDS)}) "
+                f"VALUES (:host_id, {', '.join(':' + key for key in ALERT_FIELDS)})")
+UPDATE_ALERT = f"UPDATE alert SET {', '.join(f'{key} = :{key}' for key in ALERT_FIELDS)} WHERE id = :id"
+
+
+def write_memory(db: sqlite3.Connection, state: HostState) -> None:
+    db.execute("INSERT INTO rule_memory VALUES (:id, :memory) ON CONFLICT DO UPDATE SET memory = :memory",
+               {"id": state.id, "memory": json.dumps(state.memory, separators=(",", ":"))})
+    state.memory_changed = False
+
+
+def update_alert(db: sqlite3.Connection, fleet: Fleet, alert_id: int, **fields: Any) -> Alert:
+    """Change an open alert in memory and on disk. `Problem('not_found')`."""
+    state, alert = find_alert(fleet, alert_id)
+    new = alert.changed(**fields)
+    state.alerts = {**state.alerts, (new.rule, new.object): new}
+    if state is fleet.shared:
+        fleet.concerned = concerned_hosts(state)
+    db.execute(UPDATE_ALERT, {**{key: getattr(new, key) for key in ALERT_FIELDS}, "id": new.id})
+    fleet.generation += 1
+    return new
+
+
+def find_alert(fleet: Fleet, alert_id: int) -> tuple[Any, Alert]:
+    for state in fleet.everything():
+        for alert in state.alerts.values():
+            if alert.id == alert_id:
+                return state, alert
+    raise Problem("not_found", f"no open alert {alert_id}")
+
+
+def acknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str, until: float | None,
+                note: str | None) -> None:
+    """Take note of an alert: it is quiet and colours nothing until it gets worse, or until then."""
+    _, alert = find_alert(fleet, alert_id)
+    update_alert(db, fleet, alert_id, acknowledged_at=now, acknowledged_by=by, acknowledged_until=until,
+                 acknowledged_note=note, acknowledged_severity=alert.severity, acknowledged_value=alert.value)
+    insert_event(db, now, "alert-acknowledged", f"{by} acknowledged: {alert.message}", object=alert.object or None,
+                 host=find_alert(fleet, alert_id)[0].name)
+
+
+def unacknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
+    alert = update_alert(db, fleet, alert_id, **NOT_ACKNOWLEDGED)
+    insert_event(db, now, "alert-unacknowledged", f"{by} took back the acknowledgement of: {alert.message}",
+                 host=find_alert(fleet, alert_id)[0].name, object=alert.object or None)
+
+
+def accept_as_normal(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
+    """Make what an alert is about the new baseline; it is over with that. `Problem('conflict')` for a rule without."""
+    state, alert = find_alert(fleet, alert_id)
+    rule = RULE.get(alert.rule)
+    if rule is None or rule.accept is None:
+        raise Problem("conflict", f"the rule {alert.rule} has no baseline: acknowledge it, or set its threshold")
+    if not rule.accept(state, alert.object):
+        raise Problem("conflict", "what this alert is about is not there any more")
+    insert_event(db, now, "alert-accepted", f"{by} accepted as normal: {alert.message}", host=state.name,
+                 object=alert.object or None)
+    write_memory(db, state)
+    for old, new in judge(state, [rule._replace(always=True)], fleet, now):
+        write_alert(db, state, old, new, now)
+    write_memory(db, state)
+    if state.alerts.get((alert.rule, alert.object)) is alert:  # not known any more: it was accepted all the same
+        over = alert.changed(state="resolved", resolved_at=now)
+        state.alerts = {key: one for key, one in state.alerts.items() if one is not alert}
+        write_alert(db, state, alert, over, now)
+    fleet.generation += 1
+
+
+# Backlog and replay: the same rules over reports of the past
+
+
+class Past(NamedTuple):
+    """What a rule would have said: when it fired, and when it was over."""
+
+    host: str
+    rule: str
+    object: str
+    severity: str
+    message: str
+    fired_at: float
+    over_at: float | None
+
+
+def past_state(state: HostState) -> HostState:
+    """A state to run old reports through: it knows what the rules remember, and nothing that came later."""
+    past = copy.copy(state)
+    past.sections, past.alerts, past.scratch, past.stamp = {}, {}, {}, None
+    past.memory = json.loads(json.dumps(state.memory))
+    return past
+
+
+def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Stamp, *,
+               whole: bool = True) -> list[Past]:
+    """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
+    changed = past.apply(report, stamp)
+    absorb_tasks(past, report.get("tasks"), stamp.time)
+    rules = [rule for section in changed for rule in RULES_OF.get(section, ()) if whole or rule.by_number]
+    found = []
+    for old, new in judge(past, rules, fleet, stamp.time):
+        if new is not None and new.severity != "info" and (old is None
+                                                           or old.state != new.state) and new.state != "pending":
+            found.append(Past(past.name, new.rule, new.object, new.severity, new.message, new.fired_at or stamp.time,
+                              stamp.time if new.state == "resolved" else None))
+    return found
+
+
+def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+    """A report that is older than what is known raises nothing; what it tells is put on record as past."""
+    past = state.scratch.get("past")
+    if past is None or stamp.received_at - past[1] > HOUR or (past[0].stamp and past[0].stamp.time > stamp.time):
+        past = past_state(state), stamp.received_at
+    state.scratch["past"] = past[0], stamp.received_at
+    for one in judge_past(past[0], fleet, report, stamp):
+        if (one.rule, one.object) not in state.alerts:
+            word = "over" if one.over_at else "fired"
+            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}", f"{one.message} (told late, by a "
+                                                                                f"backlog)",
+                         host=state.name, object=one.object or None)
+
+
+# --- notifications: what is told, through which channel, and until it has arrived ---
+#
+# A change of an alert becomes a `notification` row per channel, in the same transaction. A channel's thread makes a
+# `message` of what waits (grouped, at most 20 an hour), writes it down, sends it, and writes down that it was sent:
+# a crash at any point loses nothing, and what is sent twice has the same id.
+
+GROUP_SECONDS, HOURLY_LIMIT = 30, 20
+BACKOFF = (5, 10, 30, 60, 120, 300)  # seconds before the next try; the last one from then on
+GIVE_UP_SECONDS = DAY
+REFUSED_LIMIT = 5  # tries of a message that the far end calls wrong (400, 413, 422)
+SEND_TIMEOUT = 10
+ITEMS_SHOWN = 20
+REMINDER_SECONDS = DAY
+
+
+class Undelivered(Exception):
+    """A message was not taken. `refused`: the far end finds fault with the message itself."""
+
+    def __init__(self, detail: str, *, refused: bool = False):
+        super().__init__(detail)
+        self.refused = refused
+
+
+class Quiet(NamedTuple):
+    """Hours (minutes of the server's local day) in which some severities wait."""
+
+    begin: int
+    end: int
+    severities: frozenset[str]
+
+    def until(self, severity: str, now: float) -> float:
+        """When this may be told: now, or at the end of the quiet hours."""
+        local = time.localtime(now)
+        minute = local.tm_hour * 60 + local.tm_min
+        inside = self.begin <= minute < self.end if self.begin < self.end else not self.end <= minute < self.begin
+        if severity not in self.severities or not inside or self.begin == self.end:
+            return now
+        return now + ((self.end - minute) % 1440) * MINUTE - local.tm_sec
+
+
+class Channel(NamedTuple):
+    """One [[channels]] of server.toml: whom it tells of what."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    severities: frozenset[str]
+    only: dict[str, frozenset[str]]  # sites, tags, hosts, rules; all lower case
+    quiet: Quiet | None
+    reminders: bool
+    recoveries: bool
+
+    def wants(self, state: Any, rule: str, severity: str) -> bool:
+        """Whether it is to hear of an alert."""
+        have = {"sites": {(state.site or "").lower()}, "hosts": {(state.name or "").lower()}, "rules": {rule},
+                "tags": {tag.lower() for tag in state.tags}}
+        return severity in self.severities and all(have[key] & wanted for key, wanted in self.only.items())
+
+
+class Digest(NamedTuple):
+    """[digest]: the week in one message."""
+
+    weekday: int
+    minute: int
+    channels: frozenset[str] | None
+
+
+class Settings(NamedTuple):
+    """What server.toml says."""
+
+    layers: Layers
+    channels: list[Channel]
+    digest: Digest | None
+
+
+def load_settings(config: Config) -> Settings:
+    """Read server.toml; without one everything is as shipped. `Failure` with file, line and reason."""
+    try:
+        with open(config.settings_path, encoding="utf-8") as handle:
+            source = handle.read()
+    except FileNotFoundError:
+        if config.settings_given:
+            raise Failure(f"{config.settings_path}: no such file (SERVER_CONFIG)") from None
+        source = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{config.settings_path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return build_settings(tomllib.loads(source))
+    except tomllib.TOMLDecodeError as error:
+        raise Failure(f"{config.settings_path}: {error}") from None
+    except Mistake as mistake:
+        where = f"line {line_of(source, mistake.path)}: {'.'.join(str(step) for step in mistake.path)}"
+        raise Failure(f"{config.settings_path}: {where}: {mistake.reason}") from None
+
+
+def build_settings(document: dict[str, Any]) -> Settings:
+    expect_keys(document, ("rules", "tags", "hosts", "objects", "channels", "digest"), ())
+    check_layers(document)
+    channels = document.get("channels", [])
+    if not isinstance(channels, list):
+        raise Mistake(("channels",), "write [[channels]], with two brackets")
+    built = [build_channel(one, ("channels", number)) for number, one in enumerate(channels)]
+    for number, channel in enumerate(built):
+        if channel.name in [other.name for other in built[:number]]:
+            raise Mistake(("channels", number, "name"), f"there is another channel {channel.name!r}")
+    digest = document.get("digest")
+    return Settings(Layers(document), built, None if digest is None else build_digest(digest, built))
+
+
+Path = tuple[Any, ...]
+COMMON: dict[str, type] = {"name": str, "kind": str, "severities": list, "sites": list, "tags": list, "hosts": list,
+                           "rules": list,
+          "quiet": dict, "reminders": bool, "recoveries": bool}
+
+
+def build_channel(given: Any, path: Path) -> Channel:
+    """`Mistake` unless this is a channel of a known kind with what that needs."""
+    kind = expect_table(given, path).get("kind")
+    if kind not in KINDS:
+        raise Mistake((*path, "kind"), f"one of: {', '.join(KINDS)}")
+    fields: dict[str, type] = {**COMMON, **KINDS[kind].required, **KINDS[kind].optional}
+    expect_keys(given, fields, path)
+    needed: tuple[str, ...] = ("name", *KINDS[kind].required)
+    for key in needed:
+        if key not in given:
+            raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
+    for key, value in given.items():
+        if type(value) is not fields[key] or (fields[key] is list and not all(isinstance(one, str) for one in value)):
+            raise Mistake((*path, key), f"should be {TOML_WORDS[fields[key]]}")
+    if not HOST_NAME.fullmatch(given["name"]):
+        raise Mistake((*path, "name"), "1-63 of a-z A-Z 0-9 . _ -")
+    for key in ("url", "secret", "security"):
+        check_option(given, key, path)
+    severities = checked_severities(given.get("severities", ["critical", "warning"]), (*path, "severities"))
+    only = {key: frozenset(one.lower() for one in given[key]) for key in ("sites", "tags", "hosts", "rules")
+            if given.get(key)}
+    for rule in only.get("rules", ()):
+        if rule not in RULE:
+            raise Mistake((*path, "rules"), f"there is no rule {rule!r}")
+    quiet = build_quiet(given["quiet"], (*path, "quiet")) if "quiet" in given else None
+    options = {key: value for key, value in given.items() if key not in COMMON}
+    return Channel(given["name"], kind, options, severities, only, quiet, given.get("reminders", True),
+                   given.get("recoveries", True))
+
+
+TOML_WORDS: dict[type, str] = {str: "text", list: "a list of texts", bool: "true or false", int: "a whole number",
+                               dict: "a table"}
+
+
+def check_option(given: dict[str, Any], key: str, path: Path) -> None:
+    value = given.get(key)
+    if value is None:
+        return
+    if key == "url" and (urllib.parse.urlsplit(value).scheme not in ("http", "https")
+                         or not urllib.parse.urlsplit(value).hostname):
+        raise Mistake((*path, key), "should be an http(s) address")
+    if key == "secret":
+        try:
+            base64.b64decode(value.removeprefix("whsec_"), validate=True)
+        except ValueError:
+            raise Mistake((*path, key), "should be whsec_ and base64, as Standard Webhooks has it") from None
+    if key == "security":
+        if value not in ("starttls", "tls", "plain"):
+            raise Mistake((*path, key), "one of: starttls, tls, plain")
+        if value == "plain" and given.get("host") not in ("localhost", "127.0.0.1", "::1"):
+            raise Mistake((*path, key), "plain only to this machine: mails would travel in the open")
+
+
+def checked_severities(given: list[str], path: Path) -> frozenset[str]:
+    for one in given:
+        if one not in SEVERITIES:
+            raise Mistake(path, f"of: {', '.join(SEVERITIES)}")
+    return frozenset(given)
+
+
+def build_quiet(given: dict[str, Any], path: Path) -> Quiet:
+    expect_keys(given, ("from", "to", "severities"), path)
+    severities = given.get("severities", ["warning"])
+    if not isinstance(severities, list):
+        raise Mistake((*path, "severities"), "should be a list of texts")
+    return Quiet(minute_of(given.get("from"), (*path, "from")), minute_of(given.get("to"), (*path, "to")),
+                 checked_severities(severities, (*path, "severities")))
+
+
+def minute_of(clock: Any, path: Path) -> int:
+    """'22:30' -> 1350"""
+    found = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock) if isinstance(clock, str) else None
+    if found is None:
+        raise Mistake(path, 'should be a time like "22:30"')
+    return int(found[1]) * 60 + int(found[2])
+
+
+def build_digest(given: Any, channels: list[Channel]) -> Digest:
+    expect_keys(given, ("weekday", "at", "channels"), ("digest",))
+    weekday = str(given.get("weekday", "mon")).lower()[:3]
+    if weekday not in WEEKDAYS:
+        raise Mistake(("digest", "weekday"), f"one of: {', '.join(WEEKDAYS)}")
+    names = given.get("channels")
+    for name in names if isinstance(names, list) else ():
+        if name not in [channel.name for channel in channels]:
+            raise Mistake(("digest", "channels"), f"there is no channel {name!r}")
+    return Digest(WEEKDAYS.index(weekday), minute_of(given.get("at", "08:00"), ("digest", "at")),
+                  frozenset(names) if isinstance(names, list) else None)
+
+
+def line_of(source: str, path: Path) -> int:
+    """The line of a TOML file that comes nearest to a key."""
+    here: Path = ()
+    best, depth, tables = 1, 0, 0
+    for count, line in enumerate(source.splitlines(), 1):
+        bare = line.strip()
+        try:
+            if bare.startswith("[["):
+                here, tables = (*key_path(tomllib.loads(bare)), tables), tables + 1
+                found = here
+            elif bare.startswith("["):
+                found = here = key_path(tomllib.loads(bare))
+            elif "=" in bare and not bare.startswith("#"):
+                found = (*here, *key_path(tomllib.loads(bare.partition("=")[0] + "= 0")))
+            else:
+                continue
+        except tomllib.TOMLDecodeError:
+            continue
+        if len(found) > depth and found == path[:len(found)]:
+            best, depth = count, len(found)
+    return best
+
+
+def key_path(document: Any) -> Path:
+    """{'a': {'b': {}}} -> ('a', 'b')"""
+    if isinstance(document, dict) and document:
+        key, value = next(iter(document.items()))
+        return (key, *key_path(value))
+    return ()
+
+
+# What is told: from alerts to notifications
+
+
+def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *, by: str) -> dict[str,
+                                                                                                                 Any]:
+    made = db.execute("""
+        INSERT INTO silence (tag, site, host, object, rule, until, note, created_by, created_at)
+        VALUES (:tag, :site, :host, :object, :rule, :until, :note, :by, :now)""",
+        {**fields, "by": by, "now": now}).lastrowid
+    fleet.silences = active_silences(db, now)
+    what = ", ".join(f"{key} {fields[key]}" for key in SILENCE_MATCHERS if fields[key])
+    insert_event(db, now, "silence-created", f"{by} silenced {what}", host=fields["host"], object=fields["object"])
+    fleet.generation += 1
+    return next(one for one in fleet.silences if one["id"] == made)
+
+
+def delete_silence(db: sqlite3.Connection, fleet: Fleet, silence_id: str, now: float, *, by: str) -> None:
+    """End a silence: what fires is told now."""
+    if not db.execute("DELETE FROM silence WHERE CAST(id AS TEXT) = :id", {"id": silence_id}).rowcount:
+        raise Problem("not_found", "no such silence")
+    insert_event(db, now, "silence-ended", f"{by} ended a silence")
+    fleet.silences = active_silences(db, now)
+    fleet.generation += 1
+
+
+def is_silenced(fleet: Fleet, state: Any, alert: Alert, now: float) -> bool:
+    """Whether a silence or a maintenance window covers an alert."""
+    if state.maintenance_until and state.maintenance_until > now:
+        return True
+    return any(one["until"] > now and silence_fits(one, state, alert) for one in fleet.silences)
+
+
+def silence_fits(silence: dict[str, Any], state: Any, alert: Alert) -> bool:
+    """All that a silence names has to fit; a guest's own tags count as well as its host's."""
+    if silence["rule"] and silence["rule"] != alert.rule:
+        return False
+    if silence["host"] and silence["host"].lower() != (state.name or "").lower():
+        return False
+    own_site = state.site or (alert.object.partition("/")[2] if alert.object.startswith("sites/") else "")
+    if silence["site"] and silence["site"].lower() != own_site.lower():
+        return False
+    if silence["object"] and not (alert.object + "/").startswith(silence["object"] + "/"):
+        return False
+    return not silence["tag"] or silence["tag"].lower() in alert_tags(state, alert)
+
+
+def alert_tags(state: Any, alert: Alert) -> set[str]:
+    tags = {tag.lower() for tag in state.tags}
+    kind, _, vmid = alert.object.partition("/")
+    if kind == "guests":
+        for guest in state.body("guests", ()):
+            if str(guest["vmid"]) == vmid:
+                tags.update(tags_of(guest))
+    return tags
+
+
+def dispatch(db: sqlite3.Connection, fleet: Fleet, states: Iterable[Any], now: float) -> None:
+    """Queue what people have to be told of the alerts as they are now. Looking at the state, not at its changes,
+    makes the end of a silence, of a maintenance window or of a cause bring the news that was held back."""
+    for state in states:
+        for alert in list(state.alerts.values()):
+            if alert.state == "firing":
+                tell(db, fleet, state, alert, now)
+        for alert in state.scratch.pop("over", ()):
+            if not is_silenced(fleet, state, alert, now):
+                queue_notification(db, fleet, state, alert, "resolved", now)
+
+
+def tell(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
+    """One firing alert: find its cause, end an acknowledgement that has run out, queue what is to be said."""
+    new = alert.changed(because_of=find_cause(fleet, state, alert))
+    if alert.acknowledged_until is not None and alert.acknowledged_until <= now:
+        new = new.changed(**NOT_ACKNOWLEDGED)
+    kind = news_of(new, now)
+    if kind == "less":
+        new = new.changed(told_severity=new.severity)
+    elif kind and new.because_of is None and new.acknowledged_at is None and not is_silenced(fleet, state, new, now):
+        if queue_notification(db, fleet, state, new, kind, now):
+            new = new.changed(told_severity=new.severity, told_at=now)
+    if new is not alert:
+        state.alerts = {**state.alerts, (new.rule, new.object): new}
+        write_alert(db, state, alert, new, now)
+
+
+def news_of(alert: Alert, now: float) -> str | None:
+    """What is new about a firing alert for those who were told of it."""
+    if alert.told_severity is None:
+        return "firing"
+    rank, told = SEVERITIES.index(alert.severity), SEVERITIES.index(alert.told_severity)
+    if rank < told:
+        return "worse"
+    long_ago = now - (alert.told_at or now)
+    if rank > told and long_ago > HOUR:
+        return "less"  # nothing to say; the next rise is one again
+    rule = RULE.get(alert.rule)
+    return "reminder" if rule is not None and rule.data_risk and long_ago >= REMINDER_SECONDS else None
+
+
+def queue_notification(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> int:
+    """A row for each channel that wants to hear of it; gives back how many."""
+    body = None
+    count = 0
+    for channel in fleet.channels:
+        told_as = alert.told_severity or alert.severity
+        if not channel.wants(state, alert.rule, told_as if kind == "resolved" else alert.severity):
+            continue
+        if (kind == "resolved" and not channel.recoveries) or (kind == "reminder" and not channel.reminders):
+            continue
+        body = body or json.dumps(notification_body(fleet, state, alert, kind, now))
+        not_before = channel.quiet.until(alert.severity, now) if channel.quiet else now
+        insert_notification(db, channel.name, alert.id, body, now, not_before)
+        count += 1
+    if count:
+        fleet.outbox_changed.set()
+    return count
+
+
+def insert_notification(db: sqlite3.Connection, channel: str, alert_id: int | None, body: str, now: float,
+                        not_before: float) -> None:
+    db.execute("""
+        INSERT INTO notification (channel, alert_id, body, created_at, not_before)
+        VALUES (:channel, :alert, :body, :now, :not_before)""",
+        {"channel": channel, "alert": alert_id, "body": body, "now": now, "not_before": not_before})
+
+
+def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> dict[str, Any]:
+    """What, where, since, why, what to do, link."""
+    rule = RULE.get(alert.rule)
+    limits = fleet.layers.limits(state, rule) if rule else None
+    followers = sum(one.because_of == alert.id for other in fleet.everything()
+                    for one in other.alerts.values()) if alert.id else 0
+    link = fleet.public_url + ("/?host=" + urllib.parse.quote(state.name) if state.name else "/")
+    return {"kind": kind, "alert_id": alert.id, "rule": alert.rule, "severity": alert.severity, "host": state.name,
+            "site": state.site, "object": alert.object or None, "message": alert.message, "value": alert.value,
+            "since": alert.since, "at": now, "why": rule.why if rule else "", "todo": rule.todo if rule else "",
+            "threshold": threshold_text(limits), "children": followers, "link": link}
+
+
+def threshold_text(limits: Limits | None) -> str:
+    """'0.8/0.9, set for the host'"""
+    if limits is None or (limits.warn is None and limits.crit is None):
+        return ""
+    shown = "/".join("–" if one is None else f"{one:g}" for one in (limits.warn, limits.crit))
+    return shown + (f", set for {limits.layer}" if limits.layer else ", as shipped")
+
+
+def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> dict[str, Any]:
+    limits = (fleet.layers.object_limits(state, rule, object) if object else None) or fleet.layers.limits(state, rule)
+    return {"rule": rule.name, "of": rule.of, "enabled": limits.enabled, "warn": limits.warn, "crit": limits.crit,
+            "clear_by": limits.clear_by, "hold_seconds": limits.hold, "layer": limits.layer or "shipped",
+            "why": rule.why, "todo": rule.todo}
+
+
+# Messages: what waits for a channel becomes one message
+
+
+def make_message(db: sqlite3.Connection, channel: Channel, now: float) -> str | None:
+    """Put what waits into one message, unless it is too soon for one; gives back its id. By the writer."""
+    made = db.execute("""
+        SELECT count(*) FILTER (WHERE created_at > :hour) AS hourly, max(created_at) AS last FROM message
+        WHERE channel = :channel AND created_at > :hour""", {"channel": channel.name, "hour": now - HOUR}).fetchone()
+    if made["hourly"] >= HOURLY_LIMIT or (made["last"] is not None and now - made["last"] < GROUP_SECONDS):
+        return None
+    rows = db.execute("""
+        SELECT id, alert_id, body FROM notification
+        WHERE channel = :channel AND message_id IS NULL AND not_before <= :now ORDER BY id""",
+        {"channel": channel.name, "now": now}).fetchall()
+    items = {row["id"]: json.loads(row["body"]) for row in rows}
+    over = over_before_told({row["id"]: row["alert_id"] for row in rows}, items)
+    db.executemany("UPDATE notification SET message_id = '-' WHERE id = ?", [(one,) for one in over])
+    kept = {number: item for number, item in items.items() if number not in over}
+    if not kept:
+        return None
+    message_id = "msg_" + secrets.token_hex(12)
+    body = json.dumps(build_message(list(kept.values())))
+    db.execute("INSERT INTO message (id, channel, body, created_at, due_at) VALUES (:id, :channel, :body, :now, :now)",
+               {"id": message_id, "channel": channel.name, "body": body, "now": now})
+    db.executemany("UPDATE notification SET message_id = ? WHERE id = ?", [(message_id, one) for one in kept])
+    return message_id
+
+
+def over_before_told(alerts: dict[int, int | None], items: dict[int, dict[str, Any]]) -> set[int]:
+    """Rows of alerts that fired and ended while they waited: nothing to say."""
+    fired = {alerts[number] for number, item in items.items() if item["kind"] == "firing" and alerts[number]}
+    ended = {alerts[number] for number, item in items.items() if item["kind"] == "resolved" and alerts[number]}
+    return {number for number in items if alerts[number] in fired & ended}
+
+
+def build_message(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Worst first; the rest is counted."""
+    order = {"test": 0, "digest": 0, "firing": 1, "worse": 1, "reminder": 2, "resolved": 3}
+    items = sorted(items, key=lambda one: (order.get(one["kind"], 1), SEVERITIES.index(one["severity"]), one["at"]))
+    shown = items[:ITEMS_SHOWN]
+    left: dict[str, int] = {}
+    for one in items[ITEMS_SHOWN:]:
+        key = "over" if one["kind"] == "resolved" else one["severity"]
+        left[key] = left.get(key, 0) + 1
+    return {"subject": subject_of(items), "items": shown, "left_out": left}
+
+
+def subject_of(items: list[dict[str, Any]]) -> str:
+    first = items[0]
+    if len(items) == 1:
+        word = {"resolved": "OK", "test": "TEST", "digest": "DIGEST"}.get(first["kind"], first["severity"].upper())
+        where = f"{first['host']}: " if first.get("host") else ""
+        return one_line(f"[{word}] {where}{first['message']}")[:200]
+    standing = [one for one in items if one["kind"] != "resolved"]
+    critical = sum(one["severity"] == "critical" for one in standing)
+    counts = [f"{critical} critical" if critical else "", f"{len(standing) - critical} more"
+              if len(standing) > critical else "",
+              f"{len(items) - len(standing)} over" if len(items) > len(standing) else ""]
+    word = (standing[0]["severity"] if standing else "OK").upper()
+    return one_line(f"[{word}] {', '.join(filter(None, counts))}: {first['message']}")[:200]
+
+
+def one_line(text: str) -> str:
+    """Text for a header or a subject: nothing that breaks the line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
+    """A message as plain text: what, where, since, why, what to do, link."""
+    parts = [item_text(one) for one in body["items"]]
+    if body["left_out"]:
+        parts.append("And " + ", ".join(f"{count} {key}" for key, count in body["left_out"].items()) + " more: see "
+                                                                                                       "the page.")
+    whole = "\n\n".join(parts)
+    return whole if len(whole) <= limit else whole[:limit - 20] + "\n… (cut)"
+
+
+def item_text(one: dict[str, Any]) -> str:
+    if one["kind"] in ("test", "digest"):
+        return one["message"]
+    word = {"resolved": "OVER", "reminder": "STILL {}", "worse": "NOW {}"}.get(one["kind"], "{}")
+    word = word.format(one["severity"].upper())
+    where = " ".join(filter(None, (one["host"], f"({one['site']})" if one["site"] else "", one["object"] or "")))
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(one["since"]))
+    lines = [f"{word}: {one_line(one['message'])}", f"Where: {one_line(where) or 'the monitor'}",
+             f"Since: {since} ({format_duration(one['at'] - one['since'])})"]
+    if one["children"]:
+        lines.append(f"With it: {one['children']} other alert(s) that follow from this one")
+    if one["kind"] != "resolved":
+        limit = f" (rule {one['rule']}{', ' + one['threshold'] if one['threshold'] else ''})"
+        lines += [f"Why: {one['why']}{limit}", f"Do: {one['todo']}"]
+    return "\n".join([*lines, one["link"]])
+
+
+# Senders: one per kind of channel
+
+
+def post(url: str, payload: Any, headers: dict[str, str] | None = None) -> None:
+    """POST JSON; anything but 2xx is `Undelivered`."""
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", "User-Agent": f"proxmon/{VERSION}",
+                                                 **(headers or {})}, method="POST")
+    try:
+        with OPENER.open(request, timeout=SEND_TIMEOUT) as answer:
+            answer.read(1 << 16)
+    except urllib.error.HTTPError as error:
+        detail = one_line(error.read(300).decode("utf-8", "replace"))
+        raise Undelivered(f"HTTP {error.code} {detail}", refused=error.code in (400, 413, 422)) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Undelivered(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from None
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET without its body: an error instead."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirects)
+
+
+def send_email(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    security = options.get("security", "starttls")
+    port = options.get("port", {"starttls": 587, "tls": 465, "plain": 25}[security])
+    mail = email.message.EmailMessage()
+    mail["Subject"], mail["From"], mail["To"] = body["subject"], options["from"], ", ".join(options["to"])
+    mail["Date"], mail["Message-ID"] = email.utils.formatdate(), f"<{message_id}@proxmon>"
+    mail["Auto-Submitted"] = "auto-generated"
+    mail.set_content(message_text(body))
+    try:
+        context = ssl.create_default_context(cafile=options.get("ca_file"))
+        made = (smtplib.SMTP_SSL(options["host"], port, timeout=SEND_TIMEOUT, context=context) if security == "tls"
+                else smtplib.SMTP(options["host"], port, timeout=SEND_TIMEOUT))
+        with made as smtp:
+            if security == "starttls":
+                smtp.starttls(context=context)
+            if "username" in options:
+                smtp.login(options["username"], options.get("password", ""))
+            refused = smtp.send_message(mail)
+        if refused:
+            log(f"notifications: mail refused for {', '.join(refused)}")
+    except smtplib.SMTPResponseException as error:
+        raise Undelivered(f"SMTP {error.smtp_code} {one_line(str(error.smtp_error))}") from None
+    except (OSError, smtplib.SMTPException, ValueError) as error:
+        raise Undelivered(f"{type(error).__name__}: {error}") from None
+
+
+def worst_of(body: dict[str, Any]) -> str:
+    standing = [one["severity"] for one in body["items"] if one["kind"] not in ("resolved", "test", "digest")]
+    return min(standing, key=SEVERITIES.index, default="info")
+
+
+def send_ntfy(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    server, _, topic = options["url"].rstrip("/").rpartition("/")
+    headers = {"Authorization": "Bearer " + options["token"]} if "token" in options else {}
+    post(server, {"topic": topic, "title": body["subject"], "message": message_text(body, 3500),
+                  "priority": {"critical": 5, "warning": 4}.get(worst_of(body), 3), "click": body["items"][0]["link"]},
+                  headers)
+
+
+def send_gotify(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    post(options["url"].rstrip("/") + "/message", {
+        "title": body["subject"], "message": message_text(body),
+        "priority": {"critical": 8, "warning": 5}.get(worst_of(body), 2)}, {"X-Gotify-Key": options["token"]})
+
+
+def send_telegram(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    base = options.get("url", "https://api.telegram.org").rstrip("/")
+    try:
+        post(f"{base}/bot{options['token']}/sendMessage", {  # no parse_mode: names are not markup
+            "chat_id": options["chat_id"], "text": f"{body['subject']}\n\n{message_text(body, 3500)}",
+            "disable_web_page_preview": True})
+    except Undelivered as error:  # the address holds the token
+        raise Undelivered(str(error).replace(options["token"], "…"), refused=error.refused) from None
+
+
+def send_slack(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    text = f"{body['subject']}\n{message_text(body, 30_000)}"
+    post(options["url"], {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")})
+
+
+def send_discord(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    post(options["url"], {"content": f"{body['subject']}\n{message_text(body, 1700)}",
+                          "allowed_mentions": {"parse": []}})
+
+
+def send_mattermost(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    text = f"{body['subject']}\n{message_text(body, 12_000)}"
+    post(options["url"], {"text": text.replace("@", "@\N{ZERO WIDTH SPACE}")})  # a guest named @all calls nobody
+
+
+def send_teams(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    """An Adaptive Card, as Teams' workflows take it."""
+    blocks = [{"type": "TextBlock", "text": body["subject"], "weight": "Bolder", "wrap": True}]
+    blocks += [{"type": "TextBlock", "text": line, "wrap": True} for line in message_text(body, 18_000).split("\n")
+               if line]
+    card = {"$schema": "http://adaptivecards.io/schemas/adaptive-card.json", "type": "AdaptiveCard", "version": "1.4",
+            "body": blocks}
+    post(options["url"], {"type": "message", "attachments": [
+        {"contentType": "application/vnd.microsoft.card.adaptive", "content": card}]})
+
+
+def send_alertmanager(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    headers = {}
+    if "token" in options:
+        headers["Authorization"] = "Bearer " + options["token"]
+    elif "username" in options:
+        pair = f"{options['username']}:{options.get('password', '')}"
+        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    post(options["url"].rstrip("/") + "/api/v2/alerts", [to_alertmanager(one) for one in body["items"]], headers)
+
+
+def to_alertmanager(one: dict[str, Any]) -> dict[str, Any]:
+    """An alert as Alertmanager knows it. It forgets what has no end after 5 minutes, so a firing one ends in a day;
+    the channel says it again every few minutes while it fires."""
+    over = one["kind"] in ("resolved", "test", "digest")
+    labels = {"alertname": one["rule"] or one["kind"], "severity": one["severity"], "host": one["host"] or "",
+              "site": one["site"] or "", "object": one["object"] or ""}
+    ends = one["at"] + (MINUTE if one["kind"] == "test" else 0 if over else DAY)
+    return {"labels": {key: value for key, value in labels.items() if value}, "generatorURL": one["link"],
+            "annotations": {"summary": one["message"], "why": one["why"], "todo": one["todo"]},
+            "startsAt": iso_time(one["since"]), "endsAt": iso_time(ends)}
+
+
+def iso_time(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def send_webhook(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+    """Standard Webhooks: the same scheme by which agents sign their reports."""
+    key = base64.b64decode(options["secret"].removeprefix("whsec_"))
+    content = json.dumps({"type": "alerts", "subject": body["subject"], "text": message_text(body),
+                          "alerts": body["items"], "left_out": body["left_out"]}).encode()
+    stamp = str(int(time.time()))
+    digest = hmac.digest(key, f"{message_id}.{stamp}.".encode() + content, "sha256")
+    post(options["url"], content, {"webhook-id": message_id, "webhook-timestamp": stamp,
+                                   "webhook-signature": "v1," + base64.b64encode(digest).decode()})
+
+
+class Kind(NamedTuple):
+    """A kind of channel: what it needs, what it may have, how it sends."""
+
+    send: Callable[[dict[str, Any], str, dict[str, Any]], None]
+    required: dict[str, type]
+    optional: dict[str, type] = {}
+
+
+KINDS = {
+    "email": Kind(send_email, {"host": str, "from": str, "to": list},
+                  {"port": int, "security": str, "username": str, "password": str, "ca_file": str}),
+    "ntfy": Kind(send_ntfy, {"url": str}, {"token": str}),
+    "gotify": Kind(send_gotify, {"url": str, "token": str}),
+    "telegram": Kind(send_telegram, {"token": str, "chat_id": str}, {"url": str}),
+    "slack": Kind(send_slack, {"url": str}),
+    "discord": Kind(send_discord, {"url": str}),
+    "mattermost": Kind(send_mattermost, {"url": str}),
+    "teams": Kind(send_teams, {"url": str}),
+    "alertmanager": Kind(send_alertmanager, {"url": str}, {"username": str, "password": str, "token": str}),
+    "webhook": Kind(send_webhook, {"url": str, "secret": str}),
+}
+
+
+def channel_rows(db: sqlite3.Connection, fleet: Fleet) -> list[dict[str, Any]]:
+    """Each channel with its last delivery, what waits, and what was given up in the last 7 days."""
+    rows = []
+    for channel in fleet.channels:
+        row = db.execute("""
+            SELECT (SELECT max(sent_at) FROM message WHERE channel = :name AND sent_at IS NOT NULL) AS last_sent_at,
+                   (SELECT count(*) FROM notification WHERE channel = :name AND message_id IS NULL) +
+                   (SELECT count(*) FROM message
+                    WHERE channel = :name AND sent_at IS NULL AND given_up_at IS NULL) AS waiting,
+                   (SELECT count(*) FROM message WHERE channel = :name AND given_up_at > :week) AS given_up
+            """, {"name": channel.name, "week": time.time() - 7 * DAY}).fetchone()
+        failed = db.execute("""
+            SELECT error, ifnull(given_up_at, due_at) AS at FROM message
+            WHERE channel = :name AND error IS NOT NULL AND sent_at IS NULL ORDER BY created_at DESC LIMIT 1""",
+            {"name": channel.name}).fetchone()
+        rows.append({"name": channel.name, "kind": channel.kind, **dict(row), "last_error": failed and failed["error"],
+                     "last_error_at": failed and failed["at"]})
+    return rows
+
+
+# The threads that send: one for each channel, so that one that hangs holds up nobody else
+
+
+class Notifier:
+    """Makes messages of what waits and sends them. `turn` is one step; its store and fleet are the server's."""
+
+    REFRESH_SECONDS = 3 * MINUTE  # Alertmanager is told again of all that fires
+
+    def __init__(self, store: Store, fleet: Fleet, clock: Callable[[], float]):
+        self.store, self.fleet, self.clock = store, fleet, clock
+        self._threads: dict[str, threading.Thread] = {}
+        self._stop = threading.Event()
+        self._refreshed: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Have a thread for every channel there is; called again after the settings changed."""
+        for channel in self.fleet.channels:
+            thread = self._threads.get(channel.name)
+            if thread is None or not thread.is_alive():
+                thread = threading.Thread(target=self._run, args=(channel.name,), name=f"to {channel.name}",
+                                          daemon=True)
+                self._threads[channel.name] = thread
+                thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.fleet.outbox_changed.set()
+
+    def _run(self, name: str) -> None:
+        while not self._stop.is_set():
+            channel = next((one for one in self.fleet.channels if one.name == name), None)
+            if channel is None:
+                return
+            try:
+                busy = self.turn(channel)
+            except Exception as error:  # a fault of ours must not silence a channel for ever
+                log(f"notifications: {name}: {type(error).__name__}: {error}")
+                busy = False
+            if not busy:
+                self._stop.wait(0.5)
+
+    def turn(self, channel: Channel) -> bool:
+        """Send what is due, or make a message of what waits; whether there was anything to do."""
+        now, db = self.clock(), self.store.reader()
+        open_message = db.execute("""
+            SELECT * FROM message WHERE channel = :channel AND sent_at IS NULL AND given_up_at IS NULL
+            ORDER BY created_at LIMIT 1""", {"channel": channel.name}).fetchone()
+        if open_message is not None:
+            if open_message["due_at"] > now:
+                return False
+            self.deliver(channel, open_message)
+            return True
+        if channel.kind == "alertmanager":
+            self._refresh(channel, now)
+        waits = db.execute("SELECT 1 FROM notification WHERE channel = :channel AND message_id IS NULL AND not_before "
+                           "<= :now "
+                           "LIMIT 1", {"channel": channel.name, "now": now}).fetchone()
+        return waits is not None and self.store.write(lambda write: make_message(write, channel, now)) is not None
+
+    def deliver(self, channel: Channel, message: sqlite3.Row) -> None:
+        """Send one message and write down what came of it."""
+        error: Undelivered | None = None
+        try:
+            KINDS[channel.kind].send(channel.options, message["id"], json.loads(message["body"]))
+        except Undelivered as undelivered:
+            error = undelivered
+        now = self.clock()
+        self.store.write(lambda db: record_delivery(db, channel, message, error, now))
+        if error is None:
+            self.fleet.told_at = now
+            self.fleet.generation += 1
+
+    def _refresh(self, channel: Channel, now: float) -> None:
+        if now - self._refreshed.get(channel.name, 0.0) < self.REFRESH_SECONDS:
+            return
+        self._refreshed[channel.name] = now
+        items = [notification_body(self.fleet, state, alert, "firing", now)
+                 for state in self.fleet.everything() for alert in state.alerts.values()
+                 if alert.state == "firing" and alert.told_severity and channel.wants(state, alert.rule,
+                                                                                      alert.severity)]
+        if items:
+            try:
+                send_alertmanager(channel.options, "", {"items": items})
+            except Undelivered as error:
+                log(f"notifications: {channel.name}: {error}")
+
+
+def record_delivery(db: sqlite3.Connection, channel: Channel, message: sqlite3.Row, error: Undelivered | None,
+                    now: float) -> None:
+    """Sent, to be tried again, or given up: the last is told on the page and in the log."""
+    if error is None:
+        db.execute("UPDATE message SET sent_at = :now, attempts = attempts + 1, error = NULL WHERE id = :id",
+                   {"now": now, "id": message["id"]})
+        insert_event(db, now, "notification-sent", f"Told {channel.name}: {json.loads(message['body'])['subject']}")
+        return
+    attempts = message["attempts"] + 1
+    lost = (error.refused and attempts >= REFUSED_LIMIT) or now - message["created_at"] > GIVE_UP_SECONDS
+    due = now + BACKOFF[min(attempts, len(BACKOFF)) - 1]
+    db.execute("""
+        UPDATE message SET attempts = :attempts, error = :error, due_at = :due, given_up_at = :lost WHERE id = :id""",
+        {"attempts": attempts, "error": str(error)[:500], "due": due, "lost": now if lost else None,
+         "id": message["id"]})
+    log(f"notifications: {channel.name}: {error}{'; given up' if lost else ''}")
+    if lost:
+        insert_event(db, now, "notification-given-up", f"Could not tell {channel.name}: {error}; given up: "
+                     f"{json.loads(message['body'])['subject']}")
+
+
+def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
+    """What waits for a channel that is not there any more is given up, and that is told."""
+    names = json.dumps([channel.name for channel in fleet.channels])
+    gone = db.execute("SELECT DISTINCT channel FROM notification WHERE message_id IS NULL AND channel NOT IN "
+                      "(SELECT value FROM json_each(:names)) UNION SELECT DISTINCT channel FROM message WHERE sent_at "
+                      "IS NULL "
+                      "AND given_up_at IS NULL AND channel NOT IN (SELECT value FROM json_each(:names))",
+                      {"names": names}).fetchall()
+    for (name,) in gone:
+        db.execute("UPDATE notification SET message_id = '-' WHERE message_id IS NULL AND channel = :name",
+                   {"name": name})
+        db.execute("UPDATE message SET given_up_at = :now, error = 'the channel is not set up any more' "
+                   "WHERE sent_at IS NULL AND given_up_at IS NULL AND channel = :name", {"now": now, "name": name})
+        insert_event(db, now, "notification-given-up", f"Channel {name} is not set up any more; what waited for it is "
+                                                       f"given up")
+
+
+def canary(public_url: str, now: float) -> dict[str, Any]:
+    """The message of test-notification."""
+    words = f"This is a test of proxmon at {public_url}. If you read it, this channel works."
+    item = {"kind": "test", "alert_id": None, "rule": "", "severity": "info", "host": None, "site": None,
+            "object": None,
+            "message": words, "value": None, "since": now, "at": now, "why": "", "todo": "", "threshold": "",
+            "children": 0,
+            "link": public_url + "/"}
+    return build_message([item])
+
+
+# The weekly digest, and the sign of life to the outside
+
+
+def digest_due(digest: Digest, last: float | None, now: float) -> bool:
+    """Whether the digest of this week has still to be sent."""
+    local = time.localtime(now)
+    ripe = local.tm_wday == digest.weekday and local.tm_hour * 60 + local.tm_min >= digest.minute
+    return ripe and (last is None or now - last > DAY)
+
+
+def run_digest(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    digest, last = monitor.settings.digest, get_meta(db, "digest_at")
+    if digest is None or not digest_due(digest, float(last) if last else None, now):
+        return
+    set_meta(db, "digest_at", now)
+    fleet = monitor.fleet
+    item = {**canary(fleet.public_url, now)["items"][0], "kind": "digest", "message": digest_text(db, fleet, now)}
+    for channel in fleet.channels:
+        if digest.channels is None or channel.name in digest.channels:
+            insert_notification(db, channel.name, None, json.dumps(item), now, now)
+
+
+def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
+    """The week: opened and closed, nearest to full, worst backups, most worn disks, silent hosts, noisiest rules."""
+    week = now - 7 * DAY
+    opened = db.execute("SELECT count(*) FROM alert WHERE fired_at > :week", {"week": week}).fetchone()[0]
+    closed = db.execute("SELECT count(*) FROM alert WHERE state = 'resolved' AND resolved_at > :week AND fired_at IS "
+                        "NOT NULL",
+                        {"week": week}).fetchone()[0]
+    noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week GROUP BY rule ORDER BY n DESC "
+                       "LIMIT 5",
+                       {"week": week}).fetchall()
+    states = list(fleet.hosts.values())
+    full = [(row["capacity_ratio"], row["host"], row["name"]) for state in states for row in pool_rows(state, now)
+            if row["capacity_ratio"] is not None]
+    late = [(late, state.name) for state in states if (late := worst_backup(state, fleet, now)) is not None
+            and late > 0]
+    worn = [(number(disk, "wear_ratio") or 0, state.name, disk["name"]) for state in states
+            for disk in state.body("disks", ())]
+    silent = [state.name for state in states if (fleet.silent_seconds(state, now) or 0) >= OFFLINE_SECONDS]
+    lines = [f"The week until {time.strftime('%Y-%m-%d', time.localtime(now))}: {opened} alerts opened, {closed} "
+             f"closed."]
+    parts = (
+        ("Nearest to full", [f"{percent(used)} {host} {pool}" for used, host, pool in sorted(full, reverse=True)[:5]]),
+        ("Latest backups", [f"{format_duration(one)} late on {host}" for one, host in sorted(late, reverse=True)[:5]]),
+        ("Most worn disks", [f"{percent(used)} {host} {disk}" for used, host, disk in sorted(worn, reverse=True)[:5]
+                             if used]),
+        ("Silent hosts", sorted(silent)[:20]),
+        ("Noisiest rules", [f"{row['rule']} {row['n']}×" for row in noisy]),
+    )
+    lines += [f"{title}: {'; '.join(found) or 'none'}." for title, found in parts]
+    return "\n".join(one_line(line) for line in lines)
+
+
+class Heartbeat:
+    """Calls HEARTBEAT_URL once a minute while ingest, writer and rules are alive: when the monitor dies, whoever waits
+    for the call notices."""
+
+    def __init__(self, monitor: Monitor):
+        self.monitor, self.url = monitor, monitor.config.heartbeat_url
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        if self.url:
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def well(self) -> bool:
+        store, judged = self.monitor.store, self.monitor.judged_at
+        return store.alive and store.last_error is None and judged is not None and time.monotonic() - judged < MINUTE
+
+    def beat(self) -> None:
+        try:
+            with OPENER.open(urllib.request.Request(self.url, headers={"User-Agent": f"proxmon/{VERSION}"}),
+                             timeout=SEND_TIMEOUT):
+                pass
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            log(f"heartbeat: {type(error).__name__}: {getattr(error, 'reason', error)}")
+
+    def _run(self) -> None:
+        while not self._stop.wait(5):
+            if self.well():
+                self.beat()
+                self._stop.wait(MINUTE - 5)
 
 
 # --- columns: numbers packed into few bytes, exactly ---
@@ -2631,6 +5726,67 @@ def series_name(section: str, object: str, field: str) -> str:
     return f"{section}/{object}.{field}" if object else f"{section}.{field}"
 
 
+# Replay: what the rules would have said of the past
+
+
+def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float) -> tuple[list[Past], float | None]:
+    """What the fleet's rules would have said of what is kept, oldest first; and where that begins. Of the reports
+    themselves every rule; of points of 5 minutes, which are older, the rules with thresholds."""
+    found: list[Past] = []
+    begins = []
+    for record in list_host_records(db):
+        past = past_state(HostState(record))
+        fired: dict[tuple[str, str], Past] = {}
+        for count, (at, report, whole) in enumerate(list_past_reports(db, record["id"], since, until)):
+            begins += [at] if not count else []
+            for one in judge_past(past, fleet, report, Stamp(0, count, at, at, 0), whole=whole):
+                if one.over_at is None:
+                    fired[one.rule, one.object] = one
+                elif (one.rule, one.object) in fired:
+                    found.append(one)
+                    del fired[one.rule, one.object]
+        found += fired.values()
+    return sorted(found, key=lambda one: one.fired_at), min(begins, default=None)
+
+
+def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
+                      until: float) -> Iterator[tuple[float, dict[str, Any], bool]]:
+    """Time and content of a host's past, oldest first; `whole` are the reports as they came."""
+    first, last = report_span(host_id, since, until)
+    oldest = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
+                        {"first": first, "last": last}).fetchone()[0]
+    whole_from = until if oldest is None else report_time(oldest)
+    source = Source(History(), db, host_id, None)
+    begin = begin_of_history(db, host_id)
+    for day in range(int(max(since, begin or until)) // DAY * DAY, int(whole_from) + 1, DAY):
+        yield from ((at, report, False) for at, report in reports_of_points(source.points(FINE, day, day + DAY))
+                    if since <= at < whole_from)
+    for row in db.execute("SELECT id, body FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
+                          {"first": first, "last": last}):
+        yield report_time(row["id"]), read_body(row["body"]), True
+
+
+def reports_of_points(points: Points) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
+    slots: dict[float, dict[str, Any]] = {}
+    for (section, object), fields in points.items():
+        if "/" in object and section == "node":
+            continue
+        for field, values in fields.items():
+            if field == BOOT or field.endswith("_total"):
+                continue
+            for at, point in values.items():
+                slots.setdefault(at, {}).setdefault(section, {}).setdefault(object, {})[field] = point[0]
+    for at in sorted(slots):
+        report: dict[str, Any] = {"time": at}
+        for section, objects in slots[at].items():
+            key = KEY_FIELDS.get(section, ("", str))[0]
+            named = [{**fields, key: object} for object, fields in objects.items()]
+            report[section] = named if key else objects.get("", {})
+        report.pop("guests", None)  # their status has no history
+        yield at, report
+
+
 # Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the
 # writer; what it then writes takes it some milliseconds.
 
@@ -2910,6 +6066,11 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
     db.execute("DELETE FROM session WHERE used_at < :before", {"before": now - SESSION_SECONDS})
+    db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
+    db.execute("DELETE FROM notification WHERE message_id IS NOT NULL AND created_at < :before",
+               {"before": now - KEEP_RESOLVED})
+    db.execute("DELETE FROM message WHERE created_at < :before AND (sent_at IS NOT NULL OR given_up_at IS NOT NULL)",
+               {"before": now - KEEP_RESOLVED})
 
 
 # --- ingest: a report counts whole or not at all, and once ---
@@ -2923,6 +6084,10 @@ class Monitor:
         self.secret = config.secret()
         self.fleet = Fleet()
         self.fleet.serving_since = clock()
+        self.fleet.public_url = config.public_url
+        self.judged_at: float | None = None  # monotonic: the rules' last round
+        self.looked_at = clock()
+        self.use_settings(load_settings(config))
         self.runs: dict[tuple[int, str], Run] = {}
         self.history = History()
         self.logins = LoginLimiter()
@@ -2932,11 +6097,33 @@ class Monitor:
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
         self.keeper = Keeper(self.store, self.history, self.fleet)
+        self.notifier = Notifier(self.store, self.fleet, clock)
 
     def _start(self, db: sqlite3.Connection) -> None:
         check_secret(db, self.secret)
         set_meta(db, "serving_since", self.fleet.serving_since)
         self.fleet.load(db)
+        drop_orphans(db, self.fleet, self.clock())
+
+    def use_settings(self, settings: Settings) -> None:
+        """Take over what server.toml says."""
+        self.settings = settings
+        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
+
+    def reload_settings(self) -> bool:
+        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
+        try:
+            self.use_settings(load_settings(self.config))
+        except Failure as failure:
+            log(f"server: {failure}; the old rules stay")
+            reason = str(failure)
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", f"{reason}; the old rules "
+                                                                                           f"stay"))
+            return False
+        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
+        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
+        self.notifier.start()
+        return True
 
     def reload(self) -> None:
         """After a failed commit memory is ahead of the disk: take the disk's word."""
@@ -2948,6 +6135,7 @@ class Monitor:
             log(f"writer: could not read the state again: {error}")
 
     def close(self) -> None:
+        self.notifier.stop()
         self.store.close()
 
 
@@ -2996,6 +6184,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
     if state is None:
         raise Problem("unknown_host", "the host has just been removed")
     accepted, touched = 0, {}
+    changed: set[str] = set()
     for report in reports:
         run = find_run(monitor, db, host_id, report["run_id"], now)
         if not add_to_ranges(run.ranges, report["seq"]):
@@ -3003,17 +6192,33 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         at = min(report["time"], now)
         packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
-        state.apply(report, Stamp(run.id, report["seq"], at, now, report_id))
+        stamp = Stamp(run.id, report["seq"], at, now, report_id)
+        changed |= take_report(db, monitor.fleet, state, report, stamp)
         monitor.history.remember(host_id, report_id, build_tick(report, now))
         touched[run.id] = run
         accepted += 1
     if accepted:
         keep_state(db, state, touched.values(), now)
-        judge_host(db, monitor.fleet, state, now)
+        judge_host(db, monitor.fleet, state, now, changed)
+        dispatch(db, monitor.fleet, [state], now)
         monitor.fleet.generation += 1
     monitor.reports_accepted += accepted
     monitor.reports_duplicate += len(reports) - accepted
     return accepted
+
+
+def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
+                stamp: Stamp) -> set[str]:
+    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
+    newest = stamp.newer_than(state.stamp)
+    watch_agent(state, report, stamp)
+    changed = state.apply(report, stamp)
+    absorb_tasks(state, report.get("tasks"), stamp.time)
+    if newest:
+        state.scratch["heard"] = state.scratch.get("heard", 0) + 1
+    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
+        judge_backlog(db, fleet, state, report, stamp)
+    return set(changed)
 
 
 def find_run(monitor: Monitor, db: sqlite3.Connection, host_id: int, run_id: str, now: float) -> Run:
@@ -3052,12 +6257,23 @@ class Job(NamedTuple):
     beside: bool = False  # takes long: works beside the writer and gives it small pieces
 
 
+AWAY_SECONDS = MINUTE  # the rules are judged every 5 s; a longer gap means that we were away, not the hosts
+
+
 def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
-    """Rules that need no report: silence, and holds that have run out."""
-    monitor.fleet.refresh(db)
-    for state in monitor.fleet.hosts.values():
-        judge_host(db, monitor.fleet, state, now)
-    monitor.fleet.generation += 1  # verdicts depend on the time too
+    """Rules that need no report: silence, clusters, sites; and what was held back and may be told now."""
+    fleet = monitor.fleet
+    fleet.refresh(db)
+    if not 0 <= now - monitor.looked_at <= AWAY_SECONDS:  # suspended, or the clock was set: hosts get their time anew
+        fleet.serving_since = now
+        set_meta(db, "serving_since", now)
+    monitor.looked_at = now
+    for state in fleet.hosts.values():
+        judge_host(db, fleet, state, now)
+    judge_shared(db, fleet, now)
+    dispatch(db, fleet, fleet.everything(), now)
+    fleet.generation += 1  # verdicts depend on the time too
+    monitor.judged_at = time.monotonic()
 
 
 def sign_of_life(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
@@ -3085,6 +6301,7 @@ def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None
 JOBS = (
     Job("judge", 5, judge_fleet),
     Job("alive", 30, sign_of_life),
+    Job("digest", 5 * MINUTE, run_digest),
     Job("prune", HOUR, run_prune),
     Job("history", 5, keep_history, beside=True),
     Job("expire", 10 * MINUTE, expire_history, beside=True),
@@ -3402,8 +6619,135 @@ def get_alerts(call: Call) -> Any:
     state = call.query.pop("state", "firing")
     if state not in ("firing", "pending", "resolved", "all"):
         raise Problem("invalid_request", "state: firing, pending, resolved or all", parameter="state")
-    hosts = {one.name for one in call.states()}
+    hosts: set[str | None] = {one.name for one in call.states()}
+    if not call.query.keys() & {"host", "site", "tag"}:
+        hosts.add(None)  # of clusters, sites and the server itself
+    call.query.pop("site", None)
     return Listing([row for row in list_alerts(call.db, state) if row["host"] in hosts], ALERT_COLUMNS)
+
+
+def alert_number(call: Call) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", call.params["id"]):
+        raise Problem("not_found", "no such alert")
+    return int(call.params["id"])
+
+
+def expect_fields(wanted: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    for key in wanted:
+        if key not in allowed:
+            raise Problem("invalid_request", f"unknown field {key!r}; allowed: {', '.join(allowed)}",
+                          pointer=json_pointer([key]))
+
+
+def note_of(wanted: dict[str, Any]) -> str | None:
+    note = wanted.get("note")
+    if note is not None and not (isinstance(note, str) and len(note) <= 2000):
+        raise Problem("invalid_request", "note should be at most 2,000 characters", pointer="/note")
+    return note
+
+
+def until_of(call: Call, wanted: dict[str, Any]) -> float | None:
+    until = wanted.get("until")
+    if until is not None and not (is_number(until) and until > call.now):
+        raise Problem("invalid_request", "until should be a unix time in the future", pointer="/until")
+    return until
+
+
+def shown_alert(call: Call, number: int) -> dict[str, Any]:
+    row = call.db.execute("""
+        SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id
+        WHERE alert.id = :id""", {"id": number}).fetchone()
+    if row is None:
+        raise Problem("not_found", f"no alert {number}")
+    return to_alert_row(row)
+
+
+@route("POST", "/api/v1/alerts/<id>/acknowledge", auth="admin")
+def post_acknowledge(call: Call) -> Any:
+    """Take note of an alert, until it gets worse: note, until (both optional)."""
+    wanted, number = call.json(), alert_number(call)
+    expect_fields(wanted, ("note", "until"))
+    note, until, fleet, by = note_of(wanted), until_of(call, wanted), call.fleet, call.actor or ""
+    call.monitor.store.write(lambda db: acknowledge(db, fleet, number, call.now, by=by, until=until, note=note))
+    return shown_alert(call, number)
+
+
+@route("DELETE", "/api/v1/alerts/<id>/acknowledge", auth="admin")
+def remove_acknowledge(call: Call) -> Any:
+    """Take an acknowledgement back."""
+    number = alert_number(call)
+    call.monitor.store.write(lambda db: unacknowledge(db, call.fleet, number, call.now, by=call.actor or ""))
+    return Answer(204)
+
+
+@route("POST", "/api/v1/alerts/<id>/accept", auth="admin")
+def post_accept(call: Call) -> Any:
+    """Accept what an alert is about as normal: it is the baseline from here on."""
+    number = alert_number(call)
+    expect_fields(call.json(), ())
+
+    def work(db: sqlite3.Connection) -> None:
+        accept_as_normal(db, call.fleet, number, call.now, by=call.actor or "")
+        dispatch(db, call.fleet, call.fleet.everything(), call.now)
+
+    call.monitor.store.write(work)
+    return shown_alert(call, number)
+
+
+SILENCE_COLUMNS = ("id", *SILENCE_MATCHERS, "until", "note", "created_by", "created_at")
+
+
+@route("GET", "/api/v1/silences", auth="read", columns=SILENCE_COLUMNS)
+def get_silences(call: Call) -> Any:
+    """The silences that have not ended."""
+    return Listing(active_silences(call.db, call.now), SILENCE_COLUMNS)
+
+
+@route("POST", "/api/v1/silences", auth="admin")
+def post_silence(call: Call) -> Any:
+    """No notification for what fits all of tag, site, host, object, rule that are given, until a time: until, note."""
+    wanted = call.json()
+    expect_fields(wanted, (*SILENCE_MATCHERS, "until", "note"))
+    until = until_of(call, wanted)
+    if until is None:
+        raise Problem("invalid_request", "a silence has an end: until, as unix time", pointer="/until")
+    for key in SILENCE_MATCHERS:
+        value = wanted.get(key)
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= 300):
+            raise Problem("invalid_request", f"{key} should be text", pointer=f"/{key}")
+    if not any(wanted.get(key) for key in SILENCE_MATCHERS):
+        raise Problem("invalid_request", f"at least one of {', '.join(SILENCE_MATCHERS)}", pointer="")
+    fields = {**dict.fromkeys(SILENCE_MATCHERS), **wanted, "note": note_of(wanted), "until": until}
+    made = call.monitor.store.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
+    return Answer(201, json.dumps(made).encode())
+
+
+@route("DELETE", "/api/v1/silences/<id>", auth="admin")
+def remove_silence(call: Call) -> Any:
+    """End a silence."""
+    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, call.params["id"], call.now, by=call.actor
+                                                       or ""))
+    return Answer(204)
+
+
+RULE_COLUMNS = ("rule", "of", "enabled", "warn", "crit", "clear_by", "hold_seconds", "layer", "why", "todo")
+
+
+@route("GET", "/api/v1/rules", auth="read", columns=RULE_COLUMNS)
+def get_rules(call: Call) -> Any:
+    """Every rule with its thresholds, for one host or object too (?host=, ?object=), and the layer that set them."""
+    host, object = call.query.pop("host", None), call.query.pop("object", "")
+    state = call.fleet.find(host) if host else call.fleet.shared
+    return Listing([rule_row(call.fleet, state, rule, object) for rule in RULES], RULE_COLUMNS)
+
+
+CHANNEL_COLUMNS = ("name", "kind", "last_sent_at", "last_error", "last_error_at", "waiting", "given_up")
+
+
+@route("GET", "/api/v1/channels", auth="read", columns=CHANNEL_COLUMNS)
+def get_channels(call: Call) -> Any:
+    """Where notifications go, and the last delivery of each."""
+    return Listing(channel_rows(call.db, call.fleet), CHANNEL_COLUMNS)
 
 
 EVENT_COLUMNS = ("id", "at", "kind", "host", "object", "message")
@@ -4501,7 +7845,7 @@ class RefusedTask(ErrorTask):
         self.write(body)
 
 
-class Channel(HTTPChannel):
+class HttpChannel(HTTPChannel):
     error_task_class = RefusedTask
 
 
@@ -4514,11 +7858,15 @@ def run_server(monitor: Monitor) -> None:
         max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
         clear_untrusted_proxy_headers=False)
     for one in getattr(server, "_server_list", None) or [server]:
-        one.channel_class = Channel
+        one.channel_class = HttpChannel
     scheduler = Scheduler(monitor)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop_serving)
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
     scheduler.start()
+    heartbeat = Heartbeat(monitor)
+    heartbeat.start()
+    monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
     log(f"server: listening on http://{config.listen}:{port}")
     if not config.password_hash:
@@ -4529,6 +7877,7 @@ def run_server(monitor: Monitor) -> None:
         pass
     finally:
         scheduler.stop()
+        heartbeat.stop()
         server.close()
         monitor.close()
         log("server: stopped")
@@ -4797,7 +8146,82 @@ def check_settings(config: Config) -> Iterator[Check]:
         yield Check(True, "password: set")
     else:
         yield Check(None, "password: DASHBOARD_PASSWORD_HASH is not set: nobody can log in; see `hash-password`")
-    yield Check(None, "channels: none is set up, alerts are shown on the page only")
+    yield from check_channels(config)
+
+
+def check_channels(config: Config) -> Iterator[Check]:
+    """server.toml, and whether each channel can be reached; nothing is sent."""
+    try:
+        settings = load_settings(config)
+    except Failure as failure:
+        yield Check(False, f"rules: {failure}")
+        return
+    there = os.path.exists(config.settings_path)
+    yield Check(True, f"rules: {config.settings_path if there else 'as shipped'}")
+    if there and settings.channels and os.stat(config.settings_path).st_mode & 0o077:
+        yield Check(None, f"rules: {config.settings_path} holds secrets and others can read it: chmod 600")
+    if not settings.channels:
+        yield Check(None, "channels: none is set up, alerts are shown on the page only")
+    for channel in settings.channels:
+        host, port = channel_address(channel)
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            yield Check(True, f"channel {channel.name}: {host}:{port} answers; `test-notification` sends a message")
+        except OSError as error:
+            yield Check(False, f"channel {channel.name}: {host}:{port}: {error.strerror or error}")
+
+
+def channel_address(channel: Channel) -> tuple[str, int]:
+    """Host and port that a channel talks to."""
+    if channel.kind == "email":
+        ports = {"starttls": 587, "tls": 465, "plain": 25}
+        return channel.options["host"], channel.options.get("port", ports[channel.options.get("security", "starttls")])
+    parts = urllib.parse.urlsplit(channel.options.get("url", "https://api.telegram.org"))
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+@command("test-notification", ("--channel", {"metavar": "NAME", "help": "only this one"}))
+def command_test_notification(config: Config, args: argparse.Namespace) -> int:
+    """Send a test message through every channel; exit 1 if any does not take it."""
+    channels = [one for one in load_settings(config).channels if args.channel in (None, one.name)]
+    if not channels:
+        raise Failure(f"no channel {'is set up' if args.channel is None else repr(args.channel)} in "
+                      f"{config.settings_path}")
+    failed = 0
+    for channel in channels:
+        try:
+            KINDS[channel.kind].send(channel.options, "msg_" + secrets.token_hex(12), canary(config.public_url,
+                                                                                             time.time()))
+            print(f"✓ {channel.name}: taken")
+        except Undelivered as error:
+            failed += 1
+            print(f"✗ {channel.name}: {error}")
+    return FAILED if failed else OK
+
+
+@command("replay-rules", ("--since", {"default": "30d", "metavar": "TIME", "help": "how far back: 30d, 12h"}),
+         ("--config", {"metavar": "FILE", "help": "rules to try, instead of SERVER_CONFIG"}), JSON_ARGUMENT)
+def command_replay_rules(config: Config, args: argparse.Namespace) -> int:
+    """Run the rules over the reports that are kept and say what would have fired; nothing is changed or sent."""
+    found = re.fullmatch(r"(\d+)([hd])", args.since)
+    if found is None:
+        raise Failure("--since: a number with h or d, such as 30d")
+    if args.config:
+        config.settings_path, config.settings_given = args.config, True
+    db, now = open_database(config, readonly=True), time.time()
+    fleet = Fleet()
+    fleet.layers = load_settings(config).layers
+    past, first = replay(db, fleet, now - int(found[1]) * (DAY if found[2] == "d" else HOUR), now)
+    rows = [{"fired_at": one.fired_at, "over_at": one.over_at, "severity": one.severity, "host": one.host,
+             "rule": one.rule, "object": one.object or None, "message": one.message} for one in past]
+    if args.json:
+        print(json.dumps({"since": first, "alerts": rows}, indent=2))
+    else:
+        reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
+        print(f"{len(rows)} alert(s) would have fired ({reach}).")
+        if rows:
+            print(to_text(rows, ("fired_at", "over_at", "severity", "host", "rule", "object", "message")), end="")
+    return OK
 
 
 def check_database(config: Config) -> Iterator[Check]:
