@@ -1725,8 +1725,10 @@ def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
         if vdev["state"] not in ("ONLINE", "DEGRADED"):
             return 0
         return 1 if trust_resilvering or vdev.get("reason") not in ("resilvering", "awaiting resilver") else 0
-    each = sorted(failures_to_lose(child, trust_resilvering=trust_resilvering) for child in children)
     kind = vdev["type"]
+    if kind == "replacing" and not trust_resilvering:
+        children = children[:-1]  # the new disk comes last, and is not complete as long as this vdev is there
+    each = sorted(failures_to_lose(child, trust_resilvering=trust_resilvering) for child in children)
     if kind.startswith(("raidz", "draid")):
         parity = to_count(kind[5:6]) or 1
         return sum(each[: parity + 1])  # the cheapest parity + 1 children
