@@ -105,7 +105,7 @@ class Container:
     ) -> subprocess.CompletedProcess[str]:
         """As root, in a shell of the container."""
         argv = ["nsenter", f"--target={self.find_leader()}", "--mount", "--uts", "--ipc", "--pid", "--net", "--cgroup",
-                "--root", "--wd=/root", "/bin/bash", "-euo", "pipefail", "-c", script]  # fmt: skip
+                "--root", "--wdns=/", "/bin/bash", "-euo", "pipefail", "-c", f"cd /root\n{script}"]  # fmt: skip
         given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
                  "LC_ALL": "C.UTF-8", "TERM": "dumb", **env}  # fmt: skip
         return subprocess.run(argv, env=given, input=stdin, capture_output=True, text=True, timeout=seconds)
