@@ -221,9 +221,7 @@ def test_a_newcomer_gets_from_nothing_to_a_host_on_the_page_and_back(machines, r
     step(monitor, LC, "private")
     typed(monitor, caddy)
     began = time.monotonic()
-    told = step(monitor, LC, "token")
-    token = token_in(told)
-    assert "curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01" in told
+    token = token_in(step(monitor, LC, "token"))
 
     # install-agent.md: the certificate, the line, and the look at it
     hand_over_certificate(monitor, host, ran)
@@ -267,6 +265,8 @@ def test_a_newcomer_gets_from_nothing_to_a_host_on_the_page_and_back(machines, r
     until(host, AGENT_LOG, "reporter: accepted host:pve-host-01")
     assert host.run("stat -c %a /etc/proxmox-monitor/agent.toml").stdout == "600\n"
 
+    check_plain_ways(host)
+
     wanted = [one.text for name in (LC, IA) for one in blocks_of(name) if one.place in ("on-server", "on-host")]
     assert set(ran) == set(wanted)
 
@@ -298,6 +298,8 @@ def check_running_unit(host: Container, token: str) -> None:
     """What systemd says of it, that it was ready by its own word, and that a hang ends it."""
     shown = host.run("systemctl show -p Type -p NRestarts -p StatusText -p ActiveState proxmox-monitor-agent").stdout
     assert "ActiveState=active" in shown and "NRestarts=0" in shown and "StatusText=reporting" in shown
+    pss = host.run("cat /proc/$(systemctl show -p MainPID --value proxmox-monitor-agent)/smaps_rollup").stdout
+    print("frozen agent over TLS:", re.search(r"^Pss: +(.*)$", pss, re.MULTILINE).group(1), "PSS")
     assert token not in host.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '; env; journalctl --no-pager").stdout
     assert host.run("stat -c %a /etc/proxmox-monitor/agent.toml /etc/proxmox-monitor").stdout == "600\n700\n"
     typed(host, "mkdir -p /run/systemd/system/proxmox-monitor-agent.service.d; printf '[Service]\\nWatchdogSec=2\\n' "
@@ -307,6 +309,20 @@ def check_running_unit(host: Container, token: str) -> None:
     until(host, "systemctl show -p NRestarts proxmox-monitor-agent", "NRestarts=1", 20)
     typed(host, "rm -r /run/systemd/system/proxmox-monitor-agent.service.d; systemctl daemon-reload; "
                 "systemctl restart proxmox-monitor-agent")  # fmt: skip
+
+
+def check_plain_ways(host: Container) -> None:
+    """agent.py under the same unit: in the binary's place, and elsewhere by the guide's override."""
+    line = "curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01 --plain"
+    assert "reporter: accepted host:pve-host-01" in typed(host, line)
+    program = "readlink /proc/$(systemctl show -p MainPID --value proxmox-monitor-agent)/exe"
+    assert "/python3" in host.run(program).stdout
+    (override,) = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "docs" / IA).read_text(), re.MULTILINE | re.DOTALL)
+    folder = "/etc/systemd/system/proxmox-monitor-agent.service.d"
+    typed(host, f"mkdir -p /opt/proxmon {folder}; cp proxmon-*/agent.py /opt/proxmon/; cat > {folder}/override.conf; "
+                "systemctl daemon-reload; systemctl restart proxmox-monitor-agent", stdin=override)  # fmt: skip
+    until(host, AGENT_LOG, "reporter: accepted host:pve-host-01")
+    assert "/opt/proxmon/agent.py" in host.run("systemctl status --no-pager -n0 proxmox-monitor-agent").stdout
 
 
 def upgrade_and_back(monitor: Container, host: Container, release: Path, step) -> None:
