@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ ROOTS = Path(os.environ.get("BUILD_ROOTS") or BUILD / "roots")
 
 # What a Proxmox VE host of that Debian has at least, and nothing of what is tried. No Python in the first.
 BARE = {"bookworm": "ca-certificates,curl", "trixie": "ca-certificates,curl,openssl,perl,libnet-ssleay-perl"}
-BOOTED = "ca-certificates,curl,systemd,systemd-sysv,dbus,procps,caddy,openssl"
+BOOTED = "ca-certificates,curl,systemd,systemd-sysv,dbus,procps,caddy,openssl,python3"
 
 
 # --- roots ---
@@ -53,7 +53,7 @@ def frozen_programs() -> dict[str, Path]:
 
 
 def debian_root(suite: str, packages: str, name: str = "") -> Path:
-    directory = ROOTS / f"try-{name or suite}"
+    directory = ROOTS / f"try-{name or suite}-{zlib.crc32(packages.encode()):08x}"
     with one_at_a_time(directory.name):
         build("root", suite, str(directory), packages)
     return directory
@@ -105,7 +105,7 @@ class Container:
     ) -> subprocess.CompletedProcess[str]:
         """As root, in a shell of the container."""
         argv = ["nsenter", f"--target={self.find_leader()}", "--mount", "--uts", "--ipc", "--pid", "--net", "--cgroup",
-                "--root", "--wd=/root", "/bin/bash", "-euo", "pipefail", "-c", script]  # fmt: skip
+                "--root", "--wdns=/", "/bin/bash", "-euo", "pipefail", "-c", f"cd /root\n{script}"]  # fmt: skip
         given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
                  "LC_ALL": "C.UTF-8", "TERM": "dumb", **env}  # fmt: skip
         return subprocess.run(argv, env=given, input=stdin, capture_output=True, text=True, timeout=seconds)
@@ -125,7 +125,3 @@ class Container:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
