@@ -48,7 +48,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import accumulate, compress, islice
@@ -5234,44 +5234,63 @@ def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], li
     if stored not in columns:
         return [], []
     times = [block.keys[at][0] for at in places]
-    values = columns[stored]
     if stored.endswith("_total"):
-        values = list_rates(times, values, columns.get("uptime_seconds"), columns.get(BOOT))
-    return times, values
+        return times, list_rates(columns[stored], times, list_waits(times, columns), columns)
+    return times, columns[stored]
 
 
-def list_rates(times: list[int], values: list[float], uptimes: list[float] | None,
-               boots: list[float] | None) -> list[float]:
+def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]:
+    """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago."""
+    return [0.0 if restarted(times, columns, row - 1, row) else (times[row] - times[row - 1]) / 1000
+            for row in range(1, len(times))]
+
+
+def restarted(times: list[int], columns: dict[str, list[float]], last: int, row: int) -> bool:
+    """Whether counters of two rows cannot be compared: a restart or a boot, or too long a time between."""
+    seconds = (times[row] - times[last]) / 1000
+    uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
+    if not 0 < seconds <= RATE_MOST:
+        return True
+    if uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds):
+        return True
+    return boots is not None and abs(boots[row] - boots[last]) > 0  # NaN, not known: False
+
+
+def list_rates(values: list[float], times: list[int], waits: list[float],
+               columns: dict[str, list[float]]) -> list[float]:
     """A counter's growth per second, at the end of each interval. A restart, a counter that fell and too long a
     time between make a gap: nobody knows what happened in it."""
+    total = sum(values)
+    if total == total:
+        return [NAN] + [(after - before) / wait if wait and after >= before else NAN
+                        for before, after, wait in zip(values, values[1:], waits)]
     rates = [NAN] * len(values)
-    last = -1
-    for row, value in enumerate(values):
-        if value != value:
-            continue
-        seconds = (times[row] - times[last]) / 1000 if last >= 0 else 0
-        if 0 < seconds <= RATE_MOST and value >= values[last]:
-            restarted = uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds)
-            rebooted = boots is not None and abs(boots[row] - boots[last]) > 0  # not known: False
-            if not restarted and not rebooted:
-                rates[row] = (value - values[last]) / seconds
-        last = row
+    known = [row for row, value in enumerate(values) if value == value]
+    for last, row in zip(known, known[1:]):
+        if values[row] >= values[last] and not restarted(times, columns, last, row):
+            rates[row] = (values[row] - values[last]) / ((times[row] - times[last]) / 1000)
     return rates
 
 
-def fold_object(block: Block, key: ObjectKey, fields: Iterable[str], since: float, until: float) -> dict[
+def fold_object(block: Block, key: ObjectKey, fields: Set[str], since: float, until: float) -> dict[
         str, dict[int, Point]]:
     """The points of 5 minutes of an object's fields from since to until, from reports."""
     places, columns = block.objects.get(key, ([], {}))
-    steps = [block.keys[at][0] // (FINE * 1000) * FINE for at in places]
+    times = [block.keys[at][0] for at in places]
+    steps = [at // (FINE * 1000) * FINE for at in times]
     spans = []
     row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
     while row < last:
         end = bisect.bisect_right(steps, steps[row], row, last)
         spans.append((steps[row], row, end))
         row = end
-    return {field: fold(list_values(block, key, field)[1], spans, is_rate=stored_field(field).endswith("_total"))
-            for field in fields if stored_field(field) in columns}
+    waits = list_waits(times, columns)
+    found = {}
+    for field in fields & columns.keys():
+        is_rate = field.endswith("_total")
+        values = list_rates(columns[field], times, waits, columns) if is_rate else columns[field]
+        found[field] = fold(values, spans, is_rate=is_rate)
+    return found
 
 
 def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
