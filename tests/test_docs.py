@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, LiveServer, build_report, find_program
+from conftest import ROOT, LiveServer, build_disk, build_pool, build_report, find_program
 
 
 def examples(name: str) -> list[str]:
@@ -25,7 +25,11 @@ def fill_in(live_server: LiveServer):
     find_program("curl")
     find_program("openssl")
     host_token, api_token = live_server.register("pve-host-01"), live_server.api_token("examples", "--admin")
-    live_server.post(host_token, build_report("pve-host-01", at=time.time() - 60), host="pve-host-01")
+    states = [{"name": "tank", "guid": "1", "state": "DEGRADED"}]
+    pools = [build_pool(state="DEGRADED", vdevs=[build_disk("sda", checksum_errors=3)])]
+    for seq in (1, 2):  # some rules compare a report with the one before
+        report = build_report("pve-host-01", seq=seq, at=time.time() - 62 + seq, pools=pools, pool_states=states)
+        assert live_server.post(host_token, report, host="pve-host-01", message_id=f"msg_{seq}").status == 200
 
     def fill_in(text: str) -> str:
         text = text.replace("https://monitor.example.com", live_server.url)
