@@ -4568,7 +4568,7 @@ class Notifier:
             self.fleet.generation += 1
 
     def _refresh(self, channel: Channel, now: float) -> None:
-        if now - self._refreshed.get(channel.name, 0.0) < self.REFRESH_SECONDS:
+        if now - self._refreshed.setdefault(channel.name, now) < self.REFRESH_SECONDS:
             return
         self._refreshed[channel.name] = now
         items = [notification_body(self.fleet, state, alert, "firing", now)
@@ -5767,9 +5767,9 @@ def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
         yield report_time(row["id"]), read_body(row["body"]), True
 
 
-def reports_of_points(points: Points) -> Iterator[tuple[float, dict[str, Any]]]:
+def reports_of_points(points: Points) -> Iterator[tuple[int, dict[str, Any]]]:
     """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
-    slots: dict[float, dict[str, Any]] = {}
+    slots: dict[int, dict[str, Any]] = {}
     for (section, object), fields in points.items():
         if "/" in object and section == "node":
             continue

@@ -37,7 +37,9 @@ class Simulation:
         return self.monitor.fleet
 
     def host(self, name: str, site: str | None = None, tags: list[str] | None = None) -> int:
-        return self.write(lambda db: server.insert_host(db, name, self.now, site=site, tags=tags))["id"]
+        host_id = self.write(lambda db: server.insert_host(db, name, self.now, site=site, tags=tags))["id"]
+        self.fleet.refresh(self.monitor.store.reader())
+        return host_id
 
     def write(self, work: Any) -> Any:
         return self.monitor.store.write(work)
