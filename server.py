@@ -1200,6 +1200,7 @@ class Fleet:
         self.told_at: float | None = None  # when a channel last took a message
         self.outbox_changed = threading.Event()
         self.public_url = ""
+        self.certificate_ends_at: float | None = None  # of this server itself
 
     def load(self, db: sqlite3.Connection) -> None:
         """Build everything anew."""
@@ -3304,6 +3305,13 @@ def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
                       "critical")
 
 
+def read_server_certificate(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    ends = fleet.certificate_ends_at
+    left = None if ends is None else ends - now
+    yield Reading("server/certificate", left,
+                  "" if left is None else certificate_text({"file": f"of {fleet.public_url}"}, left, ""))
+
+
 # The rows
 
 
@@ -3477,7 +3485,7 @@ def rule_rows() -> tuple[Rule, ...]:
                                                                                                "one."),
         Rule("host-twice", "host", AGENT, read_host_twice, "Two machines mix their reports: neither can be judged.",
              "Was this host cloned? Give each its own host_id and token."),
-        Rule("server-certificate", "server", SHARED, None, "When it expires, agents and people cannot reach this "
+        Rule("server-certificate", "server", SHARED, read_server_certificate, "When it expires, agents and people cannot reach this "
                                                               "server.",
              "Look at Caddy's log.", warn=21 * DAY, crit=5 * DAY, low=True),
     )
@@ -3490,7 +3498,7 @@ RULES_OF: dict[str, tuple[Rule, ...]] = {
     for section in {rule.section for rule in RULES} - {CLOCK, SHARED, AGENT}}
 RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # tells of the resilver
 AGENT_RULES = tuple(rule for rule in RULES if rule.section == AGENT)
-SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED and rule.read is not None)
+SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED)
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -4683,6 +4691,42 @@ def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
     )
     lines += [f"{title}: {'; '.join(found) or 'none'}." for title, found in parts]
     return "\n".join(one_line(line) for line in lines)
+
+
+def certificate_ends_at(url: str) -> float | None:
+    """When the certificate of an https address expires; None for http, or when nobody answers."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https":
+        return None
+    context = ssl.create_default_context()
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=SEND_TIMEOUT) as plain:
+            with context.wrap_socket(plain, server_hostname=parts.hostname) as secure:
+                return ssl.cert_time_to_seconds(str((secure.getpeercert() or {}).get("notAfter")))
+    except ssl.SSLCertVerificationError as error:
+        return 0.0 if error.verify_code == 10 else None  # X509_V_ERR_CERT_HAS_EXPIRED
+    except (OSError, ValueError):
+        return None
+
+
+class CertificateWatch:
+    """Looks at this server's own certificate twice a day, beside everything else: it asks the network."""
+
+    def __init__(self, fleet: Fleet):
+        self.fleet = fleet
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        if self.fleet.public_url.startswith("https://"):
+            threading.Thread(target=self._run, name="certificate", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(MINUTE):
+            self.fleet.certificate_ends_at = certificate_ends_at(self.fleet.public_url)
+            self._stop.wait(12 * HOUR)
 
 
 class Heartbeat:
@@ -7315,7 +7359,9 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
     shown: dict[Any, dict[str, Any]] = {}
     for alert in alerts:
         state = hosts.get(alert["host"])
-        shown[alert["id"]] = {"why": None, "todo": None, **alert, "site": state.site if state else None,
+        rule = RULE.get(alert.get("rule", ""))
+        shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
+                              "site": state.site if state else None,
                               "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
                               "href": alert_url(alert, url), "children": []}
     tops: Rows = []
@@ -7553,8 +7599,13 @@ def why_unknown(host: dict[str, Any], section: str) -> str:
     return "stale, and not known before" if host["sections"][section]["stale"] else "not reported by the host"
 
 
+def can_accept(rule: str) -> bool:
+    """Whether what a rule says can be taken as normal: whether it has a baseline."""
+    return rule in RULE and RULE[rule].accept is not None
+
+
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look, anchor,
+    can_accept, known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look, anchor,
     spark_points, why_unknown)}
 
 
@@ -7865,8 +7916,9 @@ def run_server(monitor: Monitor) -> None:
         signal.signal(name, stop_serving)
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
     scheduler.start()
-    heartbeat = Heartbeat(monitor)
-    heartbeat.start()
+    watches = (Heartbeat(monitor), CertificateWatch(monitor.fleet))
+    for watch in watches:
+        watch.start()
     monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
     log(f"server: listening on http://{config.listen}:{port}")
@@ -7878,7 +7930,8 @@ def run_server(monitor: Monitor) -> None:
         pass
     finally:
         scheduler.stop()
-        heartbeat.stop()
+        for watch in watches:
+            watch.stop()
         server.close()
         monitor.close()
         log("server: stopped")

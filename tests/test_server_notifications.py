@@ -670,3 +670,123 @@ def test_a_degraded_pool_is_told_within_ten_seconds(tmp_path, sink):
         assert "line 2" in live.log.read_text() and live.process.poll() is None
     finally:
         live.stop()
+
+
+# --- the API ---
+
+
+@pytest.fixture
+def firing(register, post, clock):
+    """A registered host with a degraded pool; gives back how to send its next report."""
+    token, count = register("pve1"), 0
+
+    def send(**fields):
+        nonlocal count
+        count += 1
+        answer = post(token, {"version": 1, "host_id": "pve1", "tick": "fast", "time": clock(), "run_id": "r", "seq": count, **fields})
+        assert answer.status == 200
+        clock.advance(30)
+
+    send(pool_states=[{"name": "tank", "guid": "1", "state": "DEGRADED"}],
+         pools=[{"name": "tank", "state": "DEGRADED", "vdevs": [{"name": "sda", "checksum_errors": 3}]}])
+    return send
+
+
+def alert_of(client, rule):
+    return next(row for row in client.get("/api/v1/alerts").json()["items"] if row["rule"] == rule)
+
+
+def test_acknowledge_and_take_back(firing, admin, clock):
+    number = alert_of(admin, "pool-state")["id"]
+    before = admin.get("/api/v1/overview").json()["problems"]
+    answer = admin.send("POST", f"/api/v1/alerts/{number}/acknowledge", {"note": "disk ordered", "until": clock() + 3600})
+    assert answer.status == 200
+    assert answer.json()["acknowledged"] == {"at": clock(), "by": "tests", "until": clock() + 3600, "note": "disk ordered"}
+    after = admin.get("/api/v1/overview").json()["problems"]
+    assert before["critical"] - after["critical"] == 1
+    assert admin.send("DELETE", f"/api/v1/alerts/{number}/acknowledge").status == 204
+    assert alert_of(admin, "pool-state")["acknowledged"] is None
+    assert admin.get("/api/v1/overview").json()["problems"] == before
+
+
+def test_accept(firing, admin):
+    number = alert_of(admin, "vdev-errors")["id"]
+    answer = admin.send("POST", f"/api/v1/alerts/{number}/accept")
+    assert answer.status == 200 and answer.json()["state"] == "resolved"
+    assert admin.send("POST", f"/api/v1/alerts/{alert_of(admin, 'pool-state')['id']}/accept").code == "conflict"
+
+
+@pytest.mark.parametrize("path", ["/api/v1/alerts/999/acknowledge", "/api/v1/alerts/x/acknowledge", "/api/v1/alerts/999/accept",
+                                  f"/api/v1/alerts/{'9' * 40}/accept"])
+def test_an_alert_that_is_not_there(firing, admin, path):
+    assert admin.send("POST", path).code == "not_found"
+
+
+@pytest.mark.parametrize("body", [{"until": "tomorrow"}, {"until": 5}, {"note": 7}, {"by": "me"}])
+def test_an_acknowledgement_that_is_not_understood(firing, admin, body):
+    number = alert_of(admin, "pool-state")["id"]
+    assert admin.send("POST", f"/api/v1/alerts/{number}/acknowledge", body).code == "invalid_request"
+
+
+def test_silences_are_made_listed_and_ended(firing, admin, clock):
+    made = admin.send("POST", "/api/v1/silences", {"host": "pve1", "rule": "pool-state", "until": clock() + 60, "note": "work"})
+    assert made.status == 201 and made.json()["created_by"] == "tests"
+    listed = admin.get("/api/v1/silences").json()
+    assert listed["total"] == 1 and listed["items"][0] == made.json()
+    assert admin.send("DELETE", f"/api/v1/silences/{made.json()['id']}").status == 204
+    assert admin.send("DELETE", f"/api/v1/silences/{made.json()['id']}").code == "not_found"
+    assert admin.get("/api/v1/silences").json()["total"] == 0
+
+
+@pytest.mark.parametrize("body", [{}, {"host": "pve1"}, {"until": 4e9}, {"host": 7, "until": 4e9}, {"x": "y", "until": 4e9}])
+def test_a_silence_that_is_not_understood(firing, admin, body):
+    assert admin.send("POST", "/api/v1/silences", body).code == "invalid_request"
+
+
+def test_writes_need_an_admin(firing, client, monitor, clock):
+    token = monitor.store.write(lambda db: server.create_api_token(db, "reader", clock(), admin=False, days=None))
+    client.headers = {"Authorization": f"Bearer {token}"}
+    for method, path in (("POST", "alerts/1/acknowledge"), ("DELETE", "alerts/1/acknowledge"), ("POST", "alerts/1/accept"),
+                         ("POST", "silences"), ("DELETE", "silences/1")):
+        assert client.send(method, f"/api/v1/{path}", {}).code == "forbidden"
+    assert client.get("/api/v1/silences").status == client.get("/api/v1/rules").status == client.get("/api/v1/channels").status == 200
+
+
+def test_the_rules_are_listed_with_what_decides(firing, admin):
+    rows = admin.get("/api/v1/rules?host=pve1").json()["items"]
+    assert {row["rule"] for row in rows} == set(server.RULE)
+    assert next(row for row in rows if row["rule"] == "pool-capacity")["layer"] == "shipped"
+
+
+def test_the_page_offers_what_can_be_done(firing, client):
+    client.log_in()
+    page = client.get("/?host=pve1").text
+    number = alert_of(client, "vdev-errors")["id"]
+    assert f'data-acknowledge="{number}"' in page and f'data-accept="{number}"' in page
+    assert f'data-accept="{alert_of(client, "pool-state")["id"]}"' not in page
+    assert "has lost redundancy" in page  # why it matters
+
+
+HOSTILE = [
+    {"pools": [{"name": "t", "vdevs": "x", "scan": 5, "last_scrub": "y", "damaged_files": 7, "data_errors": 2}]},
+    {"pools": [{"name": "t", "vdevs": [{"name": {"a": 1}, "state": [], "read_errors": 3}], "capacity_ratio": .99}]},
+    {"guests": [{"vmid": 1, "status": {"a": 1}, "volumes": "x", "tags": 7}, {"vmid": 2, "status": [], "volumes": [7, {"dataset": 5}]}]},
+    {"storages": [{"storage": "s", "dataset": 5, "active": "x", "type": [], "used_bytes": 99, "total_bytes": 100}]},
+    {"cluster": {"name": ["x"], "members": 5, "quorate": "no"}}, {"cluster": {"name": "c", "members": ["x", {"name": 5}]}},
+    {"backups": {"jobs": "x", "guests": [1, {"vmid": 9, "newest_ok": 5, "newest_failed": {"ended_at": 5, "error": {}}}]}},
+    {"backups": {"jobs": [{"schedule": 5, "guests": {"a": 1}, "exclude": 7}], "guests": 5}, "guests": [{"vmid": 5}]},
+    {"disks": [{"name": "sda", "serial": {"a": 1}, "passed": "x", "kind": []}]},
+    {"snapshots": [{"dataset": "d", "class": 5, "newest_at": 1}]}, {"replication": [{"id": "x", "schedule": [], "target": {}}]},
+    {"ha": {"services": 5, "lrm": "x"}}, {"services": [5, {"unit": {}}]}, {"services": {"units": 7}},
+    {"certificates": [{"file": {}, "issuer": 5, "expires_at": 5}]}, {"tasks": [{"upid": "x", "type": [], "vmid": {}}]},
+    {"(shared)": {}, "(agent)": 1, "(clock)": []}, {"updates": {"security": 5, "as_of": 5}}, {"time_sync": {"synchronised": "x"}},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=range(len(HOSTILE)))
+def test_rules_survive_whatever_a_report_holds(firing, admin, monitor, clock, fields):
+    for _ in range(2):
+        firing(**fields)
+    monitor.store.write(lambda db: server.judge_fleet(monitor, clock(), db))
+    assert alert_of(admin, "pool-state") if "pools" not in fields else True
+    assert admin.get("/api/v1/hosts").status == admin.get("/api/v1/alerts").status == 200

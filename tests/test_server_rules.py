@@ -755,6 +755,13 @@ def test_a_clock_that_is_off_in_three_reports(sim, offset, expected):
     assert not sim.alerts("clock-skew")
 
 
+def test_the_servers_own_certificate(sim):
+    for left, expected in ((30 * DAY, []), (20 * DAY, ["warning"]), (4 * DAY, ["critical"]), (None, ["critical"]), (80 * DAY, [])):
+        sim.fleet.certificate_ends_at = None if left is None else sim.now + left
+        sim.turn()
+        assert [row["severity"] for row in sim.alerts("server-certificate")] == expected
+
+
 def test_two_machines_under_one_name(sim):
     for count in range(3):
         for run in ("one", "two"):
