@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import time
+from pathlib import Path
 
 import pytest
 from simulation import START, Simulation
@@ -1019,3 +1020,14 @@ def test_judging_a_report_is_cheap(sim):
     seconds = sim.write(work)
     print(f"judge_host: {seconds * 1e6:.0f} µs")
     assert seconds < 400e-6
+
+
+def test_the_documentation_has_every_rule_channel_and_setting():
+    page = (Path(server.__file__).parent / "docs" / "alerts.md").read_text()
+    for rule in server.RULES:
+        assert f"| `{rule.name}`" in page and rule.why in page, rule.name
+    for kind, needs in server.KINDS.items():
+        assert f"`{kind}`" in page
+        assert all(f"`{key}`" in page for key in (*needs.required, *needs.optional)), kind
+    for key in (*server.Layers.FIELDS, *server.COMMON):
+        assert key in page, key
