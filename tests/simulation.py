@@ -16,7 +16,8 @@ class Simulation:
         self.now = START
         self.settings_path = folder / "server.toml"
         self.settings_path.write_text(settings)
-        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"), "SERVER_CONFIG": str(self.settings_path),
+        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"),
+                                     "SERVER_CONFIG": str(self.settings_path),
                                      "SECRET_KEY_BASE": "s" * 40, "PUBLIC_URL": "https://monitor.example", **env})
         server.open_database(self.config, create=True).close()
         self.seq: dict[str, int] = {}
@@ -82,7 +83,8 @@ class Simulation:
         return [{"channel": row["channel"], **json.loads(row["body"])} for row in rows]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in server.list_events(self.monitor.store.reader(), since=0, limit=10_000) if row["kind"] == kind]
+        return [row for row in server.list_events(self.monitor.store.reader(), since=0, limit=10_000)
+                if row["kind"] == kind]
 
     def close(self) -> None:
         self.monitor.close()
