@@ -3950,7 +3950,7 @@ def build_channel(given: Any, path: Path) -> Channel:
         if key not in given:
             raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
     for key, value in given.items():
-        if type(value) is not fields[key] or (fields[key] is list and not all(isinstance(one, str) for one in value)):
+        if type(value) is not fields[key] or (isinstance(value, list) and not all(isinstance(one, str) for one in value)):
             raise Mistake((*path, key), f"should be {TOML_WORDS[fields[key]]}")
     if not HOST_NAME.fullmatch(given["name"]):
         raise Mistake((*path, "name"), "1-63 of a-z A-Z 0-9 . _ -")
@@ -5769,7 +5769,7 @@ def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
 
 def reports_of_points(points: Points) -> Iterator[tuple[float, dict[str, Any]]]:
     """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
-    slots: dict[float, dict[str, Any]] = {}
+    slots: dict[int, dict[str, Any]] = {}
     for (section, object), fields in points.items():
         if "/" in object and section == "node":
             continue
