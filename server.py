@@ -4018,7 +4018,8 @@ def build_channel(given: Any, path: Path) -> Channel:
         if key not in given:
             raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
     for key, value in given.items():
-        if type(value) is not fields[key] or (fields[key] is list and not all(isinstance(one, str) for one in value)):
+        texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
+        if type(value) is not fields[key] or not texts:
             raise Mistake((*path, key), f"should be {TOML_WORDS[fields[key]]}")
     if not HOST_NAME.fullmatch(given["name"]):
         raise Mistake((*path, "name"), "1-63 of a-z A-Z 0-9 . _ -")
