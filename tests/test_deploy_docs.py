@@ -340,7 +340,7 @@ def upgrade_and_back(monitor: Container, host: Container, release: Path, step) -
     told = step(host, IA, "upgrade")
     assert f"Installed: proxmox-monitor-agent {NEXT}" in told
     assert "fast_seconds = 3" in host.run("cat /etc/proxmox-monitor/agent.toml").stdout
-    typed(monitor, f"proxmox-monitor-server rollback --to {schema}")
+    typed(monitor, f"systemctl stop proxmox-monitor; proxmox-monitor-server rollback --to {schema}")
     step(monitor, LC, "back")
     assert old in typed(monitor, "proxmox-monitor-server version; proxmox-monitor-server check")
     seen_after_now(monitor, host)  # the new agent by the old server
