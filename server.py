@@ -4989,9 +4989,8 @@ def read_body(body: bytes) -> dict[str, Any]:
 
 def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
                   body: bytes) -> int:
-    """Keep a report; gives back its id. Many of one millisecond: a later comer looks for a free one in steps that
-    double, so that a thousand with the same time cost ten looks each, not a thousand."""
-    report_id, step = report_span(host_id, at, None)[0], 1
+    """Keep a report; gives back its id. Two of one millisecond: the later comer takes the next free one."""
+    report_id = report_span(host_id, at, None)[0]
     while True:
         added = db.execute("""
             INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
@@ -4999,7 +4998,11 @@ def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: 
             {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
         if added.rowcount:
             return report_id
-        report_id, step = report_id + step, step * 2
+        report_id = db.execute("""
+            SELECT coalesce(min(id), :id) + 1 FROM (
+                SELECT id FROM report AS here WHERE id >= :id
+                AND NOT EXISTS (SELECT 1 FROM report WHERE id = here.id + 1) ORDER BY id LIMIT 1)""",
+            {"id": report_id}).fetchone()[0]  # the end of the row of neighbours: there may be hundreds
 
 
 # The steps of history: how long each is kept, and what span of time one chunk of it holds.
