@@ -298,8 +298,10 @@ def find_token(path: str, settings: dict[str, Any], warnings: list[str]) -> tupl
     if "token_file" in settings:
         name = settings["token_file"].replace("${CREDENTIALS_DIRECTORY}", credentials)
         name = name.replace("$CREDENTIALS_DIRECTORY", credentials)
-        # A bare name is the credential of that name; else it lies beside the config.
-        file = os.path.join(credentials or os.path.dirname(os.path.abspath(path)), name)
+        # A bare name is the credential of that name, or lies beside the config.
+        folders = [folder for folder in (credentials, os.path.dirname(os.path.abspath(path))) if folder]
+        files = [os.path.join(folder, name) for folder in folders]
+        file = next((file for file in files if os.path.exists(file)), files[-1])
     elif credentials:
         file = os.path.join(credentials, "token")
     else:
@@ -641,6 +643,7 @@ class Probe:
         try:
             child = Child(argv, program, self.environ)
         except OSError as error:
+            self._programs.pop(argv[0], None)  # it may have moved with an upgrade
             raise source_error(error, argv[0]) from None
         self.running.add(child)
         try:

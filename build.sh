@@ -424,7 +424,8 @@ freeze_in() {
     cp -p "$root/build/out"/* dist/
 }
 
-# On a Mac: a binary for a look at this machine, by its own Python. Not reproducible, and not for a release.
+# On a Mac: a binary for a look at this machine, by its own Python. Not reproducible, and not for a release. (What bash
+# 3.2 does not know is not used on this way: an empty array counts as unset there.)
 freeze_here() {
     local system program
     system=$(uname -s | tr '[:upper:]' '[:lower:]')_$(machine_arch)
@@ -437,7 +438,7 @@ freeze_here() {
             --add-data "$PWD/systemd:systemd" --hidden-import _cffi_backend)
         .build/venv-here/bin/python -m PyInstaller --noconfirm --log-level ERROR --onefile \
             --name "proxmox-monitor-${program}_$system" --distpath dist --workpath .build/here --specpath .build/here \
-            "${data[@]}" "$PWD/$program.py" || fail "PyInstaller could not freeze $program"
+            ${data[@]+"${data[@]}"} "$PWD/$program.py" || fail "PyInstaller could not freeze $program"
         say "dist/proxmox-monitor-${program}_$system: for a try on this machine alone"
     done
 }

@@ -48,7 +48,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import accumulate, compress, islice
@@ -1012,13 +1012,13 @@ def misfit(value: Any, *, strict: bool, depth: int = 0) -> list[Any] | None:
         pairs = enumerate(value)
     for key, one in pairs:
         kind = type(one)
-        if kind is dict or kind is list:
+        if kind is float or kind is int:  # the most frequent first: this loop sees every value of every report
+            if not -NUMBER_MOST <= one <= NUMBER_MOST:
+                return [key, "not a number that can be kept"]
+        elif kind is dict or kind is list:
             wrong = misfit(one, strict=strict, depth=depth + 1)
             if wrong is not None:
                 return [key, *wrong]
-        elif kind is int or kind is float:
-            if not -NUMBER_MOST <= one <= NUMBER_MOST:
-                return [key, "not a number that can be kept"]
         elif strict and one is not None and type(key) is str and names_a_number(key):
             return [key, "should be a number or null"]
     return None
@@ -1200,6 +1200,7 @@ class Fleet:
         self.told_at: float | None = None  # when a channel last took a message
         self.outbox_changed = threading.Event()
         self.public_url = ""
+        self.certificate_ends_at: float | None = None  # of this server itself
 
     def load(self, db: sqlite3.Connection) -> None:
         """Build everything anew."""
@@ -3304,193 +3305,260 @@ def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
                       "critical")
 
 
-# The rows
+def read_server_certificate(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+    ends = fleet.certificate_ends_at
+    left = None if ends is None else ends - now
+    yield Reading("server/certificate", left,
+                  "" if left is None else certificate_text({"file": f"of {fleet.public_url}"}, left, ""))
 
 
-def rule_rows() -> tuple[Rule, ...]:
-    """Every rule, with the defaults that are shipped on; docs/alerts.md has them as a table."""
-    return (
-        Rule("host-offline", "host", CLOCK, None, "What is not seen cannot be judged: its guests may be down too.",
-             "Is the host up and on the network? On it: systemctl status proxmox-monitor-agent", crit=OFFLINE_SECONDS),
-        Rule("site-offline", "site", SHARED, read_sites, "Many hosts fell silent at once: one cause, not many.",
-             "Look at the site's power, uplink and firewall, and at this server's own network.", data_risk=False),
-        Rule("pool-state", "pool", "pool_states", read_pool_state, "A pool that is not ONLINE has lost redundancy, or "
-                                                                   "data.",
-             "zpool status -v POOL; replace or bring back the disk that is named.", data_risk=True, worse=-1),
-        Rule("pool-vanished", "pool", "pool_states", read_pool_vanished, "A pool that is not imported is no longer "
-                                                                         "there for "
-             "its guests.", "zpool import; if it was exported on purpose, accept this as normal.", data_risk=True,
-             accept=forgets("pool-vanished")),
-        Rule("vdev-errors", "vdev", "pools", read_vdev_errors, "A disk, cable or controller gives errors; ZFS has "
-                                                               "covered "
-             "for them so far.", "Look at the disk's SMART values and cable; then zpool clear, or accept as normal.",
-             data_risk=True, accept=accept_vdev_errors),
-        Rule("pool-data-errors", "pool", "pools", read_data_errors, "Data is damaged and ZFS has no good copy.",
-             "zpool status -v names the files: restore them from a backup, then zpool clear and scrub.", data_risk=True,
-             worse=1),
-        Rule("pool-capacity", "pool", "pools", read_pool_capacity, "ZFS slows down when little is free, and a full "
-                                                                   "pool stops "
-             "its guests.", "Delete old snapshots, move guests, or add a vdev.", warn=0.80, crit=0.90, clear_by=0.03,
-             hold=15 * MINUTE),
-        Rule("pool-forecast", "pool", "pools", read_pool_forecast, "It grows steadily, and a full pool stops its "
-                                                                   "guests.",
-             "Find what grows: zfs list -o space; plan disks.", warn=14, crit=3, clear_by=1, low=True, hold=HOUR),
-        Rule("dataset-quota", "dataset", "datasets", read_dataset_quota, "Writes fail when the quota is used up.",
-             "Raise the quota or delete something.", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE),
-        Rule("pool-fragmentation", "pool", "pools", read_fragmentation, "Little and scattered free space makes writes "
-                                                                        "slow.",
-             "Free space below 80 % use.", warn=0.70, clear_by=0.10, hold=DAY),
-        Rule("scrub-age", "pool", "pools", read_scrub_age, "Errors that nobody reads are found only by a scrub.",
-             "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.", warn=40 * DAY,
-             crit=75 * DAY,
-             data_risk=False),
-        Rule("scrub-result", "pool", "pools", read_scrub_result, "A disk returned wrong data.",
-             "Find the disk with zpool status -v; accept as normal if it was a single event.",
-             accept=accept_scrub_result),
-        Rule("scrub-stuck", "pool", "pools", read_scrub_stuck, "A scrub or resilver that stands still protects "
-                                                               "nothing.",
-             "zpool status; a paused scrub goes on with zpool scrub POOL."),
-        Rule("snapshot-age", "snapshots", "snapshots", read_snapshot_age, "Whoever makes these snapshots has stopped.",
-             "systemctl status sanoid.timer (or what makes them).", warn=None, crit=None, always=True),
-        Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone, "A kind of snapshot that was always there "
-                                                                            "is not.",
-             "If it was given up on purpose, accept this as normal.", accept=forgets("snapshot-gone")),
-        Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots, "Forgotten snapshots hold space and "
-                                                                               "grow.",
-             "Delete the snapshot if nobody needs it any more.", always=True),
-        Rule("smart-failed", "disk", "disks", read_smart_failed, "The disk itself expects to fail.",
-             "Replace it: zpool replace POOL OLD NEW.", data_risk=True, always=True),
-        Rule("smart-warning", "disk", "disks", read_smart_warning, "The NVMe controller reports worn-out spare, heat, "
-                                                                   "lost "
-             "reliability or read-only media.", "smartctl -a; replace the disk.", data_risk=True, always=True),
-        Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE), "Damage that grows is the best "
-                                                                                     "sign of a "
-             "disk about to fail.", "Order a spare; accept as normal if it stays as it is.", data_risk=True,
-             always=True,
-             accept=accept_growth("smart-growth")),
-        Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}), "Transfer "
-                                                                                                     "errors: cable, "
-             "backplane or power, seldom the disk.", "Reseat or replace the cable, then accept as normal.", always=True,
-             accept=accept_growth("smart-crc")),
-        Rule("smart-unknown", "disk", "disks", read_smart_unknown, "Behind a RAID controller or USB bridge nobody "
-                                                                   "sees it fail.",
-             "Ask the controller's own tool.", always=True),
-        Rule("disk-gone", "disk", "disks", read_disk_gone, "A disk that was there does not answer any more.",
-             "Is it plugged in? If it was taken out on purpose, accept this as normal.", data_risk=True, always=True,
-             accept=accept_disk_gone),
-        Rule("disk-temperature", "disk", "disks", read_disk_temperature, "Heat shortens a disk's life and makes it "
-                                                                         "throttle.",
-             "Look at fans, filters and airflow.", clear_by=5, hold=15 * MINUTE),
-        Rule("disk-wear", "disk", "disks", read_disk_wear, "Flash that is used up fails, often at once.",
-             "Replace it; in a mirror not both at the same time.", warn=0.80, crit=0.95, always=True),
-        Rule("disk-wear-forecast", "disk", "disks", read_wear_forecast, "Its rated life ends within half a year.",
-             "Plan its replacement; look at what writes so much.", warn=180, clear_by=14, low=True, always=True),
-        Rule("cpu", "host", "node", node_reader("cpu_ratio", lambda v: f"CPU is {percent(v)} busy."),
-             "Guests wait for CPU time.", "See which guests use it; move some.", warn=0.90, clear_by=0.10,
-             hold=30 * MINUTE),
-        Rule("memory", "host", "node", node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or "
-                                                                                  f"can be "
-             "freed (ARC counted)."), "The kernel will kill processes, guests among them.",
-             "Shrink or move guests, or limit the ARC.", warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE,
-             hold_crit=5 * MINUTE, low=True),
-        Rule("oom", "host", "node", read_oom, "The kernel killed processes to get memory.",
-             "journalctl -k -g 'Killed process' shows which.", accept=forgets("oom")),
-        Rule("io-pressure", "host", "node", node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait "
-                                                                                                   f"for I/O "
-             f"{percent(v)} of the time."), "Storage cannot keep up: guests stall.", "zpool iostat -v 5; is a disk "
-                                                                                     "slow, or a "
-             "backup or scrub running?", warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE),
-        Rule("memory-pressure", "host", "node", node_reader("pressure_memory_full_avg300_ratio", lambda v: f"All "
-                                                                                                           f"tasks "
-                                                                                                           f"wait for "
-             f"memory {percent(v)} of the time."), "The host is thrashing.", "Shrink or move guests.", warn=0.05,
-             crit=0.15,
-             clear_part=0.5, hold=5 * MINUTE),
-        Rule("root-full", "host", "node", read_root_full, "A full root file system stops logs, tasks and pmxcfs.",
-             "du -xh --max-depth=2 / | sort -h | tail", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-        Rule("reboot-needed", "host", "node", read_reboot_needed, "Kernel fixes are installed but not running.",
-             "Plan a reboot.", warn=30 * DAY),
-        Rule("storage-full", "storage", "storages", read_storage_full, "Guests and backups on it fail when it is full.",
-             "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-        Rule("storage-metadata", "storage", "storages", read_thin_metadata, "A thin pool without metadata space goes "
-                                                                            "read-only.",
-             "lvextend --poolmetadatasize", warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE),
-        Rule("storage-inactive", "storage", "storages", read_storage_inactive, "Guests and backups cannot use it.",
-             "pvesm status; is the server of it up, is the pool imported?", hold=10 * MINUTE),
-        Rule("cluster-storage-full", "storage", SHARED, cluster_reader(judge_shared_storages), "Guests and backups "
-                                                                                                  "on it fail "
-             "when it is full.", "Delete old backups or images, or move some.", warn=0.85, crit=0.93, clear_by=0.03,
-             hold=10 * MINUTE),
-        Rule("guest-down", "guest", "guests", read_guest_down, "It was running, and nobody stopped it through Proxmox.",
-             "Look at its task log and console; start it.", hold=2 * MINUTE),
-        Rule("backup-overdue", "guest", "backups", read_backup_overdue, "There is no backup as recent as the schedule "
-                                                                        "promises.",
-             "Look at the last vzdump task and whether the job runs.", data_risk=True, always=True),
-        Rule("backup-failed", "guest", "backups", read_backup_failed, "The newest backup of it does not exist.",
-             "Read the task log; run the backup by hand.", data_risk=True, always=True),
-        Rule("backup-missing", "host", "backups", read_backup_missing, "A guest in no job is never backed up.",
-             "Add them to a job, or tag them no-backup.", hold=HOUR, always=True),
-        Rule("updates-security", "host", "updates", read_updates_security, "Known holes stay open.",
-             "apt update && apt dist-upgrade", warn=14 * DAY, always=True),
-        Rule("updates-stale", "host", "updates", read_updates_stale, "Without a fresh list nobody knows what is "
-                                                                     "missing.",
-             "systemctl status pve-daily-update.timer; check the repositories.", warn=7 * DAY, always=True),
-        Rule("certificate", "certificate", "certificates", read_certificates, "When it expires, browsers and other "
-                                                                              "nodes refuse "
-             "the host.", "pvenode acme cert renew, or pvecm updatecerts --force", low=True, always=True),
-        Rule("clock-skew", "host", AGENT, read_clock_skew, "Wrong time breaks the cluster, certificates and logs.",
-             "chronyc tracking; systemctl restart chrony", warn=30, crit=120),
-        Rule("clock-unsynced", "host", "time_sync", read_clock_unsynced, "The clock will drift away.",
-             "chronyc sources -v", hold=30 * MINUTE),
-        Rule("cluster-clock", "cluster", SHARED, cluster_reader(judge_cluster_clocks), "Corosync and Ceph need "
-                                                                                          "equal clocks.",
-             "chronyc tracking on both nodes.", warn=0.5, clear_by=0.1, hold=5 * MINUTE),
-        Rule("cluster-quorum", "cluster", SHARED, cluster_reader(judge_quorum), "Without quorum /etc/pve is "
-                                                                                   "read-only: nothing "
-             "starts, HA fences nodes.", "pvecm status; bring nodes or their network back.", hold=MINUTE,
-             data_risk=True),
-        Rule("cluster-disagree", "cluster", SHARED, cluster_reader(judge_views), "The cluster is split, or a "
-                                                                                    "node's view is "
-             "wrong.", "pvecm status on each node; journalctl -u corosync", hold=MINUTE),
-        Rule("cluster-member", "cluster", SHARED, cluster_reader(judge_members), "The cluster can lose fewer nodes "
-                                                                                    "than it was "
-             "built for.", "pvecm status; start the node, or remove it for good.", hold=5 * MINUTE),
-        Rule("cluster-margin", "cluster", SHARED, cluster_reader(judge_margin), "One more failure stops the whole "
-                                                                                   "cluster.",
-             "Add a node or a QDevice.", hold=5 * MINUTE),
-        Rule("replication", "replication", "replication", read_replication, "The copy on the other node gets older.",
-             "pvesr status; read the job's log in /var/log/pve/replicate."),
-        Rule("ha-service", "service", SHARED, cluster_reader(judge_ha_services), "HA has given up on it, or is "
-                                                                                    "fencing its "
-             "node.", "ha-manager status; set it to disabled, mend it, start it."),
-        Rule("ha-stale", "service", "ha", read_ha_stale, "A dead resource manager lets the watchdog reset the node.",
-             "systemctl status pve-ha-lrm pve-ha-crm"),
-        Rule("service-failed", "service", "services", read_services, "What it does is not being done.",
-             "systemctl status UNIT; journalctl -u UNIT", hold=10 * MINUTE),
-        Rule("mail-queue", "host", "services", read_mail_queue, "The host's own warnings do not reach anybody.",
-             "mailq; postsuper -d ALL deferred", hold=10 * MINUTE),
-        Rule("section-failing", "section", AGENT, read_section_failing, "This part of the host is not being watched.",
-             "proxmox-monitor-agent once --explain shows the command that fails."),
-        Rule("spool-dropped", "host", AGENT, read_spool_dropped, "History has a hole.",
-             "Was the server away for long? Raise [spool] max_mb.", accept=accept_spool_dropped),
-        Rule("agent-old", "host", AGENT, read_agent_old, "An old agent knows fewer things.", "Install the newer "
-                                                                                               "one."),
-        Rule("host-twice", "host", AGENT, read_host_twice, "Two machines mix their reports: neither can be judged.",
-             "Was this host cloned? Give each its own host_id and token."),
-        Rule("server-certificate", "server", SHARED, None, "When it expires, agents and people cannot reach this "
-                                                              "server.",
-             "Look at Caddy's log.", warn=21 * DAY, crit=5 * DAY, low=True),
-    )
-
-
-RULES = rule_rows()
+# The rows. Every rule, with the defaults that are shipped on; docs/alerts.md has them as a table.
+RULES: tuple[Rule, ...] = (
+    Rule("host-offline", "host", CLOCK, None,
+         "What is not seen cannot be judged: its guests may be down too.",
+         "Is the host up and on the network? On it: systemctl status proxmox-monitor-agent",
+         crit=OFFLINE_SECONDS),
+    Rule("site-offline", "site", SHARED, read_sites,
+         "Many hosts fell silent at once: one cause, not many.",
+         "Look at the site's power, uplink and firewall, and at this server's own network.",
+         data_risk=False),
+    Rule("pool-state", "pool", "pool_states", read_pool_state,
+         "A pool that is not ONLINE has lost redundancy, or data.",
+         "zpool status -v POOL; replace or bring back the disk that is named.",
+         data_risk=True, worse=-1),
+    Rule("pool-vanished", "pool", "pool_states", read_pool_vanished,
+         "A pool that is not imported is no longer there for its guests.",
+         "zpool import; if it was exported on purpose, accept this as normal.",
+         data_risk=True, accept=forgets("pool-vanished")),
+    Rule("vdev-errors", "vdev", "pools", read_vdev_errors,
+         "A disk, cable or controller gives errors; ZFS has covered for them so far.",
+         "Look at the disk's SMART values and cable; then zpool clear, or accept as normal.",
+         data_risk=True, accept=accept_vdev_errors),
+    Rule("pool-data-errors", "pool", "pools", read_data_errors,
+         "Data is damaged and ZFS has no good copy.",
+         "zpool status -v names the files: restore them from a backup, then zpool clear and scrub.",
+         data_risk=True, worse=1),
+    Rule("pool-capacity", "pool", "pools", read_pool_capacity,
+         "ZFS slows down when little is free, and a full pool stops its guests.",
+         "Delete old snapshots, move guests, or add a vdev.",
+         warn=0.80, crit=0.90, clear_by=0.03, hold=15 * MINUTE),
+    Rule("pool-forecast", "pool", "pools", read_pool_forecast,
+         "It grows steadily, and a full pool stops its guests.",
+         "Find what grows: zfs list -o space; plan disks.",
+         warn=14, crit=3, clear_by=1, low=True, hold=HOUR),
+    Rule("dataset-quota", "dataset", "datasets", read_dataset_quota,
+         "Writes fail when the quota is used up.",
+         "Raise the quota or delete something.",
+         warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE),
+    Rule("pool-fragmentation", "pool", "pools", read_fragmentation,
+         "Little and scattered free space makes writes slow.",
+         "Free space below 80 % use.",
+         warn=0.70, clear_by=0.10, hold=DAY),
+    Rule("scrub-age", "pool", "pools", read_scrub_age,
+         "Errors that nobody reads are found only by a scrub.",
+         "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.",
+         warn=40 * DAY, crit=75 * DAY, data_risk=False),
+    Rule("scrub-result", "pool", "pools", read_scrub_result,
+         "A disk returned wrong data.",
+         "Find the disk with zpool status -v; accept as normal if it was a single event.",
+         accept=accept_scrub_result),
+    Rule("scrub-stuck", "pool", "pools", read_scrub_stuck,
+         "A scrub or resilver that stands still protects nothing.",
+         "zpool status; a paused scrub goes on with zpool scrub POOL."),
+    Rule("snapshot-age", "snapshots", "snapshots", read_snapshot_age,
+         "Whoever makes these snapshots has stopped.",
+         "systemctl status sanoid.timer (or what makes them).",
+         warn=None, crit=None, always=True),
+    Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone,
+         "A kind of snapshot that was always there is not.",
+         "If it was given up on purpose, accept this as normal.",
+         accept=forgets("snapshot-gone")),
+    Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots,
+         "Forgotten snapshots hold space and grow.",
+         "Delete the snapshot if nobody needs it any more.",
+         always=True),
+    Rule("smart-failed", "disk", "disks", read_smart_failed,
+         "The disk itself expects to fail.",
+         "Replace it: zpool replace POOL OLD NEW.",
+         data_risk=True, always=True),
+    Rule("smart-warning", "disk", "disks", read_smart_warning,
+         "The NVMe controller reports worn-out spare, heat, lost reliability or read-only media.",
+         "smartctl -a; replace the disk.",
+         data_risk=True, always=True),
+    Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE),
+         "Damage that grows is the best sign of a disk about to fail.",
+         "Order a spare; accept as normal if it stays as it is.",
+         data_risk=True, always=True, accept=accept_growth("smart-growth")),
+    Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}),
+         "Transfer errors: cable, backplane or power, seldom the disk.",
+         "Reseat or replace the cable, then accept as normal.",
+         always=True, accept=accept_growth("smart-crc")),
+    Rule("smart-unknown", "disk", "disks", read_smart_unknown,
+         "Behind a RAID controller or USB bridge nobody sees it fail.",
+         "Ask the controller's own tool.",
+         always=True),
+    Rule("disk-gone", "disk", "disks", read_disk_gone,
+         "A disk that was there does not answer any more.",
+         "Is it plugged in? If it was taken out on purpose, accept this as normal.",
+         data_risk=True, always=True, accept=accept_disk_gone),
+    Rule("disk-temperature", "disk", "disks", read_disk_temperature,
+         "Heat shortens a disk's life and makes it throttle.",
+         "Look at fans, filters and airflow.",
+         clear_by=5, hold=15 * MINUTE),
+    Rule("disk-wear", "disk", "disks", read_disk_wear,
+         "Flash that is used up fails, often at once.",
+         "Replace it; in a mirror not both at the same time.",
+         warn=0.80, crit=0.95, always=True),
+    Rule("disk-wear-forecast", "disk", "disks", read_wear_forecast,
+         "Its rated life ends within half a year.",
+         "Plan its replacement; look at what writes so much.",
+         warn=180, clear_by=14, low=True, always=True),
+    Rule("cpu", "host", "node", node_reader("cpu_ratio", lambda v: f"CPU is {percent(v)} busy."),
+         "Guests wait for CPU time.",
+         "See which guests use it; move some.",
+         warn=0.90, clear_by=0.10, hold=30 * MINUTE),
+    Rule("memory", "host", "node",
+         node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or can be freed (ARC counted)."),
+         "The kernel will kill processes, guests among them.",
+         "Shrink or move guests, or limit the ARC.",
+         warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE, hold_crit=5 * MINUTE, low=True),
+    Rule("oom", "host", "node", read_oom,
+         "The kernel killed processes to get memory.",
+         "journalctl -k -g 'Killed process' shows which.",
+         accept=forgets("oom")),
+    Rule("io-pressure", "host", "node",
+         node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait for I/O {percent(v)} of the time."),
+         "Storage cannot keep up: guests stall.",
+         "zpool iostat -v 5; is a disk slow, or a backup or scrub running?",
+         warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE),
+    Rule("memory-pressure", "host", "node",
+         node_reader("pressure_memory_full_avg300_ratio",
+                     lambda v: f"All tasks wait for memory {percent(v)} of the time."),
+         "The host is thrashing.",
+         "Shrink or move guests.",
+         warn=0.05, crit=0.15, clear_part=0.5, hold=5 * MINUTE),
+    Rule("root-full", "host", "node", read_root_full,
+         "A full root file system stops logs, tasks and pmxcfs.",
+         "du -xh --max-depth=2 / | sort -h | tail",
+         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
+    Rule("reboot-needed", "host", "node", read_reboot_needed,
+         "Kernel fixes are installed but not running.",
+         "Plan a reboot.",
+         warn=30 * DAY),
+    Rule("storage-full", "storage", "storages", read_storage_full,
+         "Guests and backups on it fail when it is full.",
+         "Delete old backups or images, or move some.",
+         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
+    Rule("storage-metadata", "storage", "storages", read_thin_metadata,
+         "A thin pool without metadata space goes read-only.",
+         "lvextend --poolmetadatasize",
+         warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE),
+    Rule("storage-inactive", "storage", "storages", read_storage_inactive,
+         "Guests and backups cannot use it.",
+         "pvesm status; is the server of it up, is the pool imported?",
+         hold=10 * MINUTE),
+    Rule("cluster-storage-full", "storage", SHARED, cluster_reader(judge_shared_storages),
+         "Guests and backups on it fail when it is full.",
+         "Delete old backups or images, or move some.",
+         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
+    Rule("guest-down", "guest", "guests", read_guest_down,
+         "It was running, and nobody stopped it through Proxmox.",
+         "Look at its task log and console; start it.",
+         hold=2 * MINUTE),
+    Rule("backup-overdue", "guest", "backups", read_backup_overdue,
+         "There is no backup as recent as the schedule promises.",
+         "Look at the last vzdump task and whether the job runs.",
+         data_risk=True, always=True),
+    Rule("backup-failed", "guest", "backups", read_backup_failed,
+         "The newest backup of it does not exist.",
+         "Read the task log; run the backup by hand.",
+         data_risk=True, always=True),
+    Rule("backup-missing", "host", "backups", read_backup_missing,
+         "A guest in no job is never backed up.",
+         "Add them to a job, or tag them no-backup.",
+         hold=HOUR, always=True),
+    Rule("updates-security", "host", "updates", read_updates_security,
+         "Known holes stay open.",
+         "apt update && apt dist-upgrade",
+         warn=14 * DAY, always=True),
+    Rule("updates-stale", "host", "updates", read_updates_stale,
+         "Without a fresh list nobody knows what is missing.",
+         "systemctl status pve-daily-update.timer; check the repositories.",
+         warn=7 * DAY, always=True),
+    Rule("certificate", "certificate", "certificates", read_certificates,
+         "When it expires, browsers and other nodes refuse the host.",
+         "pvenode acme cert renew, or pvecm updatecerts --force",
+         low=True, always=True),
+    Rule("clock-skew", "host", AGENT, read_clock_skew,
+         "Wrong time breaks the cluster, certificates and logs.",
+         "chronyc tracking; systemctl restart chrony",
+         warn=30, crit=120),
+    Rule("clock-unsynced", "host", "time_sync", read_clock_unsynced,
+         "The clock will drift away.",
+         "chronyc sources -v",
+         hold=30 * MINUTE),
+    Rule("cluster-clock", "cluster", SHARED, cluster_reader(judge_cluster_clocks),
+         "Corosync and Ceph need equal clocks.",
+         "chronyc tracking on both nodes.",
+         warn=0.5, clear_by=0.1, hold=5 * MINUTE),
+    Rule("cluster-quorum", "cluster", SHARED, cluster_reader(judge_quorum),
+         "Without quorum /etc/pve is read-only: nothing starts, HA fences nodes.",
+         "pvecm status; bring nodes or their network back.",
+         hold=MINUTE, data_risk=True),
+    Rule("cluster-disagree", "cluster", SHARED, cluster_reader(judge_views),
+         "The cluster is split, or a node's view is wrong.",
+         "pvecm status on each node; journalctl -u corosync",
+         hold=MINUTE),
+    Rule("cluster-member", "cluster", SHARED, cluster_reader(judge_members),
+         "The cluster can lose fewer nodes than it was built for.",
+         "pvecm status; start the node, or remove it for good.",
+         hold=5 * MINUTE),
+    Rule("cluster-margin", "cluster", SHARED, cluster_reader(judge_margin),
+         "One more failure stops the whole cluster.",
+         "Add a node or a QDevice.",
+         hold=5 * MINUTE),
+    Rule("replication", "replication", "replication", read_replication,
+         "The copy on the other node gets older.",
+         "pvesr status; read the job's log in /var/log/pve/replicate."),
+    Rule("ha-service", "service", SHARED, cluster_reader(judge_ha_services),
+         "HA has given up on it, or is fencing its node.",
+         "ha-manager status; set it to disabled, mend it, start it."),
+    Rule("ha-stale", "service", "ha", read_ha_stale,
+         "A dead resource manager lets the watchdog reset the node.",
+         "systemctl status pve-ha-lrm pve-ha-crm"),
+    Rule("service-failed", "service", "services", read_services,
+         "What it does is not being done.",
+         "systemctl status UNIT; journalctl -u UNIT",
+         hold=10 * MINUTE),
+    Rule("mail-queue", "host", "services", read_mail_queue,
+         "The host's own warnings do not reach anybody.",
+         "mailq; postsuper -d ALL deferred",
+         hold=10 * MINUTE),
+    Rule("section-failing", "section", AGENT, read_section_failing,
+         "This part of the host is not being watched.",
+         "proxmox-monitor-agent once --explain shows the command that fails."),
+    Rule("spool-dropped", "host", AGENT, read_spool_dropped,
+         "History has a hole.",
+         "Was the server away for long? Raise [spool] max_mb.",
+         accept=accept_spool_dropped),
+    Rule("agent-old", "host", AGENT, read_agent_old,
+         "An old agent knows fewer things.",
+         "Install the newer one."),
+    Rule("host-twice", "host", AGENT, read_host_twice,
+         "Two machines mix their reports: neither can be judged.",
+         "Was this host cloned? Give each its own host_id and token."),
+    Rule("server-certificate", "server", SHARED, read_server_certificate,
+         "When it expires, agents and people cannot reach this server.",
+         "Look at Caddy's log.",
+         warn=21 * DAY, crit=5 * DAY, low=True),
+)
 RULE = {rule.name: rule for rule in RULES}
 RULES_OF: dict[str, tuple[Rule, ...]] = {
     section: tuple(rule for rule in RULES if rule.section == section)
     for section in {rule.section for rule in RULES} - {CLOCK, SHARED, AGENT}}
 RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # tells of the resilver
 AGENT_RULES = tuple(rule for rule in RULES if rule.section == AGENT)
-SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED and rule.read is not None)
+SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED)
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -3950,7 +4018,8 @@ def build_channel(given: Any, path: Path) -> Channel:
         if key not in given:
             raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
     for key, value in given.items():
-        if type(value) is not fields[key] or (fields[key] is list and not all(isinstance(one, str) for one in value)):
+        texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
+        if type(value) is not fields[key] or not texts:
             raise Mistake((*path, key), f"should be {TOML_WORDS[fields[key]]}")
     if not HOST_NAME.fullmatch(given["name"]):
         raise Mistake((*path, "name"), "1-63 of a-z A-Z 0-9 . _ -")
@@ -4568,7 +4637,7 @@ class Notifier:
             self.fleet.generation += 1
 
     def _refresh(self, channel: Channel, now: float) -> None:
-        if now - self._refreshed.get(channel.name, 0.0) < self.REFRESH_SECONDS:
+        if now - self._refreshed.setdefault(channel.name, now) < self.REFRESH_SECONDS:
             return
         self._refreshed[channel.name] = now
         items = [notification_body(self.fleet, state, alert, "firing", now)
@@ -4683,6 +4752,42 @@ def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
     )
     lines += [f"{title}: {'; '.join(found) or 'none'}." for title, found in parts]
     return "\n".join(one_line(line) for line in lines)
+
+
+def certificate_ends_at(url: str) -> float | None:
+    """When the certificate of an https address expires; None for http, or when nobody answers."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https":
+        return None
+    context = ssl.create_default_context()
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=SEND_TIMEOUT) as plain:
+            with context.wrap_socket(plain, server_hostname=parts.hostname) as secure:
+                return ssl.cert_time_to_seconds(str((secure.getpeercert() or {}).get("notAfter")))
+    except ssl.SSLCertVerificationError as error:
+        return 0.0 if error.verify_code == 10 else None  # X509_V_ERR_CERT_HAS_EXPIRED
+    except (OSError, ValueError):
+        return None
+
+
+class CertificateWatch:
+    """Looks at this server's own certificate twice a day, beside everything else: it asks the network."""
+
+    def __init__(self, fleet: Fleet):
+        self.fleet = fleet
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        if self.fleet.public_url.startswith("https://"):
+            threading.Thread(target=self._run, name="certificate", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(MINUTE):
+            self.fleet.certificate_ends_at = certificate_ends_at(self.fleet.public_url)
+            self._stop.wait(12 * HOUR)
 
 
 class Heartbeat:
@@ -4884,8 +4989,9 @@ def read_body(body: bytes) -> dict[str, Any]:
 
 def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
                   body: bytes) -> int:
-    """Keep a report; gives back its id. Two of one millisecond: the later comer takes the next free one."""
-    report_id = report_span(host_id, at, None)[0]
+    """Keep a report; gives back its id. Many of one millisecond: a later comer looks for a free one in steps that
+    double, so that a thousand with the same time cost ten looks each, not a thousand."""
+    report_id, step = report_span(host_id, at, None)[0], 1
     while True:
         added = db.execute("""
             INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
@@ -4893,7 +4999,7 @@ def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: 
             {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
         if added.rowcount:
             return report_id
-        report_id += 1
+        report_id, step = report_id + step, step * 2
 
 
 # The steps of history: how long each is kept, and what span of time one chunk of it holds.
@@ -5233,44 +5339,63 @@ def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], li
     if stored not in columns:
         return [], []
     times = [block.keys[at][0] for at in places]
-    values = columns[stored]
     if stored.endswith("_total"):
-        values = list_rates(times, values, columns.get("uptime_seconds"), columns.get(BOOT))
-    return times, values
+        return times, list_rates(columns[stored], times, list_waits(times, columns), columns)
+    return times, columns[stored]
 
 
-def list_rates(times: list[int], values: list[float], uptimes: list[float] | None,
-               boots: list[float] | None) -> list[float]:
+def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]:
+    """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago."""
+    return [0.0 if restarted(times, columns, row - 1, row) else (times[row] - times[row - 1]) / 1000
+            for row in range(1, len(times))]
+
+
+def restarted(times: list[int], columns: dict[str, list[float]], last: int, row: int) -> bool:
+    """Whether counters of two rows cannot be compared: a restart or a boot, or too long a time between."""
+    seconds = (times[row] - times[last]) / 1000
+    uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
+    if not 0 < seconds <= RATE_MOST:
+        return True
+    if uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds):
+        return True
+    return boots is not None and abs(boots[row] - boots[last]) > 0  # NaN, not known: False
+
+
+def list_rates(values: list[float], times: list[int], waits: list[float],
+               columns: dict[str, list[float]]) -> list[float]:
     """A counter's growth per second, at the end of each interval. A restart, a counter that fell and too long a
     time between make a gap: nobody knows what happened in it."""
+    total = sum(values)
+    if total == total:
+        return [NAN] + [(after - before) / wait if wait and after >= before else NAN
+                        for before, after, wait in zip(values, values[1:], waits)]
     rates = [NAN] * len(values)
-    last = -1
-    for row, value in enumerate(values):
-        if value != value:
-            continue
-        seconds = (times[row] - times[last]) / 1000 if last >= 0 else 0
-        if 0 < seconds <= RATE_MOST and value >= values[last]:
-            restarted = uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds)
-            rebooted = boots is not None and abs(boots[row] - boots[last]) > 0  # not known: False
-            if not restarted and not rebooted:
-                rates[row] = (value - values[last]) / seconds
-        last = row
+    known = [row for row, value in enumerate(values) if value == value]
+    for last, row in zip(known, known[1:]):
+        if values[row] >= values[last] and not restarted(times, columns, last, row):
+            rates[row] = (values[row] - values[last]) / ((times[row] - times[last]) / 1000)
     return rates
 
 
-def fold_object(block: Block, key: ObjectKey, fields: Iterable[str], since: float, until: float) -> dict[
+def fold_object(block: Block, key: ObjectKey, fields: Set[str], since: float, until: float) -> dict[
         str, dict[int, Point]]:
     """The points of 5 minutes of an object's fields from since to until, from reports."""
     places, columns = block.objects.get(key, ([], {}))
-    steps = [block.keys[at][0] // (FINE * 1000) * FINE for at in places]
+    times = [block.keys[at][0] for at in places]
+    steps = [at // (FINE * 1000) * FINE for at in times]
     spans = []
     row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
     while row < last:
         end = bisect.bisect_right(steps, steps[row], row, last)
         spans.append((steps[row], row, end))
         row = end
-    return {field: fold(list_values(block, key, field)[1], spans, is_rate=stored_field(field).endswith("_total"))
-            for field in fields if stored_field(field) in columns}
+    waits = list_waits(times, columns)
+    found = {}
+    for field in fields & columns.keys():
+        is_rate = field.endswith("_total")
+        values = list_rates(columns[field], times, waits, columns) if is_rate else columns[field]
+        found[field] = fold(values, spans, is_rate=is_rate)
+    return found
 
 
 def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
@@ -5432,7 +5557,7 @@ class Source:
         for row in list_chunks(self.db, self.host_id, step, since // SPANS[step] * SPANS[step], until):
             begin = chunk_begin(row["id"])
             add_points(found, unpack_points(self.history, self.db, row["body"], begin, step, self.objects, self.plain))
-        for day in range(since // DAY * DAY, int(until) + 1, DAY):
+        for day in range(since // DAY * DAY, math.ceil(until), DAY):
             if day in busy or days.get(day) == CHANGED:
                 self._renew(found, step, day, whole=days.get(day) != SEALED)
         return {key: {field: {at: point for at, point in points.items() if since <= at < until}
@@ -5766,9 +5891,9 @@ def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
         yield report_time(row["id"]), read_body(row["body"]), True
 
 
-def reports_of_points(points: Points) -> Iterator[tuple[float, dict[str, Any]]]:
+def reports_of_points(points: Points) -> Iterator[tuple[int, dict[str, Any]]]:
     """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
-    slots: dict[float, dict[str, Any]] = {}
+    slots: dict[int, dict[str, Any]] = {}
     for (section, object), fields in points.items():
         if "/" in object and section == "node":
             continue
@@ -7314,7 +7439,9 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
     shown: dict[Any, dict[str, Any]] = {}
     for alert in alerts:
         state = hosts.get(alert["host"])
-        shown[alert["id"]] = {"why": None, "todo": None, **alert, "site": state.site if state else None,
+        rule = RULE.get(alert.get("rule", ""))
+        shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
+                              "site": state.site if state else None,
                               "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
                               "href": alert_url(alert, url), "children": []}
     tops: Rows = []
@@ -7552,9 +7679,14 @@ def why_unknown(host: dict[str, Any], section: str) -> str:
     return "stale, and not known before" if host["sections"][section]["stale"] else "not reported by the host"
 
 
+def can_accept(rule: str) -> bool:
+    """Whether what a rule says can be taken as normal: whether it has a baseline."""
+    return rule in RULE and RULE[rule].accept is not None
+
+
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look, anchor,
-    spark_points, why_unknown)}
+    can_accept, known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look,
+    anchor, spark_points, why_unknown)}
 
 
 @lru_cache(64)
@@ -7864,8 +7996,9 @@ def run_server(monitor: Monitor) -> None:
         signal.signal(name, stop_serving)
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
     scheduler.start()
-    heartbeat = Heartbeat(monitor)
-    heartbeat.start()
+    watches = (Heartbeat(monitor), CertificateWatch(monitor.fleet))
+    for watch in watches:
+        watch.start()
     monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
     log(f"server: listening on http://{config.listen}:{port}")
@@ -7877,7 +8010,8 @@ def run_server(monitor: Monitor) -> None:
         pass
     finally:
         scheduler.stop()
-        heartbeat.stop()
+        for watch in watches:
+            watch.stop()
         server.close()
         monitor.close()
         log("server: stopped")

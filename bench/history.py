@@ -53,7 +53,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the history, next to its peers.")
     parser.add_argument("--hosts", type=int, default=5, help="hosts in the test of CPU, one day of reports each")
     parser.add_argument("--days", type=int, default=33, help="days of one host in the test of size")
-    parser.add_argument("--threads", type=int, default=16, help="senders; agents are many and each waits for its answer")
+    parser.add_argument("--threads", type=int, default=16, help="senders at once")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", choices=("size", "cpu"), help="one part alone")
     return parser.parse_args()
@@ -82,16 +82,20 @@ class PlayedHost:
         self.cpu = cpu = self.wander(self.cpu, 0.02)
         cached = 8 << 30
         node = {
-            "name": self.name, "boot_id": "b", "uptime_seconds": round(1e6 + self.seq * STEP + 0.13, 2), "cpu_count": 16,
-            "cpu_ratio": round(cpu, 5), "iowait_ratio": round(cpu / 20, 5), "steal_ratio": 0.0, "load1": round(cpu * 16, 2),
+            "name": self.name, "boot_id": "b", "uptime_seconds": round(1e6 + self.seq * STEP + 0.13, 2),
+            "cpu_count": 16,
+            "cpu_ratio": round(cpu, 5), "iowait_ratio": round(cpu / 20, 5), "steal_ratio": 0.0,
+            "load1": round(cpu * 16, 2),
             "load5": round(cpu * 15, 2), "load15": round(cpu * 14, 2), "memory_total_bytes": 128 << 30,
-            "memory_available_bytes": int((0.4 - cpu / 10) * 2**37) & ~4095, "arc_size_bytes": cached + int(cpu * 2**28),
+            "memory_available_bytes": int((0.4 - cpu / 10) * 2**37) & ~4095,
+            "arc_size_bytes": cached + int(cpu * 2**28),
             "arc_hits_total": self.grow("hits", 9000), "arc_misses_total": self.grow("misses", 40),
             "memory_free_ratio": round(0.5 - cpu / 8, 4), "swap_total_bytes": 8 << 30, "swap_used_bytes": 0,
             "root_total_bytes": 100 << 30, "root_used_bytes": (30 << 30) + self.grow("root", 900) // 4096 * 4096,
             "root_available_bytes": 65 << 30, "pressure_cpu_some_avg10_ratio": round(cpu / 9, 4),
             "pressure_io_full_avg10_ratio": round(max(0, cpu - 0.3) / 5, 4), "pressure_io_full_avg300_ratio": 0.002,
-            "pressure_memory_full_avg10_ratio": 0.0, "oom_kills_total": 0, "net_receive_bytes_total": self.grow("rx", 4e6),
+            "pressure_memory_full_avg10_ratio": 0.0, "oom_kills_total": 0,
+            "net_receive_bytes_total": self.grow("rx", 4e6),
             "net_transmit_bytes_total": self.grow("tx", 9e6),
         }  # fmt: skip
         return {
@@ -249,7 +253,7 @@ def measure_size(folder: Path, days: int) -> None:
     monitor.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     monitor.close()
     size = os.path.getsize(folder / "monitor.db")
-    print(f"  the file: {size / 2**20:.1f} MiB; 20 such hosts: {20 * size / 2**30:.2f} GiB of the 10 GB of the server's LXC")
+    print(f"  the file: {size / 2**20:.1f} MiB; 20 such hosts: {20 * size / 2**30:.2f} GiB of the LXC's 10 GB")
 
 
 def weigh(db: Any, values: int) -> None:
@@ -289,8 +293,9 @@ def measure_cpu(folder: Path, options: argparse.Namespace, begin: int) -> tuple[
     fed, seconds = process.cpu() - before, time.monotonic() - started
     wait_until_packed(folder)
     count = len(requests) / 1000
-    print(f"ours: {fed / count:.2f} CPU s per 1,000 reports until acknowledged and durable, {(process.cpu() - before) / count:.2f}"
-          f" with all packing and roll-up; {len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB")
+    print(f"ours: {fed / count:.2f} CPU s per 1,000 reports until acknowledged and durable, "
+          f"{(process.cpu() - before) / count:.2f} with all packing and roll-up; "
+          f"{len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB")
     return process, token
 
 
@@ -409,15 +414,16 @@ def measure_peer(peer: Any, folder: Path, options: argparse.Namespace, begin: in
     time.sleep(15)  # what it does in the background with it
     used += process.cpu() - before
     size = folder_bytes(folder) / values
-    print(f"{name}: {used / count * 1000:.2f} CPU s per 1,000 reports, not durable when acknowledged; {count / seconds:.0f} reports/s; "
-          f"{size:.2f} bytes per value now; PSS {process.memory():.0f} MB")
+    print(f"{name}: {used / count * 1000:.2f} CPU s per 1,000 reports, not durable when acknowledged; "
+          f"{count / seconds:.0f} reports/s; {size:.2f} bytes per value now; PSS {process.memory():.0f} MB")
     return process
 
 
 # --- questions: time through HTTP, kept connection, median of many ---
 
 
-def time_question(process: Measured, path: str, headers: dict[str, str] | None = None, times: int = 40) -> tuple[float, int]:
+def time_question(process: Measured, path: str, headers: dict[str, str] | None = None,
+                  times: int = 40) -> tuple[float, int]:
     """Milliseconds of the median answer, and its bytes."""
     connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
     took, size = [], 0
@@ -451,8 +457,9 @@ def every_series(host: str, begin: float) -> list[str]:
 
 
 def ask_peer(process: Measured, name: str, begin: int) -> None:
-    query = urllib.parse.urlencode({"query": 'node_cpu_ratio{host="host0"}', "start": begin, "end": begin + DAY - 1, "step": 300})
-    every = urllib.parse.urlencode({"query": '{host="host0"}', "start": begin, "end": begin + DAY - 1, "step": 300})
+    span = {"start": begin, "end": begin + DAY - 1, "step": 300}
+    query = urllib.parse.urlencode({"query": 'node_cpu_ratio{host="host0"}', **span})
+    every = urllib.parse.urlencode({"query": '{host="host0"}', **span})
     for told, path, times in (("24 h of one series", query, 40), ("24 h of all series of a host", every, 5)):
         took, size = time_question(process, f"/api/v1/query_range?{path}", None, times)
         print(f"  {name}, {told}: {took:.1f} ms ({size} bytes)")
@@ -488,7 +495,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         ask_ours(process, token, {
             "24 h of one series": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY), 40),
             "24 h of one series, as received": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY, 30), 40),
-            "24 h of all series of a host": (history_path("host0", every_series("host0", begin), begin, begin + DAY), 5)})
+            "24 h of all series of a host": (
+                history_path("host0", every_series("host0", begin), begin, begin + DAY), 5)})
         process.stop()
         for number, peer in enumerate(() if options.no_peers else PEERS):
             if shutil.which(peer[1].__name__.replace("start_", "").replace("victoria", "victoria-metrics")):
@@ -522,7 +530,7 @@ def machine() -> str:
 
 def main() -> None:
     options = parse_options()
-    print(machine())
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="proxmon-bench-") as folder:
         run(options, Path(folder))
 

@@ -1,6 +1,6 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
-//   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration
-//     -> charts
+//   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> charts
+//     -> problems
 "use strict";
 (() => {
   const POLL_MS = 3000, TIMEOUT_MS = 8000, TYPING_MS = 180;
@@ -634,6 +634,26 @@
     showCharts({ again: true });
   }
 
+  // --- problems: acknowledge, accept, mute ---
+  const alertApi = (id, rest) => `/api/v1/alerts/${encodeURIComponent(id)}/${rest}`;
+
+  function onProblem(event) {
+    const button = event.target.closest("[data-acknowledge], [data-unacknowledge], [data-accept]");
+    if (!button) return;
+    const { acknowledge, unacknowledge, accept } = button.dataset;
+    doing(null, () => acknowledge ? write("POST", alertApi(acknowledge, "acknowledge"), {})
+      : unacknowledge ? write("DELETE", alertApi(unacknowledge, "acknowledge")) : write("POST", alertApi(accept, "accept"), {}));
+  }
+
+  function onMute(event) {
+    const select = event.target.closest("[data-mute]");
+    if (!select || !select.value) return;
+    const body = { rule: select.dataset.rule, until: Math.round(now()) + Number(select.value) };
+    for (const field of ["host", "object"]) if (select.dataset[field]) body[field] = select.dataset[field];
+    select.value = "";
+    doing(null, () => write("POST", "/api/v1/silences", body));
+  }
+
   function onClick(event) {
     const on = (selector) => event.target.closest(selector);
     let button;
@@ -664,6 +684,8 @@
     settle("");
     showTab();
     document.addEventListener("keydown", onKey);
+    document.addEventListener("click", onProblem);
+    document.addEventListener("change", onMute);
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject]")) showCharts({ again: true }); });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);

@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +21,11 @@ from conftest import ROOT, find_program
 BUILD = ROOT / ".build"
 ROOTS = Path(os.environ.get("BUILD_ROOTS") or BUILD / "roots")
 
-# What a Proxmox VE host of that Debian has at least, and nothing of what is tried. No Python in the first.
-BARE = {"bookworm": "ca-certificates,curl", "trixie": "ca-certificates,curl,openssl,perl,libnet-ssleay-perl"}
-BOOTED = "ca-certificates,curl,systemd,systemd-sysv,dbus,procps,caddy,openssl"
-
+# Bookworm has no Python and is the server's container; trixie is a host (PVE 9) with what Proxmox brings at least.
+PACKAGES = {
+    "bookworm": "ca-certificates,curl,systemd,systemd-sysv,dbus,procps,caddy,openssl",
+    "trixie": "ca-certificates,curl,systemd,systemd-sysv,dbus,procps,openssl,perl,libnet-ssleay-perl,python3",
+}
 
 # --- roots ---
 
@@ -52,10 +53,10 @@ def frozen_programs() -> dict[str, Path]:
     return {name: ROOT / line.split()[0] for name, line in zip(("agent", "server"), told.splitlines()[-2:])}
 
 
-def debian_root(suite: str, packages: str, name: str = "") -> Path:
-    directory = ROOTS / f"try-{name or suite}"
+def debian_root(suite: str) -> Path:
+    directory = ROOTS / f"try-{suite}-{zlib.crc32(PACKAGES[suite].encode()):08x}"
     with one_at_a_time(directory.name):
-        build("root", suite, str(directory), packages)
+        build("root", suite, str(directory), PACKAGES[suite])
     return directory
 
 
@@ -73,6 +74,7 @@ def in_root(root: Path, script: str, *, cache: str = "", user: str = "0:0", seco
         options = {"var/cache": cache or "mode=755", "tmp": "mode=1777"}.get(place, "mode=755")
         shell.append(f"mount -t tmpfs -o {options} tmpfs {place}")
     shell.append("mount -t proc proc proc")
+    shell.append("for one in usr/bin/python3.*; do [ ! -e $one ] || mount --bind /dev/null $one; done")  # none there
     shell += [f"cp {shlex.quote(str(path))} opt/{name}" for name, path in files.items()]
     shell.append(f"exec chroot --userspec={user} . /bin/sh -c {shlex.quote(script)}")
     own = ("--mount", "--pid", "--net", "--fork", "--kill-child")
@@ -105,7 +107,7 @@ class Container:
     ) -> subprocess.CompletedProcess[str]:
         """As root, in a shell of the container."""
         argv = ["nsenter", f"--target={self.find_leader()}", "--mount", "--uts", "--ipc", "--pid", "--net", "--cgroup",
-                "--root", "--wd=/root", "/bin/bash", "-euo", "pipefail", "-c", script]  # fmt: skip
+                "--root", "--wdns=/", "/bin/bash", "-euo", "pipefail", "-c", f"cd /root\n{script}"]  # fmt: skip
         given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
                  "LC_ALL": "C.UTF-8", "TERM": "dumb", **env}  # fmt: skip
         return subprocess.run(argv, env=given, input=stdin, capture_output=True, text=True, timeout=seconds)
@@ -125,7 +127,3 @@ class Container:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

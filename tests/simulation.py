@@ -16,7 +16,8 @@ class Simulation:
         self.now = START
         self.settings_path = folder / "server.toml"
         self.settings_path.write_text(settings)
-        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"), "SERVER_CONFIG": str(self.settings_path),
+        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"),
+                                     "SERVER_CONFIG": str(self.settings_path),
                                      "SECRET_KEY_BASE": "s" * 40, "PUBLIC_URL": "https://monitor.example", **env})
         server.open_database(self.config, create=True).close()
         self.seq: dict[str, int] = {}
@@ -37,7 +38,9 @@ class Simulation:
         return self.monitor.fleet
 
     def host(self, name: str, site: str | None = None, tags: list[str] | None = None) -> int:
-        return self.write(lambda db: server.insert_host(db, name, self.now, site=site, tags=tags))["id"]
+        host_id = self.write(lambda db: server.insert_host(db, name, self.now, site=site, tags=tags))["id"]
+        self.fleet.refresh(self.monitor.store.reader())
+        return host_id
 
     def write(self, work: Any) -> Any:
         return self.monitor.store.write(work)
@@ -80,7 +83,8 @@ class Simulation:
         return [{"channel": row["channel"], **json.loads(row["body"])} for row in rows]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in server.list_events(self.monitor.store.reader(), since=0, limit=10_000) if row["kind"] == kind]
+        return [row for row in server.list_events(self.monitor.store.reader(), since=0, limit=10_000)
+                if row["kind"] == kind]
 
     def close(self) -> None:
         self.monitor.close()

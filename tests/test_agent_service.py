@@ -426,6 +426,14 @@ def test_first_lines_of_a_good_start(tmp_path):
         assert not (running.state / "agent.pid").exists()
 
 
+def test_process_is_still_known_by_its_file_after_it_started_over(tmp_path):
+    with Sink() as sink, Running(tmp_path, sink.url) as running:
+        wait_for(lambda: sink.requests)
+        words = Path(f"/proc/{running.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert words[words.index(str(ROOT / "agent.py").encode()) :][:2] == [str(ROOT / "agent.py").encode(), b"start"]
+        assert (running.state / "agent.pid").read_text() == f"{running.process.pid}\n"
+
+
 def test_sigterm_stops_in_time_while_the_server_does_not_answer(tmp_path):
     gate = threading.Event()
     with Sink(lambda request: gate.wait(30) and accept(request)) as sink, Running(tmp_path, sink.url) as running:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from debian import BARE, ROOTS, build, debian_root, frozen_programs, in_root, one_at_a_time
+from debian import ROOTS, build, debian_root, frozen_programs, in_root, one_at_a_time
 
 import agent
 import server
@@ -35,12 +35,12 @@ def frozen() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def bookworm() -> Path:
-    return debian_root("bookworm", BARE["bookworm"])
+    return debian_root("bookworm")
 
 
 @pytest.fixture(scope="session")
 def trixie() -> Path:
-    return debian_root("trixie", BARE["trixie"])
+    return debian_root("trixie")
 
 
 @pytest.fixture(params=["bookworm", "trixie"])
@@ -52,7 +52,7 @@ def any_root(request) -> Path:
 
 
 def test_the_agent_runs_on_debian_without_python(any_root, frozen):
-    done = in_root(any_root, "! command -v python3 && /opt/agent version && /opt/agent once", agent=frozen["agent"])
+    done = in_root(any_root, "! python3 -V 2>/dev/null && /opt/agent version && /opt/agent once", agent=frozen["agent"])
     assert done.returncode == 0, done.stderr
     version, _, report = done.stdout.partition("\n")
     assert version == f"proxmox-monitor-agent {agent.VERSION}"

@@ -179,3 +179,37 @@ def test_a_script_cut_off_anywhere_does_nothing(script, tmp_path):
 def test_shellcheck_finds_no_fault(script):
     answer = subprocess.run(["shellcheck", "--severity=warning", script], cwd=ROOT, capture_output=True, text=True)
     assert answer.stdout == ""
+
+
+# --- build.sh on a machine that is no Linux ---
+
+STUB_PYTHON = """#!/bin/bash
+# Stands for Python with PyInstaller: says what it was asked for, and makes what it would make.
+case "$*" in
+    "-c "*|"-VV"|"-V") exec {python} "$@" ;;
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m PyInstaller "*) printf '%s\\n' "$@" > asked; mkdir -p dist; : > "dist/$(sed -n '/^--name$/{{n;p;}}' asked)" ;;
+esac
+"""
+MAC_TOOLS = "bash cat cp cut dirname env expand grep id mkdir mv printf rm sed sort tr which xargs".split()
+
+
+def test_on_a_mac_the_agent_is_frozen_for_a_try_without_any_linux_tool(tmp_path):
+    """The machine is played: uname says Darwin, and of the commands only those are there that macOS has too."""
+    for name in ("build.sh", "agent.py", "server.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "packaging", tmp_path / "packaging")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in MAC_TOOLS:
+        (tools / name).symlink_to(str(shutil.which(name)))
+    (tools / "uname").write_text('#!/bin/bash\n[ "$1" = -m ] && echo arm64 || echo Darwin\n')
+    (tools / "python3").write_text(STUB_PYTHON.format(python=sys.executable))
+    for name in ("uname", "python3"):
+        (tools / name).chmod(0o755)
+    answer = subprocess.run(["./build.sh", "agent"], cwd=tmp_path, capture_output=True, text=True,
+                            env={"PATH": str(tools), "HOME": str(tmp_path)})  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "for a try on this machine alone" in answer.stdout
+    assert (tmp_path / "dist/proxmox-monitor-agent_darwin_arm64").exists()
+    assert "--onefile" in (tmp_path / "asked").read_text().splitlines()

@@ -257,3 +257,40 @@ LOW_CONTRAST = """() => {
   }
   return found.slice(0, 5);
 }"""
+
+
+# --- charts: the history of the opened host ---
+
+
+def test_charts_show_gaps_as_gaps_and_single_values_to_the_keyboard(page, fleet):
+    begin = time.time() - 3 * 3600
+    node = {"name": "pve3", "cpu_count": 4}
+    reports = [build_report("pve3", seq=seq, at=begin + 30 * seq, run_id="run-c", pools=None, node={
+        **node, "cpu_ratio": 0.25 if seq < 150 else 0.75, "uptime_seconds": 30 * seq if seq < 300 else 30 * (seq - 299)})
+        for seq in range(1, 360) if not 150 <= seq < 200]  # fmt: skip
+    fleet.tokens["pve3"] = fleet.server.register("pve3")
+    assert fleet.server.post(fleet.tokens["pve3"], reports, host="pve3", message_id="backlog").status == 200
+    page.locator(".row-link", has_text="pve3").click()
+    page.get_by_role("button", name="6 h").click()
+    chart = page.locator(".chart-figure", has_text="CPU")
+    expect(chart.locator("path.curve-0")).to_have_count(2)
+    expect(chart.locator(".event-reboot")).to_have_count(1)
+    expect(chart.locator(".chart-read")).to_have_text("in use 75 %")
+    chart.locator("svg").focus()
+    page.keyboard.press("Home")
+    expect(chart.locator(".chart-read")).to_contain_text("in use –")
+    for _ in range(75):
+        page.keyboard.press("ArrowRight")
+    expect(chart.locator(".chart-read")).to_contain_text("in use 25 %")
+    expect(page.locator("[data-charts-note]")).to_contain_text("Silent in the last two days")
+
+
+def test_a_guest_is_charted_on_request_and_the_choice_stays_when_new_data_comes(page, fleet):
+    for _ in range(3):
+        fleet.report("pve1", guests=[build_guest(100, name="web"), build_guest(101, name="<b>mail</b>")])
+    page.locator(".row-link", has_text="pve1").click()
+    page.locator("[data-subject]").select_option("guests/101")
+    expect(page.locator(".chart-figure strong").nth(1)).to_have_text("Memory")
+    fleet.report("pve1")
+    page.wait_for_timeout(3500)
+    expect(page.locator("[data-subject]")).to_have_value("guests/101")

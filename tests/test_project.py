@@ -1,14 +1,21 @@
-"""The project holds to its own rules: what ships, what it names, how long its functions are."""
+"""The project holds to its own rules: what ships, what it names, how it is written, what the guides tell."""
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import stat
+import statistics
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import agent
+import server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +78,7 @@ def test_the_tests_run_with_the_versions_that_the_server_runs_with():
 
 def test_no_file_names_a_place_of_the_machine_it_was_made_on():
     # The folder above only where its name says something: a clone may lie in /tmp or /.
-    foreign = [str(place) + "/" for place in (ROOT, ROOT.parent) if len(place.parts) > 2] + [str(Path.home()) + "/."]
+    foreign = [str(place) + "/" for place in (ROOT, ROOT.parent) if len(place.parts) > 2]
     for name in tracked_files():
         for number, line in enumerate(lines_of(name), 1):
             assert not any(place in line for place in foreign), f"{name}:{number}: {line[:100]}"
@@ -82,3 +89,126 @@ def test_no_file_names_a_package_registry():
     for name in tracked_files():
         for number, line in enumerate(lines_of(name), 1):
             assert not any(word in line for word in words), f"{name}:{number}"
+
+
+def test_no_test_steps_aside():
+    """Only a program that is not installed may leave a test out, through conftest's find_program; in CI nothing may."""
+    words = re.compile(r"pytest\.(skip|xfail|importorskip)\(|mark\.(skip|xfail)\b")
+    for name in tracked_files():
+        if name.startswith("tests/") and name.endswith(".py") and name != "tests/test_project.py":
+            found = [line for line in lines_of(name) if words.search(line)]
+            assert len(found) <= (name == "tests/conftest.py"), f"{name}: {found}"
+
+
+def test_the_page_needs_nobody_else():
+    for name in tracked_files():
+        if name.startswith("templates/"):
+            for number, line in enumerate(lines_of(name), 1):
+                outside = re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}", line.replace("//www.w3.org/", ""))
+                assert not outside, f"{name}:{number}: {outside}"
+
+
+# --- how the two programs are written ---
+
+PROGRAMS = ["agent.py", "server.py"]
+
+
+def functions_of(name: str) -> list[tuple[int, str]]:
+    """Length in lines and name of each function."""
+    tree = ast.parse((ROOT / name).read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [((node.end_lineno or 0) - node.lineno + 1, node.name) for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def imports_of(name: str) -> set[str]:
+    """The top-level names of everything that is imported, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_map_and_banners_of_a_program_agree(name):
+    docstring = ast.get_docstring(ast.parse((ROOT / name).read_text())) or ""
+    mapped = re.search(r"^ *(\w+(?:\s*->\s*\w+)+)$", docstring, re.M)
+    assert mapped, "the docstring has no map"
+    banners = [found[1] for line in lines_of(name) if (found := re.match(r"# --- (\w+)(?:, \w+)*: .+ ---$", line))]
+    assert re.split(r"\s*->\s*", mapped[1]) == banners
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_function_is_longer_than_a_screen(name):
+    lengths = functions_of(name)
+    tables = {"rule_rows"}  # nothing but rows, in a function because they name what stands below
+    assert [one for one in lengths if one[0] > 60 and one[1] not in tables] == []
+    assert statistics.median(length for length, _ in lengths) <= 10
+
+
+def test_the_agent_imports_nothing_outside_the_standard_library():
+    known = set(sys.stdlib_module_names) | {"_sha2"}  # new in Python 3.12; the agent falls back to _sha256
+    assert imports_of("agent.py") <= known
+    heavy = {"dataclasses", "inspect", "uuid", "decimal", "asyncio"}  # each costs more memory than it saves lines
+    assert not imports_of("agent.py") & heavy
+
+
+def test_the_server_imports_three_packages():
+    assert imports_of("server.py") - set(sys.stdlib_module_names) == {"bottle", "waitress", "argon2"}
+
+
+def test_the_version_is_one():
+    assert agent.VERSION == server.VERSION
+
+
+# --- what the guides tell ---
+
+
+def guides() -> str:
+    names = [name for name in tracked_files() if name == "README.md" or re.fullmatch(r"docs/[\w-]+\.md", name)]
+    return "\n".join((ROOT / name).read_text() for name in names)
+
+
+def test_every_command_of_the_server_is_told():
+    text = guides()
+    assert [
+        name for name in server.COMMANDS if not re.search(rf"proxmox-monitor-server {name}\b|`{name}\b", text)
+    ] == []
+
+
+def test_every_command_of_the_agent_is_told():
+    text = guides()
+    for name in ("start", "once", "check", "stop", "version"):
+        assert re.search(rf"proxmox-monitor-agent {name}\b|`{name}\b", text), name
+
+
+def test_every_section_is_told():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in agent.COLLECTORS if f"`{name}`" not in readme] == []
+
+
+def test_every_setting_is_told():
+    text = guides()
+    settings = set(re.findall(r"env\.get\(\"([A-Z_]+)\"", (ROOT / "server.py").read_text()))
+    assert len(settings) > 5
+    assert [name for name in sorted(settings) if f"`{name}`" not in text] == []
+
+
+def test_every_call_of_the_api_is_told_with_curl():
+    text = (ROOT / "docs" / "api.md").read_text()
+    blocks = "\n".join(re.findall(r"^```sh.*?^```", text, re.M | re.S))
+    for one in server.ROUTES:
+        if one.path.startswith("/api/") or one.path in ("/healthz", "/metrics"):
+            shown = re.sub(r"<\w+>", "{id}", one.path)
+            assert f"{one.method} {shown}" in re.sub(r"\{\w+\}", "{id}", text), f"{one.method} {shown}"
+            path = re.sub(r"<\w+>", r"[^/?\\s\"']+", one.path)
+            assert re.search(rf"{path}(?![\w/])", blocks), f"{one.method} {shown} has no example"
+
+
+def test_the_guides_link_to_what_there_is():
+    for name in tracked_files():
+        if name.endswith(".md"):
+            for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text()):
+                assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"

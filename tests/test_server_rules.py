@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import time
+from pathlib import Path
 
 import pytest
 from simulation import START, Simulation
@@ -32,7 +33,8 @@ def pool(**fields):
 
 
 def leaf(name="sda", **counts):
-    return {"name": name, "type": "disk", "state": "ONLINE", "read_errors": 0, "write_errors": 0, "checksum_errors": 0, **counts}
+    return {"name": name, "type": "disk", "state": "ONLINE", "read_errors": 0, "write_errors": 0, "checksum_errors": 0,
+            **counts}
 
 
 def mirror(*leaves):
@@ -52,7 +54,8 @@ def guest(**fields):
 
 
 def storage(**fields):
-    return [{"storage": "backup", "type": "nfs", "enabled": True, "active": True, "total_bytes": 100, "used_bytes": 10, **fields}]
+    return [{"storage": "backup", "type": "nfs", "enabled": True, "active": True, "total_bytes": 100, "used_bytes": 10,
+             **fields}]
 
 
 def scan(**fields):
@@ -70,7 +73,8 @@ def scrubbed(age, **fields):
 
 
 def certificate(left, **fields):
-    return lambda now: [{"file": "pve-ssl.pem", "subject": "CN=pve1", "issuer": "CN=R11", "expires_at": now + left, **fields}]
+    return lambda now: [{"file": "pve-ssl.pem", "subject": "CN=pve1", "issuer": "CN=R11", "expires_at": now + left,
+                         **fields}]
 
 
 def replication(**fields):
@@ -79,10 +83,11 @@ def replication(**fields):
 
 
 def service(**fields):
-    return [{"unit": "pvestatd.service", "load": "loaded", "active": "active", "sub": "running", "enabled": "enabled", **fields}]
+    return [{"unit": "pvestatd.service", "load": "loaded", "active": "active", "sub": "running", "enabled": "enabled",
+             **fields}]
 
 
-W, C, I, P, N = "warning", "critical", "info", "pending", None
+W, C, INFO, P, N = "warning", "critical", "info", "pending", None
 
 # rule, section, and steps: (minutes from the start, what the section holds, what is expected of the alert then)
 LIVES = [
@@ -91,7 +96,8 @@ LIVES = [
     ("pool-state", "pool_states", [(0, pool(state="UNKNOWN"), N), (1, pool(state="SUSPENDED"), C), (2, [], N)]),
     ("pool-vanished", "pool_states", [(0, pool(), N), (1, LOST, N), (2, [], C), (3, pool(), N)]),
     ("vdev-errors", "pools", [(0, mirror(leaf(), leaf("sdb")), N), (5, mirror(leaf(read_errors=1), leaf("sdb")), W),
-                              (10, mirror(leaf(read_errors=None, write_errors=None, checksum_errors=None), leaf("sdb")), W),
+                              (10, mirror(leaf(read_errors=None, write_errors=None, checksum_errors=None), leaf("sdb")),
+                               W),
                               (15, mirror(leaf(read_errors=12), leaf("sdb")), C),
                               (20, mirror(leaf(), leaf("sdb")), N)]),  # zpool clear
     ("vdev-errors", "pools", [(0, mirror(leaf(checksum_errors=2), leaf("sdb")), W),
@@ -131,16 +137,19 @@ LIVES = [
                                    (30, snapshots(95 * MINUTE, count=2, interval_seconds=None), W)]),
     ("guest-snapshot-age", "snapshots", [(0, snapshots(60, **{"class": "pve"}), N),
                                          (30, lambda now: [{"dataset": "tank/vm-104-disk-0", "class": "pve", "count": 1,
-                                                            "newest_at": now - 31 * DAY, "oldest_at": now - 31 * DAY}], W),
+                                                            "newest_at": now - 31 * DAY, "oldest_at": now - 31 * DAY}],
+                                                            W),
                                          (60, [], N)]),
-    ("smart-failed", "disks", [(0, disk(), N), (30, disk(passed=False), C), (60, disk(passed=None), C), (90, disk(), N)]),
-    ("smart-warning", "disks", [(0, disk(critical_warning=0, kind="nvme"), N), (30, disk(critical_warning=4, kind="nvme"), C),
+    ("smart-failed", "disks", [(0, disk(), N), (30, disk(passed=False), C), (60, disk(passed=None), C), (90, disk(),
+                                                                                                         N)]),
+    ("smart-warning", "disks", [(0, disk(critical_warning=0, kind="nvme"), N), (30, disk(critical_warning=4,
+                                                                                         kind="nvme"), C),
                                 (60, disk(kind="nvme"), C), (90, disk(critical_warning=0, kind="nvme"), N)]),
     ("smart-growth", "disks", [(0, disk(reallocated_sectors=8), N), (30, disk(reallocated_sectors=9), W),
                                (60, disk(), N),  # not told now: what was said is not repeated …
                                (90, disk(reallocated_sectors=10), C), (10090 + 60, disk(reallocated_sectors=10), W)]),
     ("smart-crc", "disks", [(0, disk(crc_errors=3), N), (30, disk(crc_errors=4), W), (60, disk(crc_errors=9), W)]),
-    ("smart-unknown", "disks", [(0, disk(passed=None), I), (30, disk(), N)]),
+    ("smart-unknown", "disks", [(0, disk(passed=None), INFO), (30, disk(), N)]),
     ("disk-gone", "disks", [(0, disk(pool="tank"), N), (30, LOST, N), (60, [], C), (90, disk(pool="tank"), N)]),
     ("disk-gone", "disks", [(0, disk(), N), (30, [], W)]),
     ("disk-temperature", "disks", [(0, disk(temperature_celsius=66), P), (30, disk(temperature_celsius=66), W),
@@ -162,7 +171,8 @@ LIVES = [
     ("memory", "node", [(0, node(memory_free_ratio=.04), P), (5, node(memory_free_ratio=.04), C)]),
     ("oom", "node", [(0, node(oom_kills_total=3), N), (1, node(oom_kills_total=4), W), (2, node(), W),
                      (62, node(oom_kills_total=4), N)]),
-    ("io-pressure", "node", [(0, node(pressure_io_full_avg300_ratio=.3), P), (15, node(pressure_io_full_avg300_ratio=.3), W),
+    ("io-pressure", "node", [(0, node(pressure_io_full_avg300_ratio=.3), P),
+                             (15, node(pressure_io_full_avg300_ratio=.3), W),
                              (16, node(pressure_io_full_avg300_ratio=.11), W), (17, node(), W),
                              (18, node(pressure_io_full_avg300_ratio=.1), N)]),
     ("memory-pressure", "node", [(0, node(pressure_memory_full_avg300_ratio=.2), P),
@@ -176,7 +186,8 @@ LIVES = [
     ("storage-full", "storages", [(0, storage(used_bytes=86), P), (10, storage(used_bytes=86), W),
                                   (11, storage(used_bytes=94), W), (21, storage(used_bytes=94), C),
                                   (22, storage(used_bytes=None), C), (23, storage(used_bytes=82), N)]),
-    ("storage-full", "storages", [(0, storage(used_bytes=81, type="lvmthin"), P), (10, storage(used_bytes=81, type="lvmthin"), W)]),
+    ("storage-full", "storages", [(0, storage(used_bytes=81, type="lvmthin"), P), (10, storage(used_bytes=81,
+                                                                                               type="lvmthin"), W)]),
     ("storage-metadata", "storages", [(0, storage(metadata_used_ratio=.8), P), (10, storage(metadata_used_ratio=.8), W),
                                       (11, storage(metadata_used_ratio=.7), N)]),
     ("storage-inactive", "storages", [(0, storage(active=False), P), (10, storage(active=False), W),
@@ -190,13 +201,16 @@ LIVES = [
                               (3, guest(status="stopped", ha_state="started"), C)]),
     ("guest-down", "guests", [(0, guest(ha_state="started"), N), (1, guest(status="stopped", ha_state="stopped"), N),
                               (5, guest(status="stopped"), N)]),
-    ("guest-down", "guests", [(0, guest(tags="prod;critical"), N), (1, guest(status="stopped", tags="prod;critical"), P),
+    ("guest-down", "guests", [(0, guest(tags="prod;critical"), N), (1, guest(status="stopped", tags="prod;critical"),
+                                                                    P),
                               (3, guest(status="stopped", tags="prod;critical"), C)]),
     ("guest-down", "guests", [(0, guest(), N), (1, guest(status="io-error"), P), (3, guest(status="io-error"), W)]),
-    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped"), P), (2, [], N), (9, guest(status="stopped"), N)]),
+    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped"), P), (2, [], N), (9, guest(status="stopped"),
+                                                                                             N)]),
     ("updates-security", "updates", [(0, {"security": 2}, N), (15 * 1440, {"security": 2}, W), (15 * 1440 + 1, {}, W),
                                      (15 * 1440 + 2, {"security": 0}, N)]),
-    ("updates-stale", "updates", [(0, lambda now: {"as_of": now - 6 * DAY}, N), (30, lambda now: {"as_of": now - 8 * DAY}, W),
+    ("updates-stale", "updates", [(0, lambda now: {"as_of": now - 6 * DAY}, N),
+                                  (30, lambda now: {"as_of": now - 8 * DAY}, W),
                                   (60, {}, W), (90, lambda now: {"as_of": now}, N)]),
     ("certificate", "certificates", [(0, certificate(22 * DAY), N), (30, certificate(20 * DAY), W),
                                      (60, certificate(4 * DAY), C), (90, [{"file": "pve-ssl.pem"}], C),
@@ -208,11 +222,13 @@ LIVES = [
                                      (40, {"synchronised": True}, N)]),
     ("replication", "replication", [(0, replication(), N), (5, replication(fail_count=1), W), (10, LOST, W),
                                     (15, replication(fail_count=3), C), (20, replication(), N)]),
-    ("replication", "replication", [(0, lambda now: [{**replication()(now)[0], "last_sync_at": now - 76 * MINUTE}], C)]),
+    ("replication", "replication", [(0, lambda now: [{**replication()(now)[0], "last_sync_at": now - 76 * MINUTE}],
+                                     C)]),
     ("ha-stale", "ha", [(0, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 30}}, N),
                         (5, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 130}}, W),
                         (10, lambda now: {"services": [], "lrm": {"as_of": now - 900}}, N)]),
-    ("service-failed", "services", [(0, service(), N), (5, service(active="failed"), P), (15, service(active="failed"), C),
+    ("service-failed", "services", [(0, service(), N), (5, service(active="failed"), P), (15, service(active="failed"),
+                                                                                          C),
                                     (20, service(active=None), C), (25, service(), N)]),
     ("service-failed", "services", [(0, service(unit="chrony.service", active="inactive", enabled="disabled"), P),
                                     (10, service(unit="chrony.service", active="inactive", enabled="disabled"), W)]),
@@ -339,7 +355,8 @@ def test_oom_is_critical_when_a_guest_went_down_with_it(sim):
 def test_a_full_storage_on_a_full_pool_is_told_by_the_pool_alone(sim):
     for minute in range(0, 30, 5):
         sim.now = START + minute * MINUTE
-        sim.send("pve1", pools=pool(capacity_ratio=.9), storages=storage(used_bytes=95, dataset="tank/data", type="zfspool"))
+        sim.send("pve1", pools=pool(capacity_ratio=.9), storages=storage(used_bytes=95, dataset="tank/data",
+                                                                         type="zfspool"))
     assert sim.alerts("pool-capacity") and not sim.alerts("storage-full", "all")
 
 
@@ -363,7 +380,8 @@ def test_a_task_explains_a_stopped_guest(sim, task, expected):
     sim.now += 30
     sim.send("pve1", guests=guest(status="stopped"))
     sim.now += 30
-    full = {"upid": "UPID:…", "started_at": sim.now - 40, "ended_at": sim.now - 31, "status": "OK", "result": "ok", **task}
+    full = {"upid": "UPID:…", "started_at": sim.now - 40, "ended_at": sim.now - 31, "status": "OK", "result": "ok",
+            **task}
     sim.send("pve1", guests=guest(status="stopped"), tasks=[full])
     sim.now += 5 * MINUTE
     sim.send("pve1", guests=guest(status="stopped"))
@@ -374,7 +392,8 @@ def test_a_task_that_comes_with_the_backlog_explains_too(sim):
     sim.send("pve1", guests=guest())
     sim.now += 4 * MINUTE  # cut off meanwhile; the newest report comes first
     sim.send("pve1", guests=guest(status="stopped"))
-    task = {"upid": "U", "type": "qmstop", "vmid": 104, "started_at": sim.now - 100, "ended_at": sim.now - 99, "result": "ok"}
+    task = {"upid": "U", "type": "qmstop", "vmid": 104, "started_at": sim.now - 100, "ended_at": sim.now - 99,
+            "result": "ok"}
     sim.send("pve1", at=sim.now - 90, run="older", tasks=[task])
     sim.now += 4 * MINUTE
     sim.send("pve1", guests=guest(status="stopped"))
@@ -384,7 +403,8 @@ def test_a_task_that_comes_with_the_backlog_explains_too(sim):
 def test_a_backup_in_mode_stop_explains_only_while_it_runs(sim):
     sim.send("pve1", guests=guest())
     sim.now += 30
-    task = {"upid": "U", "type": "vzdump", "vmid": None, "started_at": sim.now - 20, "ended_at": sim.now + 60, "result": "ok"}
+    task = {"upid": "U", "type": "vzdump", "vmid": None, "started_at": sim.now - 20, "ended_at": sim.now + 60,
+            "result": "ok"}
     sim.send("pve1", guests=guest(status="stopped"), tasks=[task])
     sim.now += 150
     sim.send("pve1", guests=guest(status="stopped", lock="backup"))
@@ -400,7 +420,8 @@ def test_a_guest_that_should_start_with_the_host_and_does_not(sim):
     assert not sim.alerts("guest-down", "all")
     for minute in (9, 11, 14):
         sim.now = START + minute * MINUTE
-        sim.send("pve1", node=node(uptime_seconds=120 + minute * 60, boot_id="b2"), guests=guest(status="stopped", onboot=True))
+        sim.send("pve1", node=node(uptime_seconds=120 + minute * 60, boot_id="b2"), guests=guest(status="stopped",
+                                                                                                 onboot=True))
     assert "should start with the host" in sim.alerts("guest-down")[0]["message"]
 
 
@@ -471,7 +492,8 @@ def test_without_a_known_schedule_a_day_counts_if_it_was_ever_backed_up(sim):
 
 def test_a_backup_made_on_another_node_of_the_cluster_counts(sim):
     sim.host("pve2")
-    cluster = {"name": "prod", "quorate": True, "members": [{"name": "pve1", "online": True}, {"name": "pve2", "online": True}]}
+    cluster = {"name": "prod", "quorate": True, "members": [{"name": "pve1", "online": True}, {"name": "pve2",
+                                                                                               "online": True}]}
     sim.now = at_hour(21, 1) + 10 * HOUR
     sim.send("pve2", cluster=cluster, guests=[], backups=backups([DAILY], good(104, at_hour(21, 1) + 60)))
     job = {**DAILY, "next_run_at": at_hour(21, 2)}
@@ -540,7 +562,8 @@ def test_a_pool_job_whose_members_are_not_told_accuses_nobody(sim):
     ("sunday 01:00", "2026-11-29 01:00"),
     ("*-02-29 00:00", "2028-02-29 00:00"),
     ("2020-01-01", None),
-    ("", "bad"), ("25:00", "bad"), ("foo", "bad"), ("12:00 sat", "bad"), ("1..2..3", "bad"), ("*/0", "bad"), ("mon..xyz", "bad"),
+    ("", "bad"), ("25:00", "bad"), ("foo", "bad"), ("12:00 sat", "bad"), ("1..2..3", "bad"), ("*/0", "bad"),
+    ("mon..xyz", "bad"),
 ])
 def test_calendar_events(schedule, expected):
     calendar = server.parse_calendar(schedule)
@@ -711,7 +734,7 @@ def test_a_site_that_falls_silent_is_one_alert(sim):
 
 
 def test_a_section_that_fails_in_three_of_its_ticks(sim):
-    for count in (1, 2, 3):
+    for _ in range(3):
         assert not sim.alerts("section-failing")
         sim.now += 300
         sim.send("pve1", errors={"pools": {"code": "timeout", "detail": "zpool status: no answer in 20 s"}})
@@ -745,7 +768,7 @@ def test_an_old_agent_is_worth_a_word(sim, monkeypatch):
 
 @pytest.mark.parametrize("offset, expected", [(20, []), (40, ["warning"]), (-130, ["critical"])])
 def test_a_clock_that_is_off_in_three_reports(sim, offset, expected):
-    for count in range(3):
+    for _ in range(3):
         assert not sim.alerts("clock-skew")
         sim.now += 30
         sim.send("pve1", agent={"clock_offset": offset}, node=node())
@@ -755,8 +778,16 @@ def test_a_clock_that_is_off_in_three_reports(sim, offset, expected):
     assert not sim.alerts("clock-skew")
 
 
+def test_the_servers_own_certificate(sim):
+    for left, expected in ((30 * DAY, []), (20 * DAY, ["warning"]), (4 * DAY, ["critical"]), (None, ["critical"]),
+                           (80 * DAY, [])):
+        sim.fleet.certificate_ends_at = None if left is None else sim.now + left
+        sim.turn()
+        assert [row["severity"] for row in sim.alerts("server-certificate")] == expected
+
+
 def test_two_machines_under_one_name(sim):
-    for count in range(3):
+    for _ in range(3):
         for run in ("one", "two"):
             sim.now += 10
             sim.send("pve1", run=run, node=node())
@@ -840,7 +871,8 @@ def test_another_lost_disk_ends_the_acknowledgement_of_a_degraded_pool(sim):
         alert, = sim.alerts("pool-state")
         assert bool(alert["acknowledged"]) is (acknowledged and sim.now > START)
         if sim.now == START:
-            sim.write(lambda db, id=alert["id"]: server.acknowledge(db, sim.fleet, id, sim.now, by="a", until=None, note=None))
+            sim.write(lambda db, id=alert["id"]: server.acknowledge(db, sim.fleet, id, sim.now, by="a", until=None,
+                                                                    note=None))
         sim.now += 30
 
 
@@ -942,7 +974,8 @@ def test_a_rule_that_is_switched_off_says_nothing(tmp_path):
     sim.host("pve1")
     for minute in (0, 30, 60):
         sim.now = START + minute * MINUTE
-        sim.send("pve1", node=node(cpu_ratio=1), pools=[{"name": "scratch", "capacity_ratio": .95}, {"name": "t", "capacity_ratio": .75}])
+        sim.send("pve1", node=node(cpu_ratio=1),
+                 pools=[{"name": "scratch", "capacity_ratio": .95}, {"name": "t", "capacity_ratio": .75}])
     assert [row["object"] for row in sim.alerts()] == ["pools/t"]
     sim.close()
 
@@ -952,16 +985,21 @@ def test_a_rule_that_is_switched_off_says_nothing(tmp_path):
 
 def healthy(index, rng):
     """A host as it is on a good day: values jitter, counters grow, nothing is wrong."""
-    guests = [{"vmid": 100 + n, "type": "qemu", "name": f"g{n}", "status": "running", "template": False, "cpu_ratio": rng.random(),
-               "memory_used_bytes": rng.randrange(1 << 32), "volumes": [{"storage": "local-zfs", "dataset": f"rpool/vm-{n}"}]}
+    guests = [{"vmid": 100 + n, "type": "qemu", "name": f"g{n}", "status": "running", "template": False,
+               "cpu_ratio": rng.random(),
+               "memory_used_bytes": rng.randrange(1 << 32), "volumes": [{"storage": "local-zfs",
+                                                                         "dataset": f"rpool/vm-{n}"}]}
               for n in range(8)]
     burst = rng.random() < .08 and index % 2 == 0  # a busy moment now and then, never two in a row
-    return {"node": node(cpu_ratio=.99 if burst else rng.uniform(.1, .7), memory_free_ratio=.04 if burst else rng.uniform(.15, .6),
+    return {"node": node(cpu_ratio=.99 if burst else rng.uniform(.1, .7), memory_free_ratio=.04 if burst
+                         else rng.uniform(.15, .6),
                          pressure_io_full_avg300_ratio=.5 if burst else rng.uniform(0, .1), oom_kills_total=2,
                          pressure_memory_full_avg300_ratio=0, root_used_bytes=40, root_available_bytes=60),
             "guests": guests, "pool_states": [{"name": "rpool", "guid": "1", "state": "ONLINE"}],
-            "storages": storage(used_bytes=60 + 26 * burst) + storage(storage="local-zfs", type="zfspool", dataset="rpool"),
-            "cluster": cluster_of("a", "b", "c"), "agent": {"clock_offset": rng.uniform(-2, 40 if burst else 2), "dropped": 0}}
+            "storages": storage(used_bytes=60 + 26 * burst) + storage(storage="local-zfs", type="zfspool",
+                                                                      dataset="rpool"),
+            "cluster": cluster_of("a", "b", "c"), "agent": {"clock_offset": rng.uniform(-2, 40 if burst else 2),
+                                                            "dropped": 0}}
 
 
 def test_a_day_of_200_healthy_noisy_hosts_notifies_nobody(tmp_path):
@@ -995,7 +1033,8 @@ def test_a_day_of_200_healthy_noisy_hosts_notifies_nobody(tmp_path):
 def test_judging_a_report_is_cheap(sim):
     """30 guests, nothing changed: the budget is 100 µs; the bound here is loose, for a busy machine."""
     guests = [{"vmid": n, "type": "qemu", "name": f"g{n}", "status": "running", "volumes": []} for n in range(100, 130)]
-    fields = {"node": node(cpu_ratio=.2, memory_free_ratio=.5, root_used_bytes=1, root_available_bytes=9), "guests": guests,
+    fields = {"node": node(cpu_ratio=.2, memory_free_ratio=.5, root_used_bytes=1, root_available_bytes=9),
+              "guests": guests,
               "pool_states": pool(), "storages": storage() * 3, "agent": {"clock_offset": 0.01, "dropped": 0}}
     sim.send("pve1", **fields)
     state = sim.fleet.find("pve1")
@@ -1012,3 +1051,14 @@ def test_judging_a_report_is_cheap(sim):
     seconds = sim.write(work)
     print(f"judge_host: {seconds * 1e6:.0f} µs")
     assert seconds < 400e-6
+
+
+def test_the_documentation_has_every_rule_channel_and_setting():
+    page = (Path(server.__file__).parent / "docs" / "alerts.md").read_text()
+    for rule in server.RULES:
+        assert f"| `{rule.name}`" in page and rule.why in page, rule.name
+    for kind, needs in server.KINDS.items():
+        assert f"`{kind}`" in page
+        assert all(f"`{key}`" in page for key in (*needs.required, *needs.optional)), kind
+    for key in (*server.Layers.FIELDS, *server.COMMON):
+        assert key in page, key
