@@ -359,7 +359,7 @@ OK, BAD, BUSY = leaf(), leaf("FAULTED"), leaf(reason="resilvering")
         ([group("draid2", *[OK] * 8)], "draid2", 2),
         ([group("raidz1", OK, OK, group("replacing", leaf("REMOVED"), BUSY))], "raidz1", 0),
         ([group("raidz1", OK, OK, group("replacing", OK, BUSY))], "raidz1", 1),  # the old side still holds it
-        ([group("raidz1", OK, OK, group("replacing", leaf("REMOVED"), OK))], "raidz1", 0),  # not yet told as resilvering
+        ([group("raidz1", OK, OK, group("replacing", leaf("REMOVED"), OK))], "raidz1", 0),  # not told yet
         ([group("raidz1", OK, OK, group("spare", leaf("REMOVED"), OK))], "raidz1", 1),  # a spare has stepped in
         ([group("raidz1", OK, OK, OK), group("mirror", OK, OK)], "raidz1 + mirror", 1),
         ([group("raidz2", *[OK] * 6), group("mirror", OK, BAD, label="special")], "raidz2", 0),
