@@ -3518,7 +3518,7 @@ def collect_ha(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     return known(
         manager=manager_state(probe.now(), stamp, services),
         master=status.get("master_node"),
-        as_of=stamp,
+        manager_as_of=stamp,
         services=[
             known(id=name, node=as_dict(service).get("node"), state=as_dict(service).get("state"))
             for name, service in sorted(services.items())

@@ -2965,8 +2965,7 @@ def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     body, section = state.body("ha", {}), state.sections.get("ha", NOTHING)
     if not body.get("services") or section.stamp is None:
         return
-    for part in ("lrm", "manager"):
-        as_of = number(body.get(part), "as_of")
+    for part, as_of in (("lrm", number(body.get("lrm"), "as_of")), ("manager", number(body, "manager_as_of"))):
         if as_of is not None and section.stamp.time - as_of > 2 * MINUTE:
             silent = section.stamp.time - as_of
             yield Reading(f"ha/{part}", silent, f"HA's {HA_PARTS[part]} manager has been silent for "

@@ -227,6 +227,8 @@ LIVES = [
     ("ha-stale", "ha", [(0, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 30}}, N),
                         (5, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 130}}, W),
                         (10, lambda now: {"services": [], "lrm": {"as_of": now - 900}}, N)]),
+    ("ha-stale", "ha", [(0, lambda now: {"services": [{"id": "vm:104"}], "manager_as_of": now - 30}, N),
+                        (5, lambda now: {"services": [{"id": "vm:104"}], "manager_as_of": now - 1900}, W)]),
     ("service-failed", "services", [(0, service(), N), (5, service(active="failed"), P), (15, service(active="failed"),
                                                                                           C),
                                     (20, service(active=None), C), (25, service(), N)]),
