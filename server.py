@@ -4988,8 +4988,9 @@ def read_body(body: bytes) -> dict[str, Any]:
 
 def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
                   body: bytes) -> int:
-    """Keep a report; gives back its id. Two of one millisecond: the later comer takes the next free one."""
-    report_id = report_span(host_id, at, None)[0]
+    """Keep a report; gives back its id. When its millisecond is taken, the next free one after its neighbours: the
+    id is a place, the time that counts stands in the report."""
+    report_id, window = report_span(host_id, at, None)[0], 1000
     while True:
         added = db.execute("""
             INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
@@ -4997,11 +4998,11 @@ def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: 
             {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
         if added.rowcount:
             return report_id
-        report_id = db.execute("""
-            SELECT coalesce(min(id), :id) + 1 FROM (
-                SELECT id FROM report AS here WHERE id >= :id
-                AND NOT EXISTS (SELECT 1 FROM report WHERE id = here.id + 1) ORDER BY id LIMIT 1)""",
-            {"id": report_id}).fetchone()[0]  # the end of the row of neighbours: there may be hundreds
+        span = {"first": report_id, "last": report_id + window}
+        last = db.execute("""
+            SELECT max(ifnull((SELECT max(id) FROM report WHERE id BETWEEN :first AND :last), 0),
+                       ifnull((SELECT max(id) FROM kept_report WHERE id BETWEEN :first AND :last), 0))""", span)
+        report_id, window = last.fetchone()[0] + 1, window * 2
 
 
 # The steps of history: how long each is kept, and what span of time one chunk of it holds.
@@ -5705,7 +5706,7 @@ def ask_history(history: History, db: sqlite3.Connection, host_ids: list[int], q
 def answer_raw(source: Source, parsed: list[tuple[ObjectKey, str]], question: Question) -> Iterator[list[Any]]:
     """Each value as it was received, with its time."""
     before = RATE_MOST if any(stored_field(field).endswith("_total") for _, field in parsed) else 0
-    block = source.block(question.since - before, question.until)
+    block = source.block(question.since - before, question.until + 10)  # places may lie a little after the time
     first, last = question.since * 1000, question.until * 1000
     for key, field in parsed:
         times, values = list_values(block, key, field)

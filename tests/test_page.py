@@ -266,7 +266,7 @@ def test_charts_show_gaps_as_gaps_and_single_values_to_the_keyboard(page, fleet)
     begin = time.time() - 3 * 3600
     node = {"name": "pve3", "cpu_count": 4}
     reports = [build_report("pve3", seq=seq, at=begin + 30 * seq, run_id="run-c", pools=None, node={
-        **node, "cpu_ratio": 0.25 if seq < 150 else 0.75, "uptime_seconds": 30 * seq if seq < 300 else 30 * (seq - 299)})
+        **node, "cpu_ratio": 0.25 if seq < 150 else 0.75, "uptime_seconds": 30 * (seq if seq < 300 else seq - 299)})
         for seq in range(1, 360) if not 150 <= seq < 200]  # fmt: skip
     fleet.tokens["pve3"] = fleet.server.register("pve3")
     assert fleet.server.post(fleet.tokens["pve3"], reports, host="pve3", message_id="backlog").status == 200

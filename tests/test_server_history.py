@@ -545,3 +545,13 @@ def test_a_database_of_version_1_keeps_its_history(tmp_path):
     assert server.ask_history(monitor.history, reader, [1], question) == before
     assert monitor.fleet.find("pve1").body("node")["cpu_count"] == 8
     monitor.close()
+
+
+def test_many_reports_of_one_millisecond_all_find_a_place_near_it(recorder):
+    reports = [build_report(seq=seq, at=START, node={"load1": seq}, guests=None, pools=None, storages=None)
+               for seq in range(1, 1201)]
+    assert recorder.take(*reports) == 1200
+    (points,) = recorder.ask("node.load1", since=START, until=START, step=30)
+    assert [point[1] for point in points] == list(range(1, 1201))
+    last = recorder.monitor.store.reader().execute("SELECT max(id) FROM report").fetchone()[0]
+    assert server.report_time(last) < START + 2
