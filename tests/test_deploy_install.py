@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import pty
@@ -213,3 +214,23 @@ def test_on_a_mac_the_agent_is_frozen_for_a_try_without_any_linux_tool(tmp_path)
     assert "for a try on this machine alone" in answer.stdout
     assert (tmp_path / "dist/proxmox-monitor-agent_darwin_arm64").exists()
     assert "--onefile" in (tmp_path / "asked").read_text().splitlines()
+
+
+# --- what is left out of the frozen files ---
+
+
+@pytest.mark.parametrize("name", ["agent", "server"])
+def test_nothing_that_a_program_imports_is_left_out_of_its_frozen_file(name):
+    """Also what is imported only on the way (mail, TLS): that would show on the day it is needed."""
+    text = (ROOT / "packaging/freeze.sh").read_text()
+    common = re.search(r'^excludes="([^"]+)"$', text, re.MULTILINE).group(1).split()
+    own = re.search(rf'^    {name}\)\n        excludes="\$excludes ([^"]+)"', text, re.MULTILINE).group(1).split()
+    assert {"readline", "_curses"} <= set(common)
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {one.name.partition(".")[0] for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    assert "json" in found
+    assert not found & {*common, *own}
