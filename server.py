@@ -2880,6 +2880,8 @@ def read_backup_missing(state: Any, fleet: Fleet, now: float) -> Iterator[Readin
 
 def read_updates_security(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     memory, waiting = remembered(state, "updates-security"), number(state.body("updates"), "security")
+    if waiting is None and number(state.body("updates"), "pending") is not None and "" in memory:
+        waiting = 0  # the list marks security updates here, and marks none any more
     if waiting is None:
         yield Reading("", None, "", UNKNOWN)
     elif not waiting:
@@ -2906,8 +2908,8 @@ def read_certificates(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]
         warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
         left = None if expires is None else expires - now
         failed = "; its renewal has failed" if acme or own else ""
-        yield Reading(f"certificates/{one.get('file')}", left, "" if left is None else certificate_text(one, left,
-                                                                                                        failed),
+        yield Reading(f"certificates/{one.get('file')}", left,
+                      "" if left is None else certificate_text(one, left, failed),
                       limits=(warn, 5 * DAY))
 
 
@@ -2961,7 +2963,7 @@ def read_replication(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 
 
 def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """LRM or CRM without a sign of life, on a host where HA has something to do."""
+    """LRM or CRM without a sign of life, on a host where HA has something to do: an idle one stops writing."""
     body, section = state.body("ha", {}), state.sections.get("ha", NOTHING)
     if not body.get("services") or section.stamp is None:
         return
@@ -2973,6 +2975,7 @@ def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 
 
 HA_PARTS = {"lrm": "local resource", "manager": "cluster"}
+TIME_SERVICES = frozenset(("chrony", "chronyd", "ntpsec", "ntp", "systemd-timesyncd"))
 CORE_SERVICES = frozenset(("pve-cluster", "pvestatd", "pveproxy"))
 WATCHED_SERVICES = CORE_SERVICES | frozenset((
     "pvedaemon", "pvescheduler", "pve-firewall", "pve-ha-crm", "pve-ha-lrm", "corosync", "qmeventd", "watchdog-mux",
@@ -3000,6 +3003,9 @@ def needs(state: Any, service: str) -> bool:
     """Whether a service has work on this host at all: corosync only in a cluster, zed only with pools."""
     if service == "corosync":
         return state.body("cluster") is not None
+    if service in TIME_SERVICES:  # one that keeps the time is enough
+        return not any((text(unit, "unit") or "").removesuffix(".service") in TIME_SERVICES
+                       and text(unit, "active") == "active" for unit in dicts(state.body("services")))
     if service in ("zfs-zed", "zed"):
         return bool(state.body("pool_states") or state.body("pools"))
     return service not in ("pve-ha-crm", "pve-ha-lrm", "watchdog-mux", "pve-firewall")
@@ -3218,9 +3224,9 @@ def judge_ha_services(name: str, views: list[View], fleet: Fleet, now: float) ->
     for service in max(bodies, key=lambda one: one[0])[1].get("services") or () if bodies else ():
         state = text(service, "state")
         if state in ("error", "fence"):
-            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None, f"HA service {service.get('id')} of "
-                                                                           f"cluster {name} "
-                          f"on {service.get('node')} is in state {state}.", "critical")
+            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None,
+                          f"HA service {service.get('id')} of cluster {name} on {service.get('node')} is in state "
+                          f"{state}.", "critical")
 
 
 def shared_storages(views: list[View]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
@@ -3524,7 +3530,8 @@ RULES: tuple[Rule, ...] = (
          "ha-manager status; set it to disabled, mend it, start it."),
     Rule("ha-stale", "service", "ha", read_ha_stale,
          "A dead resource manager lets the watchdog reset the node.",
-         "systemctl status pve-ha-lrm pve-ha-crm"),
+         "systemctl status pve-ha-lrm pve-ha-crm",
+         always=True),
     Rule("service-failed", "service", "services", read_services,
          "What it does is not being done.",
          "systemctl status UNIT; journalctl -u UNIT",
@@ -3869,8 +3876,9 @@ def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Sta
     rules = [rule for section in changed for rule in RULES_OF.get(section, ()) if whole or rule.by_number]
     found = []
     for old, new in judge(past, rules, fleet, stamp.time):
-        if new is not None and new.severity != "info" and (old is None
-                                                           or old.state != new.state) and new.state != "pending":
+        if new is None or new.severity == "info" or new.state == "pending":
+            continue
+        if old is None or old.state != new.state:
             found.append(Past(past.name, new.rule, new.object, new.severity, new.message, new.fired_at or stamp.time,
                               stamp.time if new.state == "resolved" else None))
     return found
@@ -3885,9 +3893,8 @@ def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report
     for one in judge_past(past[0], fleet, report, stamp):
         if (one.rule, one.object) not in state.alerts:
             word = "over" if one.over_at else "fired"
-            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}", f"{one.message} (told late, by a "
-                                                                                f"backlog)",
-                         host=state.name, object=one.object or None)
+            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}",
+                         f"{one.message} (told late, by a backlog)", host=state.name, object=one.object or None)
 
 
 # --- notifications: what is told, through which channel, and until it has arrived ---
@@ -4130,8 +4137,9 @@ def key_path(document: Any) -> Path:
 # What is told: from alerts to notifications
 
 
-def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *, by: str) -> dict[str,
-                                                                                                                 Any]:
+def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *,
+                   by: str) -> dict[str, Any]:
+    """Make a silence; gives it back as it is listed."""
     made = db.execute("""
         INSERT INTO silence (tag, site, host, object, rule, until, note, created_by, created_at)
         VALUES (:tag, :site, :host, :object, :rule, :until, :note, :by, :now)""",
@@ -4351,8 +4359,8 @@ def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
     """A message as plain text: what, where, since, why, what to do, link."""
     parts = [item_text(one) for one in body["items"]]
     if body["left_out"]:
-        parts.append("And " + ", ".join(f"{count} {key}" for key, count in body["left_out"].items()) + " more: see "
-                                                                                                       "the page.")
+        counts = ", ".join(f"{count} {key}" for key, count in body["left_out"].items())
+        parts.append(f"And {counts} more: see the page.")
     whole = "\n\n".join(parts)
     return whole if len(whole) <= limit else whole[:limit - 20] + "\n… (cut)"
 
@@ -4641,8 +4649,8 @@ class Notifier:
         self._refreshed[channel.name] = now
         items = [notification_body(self.fleet, state, alert, "firing", now)
                  for state in self.fleet.everything() for alert in state.alerts.values()
-                 if alert.state == "firing" and alert.told_severity and channel.wants(state, alert.rule,
-                                                                                      alert.severity)]
+                 if alert.state == "firing" and alert.told_severity
+                 and channel.wants(state, alert.rule, alert.severity)]
         if items:
             try:
                 send_alertmanager(channel.options, "", {"items": items})
@@ -4684,8 +4692,8 @@ def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
                    {"name": name})
         db.execute("UPDATE message SET given_up_at = :now, error = 'the channel is not set up any more' "
                    "WHERE sent_at IS NULL AND given_up_at IS NULL AND channel = :name", {"now": now, "name": name})
-        insert_event(db, now, "notification-given-up", f"Channel {name} is not set up any more; what waited for it is "
-                                                       f"given up")
+        insert_event(db, now, "notification-given-up",
+                     f"Channel {name} is not set up any more; what waited for it is given up")
 
 
 def canary(public_url: str, now: float) -> dict[str, Any]:
@@ -6244,9 +6252,8 @@ class Monitor:
             self.use_settings(load_settings(self.config))
         except Failure as failure:
             log(f"server: {failure}; the old rules stay")
-            reason = str(failure)
-            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", f"{reason}; the old rules "
-                                                                                           f"stay"))
+            told = f"{failure}; the old rules stay"
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
             return False
         log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
         self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
@@ -6853,8 +6860,8 @@ def post_silence(call: Call) -> Any:
 @route("DELETE", "/api/v1/silences/<id>", auth="admin")
 def remove_silence(call: Call) -> Any:
     """End a silence."""
-    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, call.params["id"], call.now, by=call.actor
-                                                       or ""))
+    number, by = call.params["id"], call.actor or ""
+    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, number, call.now, by=by))
     return Answer(204)
 
 
@@ -8327,8 +8334,8 @@ def command_test_notification(config: Config, args: argparse.Namespace) -> int:
     failed = 0
     for channel in channels:
         try:
-            KINDS[channel.kind].send(channel.options, "msg_" + secrets.token_hex(12), canary(config.public_url,
-                                                                                             time.time()))
+            message = canary(config.public_url, time.time())
+            KINDS[channel.kind].send(channel.options, "msg_" + secrets.token_hex(12), message)
             print(f"✓ {channel.name}: taken")
         except Undelivered as error:
             failed += 1

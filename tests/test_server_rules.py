@@ -209,6 +209,9 @@ LIVES = [
                                                                                              N)]),
     ("updates-security", "updates", [(0, {"security": 2}, N), (15 * 1440, {"security": 2}, W), (15 * 1440 + 1, {}, W),
                                      (15 * 1440 + 2, {"security": 0}, N)]),
+    ("updates-security", "updates", [(0, {"pending": 9, "security": 2}, N), (15 * 1440, {"pending": 9, "security": 2},
+                                                                             W),
+                                     (15 * 1440 + 1, {"pending": 7}, N)]),  # none is marked any more
     ("updates-stale", "updates", [(0, lambda now: {"as_of": now - 6 * DAY}, N),
                                   (30, lambda now: {"as_of": now - 8 * DAY}, W),
                                   (60, {}, W), (90, lambda now: {"as_of": now}, N)]),
@@ -234,6 +237,8 @@ LIVES = [
                                     (20, service(active=None), C), (25, service(), N)]),
     ("service-failed", "services", [(0, service(unit="chrony.service", active="inactive", enabled="disabled"), P),
                                     (10, service(unit="chrony.service", active="inactive", enabled="disabled"), W)]),
+    ("service-failed", "services", [(0, service(unit="chrony.service", active="inactive", enabled="disabled")
+                                     + service(unit="ntpsec.service"), N)]),  # another one keeps the time
     ("service-failed", "services", [(0, service(unit="zfs-zed.service", active="failed", load="not-found"), N)]),
     ("mail-queue", "services", [(0, {"units": [], "mail_queue": 21}, P), (10, {"units": [], "mail_queue": 21}, W),
                                 (15, {"units": [], "mail_queue": 2, "mail_oldest_seconds": 60}, N)]),
