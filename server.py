@@ -2158,8 +2158,8 @@ def read_guest_snapshots(state: Any, fleet: Fleet, now: float) -> Iterator[Readi
     worst: dict[str, Reading] = {}
     for one in state.body("snapshots", ()):
         oldest = number(one, "oldest_at")
-        if text(one, "class") != "pve" or oldest is None:
-            continue
+        if text(one, "class") != "pve" or oldest is None or one["dataset"].rpartition("/")[2].startswith("base-"):
+            continue  # base-…: a template's disk, whose snapshot its clones live on
         dataset = datasets.get(one["dataset"], {})
         vmid = number(dataset, "vmid")
         object = f"guests/{int(vmid)}" if vmid is not None else f"datasets/{one['dataset']}"

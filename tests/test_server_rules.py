@@ -341,6 +341,11 @@ def test_a_class_of_snapshots_that_is_gone_is_told_and_accepted(sim):
     assert not sim.alerts("snapshot-gone")
 
 
+def test_the_snapshot_that_clones_of_a_template_live_on_is_no_forgotten_one(sim):
+    sim.send("pve1", snapshots=[{"dataset": "tank/base-9000-disk-0", "class": "pve", "count": 1, "newest_at": 1, "oldest_at": 1}])
+    assert not sim.alerts("guest-snapshot-age")
+
+
 def test_growth_with_errors_of_its_vdev_is_critical(sim):
     sim.send("pve1", pools=mirror(leaf(), leaf("sdb")), disks=disk(pending_sectors=0, pool="tank"))
     sim.now += 300
