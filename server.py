@@ -7458,7 +7458,30 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
     for problem in shown.values():
         cause = root_cause(problem, shown)
         (tops if cause is problem else cause["children"]).append(problem)
-    return tops
+    return fold_alike(tops)
+
+
+ALIKE = 3  # so many problems of one host by one rule become one line
+
+
+def fold_alike(problems: Rows) -> Rows:
+    """Problems with those of the same host and rule folded into the first of them: 15 late backups are one thing
+    to do. `alike` are the ids of all that its line stands for."""
+    def kind(problem: dict[str, Any]) -> tuple[Any, ...]:
+        return problem["host"], problem.get("rule"), bool(problem.get("acknowledged"))
+
+    groups: dict[Any, Rows] = {}
+    for problem in problems:
+        groups.setdefault(kind(problem), []).append(problem)
+    folded: Rows = []
+    for problem in problems:
+        group = groups[kind(problem)]
+        if len(group) < ALIKE:
+            folded.append({**problem, "alike": [problem["id"]]})
+        elif problem is group[0]:
+            rest = [one for other in group[1:] for one in (other, *other["children"])]
+            folded.append({**problem, "alike": [one["id"] for one in group], "children": [*problem["children"], *rest]})
+    return folded
 
 
 def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:

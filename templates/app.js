@@ -641,8 +641,9 @@
     const button = event.target.closest("[data-acknowledge], [data-unacknowledge], [data-accept]");
     if (!button) return;
     const { acknowledge, unacknowledge, accept } = button.dataset;
-    doing(null, () => acknowledge ? write("POST", alertApi(acknowledge, "acknowledge"), {})
-      : unacknowledge ? write("DELETE", alertApi(unacknowledge, "acknowledge")) : write("POST", alertApi(accept, "accept"), {}));
+    const each = (ids, call) => Promise.all(ids.split(",").map(call));  // a line may stand for several alerts
+    doing(null, () => acknowledge ? each(acknowledge, (id) => write("POST", alertApi(id, "acknowledge"), {}))
+      : unacknowledge ? each(unacknowledge, (id) => write("DELETE", alertApi(id, "acknowledge"))) : write("POST", alertApi(accept, "accept"), {}));
   }
 
   function onMute(event) {

@@ -276,3 +276,15 @@ def test_causes_fold_what_follows_from_them_and_a_circle_hides_nothing(monitor, 
     children = [child["id"] for top in tops for child in top["children"]]
     assert sorted([top["id"] for top in tops] + children) == [1, 2, 3, 4, 5, 6]
     assert next(top for top in tops if top["id"] == 1)["children"][1]["id"] == 3
+
+
+def test_many_of_one_host_and_rule_are_one_line_that_stands_for_all(monitor, client):
+    def alert(number, rule, host="pve1", acknowledged=None):
+        return {"id": number, "because_of": None, "host": host, "object": f"guests/{number}", "severity": "warning",
+                "rule": rule, "acknowledged": acknowledged}  # fmt: skip
+    call = server.Call(monitor, {"QUERY_STRING": ""}, {})
+    alerts = [alert(1, "backup-age"), alert(2, "guest-down"), alert(3, "backup-age"), alert(4, "backup-age"),
+              alert(5, "backup-age", host="pve2"), alert(6, "backup-age", acknowledged={"at": 1})]  # fmt: skip
+    tops = server.group_problems(call, alerts)
+    assert [top["alike"] for top in tops] == [[1, 3, 4], [2], [5], [6]]
+    assert [child["id"] for child in tops[0]["children"]] == [3, 4]
