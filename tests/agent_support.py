@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import stat as stat_module
 import threading
 import time
 import zlib
@@ -50,9 +48,17 @@ class FakeProbe(agent.Probe):
             raise agent.SourceError("missing", path)
         return sorted(set(below))
 
-    def stat(self, path: str) -> os.stat_result:
-        text = FakeProbe.read(self, path)
-        return os.stat_result((stat_module.S_IFREG, hash(text), 0, 1, 0, 0, len(text), 0, 0, 0))
+    def peek(self, path: str) -> str | None:
+        return self.files[path].strip() if path in self.files else None
+
+    def peek_dir(self, path: str) -> list[str] | None:
+        try:
+            return self.list_dir(path)
+        except agent.SourceError:
+            return None
+
+    def peek_mark(self, path: str) -> tuple[int, int] | None:
+        return (hash(self.files[path]), len(self.files[path])) if path in self.files else None
 
     def now(self) -> float:
         return self.clock

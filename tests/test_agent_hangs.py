@@ -52,6 +52,15 @@ class HostProbe(agent.Probe):
     def read_line(self, path, limit=agent.READ_LIMIT):
         return self.read(path).split("\n")[0]
 
+    def peek(self, path):
+        try:
+            return self.read(path).strip()
+        except agent.SourceError:
+            return None
+
+    def peek_dir(self, path):
+        return super().peek_dir(f"{HOST}/files{path}")
+
     def stat(self, path):
         try:
             return os.stat(f"{HOST}/files{path}")
