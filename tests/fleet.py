@@ -73,16 +73,15 @@ class Recording(NamedTuple):
 
 
 def load_recordings() -> tuple[list[Recording], list[Recording]]:
-    """The recorded Proxmox hosts, and apart from them those with a suspended pool, which nothing heals.
+    """The recorded Proxmox hosts: those that are played many times, healed, and those whose trouble nothing heals.
     A machine without guests is no member of a fleet."""
     usual: list[Recording] = []
-    suspended: list[Recording] = []
+    troubled: list[Recording] = []
     for path in recordings():
         recording = collect_recording(path)
-        states = [one["state"] for one in recording.sections.get("pool_states") or ()]
         if recording.sections.get("guests"):
-            (suspended if "SUSPENDED" in states else usual).append(recording)
-    return usual, suspended
+            (troubled if path.name in TROUBLED else usual).append(recording)
+    return usual, troubled
 
 
 def collect_recording(path: Path) -> Recording:
@@ -94,13 +93,15 @@ def collect_recording(path: Path) -> Recording:
     return Recording(path.name, probe.now(), *collected)
 
 
-AS_RECORDED = (4, 7, 11)  # of each twenty: with the troubles the host had when it was recorded; 7 has a suspended pool
+TROUBLED = ("suspended-pool", "cluster-no-quorum", "odd-names")
+AS_RECORDED = (4, 5, 10)  # of each twenty: a usual host, with the troubles it had when it was recorded
 
 
-def recording_of(number: int, usual: list[Recording], suspended: list[Recording]) -> Recording:
-    """Recordings take turns."""
-    if suspended and number % 20 == 7:
-        return suspended[number // 20 % len(suspended)]
+def recording_of(number: int, usual: list[Recording], troubled: list[Recording]) -> Recording:
+    """Recordings take turns; the eighth of each twenty hosts is in real trouble."""
+    if troubled and number % 20 == 7:
+        order = sorted(troubled, key=lambda one: TROUBLED.index(one.name))
+        return order[number // 20 % len(order)]
     return usual[(number + number // (WELL_BETWEEN + 1)) % len(usual)]  # so that each fault meets each recording
 
 
@@ -146,8 +147,35 @@ def advance_counters(value: Any, seconds: float, dice: random.Random, rates: dic
             value[key] = one + type(one)(rate * seconds * dice.uniform(0.2, 1.8))
 
 
-def heal(sections: dict[str, Any]) -> None:
+def heal(sections: dict[str, Any], now: float) -> None:
     """Make good what was wrong with the host when it was recorded."""
+    heal_pools(sections)
+    heal_services(sections)
+    heal_copies(sections)
+    for guest in sections.get("guests") or ():
+        if guest.get("status") not in ("running", "stopped"):
+            guest["status"] = "running"
+    for storage in sections.get("storages") or ():
+        if storage.get("enabled") and not storage.get("active"):
+            storage.update(active=True, total_bytes=4 << 40, used_bytes=1 << 40, available_bytes=3 << 40)
+    for disk in sections.get("disks") or ():
+        for key in disk.keys() & HEALTHY.keys():
+            disk[key] = min(disk[key] or 0, HEALTHY[key])
+        disk["passed"] = True
+        if "spare_ratio" in disk:
+            disk["spare_ratio"] = 1.0
+    for certificate in sections.get("certificates") or ():
+        certificate["expires_at"] = max(certificate.get("expires_at") or 0, now + 200 * DAY)
+
+
+# The most a healthy disk has of it.
+HEALTHY = {
+    "wear_ratio": 0.4, "critical_warning": 0, "reallocated_sectors": 0, "pending_sectors": 0, "media_errors": 0,
+    "uncorrectable_errors": 0, "reported_uncorrectable": 0, "crc_errors": 0,
+}  # fmt: skip
+
+
+def heal_pools(sections: dict[str, Any]) -> None:
     for pool in sections.get("pools") or ():
         set_pool_state(sections, pool, "ONLINE")
         pool.update(status_text=None, action_text=None, data_errors=0, damaged_files=[])
@@ -156,9 +184,60 @@ def heal(sections: dict[str, Any]) -> None:
             vdev.update(read_errors=0, write_errors=0, checksum_errors=0, reason=None)
             if vdev.get("class") != "spare":
                 vdev["state"] = "ONLINE"
-    for storage in sections.get("storages") or ():
-        if storage.get("enabled") and not storage.get("active"):
-            storage.update(active=True, total_bytes=4 << 40, used_bytes=1 << 40, available_bytes=3 << 40)
+
+
+def heal_services(sections: dict[str, Any]) -> None:
+    for service in sections.get("services") or ():
+        if service.get("active") in ("failed", "activating"):
+            service.update(active="active", sub="running", restarts=0)
+    if "failed_units" in sections:
+        sections["failed_units"] = []
+    if sections.get("time_sync"):
+        sections["time_sync"]["synchronised"] = True
+    for service in (sections.get("ha") or {}).get("services") or ():
+        service["state"] = "started"
+    if (sections.get("updates") or {}).get("security"):
+        sections["updates"]["security"] = 0
+
+
+def heal_copies(sections: dict[str, Any]) -> None:
+    """Backups, replication and snapshots that went as planned."""
+    backups = sections.get("backups") or {}
+    for job in backups.get("jobs") or ():
+        job["last_state"] = "OK"
+    for guest in backups.get("guests") or ():
+        guest.pop("newest_failed", None)
+        guest["newest_ok"] = guest.get("newest_ok") or {"ended_at": 0, "storage": "backup"}
+        guest["newest_ok"]["ended_at"] = float("inf")  # see keep_fresh
+    for job in sections.get("replication") or ():
+        job.update(fail_count=0, enabled=True, last_sync_at=float("inf"), last_try_at=float("inf"))
+        job.pop("error", None)
+    kept = [one for one in sections.get("snapshots") or () if one.get("class") != "pve"]
+    for one in kept:
+        one["newest_at"] = float("inf")
+    if "snapshots" in sections:
+        sections["snapshots"] = kept
+
+
+def keep_fresh(sections: dict[str, Any], started: float, now: float) -> None:
+    """What was in order when the host was recorded stays so, whatever the time of day is here and however long the
+    play lasts: the last run of everything is never longer ago than it may be. What was a day old stays old."""
+    for guest in (sections.get("backups") or {}).get("guests") or ():
+        refresh(guest.get("newest_ok") or {}, ("ended_at",), 2 * HOUR, started, now)
+    for job in sections.get("replication") or ():
+        refresh(job, ("last_sync_at", "last_try_at"), 5 * MINUTE, started, now)
+    for one in sections.get("snapshots") or ():
+        refresh(one, ("newest_at",), 20 * MINUTE, started, now)
+    refresh(sections.get("ha") or {}, ("manager_as_of",), 5, started, now)
+    for job in (sections.get("backups") or {}).get("jobs") or ():
+        if is_number(job.get("next_run_at")):
+            job["next_run_at"] = max(job["next_run_at"], now + HOUR)
+
+
+def refresh(fields: dict[str, Any], keys: tuple[str, ...], most: float, started: float, now: float) -> None:
+    for key in keys:
+        if is_number(fields.get(key)) and started - fields[key] < 26 * HOUR:
+            fields[key] = round(now - min(most, max(0.0, now - fields[key])), 3)
 
 
 def full_redundancy(pool: dict[str, Any]) -> int:
@@ -330,17 +409,21 @@ class PlayedHost:
         self.phase = ""
         self.paused: dict[int, float] = {}  # vmid -> when the guest comes back
         self.sections: dict[str, Any] = copy.deepcopy(recording.sections)
-        if number % 20 not in AS_RECORDED:
-            heal(self.sections)
-        # Each host has had its scrubs and reboots at another time of the week.
-        earlier = self.dice.uniform(0, 2 * DAY)
-        shift_times(self.sections, now - recording.time - earlier)
-        shift_as_of(self.sections, earlier)  # but what was measured is as fresh as it was in the recording
+        shift_times(self.sections, now - recording.time)
+        self.errors = recording.errors
+        if recording.name not in TROUBLED and number % 20 not in AS_RECORDED:
+            heal(self.sections, now)
+            self.errors = {}
+        for pool in self.sections.get("pools") or ():  # each host has had its scrubs on another day
+            shift_times(pool, -self.dice.uniform(0, 5 * DAY))
+        keep_fresh(self.sections, now, now)
         self._rename()
 
     def _rename(self) -> None:
         """Names and guids that are unique in the fleet; the cluster knows the node by its new name too."""
         old = (self.sections.get("node") or {}).get("name")
+        if self.sections.get("cluster"):  # of its own: each host is played without its neighbours
+            self.sections["cluster"]["name"] = f"cluster-{self.name.removeprefix('pve-')}"
         for one in walk(self.sections):
             if isinstance(one.get("guid"), str):
                 one["guid"] = (
@@ -364,6 +447,7 @@ class PlayedHost:
             self._move_guests(seconds, now)
             self._move_pools(seconds)
             shift_as_of(self.sections, seconds)
+            keep_fresh(self.sections, self.started, now)
             for section, value in self.sections.items():
                 advance_counters(value, seconds, self.dice, self.rates, section)
 
@@ -414,8 +498,13 @@ class PlayedHost:
             guest.update(status="stopped", uptime_seconds=None, cpu_ratio=None, memory_used_bytes=None)
 
     def _move_pools(self, seconds: float) -> None:
-        """Capacity creeps up by some percent a week."""
+        """Capacity creeps up by some percent a week; a scrub or resilver under way gets on."""
         for pool in self.sections.get("pools") or ():
+            scan = pool.get("scan") or {}
+            left, done = scan.get("remaining_seconds"), scan.get("progress_ratio")
+            if scan.get("state") == "scanning" and left and done is not None:
+                scan["progress_ratio"] = min(0.999, done + (1 - done) * min(1.0, seconds / left))
+                scan["remaining_seconds"] = max(60, left - int(seconds))
             size, used = pool.get("size_bytes"), pool.get("allocated_bytes")
             if size and is_number(used) and used / size < 0.97:
                 used += int(size * 0.03 * seconds / (7 * DAY) * self.dice.uniform(0, 2))
@@ -433,6 +522,7 @@ class PlayedHost:
         phase = "" if progress is None else str(int(progress * 20))
         full = self.ticks % MEDIUM_EVERY == 0 or phase != self.phase
         self.ticks, self.phase = self.ticks + 1, phase
+        self.sections.pop("tasks", None)  # events, not a state: told once
         names = shown.keys() if full else [name for name in FAST_SECTIONS if name in shown]
         return self.wrap({name: shown[name] for name in names}, now, tick="medium" if full else "fast", full=full)
 
@@ -445,7 +535,7 @@ class PlayedHost:
                       "clock_offset": 0.01, "cpu_seconds": round(1 + self.seq * 0.04, 2), "rss_bytes": 21_000_000},
             **sections,
             "absent": self.recording.absent if full else [],
-            "errors": self.recording.errors if full else {},
+            "errors": self.errors if full else {},
         }  # fmt: skip
 
     def backfill(self, now: float) -> list[dict[str, Any]]:
@@ -584,15 +674,15 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    usual, suspended = load_recordings()
+    usual, troubled = load_recordings()
     tokens, new = register(options)
     hosts = [
-        PlayedHost(n, recording_of(n, usual, suspended), tokens[host_name(n)], time.time(), options.seed)
+        PlayedHost(n, recording_of(n, usual, troubled), tokens[host_name(n)], time.time(), options.seed)
         for n in range(options.count)
     ]
     width = min(8, 1 + options.count // 20)
     senders = [Sender(hosts[n::width], options, new, stop) for n in range(width)]
-    print(f"fleet: playing {len(hosts)} hosts from {len(usual) + len(suspended)} recordings", flush=True)
+    print(f"fleet: playing {len(hosts)} hosts from {len(usual) + len(troubled)} recordings", flush=True)
     for sender in senders:
         sender.start()
     stop.wait(None if options.seconds == float("inf") else options.seconds)

@@ -24,9 +24,9 @@ SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
 
 @pytest.fixture(scope="module")
 def played() -> list[fleet.PlayedHost]:
-    usual, suspended = fleet.load_recordings()
+    usual, troubled = fleet.load_recordings()
     return [
-        fleet.PlayedHost(number, fleet.recording_of(number, usual, suspended), "whsec_", NOW, 1) for number in range(22)
+        fleet.PlayedHost(number, fleet.recording_of(number, usual, troubled), "whsec_", NOW, 1) for number in range(22)
     ]
 
 
