@@ -2602,7 +2602,9 @@ class Calendar(NamedTuple):
 
     def after(self, local: float) -> float | None:
         """The first time later than `local` (seconds since 1970 on the host's clock on the wall); None if there is
-        none within 5 years."""
+        none within 5 years, or it is no time at all."""
+        if not 0 <= local < TIME_MOST:
+            return None
         first = int(local) // DAY
         for ordinal in range(first, first + 5 * 366):
             if self.on(datetime.date.fromordinal(ordinal + EPOCH_ORDINAL)):
@@ -2626,6 +2628,7 @@ class Calendar(NamedTuple):
 
 
 EPOCH_ORDINAL = datetime.date(1970, 1, 1).toordinal()
+TIME_MOST = 2e11  # unix seconds: about the year 8300; dates end with the year 9999
 
 
 @lru_cache(1024)
@@ -3760,6 +3763,8 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
             db.execute("DELETE FROM alert WHERE id = :id", {"id": old.id})
         return
     fields = {key: getattr(new, key) for key in ALERT_FIELDS}
+    for key in ("value", "acknowledged_value"):  # a counter of 64 bits is too much for an INTEGER of SQLite
+        fields[key] = None if fields[key] is None else float(fields[key])
     if new.id is None:
         new.id = db.execute(INSERT_ALERT, {**fields, "host_id": state.id}).lastrowid
     elif old is None or any(getattr(old, key) != fields[key] for key in ALERT_FIELDS):
@@ -4861,7 +4866,7 @@ def pack_numbers(values: Sequence[float]) -> tuple[int, int, bytes]:
     if scaled is not None:
         decimals, whole = scaled
         steps = [(b - a) << 1 if b >= a else ((a - b) << 1) - 1 for a, b in zip(whole, whole[1:])]  # zig-zag
-        if min(whole) >= 0 and sum(whole) <= sum(steps):
+        if min(whole) >= 0 and max(whole) < 1 << 64 and sum(whole) <= sum(steps):
             return PLAIN, decimals, pack_planes(whole)
         if max(steps) < 1 << 63 and abs(whole[0]) < 1 << 63:
             return DELTA, decimals, struct.pack("<q", whole[0]) + pack_planes(steps)
@@ -5946,7 +5951,7 @@ class Keeper:
         ids = sorted(self.fleet.hosts)
         start = bisect.bisect_right(ids, self._after)
         for host_id in [*ids[start:], *ids[:start]]:
-            while self.step(host_id, now):
+            while self._attempt(host_id, now):
                 if time.monotonic() > end:
                     self._after = host_id
                     return
@@ -5954,6 +5959,16 @@ class Keeper:
                 self._after = host_id
                 return
         self._after = 0
+
+    def _attempt(self, host_id: int, now: float) -> bool:
+        """A step; one host's trouble must not keep the others from their turn."""
+        try:
+            return self.step(host_id, now)
+        except Problem:
+            raise  # the writer's: everybody's trouble
+        except Exception as error:
+            log(f"history: host {host_id}: {type(error).__name__}: {error}")
+            return False
 
     def step(self, host_id: int, now: float) -> bool:
         """The next piece of work for a host; False if there is none."""

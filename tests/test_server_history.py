@@ -95,6 +95,28 @@ def test_a_column_is_unpacked_exactly(values):
     assert server.skip_columns(packed, 0, 1) == len(packed)
 
 
+@pytest.mark.parametrize("values", [[2.0**64, 0.0], [0.0, 2.0**64 - 2048, 2.0**64], [1.0, 2.0**63, 5.0], [2.0**63, -(2.0**63)]])
+def test_the_greatest_numbers_that_are_kept_can_be_packed(values):
+    assert server.unpack_column(server.pack_column(values), 0, len(values)) == values
+
+
+def test_a_host_that_cannot_be_packed_does_not_hold_up_the_others(monitor, register, monkeypatch):
+    for name in ("pve1", "pve2", "pve3"):
+        register(name)
+    monitor.fleet.refresh(monitor.store.reader())
+    asked = []
+
+    def step(host_id, now):
+        asked.append(host_id)
+        if host_id == 1:
+            raise OverflowError("int too big to convert")
+        return False
+
+    monkeypatch.setattr(monitor.keeper, "step", step)
+    monitor.keeper.turn(monitor.clock())
+    assert asked == [1, 2, 3]
+
+
 @given(st.lists(decimals, min_size=480, max_size=480), st.integers(0, 3))
 @settings(max_examples=20)
 def test_a_smooth_column_is_small(noise, places):

@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import pytest
-from conftest import START, build_guest, build_pool, build_report, encode, sign
+from conftest import START, build_disk, build_guest, build_pool, build_report, encode, sign
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -446,6 +446,39 @@ def test_no_value_anywhere_makes_the_server_stumble(register, post, admin, chang
         shown = admin.get(f"/api/v1/{path}")
         assert shown.status == 200, (path, changes, shown.text)
     assert admin.get("/metrics").status == 200
+
+
+@pytest.mark.parametrize("count", [2**63 - 1, 2**63, 2**64, -(2**64)])
+def test_a_counter_of_64_bits_may_be_the_value_of_an_alert(register, post, admin, clock, count):
+    token = register("pve1")
+    for seq in (1, 2):
+        clock.advance(1)
+        disk = build_disk("sda", read_errors=count, checksum_errors=count)
+        pool = build_pool(vdevs=[disk], data_errors=count, capacity_ratio=count)
+        assert post(token, build_report(seq=seq, at=clock(), pools=[pool])).status == 200
+    assert admin.get("/api/v1/alerts?state=all").json()["total"] > 0 or count < 0
+
+
+HOSTILE = (["x"], {"a": ["x"]}, True, -1e15, 2**64)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=str)
+def test_the_page_stands_whatever_an_agent_says(register, post, client, clock, value):
+    token = register("pve1")
+    assert client.log_in().status == 303
+    backup = {"ended_at": value if type(value) is float else clock() - 60, "storage": value, "excluded_disks": value}
+    sections = {
+        "guests": [build_guest(100, name=value, status=value, tags=value, created_at=value)],
+        "pools": [build_pool(guid=value, layout=value, scan=value, last_scrub=value)],
+        "backups": {"jobs": [{"id": value, "enabled": True, "schedule": "02:00", "guests": "all", "storage": value}],
+                    "guests": [{"vmid": value, "newest_ok": backup}, {"vmid": 100, "newest_ok": backup}]},
+    }  # fmt: skip
+    for seq, (name, section) in enumerate(sections.items(), 1):
+        clock.advance(1)
+        assert post(token, build_report(seq=seq, at=clock(), **{name: section})).status in (200, 422)
+        assert client.get("/?host=pve1").status == 200, name
+    clock.advance(400)
+    assert client.get("/").status == 200
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
