@@ -74,7 +74,9 @@ SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
 QUEUE_LIMIT = 5000  # writes that may wait for the writer
 COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer together share one flush to the disk
+COMPANY_SECONDS = 0.004  # that a report waits for others to share its flush, also when there is no load
 FLUSHES_SAVED = 1000
+KEEP_STATE_SECONDS = 30  # how often it is written which reports have come; in between the reports themselves tell it
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_EVENTS = 90 * DAY
@@ -360,12 +362,13 @@ class Write:
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], urgent: bool):
         self.work, self.urgent = work, urgent
-        self.done = threading.Event()
+        self.done = threading.Lock()  # held until it is; an Event costs three times as much
+        self.done.acquire()
         self.value: Any = None
         self.error: BaseException | None = None
 
     def result(self) -> Any:
-        self.done.wait()
+        self.done.acquire()
         if self.error is not None:
             raise self.error
         return self.value
@@ -383,7 +386,7 @@ class Store:
         self.last_commit = 0.0  # monotonic
         self._flushes = float(FLUSHES_SAVED)
         self.last_error: str | None = None
-        self._queue: queue.Queue[Write | None] = queue.Queue(QUEUE_LIMIT)
+        self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self._local = threading.local()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closed = False
@@ -404,11 +407,10 @@ class Store:
         """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned."""
         if not self.alive:
             raise Problem("busy", "the server is stopping", headers={"Retry-After": "5"})
+        if self._queue.qsize() >= QUEUE_LIMIT:
+            raise Problem("busy", "too many reports at once", headers={"Retry-After": "5"})
         write = Write(work, urgent)
-        try:
-            self._queue.put_nowait(write)
-        except queue.Full:
-            raise Problem("busy", "too many reports at once", headers={"Retry-After": "5"}) from None
+        self._queue.put(write)
         return write.result()
 
     def close(self) -> None:
@@ -435,9 +437,11 @@ class Store:
         self._flushes = min(FLUSHES_SAVED, self._flushes + waited / COMMIT_INTERVAL)
         if self._flushes >= 1:
             self._flushes -= 1
-        elif not first.urgent:
-            time.sleep(max(0.0, COMMIT_INTERVAL - waited))
-            self._flushes = 0.0
+            pause = COMPANY_SECONDS
+        else:
+            self._flushes, pause = 0.0, max(COMPANY_SECONDS, COMMIT_INTERVAL - waited)
+        if not first.urgent:
+            time.sleep(pause)
         group: list[Write | None] = [first]
         while len(group) < QUEUE_LIMIT:
             try:
@@ -463,7 +467,7 @@ class Store:
                 write.error = store_problem(error)
             self.on_failure()
         for write in group:
-            write.done.set()
+            write.done.release()
 
     def _attempt(self, db: sqlite3.Connection, write: Write) -> None:
         db.execute("SAVEPOINT one")
@@ -495,7 +499,10 @@ def find_host(db: sqlite3.Connection, name: str) -> sqlite3.Row | None:
 def list_host_records(db: sqlite3.Connection) -> list[sqlite3.Row]:
     """Every registered host with the time anything was last received from it."""
     return db.execute("""
-        SELECT host.*, (SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id) AS last_seen_at
+        SELECT host.*, nullif(max(
+            ifnull((SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id), 0),
+            ifnull((SELECT received_at FROM report WHERE report.id BETWEEN host.id << 42 AND ((host.id + 1) << 42) - 1
+                    ORDER BY report.id DESC LIMIT 1), 0)), 0) AS last_seen_at
         FROM host ORDER BY name""").fetchall()
 
 
@@ -633,9 +640,21 @@ def last_notification_at(db: sqlite3.Connection) -> float | None:
 
 def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
     """How many reports of a host never came: holes in the sequence numbers of each run of its agent."""
-    rows = db.execute("SELECT ranges FROM run WHERE host_id = :id", {"id": host_id})
-    return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges)
-               for ranges in (parse_ranges(row[0]) for row in rows))
+    rows = db.execute("SELECT id, ranges FROM run WHERE host_id = :id", {"id": host_id}).fetchall()
+    every = {row["id"]: parse_ranges(row["ranges"]) for row in rows}
+    for recent in recent_reports(db, host_id):
+        add_to_ranges(every.setdefault(recent["run"], []), recent["seq"])
+    return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges) for ranges in every.values() if ranges)
+
+
+def recent_reports(db: sqlite3.Connection, host_id: int) -> list[sqlite3.Row]:
+    """Id, run and sequence number of the reports that run and latest may not know of: see keep_states()."""
+    since = get_meta(db, "state_kept_at")
+    if since is None:
+        return []
+    first, last = report_span(host_id, float(since) - KEEP_STATE_SECONDS, None)
+    return db.execute("SELECT id, run, seq FROM report WHERE id BETWEEN :first AND :last",
+                      {"first": first, "last": last}).fetchall()
 
 
 def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
@@ -646,8 +665,8 @@ def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
 
 
 def parse_ranges(text: str) -> list[list[int]]:
-    """'1-3,7' -> [[1, 3], [7, 7]]"""
-    spans = (part.partition("-") for part in text.split(","))
+    """'1-3,7' -> [[1, 3], [7, 7]]; '' of a run whose first report has not been counted yet -> []"""
+    spans = (part.partition("-") for part in text.split(",") if part)
     return [[int(first), int(last or first)] for first, _, last in spans]
 
 
@@ -1108,6 +1127,7 @@ class HostState:
         self.memory: dict[str, Any] = {}  # what rules remember, kept in the database
         self.memory_changed = False
         self.scratch: dict[str, Any] = {}  # what they remember until the next start
+        self.unwritten: dict[int, Run] = {}  # runs whose row and latest state are behind, by row
         self.limits: tuple[Any, dict[str, Any]] | None = None
         self.agent: dict[str, Any] = {}
         self.stamp: Stamp | None = None  # of the newest report
@@ -1275,7 +1295,8 @@ class Fleet:
 def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     """The latest sections of a host, from the reports that hold them."""
     row = db.execute("SELECT sections FROM latest WHERE host_id = :id", {"id": state.id}).fetchone()
-    wanted = {one for pair in json.loads(row[0]).values() for one in pair if one} if row else ()
+    wanted = {one for pair in json.loads(row[0]).values() for one in pair if one} if row else set()
+    wanted.update(recent["id"] for recent in recent_reports(db, state.id))
     found = [find_report(db, one) for one in wanted]
     for report in sorted(filter(None, found), key=lambda r: (report_time(r["id"]), r["run"], r["seq"])):
         stamp = Stamp(report["run"], report["seq"], report_time(report["id"]), report["received_at"], report["id"])
@@ -6111,6 +6132,7 @@ def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int
     """Write an hour's chunk, and take its reports out of the tail; those with a latest state are kept elsewhere."""
     if not put_chunks(db, state.id, chunks, now):
         return
+    keep_state(db, state)
     held = {one for pair in state.pointers().values() for one in pair if one}
     db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
                    [(one,) for one in ids if one in held])
@@ -6240,6 +6262,7 @@ class Monitor:
         self.looked_at = clock()
         self.use_settings(load_settings(config))
         self.runs: dict[tuple[int, str], Run] = {}
+        self.state_kept_at = 0.0  # when all of it was last written
         self.history = History()
         self.logins = LoginLimiter()
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
@@ -6254,7 +6277,12 @@ class Monitor:
         check_secret(db, self.secret)
         set_meta(db, "serving_since", self.fleet.serving_since)
         self.fleet.load(db)
+        self.state_kept_at = float(get_meta(db, "state_kept_at") or 0)
         drop_orphans(db, self.fleet, self.clock())
+
+    def _stop(self, db: sqlite3.Connection) -> None:
+        self.fleet.refresh(db)
+        keep_states(self, self.clock(), db)
 
     def use_settings(self, settings: Settings) -> None:
         """Take over what server.toml says."""
@@ -6281,11 +6309,14 @@ class Monitor:
         self.history.clear()
         try:
             self.fleet.load(self.store.db)
+            self.state_kept_at = float(get_meta(self.store.db, "state_kept_at") or 0)
         except sqlite3.Error as error:
             log(f"writer: could not read the state again: {error}")
 
     def close(self) -> None:
         self.notifier.stop()
+        if self.store.alive:
+            self.store.write(self._stop)
         self.store.close()
 
 
@@ -6333,7 +6364,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
     state = monitor.fleet.hosts.get(host_id)
     if state is None:
         raise Problem("unknown_host", "the host has just been removed")
-    accepted, touched = 0, {}
+    accepted, late = 0, False
     changed: set[str] = set()
     for report in reports:
         run = find_run(monitor, db, host_id, report["run_id"], now)
@@ -6345,10 +6376,14 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         stamp = Stamp(run.id, report["seq"], at, now, report_id)
         changed |= take_report(db, monitor.fleet, state, report, stamp)
         monitor.history.remember(host_id, report_id, build_tick(report, now))
-        touched[run.id] = run
+        state.unwritten[run.id] = run
+        late = late or at < monitor.state_kept_at - KEEP_STATE_SECONDS
         accepted += 1
     if accepted:
-        keep_state(db, state, touched.values(), now)
+        if not 0 <= now - monitor.state_kept_at < KEEP_STATE_SECONDS:
+            keep_states(monitor, now, db)
+        elif late:
+            keep_state(db, state)
         judge_host(db, monitor.fleet, state, now, changed)
         dispatch(db, monitor.fleet, [state], now)
         monitor.fleet.generation += 1
@@ -6384,17 +6419,33 @@ def find_run(monitor: Monitor, db: sqlite3.Connection, host_id: int, run_id: str
             run = Run(new_id or 0, [])
         else:
             run = Run(row["id"], parse_ranges(row["ranges"]))
+            for recent in recent_reports(db, host_id):
+                if recent["run"] == run.id:
+                    add_to_ranges(run.ranges, recent["seq"])
         monitor.runs[host_id, run_id] = run
     return run
 
 
-def keep_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run], now: float) -> None:
-    """Write which sequence numbers have come, and which reports hold the latest state."""
-    for run in runs:
+def keep_state(db: sqlite3.Connection, state: HostState) -> None:
+    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed."""
+    if not state.unwritten:
+        return
+    for run in state.unwritten.values():
         db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
-                   {"ranges": format_ranges(run.ranges), "now": now, "id": run.id})
+                   {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
                {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
+    state.unwritten = {}
+
+
+def keep_states(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """The same for every host, and when it was. A report that is younger than this less KEEP_STATE_SECONDS is in the
+    tail and can be counted there: recent_reports(). An older one that comes late is written at once, and so is all
+    of a host whose tail goes into chunks."""
+    for state in monitor.fleet.hosts.values():
+        keep_state(db, state)
+    set_meta(db, "state_kept_at", now)
+    monitor.state_kept_at = now
 
 
 # --- jobs: what runs by the clock, in one thread ---

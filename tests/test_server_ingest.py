@@ -369,6 +369,48 @@ def test_the_latest_state_is_of_the_newest_report(register, post, admin, clock, 
     assert latest_cpu(admin) == shown
 
 
+CRASHES = {  # (run, seq, seconds since the report before, age of the report) in the order of arrival
+    "each soon after the other": [("a", n, 2, 1) for n in range(1, 8)],
+    "out of order, with holes": [("a", n, 2, 10 - n) for n in (1, 4, 3, 7, 2)],
+    "over several times of writing": [("a", n, 13, 1) for n in range(1, 12)],
+    "late ones between": [("a", 1, 5, 1), ("a", 2, 5, 7200), ("b", 1, 5, 1), ("a", 3, 5, 3600), ("b", 2, 5, 0)],
+    "a clock that was set back": [("a", 1, 40, 0), ("a", 2, 1, 0), ("a", 3, -7200, 0), ("a", 4, 1, 0)],
+    "a new run at the end": [("a", 1, 1, 0), ("a", 2, 1, 0), ("b", 1, 1, 0)],
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("arrivals", CRASHES.values(), ids=CRASHES.keys())
+def test_a_crash_forgets_nothing_that_was_acknowledged(monitor, config, register, post, clock, tmp_path, arrivals,
+                                                       packed):
+    """The files as they are after a kill -9: what has come is known there, once, and so is the latest state."""
+    token, sent = register("pve1"), []
+    for run, seq, pause, age in arrivals:
+        clock.advance(pause)
+        fields = {"guests": None} if seq % 3 == 0 else {"errors": {"node": {"code": "timeout", "detail": "-"}}}
+        sent.append(cpu_report(seq / 100, run_id=run, seq=seq, at=clock() - age, **fields))
+        assert post(token, sent[-1]).json()["accepted"] == 1
+    if packed:
+        monitor.keeper.settle(clock() + 7200)
+    for name in ("monitor.db", "monitor.db-wal", "monitor.db.secret"):
+        if (tmp_path / name).exists():
+            (tmp_path / ("copy-" + name)).write_bytes((tmp_path / name).read_bytes())
+    other = server.Monitor(server.Config({"DATABASE_PATH": str(tmp_path / "copy-monitor.db"),
+                                          "SECRET_KEY_BASE": "x" * 64}), clock)
+    try:
+        (mine,), (theirs,) = monitor.fleet.hosts.values(), other.fleet.hosts.values()
+        assert theirs.sections == mine.sections
+        assert (theirs.stamp, theirs.agent, theirs.last_seen_at) == (mine.stamp, mine.agent, mine.last_seen_at)
+        db, own = other.store.reader(), monitor.store.reader()
+        assert server.missing_reports(db, mine.id) == server.missing_reports(own, mine.id)
+        again = other.store.write(lambda db: server.insert_reports(other, mine.id, sent, None, clock(), db))
+        assert again == 0
+        assert [dict(row) for row in server.list_host_records(db)] == [
+            dict(row) for row in server.list_host_records(own)]
+    finally:
+        other.close()
+
+
 def test_a_report_from_the_future_is_shown_as_clock_skew(register, post, admin, clock):
     post(register("pve1"), build_report(at=clock() + 7200))
     assert admin.get("/api/v1/hosts/pve1").json()["clock_offset_seconds"] == pytest.approx(7200, abs=1)
