@@ -7602,7 +7602,7 @@ def fold_alike(problems: Rows) -> Rows:
 
 def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] | None:
     """The silence that covers an alert; of several the one that ends last."""
-    known = state.alerts.get((alert["rule"], alert["object"] or ""))
+    known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
     covering = [one for one in call.fleet.silences
                 if known is not None and one["until"] > call.now and silence_fits(one, state, known)]
     return max(covering, key=lambda one: one["until"], default=None)
