@@ -38,6 +38,7 @@ import socket
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -102,7 +103,7 @@ class Problem(Exception):
         "invalid_request": 400, "invalid_json": 400, "invalid_token": 401, "clock_skew": 401, "unauthorized": 401,
         "forbidden": 403, "not_found": 404, "unknown_host": 404, "method_not_allowed": 405, "conflict": 409,
         "too_large": 413, "unsupported_media_type": 415, "host_mismatch": 422, "invalid_report": 422,
-        "rate_limited": 429, "storage_full": 503, "busy": 503,
+        "rate_limited": 429, "undelivered": 502, "storage_full": 503, "busy": 503,
     }
     TITLE = {
         "invalid_request": "The request is not understood", "invalid_json": "The body is not JSON",
@@ -111,7 +112,8 @@ class Problem(Exception):
         "unknown_host": "No such host", "method_not_allowed": "Method not allowed", "conflict": "Already there",
         "too_large": "Too large", "unsupported_media_type": "Unsupported media type",
         "host_mismatch": "The report names another host", "invalid_report": "Not a report",
-        "rate_limited": "Too many requests", "storage_full": "The disk is full", "busy": "Busy",
+        "rate_limited": "Too many requests", "undelivered": "The channel did not take it",
+        "storage_full": "The disk is full", "busy": "Busy",
     }
 
     def __init__(self, code: str, detail: str, *, headers: dict[str, str] | None = None, **extra: Any):
@@ -3991,11 +3993,20 @@ class Digest(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What server.toml says."""
+    """What server.toml says. It holds secrets, `source` too."""
 
     layers: Layers
     channels: list[Channel]
     digest: Digest | None
+    source: str = ""
+
+
+class BadSettings(Failure):
+    """A mistake in the text of a server.toml, with the line it is in."""
+
+    def __init__(self, line: int, reason: str):
+        super().__init__(reason)
+        self.line = line
 
 
 def load_settings(config: Config) -> Settings:
@@ -4010,12 +4021,24 @@ def load_settings(config: Config) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{config.settings_path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        return build_settings(tomllib.loads(source))
+        return parse_settings(source)
+    except BadSettings as mistake:
+        raise Failure(f"{config.settings_path}: {mistake}") from None
+
+
+def parse_settings(source: str) -> Settings:
+    """The settings in the text of a server.toml. `BadSettings`."""
+    try:
+        return build_settings(tomllib.loads(source))._replace(source=source)
     except tomllib.TOMLDecodeError as error:
-        raise Failure(f"{config.settings_path}: {error}") from None
+        found = re.search(r"at line (\d+)", str(error))
+        raise BadSettings(int(found[1]) if found else source.count("\n") + 1, str(error)) from None
+    except RecursionError:
+        raise BadSettings(1, "nested too deeply") from None
     except Mistake as mistake:
-        where = f"line {line_of(source, mistake.path)}: {'.'.join(str(step) for step in mistake.path)}"
-        raise Failure(f"{config.settings_path}: {where}: {mistake.reason}") from None
+        line = line_of(source, mistake.path)
+        where = f"line {line}: {'.'.join(str(step) for step in mistake.path)}"
+        raise BadSettings(line, f"{where}: {mistake.reason}") from None
 
 
 def build_settings(document: dict[str, Any]) -> Settings:
@@ -4610,6 +4633,7 @@ class Notifier:
         self._threads: dict[str, threading.Thread] = {}
         self._stop = threading.Event()
         self._refreshed: dict[str, float] = {}
+        self._testing = threading.Lock()
 
     def start(self) -> None:
         """Have a thread for every channel there is; called again after the settings changed."""
@@ -4669,6 +4693,21 @@ class Notifier:
             self.fleet.told_at = now
             self.fleet.generation += 1
 
+    def test(self, channel: Channel) -> float:
+        """Send a test now, past all that waits, and put it on record; when it was taken. `Undelivered`, `Problem`."""
+        if not self._testing.acquire(blocking=False):
+            raise Problem("busy", "another test is under way", headers={"Retry-After": "5"})
+        try:
+            body, message_id = canary(self.fleet.public_url, self.clock()), "msg_" + secrets.token_hex(12)
+            KINDS[channel.kind].send(channel.options, message_id, body)
+        finally:
+            self._testing.release()
+        now = self.clock()
+        self.store.write(lambda db: record_test(db, channel, message_id, body, now))
+        self.fleet.told_at = now
+        self.fleet.generation += 1
+        return now
+
     def _refresh(self, channel: Channel, now: float) -> None:
         if now - self._refreshed.setdefault(channel.name, now) < self.REFRESH_SECONDS:
             return
@@ -4703,6 +4742,15 @@ def record_delivery(db: sqlite3.Connection, channel: Channel, message: sqlite3.R
     if lost:
         insert_event(db, now, "notification-given-up", f"Could not tell {channel.name}: {error}; given up: "
                      f"{json.loads(message['body'])['subject']}")
+
+
+def record_test(db: sqlite3.Connection, channel: Channel, message_id: str, body: dict[str, Any], now: float) -> None:
+    """A test that was taken. As if made an hour ago: it neither delays nor counts against what is to be told."""
+    db.execute("""
+        INSERT INTO message (id, channel, body, created_at, due_at, attempts, sent_at)
+        VALUES (:id, :channel, :body, :made, :now, 1, :now)""",
+        {"id": message_id, "channel": channel.name, "body": json.dumps(body), "made": now - HOUR, "now": now})
+    insert_event(db, now, "notification-sent", f"Told {channel.name}: {body['subject']}")
 
 
 def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
@@ -5891,15 +5939,18 @@ def series_name(section: str, object: str, field: str) -> str:
 # Replay: what the rules would have said of the past
 
 
-def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float) -> tuple[list[Past], float | None]:
+def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float,
+           in_time: Callable[[], bool] = lambda: True) -> tuple[list[Past], float | None]:
     """What the fleet's rules would have said of what is kept, oldest first; and where that begins. Of the reports
-    themselves every rule; of points of 5 minutes, which are older, the rules with thresholds."""
+    themselves every rule; of points of 5 minutes, which are older, the rules with thresholds. Until not `in_time`."""
     found: list[Past] = []
     begins = []
     for record in list_host_records(db):
         past = past_state(HostState(record))
         fired: dict[tuple[str, str], Past] = {}
         for count, (at, report, whole) in enumerate(list_past_reports(db, record["id"], since, until)):
+            if not in_time():
+                break
             begins += [at] if not count else []
             for one in judge_past(past, fleet, report, Stamp(0, count, at, at, 0), whole=whole):
                 if one.over_at is None:
@@ -6272,6 +6323,7 @@ class Monitor:
         self.store.write(self._start)
         self.keeper = Keeper(self.store, self.history, self.fleet)
         self.notifier = Notifier(self.store, self.fleet, clock)
+        self.replaying = threading.Lock()
 
     def _start(self, db: sqlite3.Connection) -> None:
         check_secret(db, self.secret)
@@ -6951,6 +7003,66 @@ def get_channels(call: Call) -> Any:
     return Listing(channel_rows(call.db, call.fleet), CHANNEL_COLUMNS)
 
 
+@route("POST", "/api/v1/channels/<name>/test", auth="admin")
+def post_channel_test(call: Call) -> Any:
+    """Send a test message through a channel, now; 502 with the reason if it is not taken."""
+    expect_fields(call.json(), ())
+    channel = next((one for one in call.fleet.channels if one.name == call.params["name"]), None)
+    if channel is None:
+        raise Problem("not_found", "no such channel")
+    try:
+        return {"name": channel.name, "sent_at": call.monitor.notifier.test(channel)}
+    except Undelivered as error:
+        log(f"notifications: test of {channel.name}: {error}")
+        raise Problem("undelivered", str(error)) from None
+
+
+@route("POST", "/api/v1/rules/replay", auth="admin")
+def post_replay(call: Call) -> Any:
+    """What rules would have said of the history: since (seconds back), settings (a server.toml, default: as loaded)."""
+    wanted = call.json()
+    expect_fields(wanted, ("since", "settings"))
+    since, source = wanted.get("since", DAY), wanted.get("settings")
+    if not (is_number(since) and MINUTE <= since <= REPLAY_LONGEST):
+        raise Problem("invalid_request", f"since: seconds, {MINUTE} to {REPLAY_LONGEST}", pointer="/since")
+    if not (source is None or isinstance(source, str)):
+        raise Problem("invalid_request", "settings should be the text of a server.toml", pointer="/settings")
+    try:
+        source = call.monitor.settings.source if source is None else parse_settings(source).source
+    except BadSettings as mistake:
+        raise Problem("invalid_request", str(mistake), pointer="/settings", line=mistake.line) from None
+    return run_replay(call.monitor, source, since)
+
+
+REPLAY_LONGEST = 800 * DAY  # nothing is kept for longer
+REPLAY_SECONDS = 20  # of work; what was found by then is told
+REPLAY_SHOWN = 1000
+
+
+def run_replay(monitor: Monitor, source: str, since: float) -> dict[str, Any]:
+    """`replay-rules` in a process of its own, one at a time: it takes no time from the writer, and it ends."""
+    if not monitor.replaying.acquire(blocking=False):
+        raise Problem("busy", "another preview is under way", headers={"Retry-After": "5"})
+    program = [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, os.path.abspath(__file__)]
+    argv = [*program, "replay-rules", "--json", "--since", f"{int(since)}s", "--seconds", str(REPLAY_SECONDS),
+            "--config", "-"]
+    environ = {**os.environ, "DATABASE_PATH": monitor.config.database_path}
+    for secret in ("SECRET_KEY_BASE", "DASHBOARD_PASSWORD_HASH"):
+        environ.pop(secret, None)
+    try:
+        done = subprocess.run(argv, input=source.encode(), capture_output=True, env=environ, check=False,
+                              timeout=2 * REPLAY_SECONDS)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise Problem("busy", f"the preview did not end ({type(error).__name__}); try a shorter time") from None
+    finally:
+        monitor.replaying.release()
+    if done.returncode != OK:
+        raise Problem("busy", f"the preview failed: {one_line(done.stderr[-500:].decode('utf-8', 'replace'))}")
+    told = json.loads(done.stdout)
+    return {"items": told["alerts"][-REPLAY_SHOWN:], "total": len(told["alerts"]), "since": told["since"],
+            "complete": told["complete"]}
+
+
 EVENT_COLUMNS = ("id", "at", "kind", "host", "object", "message")
 
 
@@ -7442,6 +7554,8 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
         "host": page_host(call, alerts), "pool": query.get("pool", ""),
         "admin_hosts": TABS["hosts"][1](call) if managing else None,
+        "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
+        "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
     }
 
@@ -7486,7 +7600,8 @@ def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
         "row": host_row(call.fleet, state, call.now), "sections": sections,
         "absent": [name for name, one in state.sections.items() if one.absent],
         "errors": {name: one.error for name, one in state.sections.items() if one.error},
-        "alerts": [alert for alert in alerts if alert["host"] == state.name],
+        "alerts": [{**alert, "silence": silence_of(call, state, alert)} for alert in alerts
+                   if alert["host"] == state.name],
         "missing_reports": missing_reports(call.db, state.id),
         "pools": order_rows("pools", list(pool_rows(state, call.now)), ""),
         "guests": list(guest_rows(state, call.now)), "storages": list(storage_rows(state, call.now)),
@@ -7517,6 +7632,7 @@ def group_problems(call: Call, alerts: Rows) -> Rows:
         state = hosts.get(alert["host"])
         rule = RULE.get(alert.get("rule", ""))
         shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
+                              "silence": silence_of(call, state or call.fleet.shared, alert),
                               "site": state.site if state else None,
                               "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
                               "href": alert_url(alert, url), "children": []}
@@ -7548,6 +7664,24 @@ def fold_alike(problems: Rows) -> Rows:
             rest = [one for other in group[1:] for one in (other, *other["children"])]
             folded.append({**problem, "alike": [one["id"] for one in group], "children": [*problem["children"], *rest]})
     return folded
+
+
+def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] | None:
+    """The silence that covers an alert; of several the one that ends last."""
+    known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
+    covering = [one for one in call.fleet.silences
+                if known is not None and one["until"] > call.now and silence_fits(one, state, known)]
+    return max(covering, key=lambda one: one["until"], default=None)
+
+
+def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A channel's row with `look` and `word`: whether what is to be told arrives."""
+    if row["last_error"] and (row["last_error_at"] or 0) > (row["last_sent_at"] or 0):
+        return {**row, "look": "critical", "word": "failing"}
+    if row["given_up"]:
+        return {**row, "look": "warning", "word": "given up"}
+    return {**row, "look": "ok", "word": "delivered"} if row["last_sent_at"] else {
+        **row, "look": "unknown", "word": "not tried"}
 
 
 def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
@@ -8432,24 +8566,30 @@ def command_test_notification(config: Config, args: argparse.Namespace) -> int:
     return FAILED if failed else OK
 
 
-@command("replay-rules", ("--since", {"default": "30d", "metavar": "TIME", "help": "how far back: 30d, 12h"}),
-         ("--config", {"metavar": "FILE", "help": "rules to try, instead of SERVER_CONFIG"}), JSON_ARGUMENT)
+@command("replay-rules", ("--since", {"default": "30d", "metavar": "TIME", "help": "how far back: 30d, 12h, 600s"}),
+         ("--config", {"metavar": "FILE", "help": "rules to try, instead of SERVER_CONFIG; - reads them from stdin"}),
+         ("--seconds", {"type": float, "metavar": "N", "help": "stop after so long and tell what was found by then"}),
+         JSON_ARGUMENT)
 def command_replay_rules(config: Config, args: argparse.Namespace) -> int:
     """Run the rules over the reports that are kept and say what would have fired; nothing is changed or sent."""
-    found = re.fullmatch(r"(\d+)([hd])", args.since)
+    found = re.fullmatch(r"(\d+)([shd])", args.since)
     if found is None:
-        raise Failure("--since: a number with h or d, such as 30d")
+        raise Failure("--since: a number with s, h or d, such as 30d")
     if args.config:
         config.settings_path, config.settings_given = args.config, True
     db, now = open_database(config, readonly=True), time.time()
-    fleet = Fleet()
-    fleet.layers = load_settings(config).layers
-    past, first = replay(db, fleet, now - int(found[1]) * (DAY if found[2] == "d" else HOUR), now)
+    fleet, ends = Fleet(), time.monotonic() + (args.seconds or math.inf)
+    fleet.layers = (parse_settings(sys.stdin.read()) if args.config == "-" else load_settings(config)).layers
+    seconds = int(found[1]) * {"s": 1, "h": HOUR, "d": DAY}[found[2]]
+    past, first = replay(db, fleet, now - seconds, now, lambda: time.monotonic() < ends)
+    complete = time.monotonic() < ends
     rows = [{"fired_at": one.fired_at, "over_at": one.over_at, "severity": one.severity, "host": one.host,
              "rule": one.rule, "object": one.object or None, "message": one.message} for one in past]
     if args.json:
-        print(json.dumps({"since": first, "alerts": rows}, indent=2))
+        print(json.dumps({"since": first, "complete": complete, "alerts": rows}, indent=2))
     else:
+        if not complete:
+            print(f"Stopped after {args.seconds:g} s: this is only a part.")
         reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
         print(f"{len(rows)} alert(s) would have fired ({reach}).")
         if rows:

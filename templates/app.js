@@ -1,6 +1,6 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
 //   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> charts
-//     -> problems
+//     -> problems -> alerting
 "use strict";
 (() => {
   const POLL_MS = 3000, TIMEOUT_MS = 8000, TYPING_MS = 180;
@@ -202,7 +202,12 @@
   function go(address, { replace = false } = {}) {
     history[replace ? "replaceState" : "pushState"](null, "", address);
     showSearch();
-    return load(here(), { force: true }).then(showTab);
+    return load(here(), { force: true }).then(showTab).then(goToPlace);
+  }
+
+  function goToPlace() {
+    const place = location.hash === "#delivery" && document.getElementById("delivery");
+    if (place) place.scrollIntoView({ block: "center" });
   }
 
   function showTab() {
@@ -217,7 +222,7 @@
     if (!ours(url) || link.target || link.classList.contains("skip")) return;
     event.preventDefault();
     const same = url.pathname + url.search === here();
-    if (same) { history.replaceState(null, "", url); const drawer = $("#drawer"); if (drawer) goToPool(drawer); return; }
+    if (same) { history.replaceState(null, "", url); const drawer = $("#drawer"); if (drawer) goToPool(drawer); goToPlace(); return; }
     const turned = url.searchParams.get("offset") !== new URLSearchParams(location.search).get("offset");
     go(url.href).then(() => { if (turned) scrollTo({ top: 0 }); });
   }
@@ -279,13 +284,13 @@
     const text = await answer.text();
     let value = {};
     try { value = text ? JSON.parse(text) : {}; } catch { /* no JSON: the status tells */ }
-    if (!answer.ok) throw new Error(value.detail || value.title || `The server refused (${answer.status}).`);
+    if (!answer.ok) throw Object.assign(new Error(value.detail || value.title || `The server refused (${answer.status}).`), { told: value });
     return value;
   }
 
   // Run a write with its button off, its error beside the form, and the page brought up to date after it.
   async function doing(form, work) {
-    const error = form ? $(".form-error", form) : $("#admin-error");
+    const error = form ? $(".form-error", form) : $("#admin-error") || $("#page-error");
     const buttons = form ? $$("button", form) : [];
     error.textContent = "";
     for (const button of buttons) button.disabled = true;
@@ -639,6 +644,8 @@
 
   function onProblem(event) {
     const button = event.target.closest("[data-acknowledge], [data-unacknowledge], [data-accept]");
+    const end = event.target.closest("[data-end-silence]");
+    if (end) doing(null, () => write("DELETE", `/api/v1/silences/${encodeURIComponent(end.dataset.endSilence)}`));
     if (!button) return;
     const { acknowledge, unacknowledge, accept } = button.dataset;
     const each = (ids, call) => Promise.all(ids.split(",").map(call));  // a line may stand for several alerts
@@ -655,6 +662,66 @@
     doing(null, () => write("POST", "/api/v1/silences", body));
   }
 
+  function onMaintain(event) {
+    const select = event.target.closest("[data-maintain]");
+    if (!select || !select.value) return;
+    const until = Math.round(now()) + Number(select.value);
+    select.value = "";
+    doing(null, () => write("PATCH", apiOf(select.dataset.maintain), { maintenance_until: until }));
+  }
+
+  // --- alerting: a test through a channel, and what changed rules would have said ---
+  async function testChannel(button) {
+    const said = $(".slim-said", button.closest(".slim-line"));
+    button.disabled = true;
+    said.className = "slim-said muted";
+    said.textContent = "sending …";
+    try {
+      await write("POST", `/api/v1/channels/${encodeURIComponent(button.dataset.testChannel)}/test`, {});
+      said.textContent = "The test was taken.";
+    } catch (problem) {
+      said.className = "slim-said level-critical";
+      said.textContent = `The test failed: ${problem.message}`;
+    }
+    button.disabled = false;
+    load(here(), { force: true });
+  }
+
+  function preview(form) {
+    const { settings, since } = form.elements, place = $(".preview-result", form);
+    place.replaceChildren(node("p", { class: "muted" }, "Looking at the history …"));
+    return doing(form, async () => {
+      try {
+        const body = { since: Number(since.value), settings: settings.value.trim() ? settings.value : null };
+        place.replaceChildren(...previewOf(await write("POST", "/api/v1/rules/replay", body)));
+        writeAges(place);
+      } catch (problem) {
+        place.replaceChildren();
+        if (problem.told && problem.told.line) selectLine(settings, problem.told.line);
+        throw problem;
+      }
+    });
+  }
+
+  function selectLine(area, line) {
+    const before = area.value.split("\n").slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
+    area.focus();
+    area.setSelectionRange(before, before + area.value.slice(before).split("\n")[0].length);
+  }
+
+  function previewOf({ items, total, since, complete }) {
+    const reach = since === null ? "No reports are kept of that time." : `Judged from ${clock(since)} on.`;
+    const part = complete ? "" : " It took too long and was stopped: this is only a part, a shorter time shows all.";
+    const said = node("p", {}, node("strong", {}, total === 1 ? "1 alert would have fired." : `${total} alerts would have fired.`), ` ${reach}${part}`);
+    if (!items.length) return [said];
+    const rows = items.slice(-200).reverse().map((one) => node("tr", {}, node("td", { class: `state-${one.severity}` }, one.severity), node("td", {}, one.message),
+      node("td", {}, [one.host || "fleet", one.object].filter(Boolean).join(" ")), node("td", {}, one.rule), node("td", {}, clock(one.fired_at)),
+      node("td", {}, one.over_at === null ? "still" : duration(one.over_at - one.fired_at))));
+    const head = ["Severity", "Problem", "Where", "Rule", "Fired", "For"].map((text) => node("th", {}, text));
+    const more = total > rows.length ? [node("p", { class: "muted" }, `The last ${rows.length} are shown.`)] : [];
+    return [said, node("div", { class: "scroll" }, node("table", { class: "plain" }, node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...rows))), ...more];
+  }
+
   function onClick(event) {
     const on = (selector) => event.target.closest(selector);
     let button;
@@ -665,6 +732,8 @@
     else if ((button = on("[data-rotate]"))) rotate(button);
     else if ((button = on("[data-remove]"))) remove(button);
     else if ((button = on("[data-range]"))) chooseRange(button);
+    else if ((button = on("[data-test-channel]"))) testChannel(button);
+    else if ((button = on("[data-end-maintenance]"))) doing(null, () => write("PATCH", apiOf(button.dataset.endMaintenance), { maintenance_until: null }));
     else followLink(event);
   }
 
@@ -673,6 +742,7 @@
     if (form.matches(".search")) { event.preventDefault(); search(false); }
     if (form.matches("[data-register]")) { event.preventDefault(); register(form); }
     if (form.matches("[data-edit]")) { event.preventDefault(); edit(form); }
+    if (form.matches("[data-preview]")) { event.preventDefault(); preview(form); }
   }
 
   function start() {
@@ -687,6 +757,7 @@
     document.addEventListener("keydown", onKey);
     document.addEventListener("click", onProblem);
     document.addEventListener("change", onMute);
+    document.addEventListener("change", onMaintain);
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject]")) showCharts({ again: true }); });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);

@@ -57,7 +57,7 @@ def test_a_unit_is_as_closed_as_it_can_be(name, tmp_path):
 
 @pytest.mark.parametrize("name", UNITS)
 def test_a_unit_runs_commands_that_exist(name):
-    commands = [line.split()[1] for line in unit_lines(name) if line.startswith("Exec")]
+    commands = [line.split()[1] for line in unit_lines(name) if line.startswith("Exec") and "/bin/kill" not in line]
     assert commands and set(commands) <= set(UNITS[name])
 
 
