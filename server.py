@@ -1536,6 +1536,51 @@ def storage_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
                "dataset": one.get("dataset"), "as_of": as_of}
 
 
+BACKUP_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "covered", "late_seconds", "newest_ok_at",
+                  "duration_seconds", "size_bytes", "storage", "newest_failed_at", "error", "as_of")
+
+
+def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[dict[str, Any]]:
+    """The backup of each guest of a host; nothing where the host does not tell of backups."""
+    body = state.body("backups")
+    if body is None:
+        return
+    known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
+    alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
+    for one in coverage(state, fleet, now):
+        guest = known.get(int(one.vmid), {})
+        worst, reason = worst_alert(alert for alert in alerts if alert.object == f"guests/{one.vmid}")
+        verdict, reason = worst or "ok", reason or None
+        if verdict == "ok" and one.late_seconds is None:
+            verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
+        elif verdict == "ok" and is_stale(state, "backups", now):
+            verdict, reason = "stale", "What is shown is old."
+        good, failed = guest.get("newest_ok"), guest.get("newest_failed")
+        yield {"host": state.name, "vmid": int(one.vmid), "name": one.name, "verdict": verdict, "reason": reason,
+               "covered": one.covered, "late_seconds": one.late_seconds, "newest_ok_at": number(good, "ended_at"),
+               "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
+               "storage": text(good, "storage"), "newest_failed_at": number(failed, "ended_at"),
+               "error": text(failed, "error"), "as_of": state.sections["backups"].time}
+
+
+DISK_FIELDS = (
+    "name", "by_id", "model", "serial", "firmware", "kind", "size_bytes", "pool", "vdev", "passed", "standby",
+    "temperature_celsius", "power_on_hours", "wear_ratio", "spare_ratio", "reallocated_sectors", "pending_sectors",
+    "uncorrectable_errors", "crc_errors", "media_errors",
+)
+DISK_COLUMNS = ("host", "name", "verdict", "reason", *DISK_FIELDS[1:], "as_of")
+
+
+def disk_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
+    """A host's disks, with their place in a pool and what SMART says of them."""
+    for disk in state.body("disks", ()):
+        verdict, reason = object_verdict(state, "disks", disk["name"], now)
+        if verdict == "ok" and disk.get("passed") is None:
+            verdict, reason = "unknown", "The disk tells nothing about its health."
+        yield {"host": state.name, **{key: disk.get(key) for key in DISK_FIELDS}, "verdict": verdict,
+               "reason": reason, "as_of": state.sections["disks"].time}
+
+
 def storage_used_ratio(storage: dict[str, Any]) -> float | None:
     return ratio(number(storage, "used_bytes"), number(storage, "total_bytes"))
 
@@ -6877,6 +6922,18 @@ def get_pools(call: Call) -> Any:
 def get_storages(call: Call) -> Any:
     """Every Proxmox storage of the fleet, inactive and disabled ones too."""
     return Listing([row for state in call.states() for row in storage_rows(state, call.now)], STORAGE_COLUMNS)
+
+
+@route("GET", "/api/v1/backups", auth="read", live=True, columns=BACKUP_COLUMNS)
+def get_backups(call: Call) -> Any:
+    """The backup of every guest of the fleet: the newest good and failed run, and how late it is."""
+    return Listing([row for state in call.states() for row in backup_rows(state, call.fleet, call.now)], BACKUP_COLUMNS)
+
+
+@route("GET", "/api/v1/disks", auth="read", live=True, columns=DISK_COLUMNS)
+def get_disks(call: Call) -> Any:
+    """Every disk of the fleet, with its place in a pool and what SMART says of it."""
+    return Listing([row for state in call.states() for row in disk_rows(state, call.now)], DISK_COLUMNS)
 
 
 ALERT_COLUMNS = ("id", "rule", "severity", "state", "host", "object", "message", "value", "since", "resolved_at",
