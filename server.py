@@ -19,6 +19,7 @@ import csv
 import datetime
 import email.message
 import email.utils
+import fcntl
 import getpass
 import hashlib
 import hmac
@@ -316,7 +317,8 @@ def schema_version(db: sqlite3.Connection) -> int:
 
 
 def is_empty(db: sqlite3.Connection) -> bool:
-    return not schema_version(db) and not db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
+    ours = "SELECT 1 FROM sqlite_schema WHERE name NOT LIKE 'sqlite|_%' ESCAPE '|' LIMIT 1"
+    return not schema_version(db) and not db.execute(ours).fetchone()
 
 
 def check_schema(db: sqlite3.Connection) -> None:
@@ -379,7 +381,7 @@ class Write:
 class Store:
     """The database of a running server: one thread writes in groups, every other thread reads for itself.
 
-    `on_failure` is called when a commit failed: what was derived in memory is then ahead of the disk.
+    `on_failure` is called when a write or the commit failed: what was derived in memory is then ahead of the disk.
     """
 
     def __init__(self, path: str, on_failure: Callable[[], None] = lambda: None):
@@ -392,7 +394,6 @@ class Store:
         self._local = threading.local()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closed = False
-        self._astray = False  # a fault in our own code may have left memory ahead of the disk
         self._thread.start()
 
     @property
@@ -459,29 +460,31 @@ class Store:
                 for write in group:
                     self._attempt(db, write)
             self.last_commit, self.last_error = time.monotonic(), None
-            if self._astray:
-                self.on_failure()
-                self._astray = False
         except Exception as error:  # whatever it is, nobody of the group may wait for ever
             self.last_error = f"{type(error).__name__}: {error}"
             log(f"writer: {self.last_error}")
             for write in group:
                 write.error = store_problem(error)
             self.on_failure()
-        for write in group:
-            write.done.release()
+        finally:
+            for write in group:
+                write.done.release()
 
     def _attempt(self, db: sqlite3.Connection, write: Write) -> None:
         db.execute("SAVEPOINT one")
         try:
             write.value = write.work(db)
-        except sqlite3.Error:
-            raise  # the database's trouble is everybody's
         except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, OWN_FAULTS):
+                raise  # the database's trouble is everybody's
             write.error = error
             db.execute("ROLLBACK TO one")
-            self._astray = self._astray or not isinstance(error, (Problem, Failure))
+            if not isinstance(error, (Problem, Failure)):
+                self.on_failure()  # memory is ahead of what is left; the next of the group must not build on that
         db.execute("RELEASE one")
+
+
+OWN_FAULTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
 
 def store_problem(error: Exception) -> Problem:
@@ -814,22 +817,27 @@ class LoginLimiter:
         self._failures: dict[str, tuple[int, float]] = {}
         self._lock = threading.Lock()
 
-    def wait_seconds(self, address: str, now: float) -> int:
-        """How long this address has to wait before its next try counts; 0 = not at all."""
+    def attempt(self, address: str, now: float) -> int:
+        """How long this address has to wait before its next try counts; 0 = not at all, and the try is counted as a
+        failure until it has succeeded: many at the same moment are not one."""
         with self._lock:
-            return max(self._wait(address, self.FREE, now), self._wait(self.EVERYWHERE, self.FREE_GLOBAL, now))
-
-    def failed(self, address: str, now: float) -> None:
-        with self._lock:
-            if len(self._failures) > 10_000:
-                self._failures = {a: f for a, f in self._failures.items() if f[1] + self.FORGET > now}
-            for key in (address, self.EVERYWHERE):
-                count, last = self._failures.get(key, (0, now))
-                self._failures[key] = (count + 1 if last + self.FORGET > now else 1, now)
+            wait = max(self._wait(address, self.FREE, now), self._wait(self.EVERYWHERE, self.FREE_GLOBAL, now))
+            if not wait:
+                self._count(address, now)
+            return wait
 
     def succeeded(self, address: str) -> None:
         with self._lock:
             self._failures.pop(address, None)
+            count, last = self._failures.get(self.EVERYWHERE, (0, 0.0))
+            self._failures[self.EVERYWHERE] = max(0, count - 1), last
+
+    def _count(self, address: str, now: float) -> None:
+        if len(self._failures) > 10_000:
+            self._failures = {a: f for a, f in self._failures.items() if f[1] + self.FORGET > now}
+        for key in (address, self.EVERYWHERE):
+            count, last = self._failures.get(key, (0, now))
+            self._failures[key] = (count + 1 if last + self.FORGET > now else 1, now)
 
     def _wait(self, key: str, free: int, now: float) -> int:
         count, last = self._failures.get(key, (0, 0.0))
@@ -1526,6 +1534,51 @@ def storage_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
                "reason": reason, "total_bytes": one.get("total_bytes"), "used_bytes": one.get("used_bytes"),
                "available_bytes": one.get("available_bytes"), "used_ratio": storage_used_ratio(one),
                "dataset": one.get("dataset"), "as_of": as_of}
+
+
+BACKUP_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "covered", "late_seconds", "newest_ok_at",
+                  "duration_seconds", "size_bytes", "storage", "newest_failed_at", "error", "as_of")
+
+
+def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[dict[str, Any]]:
+    """The backup of each guest of a host; nothing where the host does not tell of backups."""
+    body = state.body("backups")
+    if body is None:
+        return
+    known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
+    alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
+    for one in coverage(state, fleet, now):
+        guest = known.get(int(one.vmid), {})
+        worst, reason = worst_alert(alert for alert in alerts if alert.object == f"guests/{one.vmid}")
+        verdict, reason = worst or "ok", reason or None
+        if verdict == "ok" and one.late_seconds is None:
+            verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
+        elif verdict == "ok" and is_stale(state, "backups", now):
+            verdict, reason = "stale", "What is shown is old."
+        good, failed = guest.get("newest_ok"), guest.get("newest_failed")
+        yield {"host": state.name, "vmid": int(one.vmid), "name": one.name, "verdict": verdict, "reason": reason,
+               "covered": one.covered, "late_seconds": one.late_seconds, "newest_ok_at": number(good, "ended_at"),
+               "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
+               "storage": text(good, "storage"), "newest_failed_at": number(failed, "ended_at"),
+               "error": text(failed, "error"), "as_of": state.sections["backups"].time}
+
+
+DISK_FIELDS = (
+    "name", "by_id", "model", "serial", "firmware", "kind", "size_bytes", "pool", "vdev", "passed", "standby",
+    "temperature_celsius", "power_on_hours", "wear_ratio", "spare_ratio", "reallocated_sectors", "pending_sectors",
+    "uncorrectable_errors", "crc_errors", "media_errors",
+)
+DISK_COLUMNS = ("host", "name", "verdict", "reason", *DISK_FIELDS[1:], "as_of")
+
+
+def disk_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
+    """A host's disks, with their place in a pool and what SMART says of them."""
+    for disk in state.body("disks", ()):
+        verdict, reason = object_verdict(state, "disks", disk["name"], now)
+        if verdict == "ok" and disk.get("passed") is None:
+            verdict, reason = "unknown", "The disk tells nothing about its health."
+        yield {"host": state.name, **{key: disk.get(key) for key in DISK_FIELDS}, "verdict": verdict,
+               "reason": reason, "as_of": state.sections["disks"].time}
 
 
 def storage_used_ratio(storage: dict[str, Any]) -> float | None:
@@ -6362,7 +6415,7 @@ class Monitor:
         try:
             self.fleet.load(self.store.db)
             self.state_kept_at = float(get_meta(self.store.db, "state_kept_at") or 0)
-        except sqlite3.Error as error:
+        except Exception as error:  # the writer lives on, and the next failure tries again
             log(f"writer: could not read the state again: {error}")
 
     def close(self) -> None:
@@ -6520,6 +6573,8 @@ def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     if not 0 <= now - monitor.looked_at <= AWAY_SECONDS:  # suspended, or the clock was set: hosts get their time anew
         fleet.serving_since = now
         set_meta(db, "serving_since", now)
+        for state in fleet.hosts.values():  # seen by a clock that was ahead: from here on by this one
+            state.last_seen_at = state.last_seen_at and min(state.last_seen_at, now)
     monitor.looked_at = now
     for state in fleet.hosts.values():
         judge_host(db, fleet, state, now)
@@ -6633,6 +6688,7 @@ class Call:
         self.actor: str | None = None  # 'session' or the API token's name
         self.admin = False
         self.cookie = ""
+        self.set_cookie: str | None = None
         monitor.fleet.refresh(self.db)
 
     @property
@@ -6665,6 +6721,12 @@ class Call:
             address = hop
         return address[:64]
 
+    @property
+    def https(self) -> bool:
+        """Whether the browser came by https, as PUBLIC_URL or a trusted proxy has it."""
+        proxied = is_trusted(self.environ.get("REMOTE_ADDR", ""), self.monitor.config)
+        return self.monitor.config.https or (proxied and self.header("x-forwarded-proto").lower() == "https")
+
     def states(self) -> list[HostState]:
         """The hosts the filters `host`, `site` and `tag` leave, worst first."""
         wanted = {key: self.query[key].lower() for key in ("host", "site", "tag") if key in self.query}
@@ -6688,7 +6750,7 @@ def media_type(text: str) -> str:
 def read_request(environ: dict[str, Any], limit: int) -> bytes:
     """The body as sent. `Problem('too_large')` before it is read."""
     length = environ.get("CONTENT_LENGTH") or "0"
-    if not length.isdigit() or int(length) > limit:
+    if not (length.isascii() and length.isdigit()) or int(length) > limit:
         raise Problem("too_large", f"at most {limit} bytes in one request")
     return environ["wsgi.input"].read(int(length))
 
@@ -6860,6 +6922,18 @@ def get_pools(call: Call) -> Any:
 def get_storages(call: Call) -> Any:
     """Every Proxmox storage of the fleet, inactive and disabled ones too."""
     return Listing([row for state in call.states() for row in storage_rows(state, call.now)], STORAGE_COLUMNS)
+
+
+@route("GET", "/api/v1/backups", auth="read", live=True, columns=BACKUP_COLUMNS)
+def get_backups(call: Call) -> Any:
+    """The backup of every guest of the fleet: the newest good and failed run, and how late it is."""
+    return Listing([row for state in call.states() for row in backup_rows(state, call.fleet, call.now)], BACKUP_COLUMNS)
+
+
+@route("GET", "/api/v1/disks", auth="read", live=True, columns=DISK_COLUMNS)
+def get_disks(call: Call) -> Any:
+    """Every disk of the fleet, with its place in a pool and what SMART says of it."""
+    return Listing([row for state in call.states() for row in disk_rows(state, call.now)], DISK_COLUMNS)
 
 
 ALERT_COLUMNS = ("id", "rule", "severity", "state", "host", "object", "message", "value", "since", "resolved_at",
@@ -7948,16 +8022,15 @@ def post_login(call: Call) -> Any:
     check_same_origin(call)
     form = urllib.parse.parse_qs(read_request(call.environ, 1 << 14).decode("utf-8", "replace"))
     address, logins = call.address(), call.monitor.logins
-    wait = logins.wait_seconds(address, call.now)
+    wait = logins.attempt(address, call.now)
     if wait:
         return login_page(call, 429, wait_seconds=wait)
     if not verify_password(call.monitor.config.password_hash, form.get("password", [""])[0]):
-        logins.failed(address, call.now)
         log(f"server: failed log-in from {address}")
         return login_page(call, 401, error="That is not the password.")
     logins.succeeded(address)
     cookie = call.monitor.store.write(lambda db: create_session(db, call.now, address, call.header("user-agent")))
-    set_cookie = session_cookie(call.monitor.config, cookie, SESSION_SECONDS)
+    set_cookie = session_cookie(call, cookie, SESSION_SECONDS)
     return Answer(303, b"", {"Location": "/", "Set-Cookie": set_cookie})
 
 
@@ -7966,7 +8039,7 @@ def post_logout(call: Call) -> Any:
     """End this session."""
     call.monitor.store.write(lambda db: db.execute("DELETE FROM session WHERE hash = :hash",
                                                    {"hash": token_hash(call.cookie)}).rowcount)
-    return Answer(303, b"", {"Location": "/login", "Set-Cookie": session_cookie(call.monitor.config, "", 0)})
+    return Answer(303, b"", {"Location": "/login", "Set-Cookie": session_cookie(call, "", 0)})
 
 
 @route("GET", "/static/<name>", auth="none")
@@ -7987,8 +8060,8 @@ def login_page(call: Call, status: int, *, error: str | None = None, wait_second
     return html(body, status, {**headers, "Cache-Control": "no-store"})
 
 
-def session_cookie(config: Config, value: str, seconds: int) -> str:
-    secure = "; Secure" if config.https else ""
+def session_cookie(call: Call, value: str, seconds: int) -> str:
+    secure = "; Secure" if call.https else ""
     return f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
 
@@ -8009,6 +8082,7 @@ def identify(call: Call) -> None:
     if session is not None:
         call.actor, call.admin, call.cookie = "session", True, cookie
         if call.now - session["used_at"] > HOUR:  # sliding, without a write for each request
+            call.set_cookie = session_cookie(call, cookie, SESSION_SECONDS)  # the browser's copy slides with it
             call.monitor.store.write(lambda db: db.execute(
                 "UPDATE session SET used_at = :now WHERE hash = :hash",
                 {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
@@ -8061,7 +8135,7 @@ def check_same_origin(call: Call) -> None:
         raise Problem("forbidden", "sent by another site")
     origin = call.header("origin")
     own = {urllib.parse.urlsplit(call.monitor.config.public_url).netloc.lower(), call.header("host").lower()}
-    if origin and urllib.parse.urlsplit(origin).netloc.lower() not in own:
+    if origin and origin.partition("://")[2].lower() not in own:
         raise Problem("forbidden", "sent by another origin")
 
 
@@ -8072,8 +8146,12 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
         check_access(call, one)
         tag = live_etag(call) if one.live else ""
         if tag and call.header("if-none-match") == tag:
-            return Answer(304, b"", {"ETag": tag})
-        return finish(call, one.handler(call), tag)
+            answer = Answer(304, b"", {"ETag": tag})
+        else:
+            answer = finish(call, one.handler(call), tag)
+        if call.set_cookie:
+            answer.headers.setdefault("Set-Cookie", call.set_cookie)
+        return answer
     except Answer as answer:
         return answer
     except Problem as problem:
@@ -8270,14 +8348,17 @@ def command(name: str, *arguments: tuple[str, dict[str, Any]]) -> Callable[[Hand
     return register
 
 
-def open_database(config: Config, *, create: bool = False, readonly: bool = False) -> sqlite3.Connection:
-    """The database with this program's schema; made if `create` and there is none or an empty one."""
+def open_database(config: Config, *, create: bool = False, readonly: bool = False,
+                  any_older: bool = False) -> sqlite3.Connection:
+    """The database with this program's schema, or `any_older` one; made if `create` and there is none or an empty
+    one."""
     if not create and not os.path.exists(config.database_path):
         raise Failure(f"{config.database_path}: there is no database; `serve` or `migrate` makes it")
     db = connect(config.database_path, readonly=readonly)
     if create and is_empty(db):
         migrate(db, load_migrations())
-    check_schema(db)
+    if not any_older or schema_version(db) > len(load_migrations()):
+        check_schema(db)
     return db
 
 
@@ -8289,11 +8370,26 @@ JSON_ARGUMENT = ("--json", {"action": "store_true", "help": "as JSON"})
 def command_serve(config: Config, args: argparse.Namespace) -> int:
     """Run the server."""
     open_database(config, create=True).close()
-    try:
-        run_server(Monitor(config))
-    except OSError as error:
-        raise Failure(f"cannot listen on {config.listen}:{config.port}: {error.strerror}") from None
+    with only_server(config):
+        try:
+            run_server(Monitor(config))
+        except OSError as error:
+            raise Failure(f"cannot listen on {config.listen}:{config.port}: {error.strerror}") from None
     return OK
+
+
+@contextmanager
+def only_server(config: Config) -> Iterator[None]:
+    """Two servers on one database would each keep a state of their own. A lock on the database itself would not
+    do: closing the file would take SQLite's locks away."""
+    path = config.database_path + ".lock"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "w") as handle:
+        give_to_owner(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Failure(f"{config.database_path}: another server is running on it") from None
+        yield
 
 
 @command("migrate")
@@ -8308,7 +8404,7 @@ def command_migrate(config: Config, args: argparse.Namespace) -> int:
 @command("rollback", ("--to", {"type": int, "metavar": "N", "help": "the schema to go back to (default: one step)"}))
 def command_rollback(config: Config, args: argparse.Namespace) -> int:
     """Take the schema back, before an older version of this program is installed."""
-    db = open_database(config)
+    db = open_database(config, any_older=True)
     have = schema_version(db)
     to = have - 1 if args.to is None else args.to
     if not 0 <= to <= have:
@@ -8397,7 +8493,8 @@ def command_status(config: Config, args: argparse.Namespace) -> int:
     db = open_database(config, readonly=True)
     now, fleet = time.time(), load_fleet(db)
     rows = [host_row(fleet, state, now) for state in fleet.sorted(now)]
-    worst = max((STATUS_CODES[row["verdict"]] for row in rows), default=0)
+    shared = worst_alert(fleet.shared.alerts.values())[0]
+    worst = max([STATUS_CODES[row["verdict"]] for row in rows] + [STATUS_CODES[shared or "ok"]])
     if args.json:
         print(json.dumps({"status": ("ok", "warning", "critical")[worst], "overview": build_overview(fleet, now),
                           "hosts": rows, "alerts": list_alerts(db)}, indent=2))

@@ -12,7 +12,7 @@ from conftest import START, build_disk, build_guest, build_pool, build_report, b
 
 import server
 
-LISTS = ("hosts", "guests", "pools", "storages", "alerts", "events", "tokens", "sessions")
+LISTS = ("hosts", "guests", "pools", "storages", "backups", "disks", "alerts", "events", "tokens", "sessions")
 
 
 def items(answer) -> list[dict]:
@@ -29,6 +29,40 @@ def fleet(register, post, clock):
         report = build_report(name, pools=pools, pool_states=states)
         post(register(name, site=f"site{number}", tags=["prod"]), report, host=name)
     register("pve3")
+
+
+# --- backups and disks ---
+
+
+def test_backups_are_listed_by_guest_with_their_lateness(register, post, admin, clock):
+    backups = {"jobs": [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": [100]}],
+               "guests": [{"vmid": 100, "newest_ok": {"ended_at": START - 3600, "duration_seconds": 60, "size_bytes": 5,
+                                                      "storage": "pbs"},
+                           "newest_failed": {"ended_at": START - 90000, "error": "no space"}},
+                          {"vmid": 999, "newest_ok": {"ended_at": START}}]}  # fmt: skip
+    post(register("pve1"), build_report(backups=backups))
+    register("pve2")
+    covered, bare = sorted(items(admin.get("/api/v1/backups")), key=lambda row: row["vmid"])
+    assert (covered["host"], covered["vmid"], covered["name"], covered["verdict"]) == ("pve1", 100, "vm100", "ok")
+    assert (covered["newest_ok_at"], covered["storage"], covered["size_bytes"]) == (START - 3600, "pbs", 5)
+    assert (covered["newest_failed_at"], covered["error"]) == (START - 90000, "no space")
+    assert covered["covered"] is True and covered["late_seconds"] < 0 and covered["as_of"] == START
+    assert (bare["vmid"], bare["covered"], bare["newest_ok_at"], bare["verdict"]) == (101, False, None, "unknown")
+    clock.advance(3 * 86400)
+    assert all(row["verdict"] != "ok" for row in items(admin.get("/api/v1/backups")))
+
+
+def test_disks_are_listed_with_their_pool_and_health(register, post, admin):
+    disks = [{"name": "sda", "model": "X", "serial": "1", "pool": "tank", "passed": True, "temperature_celsius": 30},
+             {"name": "sdb", "passed": False, "pool": "tank"}, {"name": "sdc", "passed": None}]  # fmt: skip
+    post(register("pve1"), build_report(disks=disks))
+    rows = {row["name"]: row for row in items(admin.get("/api/v1/disks"))}
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "sda": "ok", "sdb": "critical", "sdc": "info"}  # fmt: skip
+    assert (rows["sda"]["pool"], rows["sda"]["temperature_celsius"], rows["sda"]["as_of"]) == ("tank", 30, START)
+    assert rows["sdb"]["reason"] and rows["sdb"]["temperature_celsius"] is None
+    answer = admin.get("/api/v1/disks?format=csv&pool=tank")
+    assert [row["name"] for row in csv.DictReader(io.StringIO(answer.text))] == ["sda", "sdb"]
 
 
 # --- overview ---

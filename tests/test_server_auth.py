@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import threading
+import time
 import urllib.parse
 
 import pytest
@@ -152,6 +154,25 @@ def test_a_session_slides_and_ends_after_7_days_without_use(client, clock):
     assert client.get("/api/v1/overview").status == 401
 
 
+def test_the_browsers_cookie_slides_with_the_session(client, clock):
+    client.log_in()
+    assert "set-cookie" not in client.get("/api/v1/overview").headers
+    clock.advance(2 * 3600)
+    given = client.get("/").headers["set-cookie"]
+    assert given.startswith(client.headers["Cookie"] + ";") and f"Max-Age={server.SESSION_SECONDS}" in given
+    assert "HttpOnly" in given and "SameSite=Lax" in given
+    assert "set-cookie" not in client.get("/").headers  # once an hour is enough
+    clock.advance(2 * 3600)
+    gone = client.request("POST", "/logout", headers=client.headers).headers["set-cookie"]
+    assert "Max-Age=0" in gone
+
+
+@pytest.mark.parametrize(("address", "secure"), [("127.0.0.1", True), ("192.0.2.1", False)])
+def test_the_cookie_is_secure_when_a_trusted_proxy_says_https(client, address, secure):
+    client.headers = {"REMOTE_ADDR": address, "X-Forwarded-Proto": "https"}
+    assert ("; Secure" in client.log_in().headers["set-cookie"]) is secure
+
+
 def test_a_session_can_be_ended_from_another(monitor, client, admin):
     client.log_in()
     sessions = admin.get("/api/v1/sessions").json()["items"]
@@ -179,6 +200,24 @@ def test_failed_attempts_have_to_wait_longer_and_longer(client, clock):
         clock.advance(waits[-1])
         assert client.log_in("wrong").status == 401
     assert waits == sorted(waits) and waits[-1] > waits[0]
+
+
+def test_tries_at_the_same_moment_are_counted_before_they_are_judged(client, monkeypatch):
+    end, judged = threading.Event(), []
+
+    def slow(*_):
+        judged.append(1)
+        return end.wait(20) and False
+
+    monkeypatch.setattr(server, "verify_password", slow)
+    tries = [threading.Thread(target=client.log_in, args=("wrong",)) for _ in range(12)]
+    for one in tries:
+        one.start()
+    deadline = time.monotonic() + 10
+    while sum(one.is_alive() for one in tries) > 5 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the others have been told to wait
+    end.set()
+    assert len(judged) == 5
 
 
 def test_waiting_holds_for_the_right_password_too(client, clock):
@@ -239,6 +278,7 @@ def test_the_pages_token_is_of_one_session(monitor, client):
     [
         ("Origin", "https://evil.example"),
         ("Origin", "null"),
+        ("Origin", "http://["),
         ("Sec_Fetch_Site", "cross-site"),
         ("Sec_Fetch_Site", "same-site"),
     ],

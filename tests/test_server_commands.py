@@ -67,6 +67,22 @@ def test_migrate_makes_the_schema_and_rollback_takes_it_back(run, tmp_path):
     assert db.execute("PRAGMA user_version").fetchone()[0] == newest - 1
 
 
+def test_one_step_back_after_the_other_until_nothing_is_left_and_up_again(run, tmp_path):
+    run("migrate")
+    for version in reversed(range(len(server.load_migrations()))):
+        assert run("rollback")[0] == 0, version
+        db = sqlite3.connect(tmp_path / "monitor.db")
+        assert db.execute("PRAGMA user_version").fetchone()[0] == version
+    assert_failed(run("rollback"), "0 to 0")
+    assert run("register-host", "pve1")[0] == 0  # a database with nothing in it is as good as a new one
+
+
+def test_a_newer_schema_is_not_taken_back(run, tmp_path):
+    run("migrate")
+    sqlite3.connect(tmp_path / "monitor.db").execute("PRAGMA user_version = 99")
+    assert_failed(run("rollback", "--to", "1"), "too old")
+
+
 def test_a_step_back_that_does_not_exist_is_refused(run):
     run("migrate")
     for to in ("-1", "999"):
@@ -146,6 +162,16 @@ def test_wrong_usage_exits_with_2(run, argv):
 
 
 # --- passwords, secrets, API tokens ---
+
+
+def test_status_knows_alerts_that_belong_to_no_host(run, tmp_path):
+    run("migrate")
+    assert run("status")[0] == 0
+    with sqlite3.connect(tmp_path / "monitor.db") as db:
+        db.execute("""
+            INSERT INTO alert (rule, object, severity, state, message, since, fired_at)
+            VALUES ('site-silent', 'site/par', 'critical', 'firing', 'Site par is silent.', 1, 1)""")
+    assert run("status")[0] == 2
 
 
 def test_hash_password_reads_stdin_and_gives_argon2id(run, monkeypatch):
@@ -266,9 +292,20 @@ def test_the_server_stops_cleanly_and_soon(live_server: LiveServer):
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(live_server: LiveServer):
+    live_server.env["DATABASE_PATH"] += ".other"
     answer = live_server.command("serve")
     assert answer.returncode == 1
     assert len(answer.stderr.splitlines()) == 1 and str(live_server.port) in answer.stderr
+
+
+def test_a_second_server_on_one_database_is_refused(live_server: LiveServer, tmp_path):
+    live_server.env["PORT"] = "0"
+    answer = live_server.command("serve")
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert len(answer.stderr.splitlines()) == 1 and "another server" in answer.stderr
+    live_server.stop(signal.SIGKILL)
+    live_server.env["PORT"] = str(live_server.port)
+    live_server.start()  # what a dead server leaves behind keeps nobody out
 
 
 def test_a_first_start_makes_schema_and_secret_and_says_how_to_log_in(tmp_path):

@@ -117,6 +117,33 @@ def test_a_failed_commit_is_told_to_the_one_who_wrote_and_the_next_works(store):
     assert server.get_meta(store.reader(), "after") == "1"
 
 
+@pytest.mark.parametrize("sql", ["INSERT INTO meta VALUES ('same', '2')", "INSERT INTO meta VALUES ('x', :missing)"])
+def test_a_write_that_breaks_a_rule_of_the_database_fails_alone(store, sql):
+    store.write(lambda db: server.set_meta(db, "same", 1))
+    group = [server.Write(work, True) for work in (
+        lambda db: server.set_meta(db, "before", 1), lambda db: db.execute(sql, {}),
+        lambda db: server.set_meta(db, "after", 1))]  # fmt: skip
+    told = []
+    store.on_failure = lambda: told.append(server.get_meta(store.db, "before"))
+    for write in group:
+        store._queue.put(write)
+    assert group[0].result() is None and group[2].result() is None
+    with pytest.raises(sqlite3.Error):
+        group[1].result()
+    assert server.get_meta(store.reader(), "before") == server.get_meta(store.reader(), "after") == "1"
+    assert told == ["1"]  # memory is built again at once, from what is left
+
+
+def test_a_writer_outlives_a_state_that_cannot_be_read(monitor, monkeypatch):
+    def broken(db):
+        raise ValueError("no")
+
+    monkeypatch.setattr(monitor.fleet, "load", broken)
+    with pytest.raises(ValueError):
+        monitor.store.write(broken)
+    monitor.store.write(lambda db: server.set_meta(db, "after", 1))
+
+
 def test_a_full_disk_is_told_as_storage_full(store):
     def full(db):
         raise sqlite3.OperationalError("database or disk is full")
