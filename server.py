@@ -8244,7 +8244,7 @@ class Sockets(dict[int, Any]):
         if flags == before:
             return
         self.watched[fd] = flags
-        if not flags:  # not modify(fd, 0): the end of a connection whose request is at work would be told again and again
+        if not flags:  # not modify(fd, 0): a connection that ends while its request is at work would be told each turn
             del self.watched[fd]
             self.epoll.unregister(fd)
         elif before:
@@ -8286,8 +8286,8 @@ def run_server(monitor: Monitor) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is being written."""
     config, sockets = monitor.config, Sockets()
     server = waitress.create_server(
-        build_app(monitor), sockets, host=config.listen, port=config.port, threads=16, ident="", expose_tracebacks=False,
-        connection_limit=8192, channel_timeout=120, cleanup_interval=30, backlog=2048,
+        build_app(monitor), sockets, host=config.listen, port=config.port, threads=16, ident="",
+        expose_tracebacks=False, connection_limit=8192, channel_timeout=120, cleanup_interval=30, backlog=2048,
         max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
         clear_untrusted_proxy_headers=False)
     for one in getattr(server, "_server_list", None) or [server]:
