@@ -4,9 +4,9 @@
     constants -> config -> probe -> parsers -> collectors -> report
               -> signature -> spool -> delivery -> service -> commands
 
-The agent listens on no port, runs a fixed list of read-only commands, and nothing a server answers can change
-what it runs. Standard library only. Everything it reads or runs goes through the probe, so that
-`agent.py once --explain` can list it.
+The agent listens on no port, runs a fixed list of read-only commands (and sendmail, for those who want a mail when
+nobody takes the reports), and nothing a server answers can change what it runs. Standard library only. Everything it
+reads or runs goes through the probe, so that `agent.py once --explain` can list it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ MIB = 1024 * KIB
 READ_LIMIT = 4 * MIB
 OUTPUT_LIMIT = 16 * MIB
 STDERR_LIMIT = 4 * KIB
+STDIN_LIMIT = 16 * KIB
 PVE_DEADLINE = 2.0  # seconds for one read below /etc/pve, which is a FUSE file system and may block
 KILL_GRACE = 1.0  # seconds a killed child gets to be gone before it counts as stuck (state D)
 STUCK_LIMIT = 16  # so many stuck children at once, and no more commands are started
@@ -92,6 +93,9 @@ CLOCK_TOLERANCE = 30.0  # seconds; `check` complains above it
 LOOK_SECONDS = 4.0  # between two looks; the contract allows 5, and the report needs a moment too
 URGENT_SECONDS = 1.5  # how long a change of a pool's state waits for the pool in full
 FLUSH_SECONDS = 5.0  # how long finished sections wait for the rest of their round
+MAIL_LOOK_SECONDS = 60.0  # between two looks whether root has to be told that nobody takes the reports
+MAIL_GRACE_SECONDS = 600.0  # after the start, so that what an earlier run left can be taken first
+MAIL_RETRY_SECONDS = 3600.0  # after a mail that could not be sent
 BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
@@ -134,6 +138,7 @@ class Config:
         "host_id",
         "intervals",
         "key",
+        "mail_root_seconds",
         "max_bytes",
         "max_seconds",
         "path",
@@ -149,14 +154,16 @@ class Config:
         self.intervals = {FAST: 30, MEDIUM: 300, SLOW: 1800}
         self.max_bytes = 256 * MIB
         self.max_seconds = 7 * DAY
+        self.mail_root_seconds = 0  # 0: never
         self.warnings: list[str] = []
 
 
 SETTINGS: dict[str, dict[str, tuple[type, int, int]]] = {  # table -> key -> type, and for numbers the range
     "": {"server_url": (str, 0, 0), "token": (str, 0, 0), "token_file": (str, 0, 0), "host_id": (str, 0, 0)}
-    | {"ca_file": (str, 0, 0), "intervals": (dict, 0, 0), "spool": (dict, 0, 0)},
+    | {"ca_file": (str, 0, 0), "intervals": (dict, 0, 0), "spool": (dict, 0, 0), "alert": (dict, 0, 0)},
     "intervals": {"fast_seconds": (int, 1, DAY), "medium_seconds": (int, 1, DAY), "slow_seconds": (int, 1, DAY)},
     "spool": {"max_mb": (int, 1, 1024 * 1024), "max_days": (int, 1, 3650)},
+    "alert": {"mail_root_after_hours": (int, 0, 8760)},
 }
 TYPE_NAMES = {str: "a text in quotes", int: "a whole number", dict: "a table"}
 HOST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -194,6 +201,7 @@ def load_config(path: str) -> Config:
     spool = settings.get("spool", {})
     config.max_bytes = spool.get("max_mb", 256) * MIB
     config.max_seconds = spool.get("max_days", 7) * DAY
+    config.mail_root_seconds = settings.get("alert", {}).get("mail_root_after_hours", 0) * 3600
     warn_if_readable(path, config.warnings)
     return config
 
@@ -486,12 +494,13 @@ class Worker:
 class Child:
     """A command under way: its pid (also its process group) and the read ends of its two pipes."""
 
-    def __init__(self, argv: tuple[str, ...], program: str, environ: dict[str, str]) -> None:
+    def __init__(self, argv: tuple[str, ...], program: str, environ: dict[str, str], stdin: bytes = b"") -> None:
         self.argv = argv
         self.out, out_write = os.pipe()
         self.err, err_write = os.pipe()
+        source = pipe_with(stdin) if stdin else -1
         try:
-            self.pid = spawn(program, argv, environ, out_write, err_write)
+            self.pid = spawn(program, argv, environ, out_write, err_write, source)
         except BaseException:
             os.close(self.out)
             os.close(self.err)
@@ -499,6 +508,8 @@ class Child:
         finally:
             os.close(out_write)
             os.close(err_write)
+            if source >= 0:
+                os.close(source)
         self.exit_code: int | None = None
 
     def reap(self) -> bool:
@@ -520,10 +531,19 @@ class Child:
             pass
 
 
-def spawn(program: str, argv: tuple[str, ...], environ: dict[str, str], out: int, err: int) -> int:
-    """Start a program in its own session, without stdin. posix_spawn does not copy the agent's memory map."""
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+def pipe_with(content: bytes) -> int:
+    """The read end of a pipe that holds this, and then ends. As much as fits a pipe: writing it never waits."""
+    source, sink = os.pipe()
+    os.write(sink, content[:STDIN_LIMIT])
+    os.close(sink)
+    return source
+
+
+def spawn(program: str, argv: tuple[str, ...], environ: dict[str, str], out: int, err: int, source: int = -1) -> int:
+    """Start a program in its own session. posix_spawn does not copy the agent's memory map."""
+    no_input = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+    actions: list[Any] = [
+        (os.POSIX_SPAWN_DUP2, source, 0) if source >= 0 else no_input,
         (os.POSIX_SPAWN_DUP2, out, 1),
         (os.POSIX_SPAWN_DUP2, err, 2),
     ]
@@ -640,8 +660,8 @@ class Probe:
 
     # commands
 
-    def run(self, *argv: str, limit: float = 10.0, ok: tuple[int, ...] | None = (0,)) -> str:
-        """A command's stdout. `ok` are the exit codes that count as success (None: any).
+    def run(self, *argv: str, limit: float = 10.0, ok: tuple[int, ...] | None = (0,), stdin: bytes = b"") -> str:
+        """A command's stdout. `ok` are the exit codes that count as success (None: any); `stdin` is what it reads.
 
         After `limit` seconds its process group is killed; one that cannot be killed (state D) is left behind, and
         the same command is refused as 'stuck' until it has gone.
@@ -650,7 +670,7 @@ class Probe:
         outcome = "?"
         out = b""
         try:
-            exit_code, out, err = self._run(argv, limit)
+            exit_code, out, err = self._run(argv, limit, stdin)
             outcome = f"exit {exit_code}"
         except SourceError as error:
             outcome = error.code
@@ -661,11 +681,11 @@ class Probe:
             raise command_error(argv, exit_code, err)
         return to_text(out)
 
-    def _run(self, argv: tuple[str, ...], limit: float) -> tuple[int, bytes, bytes]:
+    def _run(self, argv: tuple[str, ...], limit: float, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         program = self.find(argv[0])
         self._refuse_stuck(argv)
         try:
-            child = Child(argv, program, self.environ)
+            child = Child(argv, program, self.environ, stdin)
         except OSError as error:
             self._programs.pop(argv[0], None)  # it may have moved with an upgrade
             raise source_error(error, argv[0]) from None
@@ -4157,6 +4177,10 @@ class Spool:
         """Names and JSON of up to `limit` oldest reports, as many as fit one request."""
         return self.call("read", lambda: self._batch(limit))
 
+    def waiting_since(self, now: float) -> float | None:
+        """When the oldest report that waits was put on disk."""
+        return self.call("list", lambda: next((spooled_at(name, now) for name in self._names()), None))
+
     def discard(self, names: list[str]) -> None:
         """Forget reports the server has."""
         self.call("discard", lambda: self._discard(names))
@@ -4974,6 +4998,90 @@ class GuestChanges:
                     guest.pop(name, None)  # they are those of a moment ago
 
 
+class RootMail:
+    """Opt-in: a mail to root, once a day, when the server has taken no report for hours. The server tells of silent
+    hosts; this is for the day when it is the server that is gone, or that no longer knows this host."""
+
+    def __init__(self, config: Config, probe: Probe, folder: str, sender: Sender) -> None:
+        self.config = config
+        self.probe = probe
+        self.sender = sender
+        self.mark = os.path.join(folder, "mailed-root")  # the time of the last mail
+        self.mailed_at = 0.0
+        self.started_at = probe.now()
+        self.next_at: float | None = None
+        self.busy = False
+
+    def turn(self, now: float) -> None:
+        """Look now and then; what may take long is done in a thread."""
+        if self.next_at is None:
+            self.next_at = now + MAIL_GRACE_SECONDS
+        if not self.config.mail_root_seconds or self.busy or now < self.next_at or not self.sender.trouble:
+            return
+        self.next_at = now + MAIL_LOOK_SECONDS
+        self.busy = True
+        threading.Thread(target=self._work, name="mail", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            now, since = self.probe.now(), self.silent_since()
+            if since > CLOCK_UNSET and now - since >= self.config.mail_root_seconds and self.is_due(now):
+                self.send(since, now)
+        except (SourceError, OSError) as error:
+            log_once("mail", f"mail: root could not be told: {error}")
+            self.next_at = self.probe.monotonic() + MAIL_RETRY_SECONDS
+        finally:
+            self.busy = False
+
+    def silent_since(self) -> float:
+        """When the server took something for the last time; as far as is known after a restart."""
+        oldest = self.sender.spool.waiting_since(self.probe.now())
+        return self.sender.accepted_at or min(oldest or self.started_at, self.started_at)
+
+    def is_due(self, now: float) -> bool:
+        """Not within a day of the last mail, also over restarts; a mark from the future is no mark."""
+        try:
+            text = read_bytes(self.mark, KIB).strip()
+        except FileNotFoundError:
+            text = b""
+        self.mailed_at = max(self.mailed_at, float(text) if text.isdigit() else 0.0)
+        return not 0 <= now - self.mailed_at < DAY
+
+    def send(self, since: float, now: float) -> None:
+        self.probe.run("sendmail", "-i", "root", stdin=self.letter(since, now).encode(), limit=30.0)
+        self.mailed_at = now
+        log(f"mail: told root that the server has taken nothing since {utc_text(since)}")
+        write_file(self.mark, b"%d\n" % now)
+
+    def letter(self, since: float, now: float) -> str:
+        """Since when, how many wait, why, what to do."""
+        assert self.config.address is not None
+        spool, host = self.sender.spool, self.config.host_id
+        dropped = f"; {spool.dropped} were dropped, for age or want of space" if spool.dropped else ""
+        return f"""To: root
+Subject: proxmon: nobody takes the reports of {host}, for {int((now - since) // 3600)} hours
+Auto-Submitted: auto-generated
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+The monitoring agent on {host} cannot deliver its reports to {self.config.address.url}.
+
+Since:   {utc_text(since)}
+Waiting: {spool.count} reports in {spool.folder}{dropped}
+Why:     {one_line(self.sender.trouble)[:DETAIL_LIMIT]}
+
+Until they are taken nobody is alerted about this host. What to do: run `proxmox-monitor-agent check` here, and look
+whether the server runs. What waits is delivered by itself afterwards.
+
+This mail comes once a day while it lasts, by mail_root_after_hours in {self.config.path}.
+"""
+
+
+def utc_text(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+
+
 class Agent:
     """The service. `turn(now)` does what is due and says how long nothing will be; `serve` sleeps between turns."""
 
@@ -4985,6 +5093,7 @@ class Agent:
         self.memories = Memories(folder, self.spool)
         self.reporter = Reporter(config.host_id, probe.now())
         self.sender = Sender(config, self.spool, self.memories)
+        self.root_mail = RootMail(config, probe, folder, self.sender)
         self.mail: SimpleQueue[str] = SimpleQueue()
         self.stopping = False
         self.lanes = {tick: Lane(tick, probe, self.memories, self.wake) for tick in (MEDIUM, SLOW)}
@@ -5047,6 +5156,7 @@ class Agent:
         self._run_lanes(now)
         self._send_held(now)
         waiting = self.sender.keep()
+        self.root_mail.turn(now)
         self._beat(now)
         due = min(*self.next_at.values(), self.next_look, self.next_beat)
         due = min(due, now + KEEP_SECONDS) if waiting else due
@@ -5305,7 +5415,7 @@ def command_check(arguments: Any) -> int:
         config = None
         results.append((False, f"config: {error}"))
     results += check_state() + check_tools(Probe())
-    results += check_server(config) if config else []
+    results += check_mail(config, Probe()) + check_server(config) if config else []
     for good, text in results:
         print("✓" if good else "✗", one_line(text), flush=True)
     return OK if all(good for good, _ in results) else FAILED
@@ -5341,6 +5451,17 @@ def check_tools(probe: Probe) -> list[tuple[bool, str]]:
             missing = f"not found, needed for {purpose}" if needed else f"not found, not needed here ({purpose})"
             results.append((not needed, f"{name}: {missing}"))
     return results
+
+
+def check_mail(config: Config, probe: Probe) -> list[tuple[bool, str]]:
+    """Whether root can be told where that was asked for."""
+    if not config.mail_root_seconds:
+        return []
+    try:
+        hours = config.mail_root_seconds // 3600
+        return [(True, f"mail: {probe.find('sendmail')}, to root when nothing was taken for {hours} h")]
+    except SourceError as error:
+        return [(False, f"mail: {error}; mail_root_after_hours needs a mail server here, such as postfix")]
 
 
 def check_server(config: Config) -> list[tuple[bool, str]]:

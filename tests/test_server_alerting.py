@@ -104,7 +104,7 @@ def test_changed_rules_tell_what_would_have_fired_and_change_nothing(with_histor
     answer = replay(client, since=86400, settings="[rules.cpu]\nwarn = 0.6\n").json()
     assert [(one["rule"], one["host"], one["severity"]) for one in answer["items"]] == [("cpu", "pve1", "warning")]
     assert answer["complete"] is True and answer["total"] == 1
-    assert abs(answer["since"] - (with_history.now - 2 * HOUR)) < 5 * 60
+    assert abs(answer["since"] - (with_history.now - 2 * HOUR)) < 400  # to the 5 minutes
     assert replay(client, since=600, settings="[rules.cpu]\nwarn = 0.6\n").json()["items"] == []
     assert client.get("/api/v1/alerts?state=all").json()["total"] == 0
     assert with_history.fleet.layers is with_history.monitor.settings.layers
