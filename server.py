@@ -7619,7 +7619,8 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     shown = rows[offset : offset + PAGE_LIMIT]
     if tab == "hosts":
         shown = add_sparks(call, shown)
-    unseen = sum(not alert["acknowledged"] for alert in alerts)
+    problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
+    unseen = sum(not alert["acknowledged"] for alert in problems)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
@@ -7627,7 +7628,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
-        "problems": group_problems(call, alerts), "next_due": None if unseen else find_next_due(call),
+        "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
         "host": page_host(call, alerts), "pool": query.get("pool", ""),
         "admin_hosts": TABS["hosts"][1](call) if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],

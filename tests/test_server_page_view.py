@@ -288,3 +288,9 @@ def test_many_of_one_host_and_rule_are_one_line_that_stands_for_all(monitor, cli
     tops = server.group_problems(call, alerts)
     assert [top["alike"] for top in tops] == [[1, 3, 4], [2], [5], [6]]
     assert [child["id"] for child in tops[0]["children"]] == [3, 4]
+
+
+def test_what_is_only_worth_knowing_is_no_problem(browser, register, post):
+    post(register("pve1"), build_report("pve1", disks=[{"name": "sda", "model": "X", "serial": "1", "kind": "hdd"}]))
+    page = browser.get("/?tab=alerts").text
+    assert "tells nothing about its health" in page and "Nothing needs you" in page
