@@ -392,6 +392,7 @@ class Store:
         self.last_commit = 0.0  # monotonic
         self._flushes = float(FLUSHES_SAVED)
         self.last_error: str | None = None
+        self.writing = False  # memory may be ahead of what readers of the database see
         self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self._local = threading.local()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -457,6 +458,7 @@ class Store:
 
     def _commit(self, group: list[Write]) -> None:
         """One transaction for the group; one that fails in its own work leaves the others alone."""
+        self.writing = True
         try:
             with transaction(self.db) as db:
                 for write in group:
@@ -469,6 +471,7 @@ class Store:
                 write.error = store_problem(error)
             self.on_failure()
         finally:
+            self.writing = False
             for write in group:
                 write.done.release()
 
@@ -1551,8 +1554,8 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[dict[str
     alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
     for one in coverage(state, fleet, now):
         guest = known.get(int(one.vmid), {})
-        worst, reason = worst_alert(alert for alert in alerts if alert.object == f"guests/{one.vmid}")
-        verdict, reason = worst or "ok", reason or None
+        worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{one.vmid}")
+        verdict, reason = worst or "ok", message or None
         if verdict == "ok" and one.late_seconds is None:
             verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
         elif verdict == "ok" and is_stale(state, "backups", now):
@@ -7526,15 +7529,34 @@ def describe_route(one: Route) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if one.columns:
         names = ("format", "q", "sort", "limit", "offset")
-        parameters += [{"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in names]
+        parameters += [query_parameter(name) for name in names]
         row = {"type": "object", "properties": {column: {} for column in one.columns}}
         listing = {"type": "object", "properties": {"items": {"type": "array", "items": row}, **{
             key: {"type": "integer"} for key in ("total", "limit", "offset")}}}
         content = {"application/json": {"schema": listing}, "text/csv": {}, "text/plain": {}}
-    status = "204" if one.method == "DELETE" else "201" if one.method == "POST" and not steps else "200"
+    parameters += [query_parameter(name) for name in QUERIES.get(one.path, ())]
+    made = one.method == "POST" and one.path in MAKES
+    status = "204" if one.method == "DELETE" else "201" if made else "200"
     answer = {"description": "Done"} if status == "204" else {"description": one.summary, "content": content}
     responses = {status: answer, "default": PROBLEM_RESPONSE}
-    return {"summary": one.summary, "parameters": parameters, "responses": responses}
+    described = {"summary": one.summary, "parameters": parameters, "responses": responses}
+    if one.method in ("POST", "PATCH"):
+        described["requestBody"] = {"content": {"application/json": {"schema": {"type": "object"}}}}
+    return described
+
+
+MAKES = ("/api/v1/hosts", "/api/v1/silences", "/api/v1/tokens")
+QUERIES = {
+    **dict.fromkeys((f"/api/v1/{name}" for name in ("hosts", "guests", "pools", "storages", "backups", "disks")),
+                    ("host", "site", "tag")),
+    "/api/v1/alerts": ("state", "host", "site", "tag"), "/api/v1/events": ("since",),
+    "/api/v1/rules": ("host", "object"), "/api/v1/hosts/<id>/history": ("series", "from", "to", "step", "format"),
+    "/api/v1/hosts/<id>/gaps": ("from",), "/api/v1/hosts/<id>/export": ("format",),
+}
+
+
+def query_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
 
 
 def describe_ingest() -> dict[str, Any]:
@@ -8165,7 +8187,8 @@ def live_etag(call: Call) -> str:
     """Names a state of the fleet as one asker sees it, before any work is done."""
     environ = call.environ
     asked = f"{environ.get('PATH_INFO')}?{environ.get('QUERY_STRING')} {call.cookie} {call.header('x-fragment')}"
-    return f'W/"{call.monitor.boot}-{call.fleet.generation}-{zlib.crc32(asked.encode("utf-8", "replace")):x}"'
+    tag = f'W/"{call.monitor.boot}-{call.fleet.generation}-{zlib.crc32(asked.encode("utf-8", "replace")):x}"'
+    return "" if call.monitor.store.writing else tag  # asked last: half of a new state is not the new state
 
 
 def finish(call: Call, result: Any, tag: str) -> Answer:

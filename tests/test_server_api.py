@@ -274,6 +274,20 @@ def test_etag_saves_the_answer_until_something_changes(fleet, admin, register, p
     assert admin.get("/api/v1/guests", If_None_Match=tag).status == 200
 
 
+def test_what_was_asked_while_a_report_was_written_is_not_taken_for_the_new_state(fleet, admin, store, monitor):
+    during = []
+
+    def work(db):
+        db.execute("UPDATE alert SET message = 'new'")
+        monitor.fleet.generation += 1
+        during.append(admin.get("/api/v1/alerts?state=all"))
+
+    store.write(work)
+    assert '"new"' not in during[0].text
+    after = admin.get("/api/v1/alerts?state=all", If_None_Match=during[0].headers["etag"])
+    assert after.status == 200 and '"new"' in after.text
+
+
 def test_an_etag_of_one_list_is_not_good_for_another(fleet, admin):
     tag = admin.get("/api/v1/guests").headers["etag"]
     assert admin.get("/api/v1/pools", If_None_Match=tag).status == 200
@@ -442,3 +456,13 @@ def test_the_description_names_every_route(admin):
             assert one.method.lower() in paths[path], one
     assert "post" in paths["/api/v1/hosts/{id}/reports"]
     json.dumps(paths, allow_nan=False)
+
+
+
+def test_the_description_has_bodies_parameters_and_the_right_status(admin):
+    paths = admin.get("/api/v1/openapi.json").json()["paths"]
+    history = {one["name"] for one in paths["/api/v1/hosts/{id}/history"]["get"]["parameters"]}
+    assert history == {"id", "series", "from", "to", "step", "format"}
+    assert "requestBody" in paths["/api/v1/silences"]["post"] and "requestBody" in paths["/api/v1/hosts/{id}"]["patch"]
+    assert "201" in paths["/api/v1/tokens"]["post"]["responses"]
+    assert "200" in paths["/api/v1/rules/replay"]["post"]["responses"]

@@ -722,6 +722,15 @@ def test_a_suspended_server_or_a_clock_that_jumps_raises_no_storm(sim, jump):
     assert not sim.alerts("host-offline", "all")
 
 
+def test_a_host_that_dies_after_the_servers_clock_was_set_back_is_noticed(sim):
+    sim.send("pve1", node=node())
+    sim.wait(30)
+    sim.now -= HOUR
+    sim.turn()
+    sim.wait(310)
+    assert sim.alerts("host-offline")
+
+
 def fleet_of(sim, count, site="par"):
     for number in range(count):
         sim.host(f"h{number}", site=site)
