@@ -6127,6 +6127,10 @@ class Keeper:
         if hour is not None:
             self.pack_hour(db, state, hour, now)
             return True
+        return self.step_day(db, host_id, now)
+
+    def step_day(self, db: sqlite3.Connection, host_id: int, now: float) -> bool:
+        """The next day that is to be rolled up, or whose reports may go; False if there is none."""
         for day, work in list_due_days(db, host_id, now):
             if work == CHANGED:
                 self.roll_day(db, host_id, day, now)
@@ -6584,7 +6588,10 @@ class RemoteKeeper(Keeper):
         self._thread: threading.Thread | None = None
 
     def turn(self, now: float, seconds: float = 0.5) -> None:
-        """Wake the thread that pushes: a store that hangs holds up nobody else."""
+        """Wake the thread that pushes: a store that hangs holds up nobody else. What was packed here before this
+        store was named gets old as ever."""
+        for host_id in list(self.fleet.hosts):
+            self.step_day(self.store.reader(), host_id, now)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="history", daemon=True)
             self._thread.start()

@@ -333,6 +333,26 @@ def test_nothing_leaves_the_tail_before_the_store_gives_it_back(make_recorder, v
     assert remote.monitor.fleet.hosts[remote.host].body("node", {})["cpu_ratio"] == reports[-1]["node"]["cpu_ratio"]
 
 
+def test_what_was_packed_here_before_gets_old_and_goes(make_recorder, victoria, tmp_path):
+    local = make_recorder()
+    now = local.clock()
+    local.take(*reports_until(now, 300))
+    local.clock.now = now + 3 * HOUR
+    local.keep()
+    packed = local.count("chunk")
+    assert packed and local.count("report") == 0
+    local.monitor.close()
+    config = server.Config({"DATABASE_PATH": local.monitor.config.database_path, "HISTORY_URL": victoria.url})
+    local.monitor = server.Monitor(config, local.clock)
+    for day in range(1, 7):
+        local.clock.now = now + day * 86400
+        local.monitor.store.write(lambda db: db.execute("UPDATE chunk SET written_at = written_at - 86400"))
+        local.monitor.keeper.turn(local.clock())
+        local.monitor.keeper.turn(local.clock())
+    rows = local.monitor.store.reader().execute("SELECT id >> 34 & 3 FROM chunk").fetchall()
+    assert {row[0] for row in rows} == {1, 2}  # 5 minutes and hours, until they are old too
+
+
 def test_what_the_store_takes_and_never_gives_back_does_not_stay_for_ever(make_recorder, victoria, monkeypatch, capsys):
     remote = make_recorder(victoria.url)
     remote.take(build_report(seq=1, at=remote.clock() - 20 * 365 * 86400))  # older than it keeps anything
