@@ -2,7 +2,7 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> notifications -> columns
-        -> history -> remote history -> ingest -> jobs -> api -> page -> serving -> commands
+        -> history -> remote -> ingest -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
 one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
@@ -6199,7 +6199,7 @@ class Keeper:
             chunks.append((chunk_id(host_id, step, first), body))
         return chunks
 
-    # Questions. Another keeper (see remote history) answers the same ones.
+    # Questions. Another keeper (see remote) answers the same ones.
 
     def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
         return begin_of_history(db, host_id)
@@ -6398,7 +6398,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
                {"before": now - KEEP_RESOLVED})
 
 
-# --- remote history: the same questions, answered by a VictoriaMetrics (HISTORY_URL=http…) ---
+# --- remote: the same history, in and out of a VictoriaMetrics (HISTORY_URL=http…) ---
 
 # The tail in the database is the queue: a report leaves it when the store has taken its numbers and, some seconds
 # later, gives them back (what it took last may be in its memory only). What is sent twice is the same points again.
@@ -6406,6 +6406,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
 QUERY_SECONDS = 10  # so long may an answer take
 AWAY_SECONDS_MOST = 15  # after no answer nobody waits for the next one, for so long
 PUSH_REPORTS, PUSH_OF_HOST = 200, 50  # in one request
+PUSHED_MOST = 20_000  # reports that the store has taken and not given back yet
 CONFIRM_SECONDS = 15  # VictoriaMetrics writes to its disk every 5 s
 PUSH_TRIES = 3  # taken so often and never given back: older than the store keeps anything
 QUERY_BYTES = 12_000  # of one question: the store's own limit is 16,384
@@ -6567,7 +6568,7 @@ class RemoteStore:
 class Pushed(NamedTuple):
     """A report that the store has taken, and that is still in the tail."""
 
-    tick: Tick
+    key: tuple[int, int]  # milliseconds, run
     at: float  # monotonic
     tries: int
 
@@ -6607,9 +6608,9 @@ class RemoteKeeper(Keeper):
             self._due.clear()
             trouble = None
             try:
+                while sum(map(len, self.pushed.values())) < PUSHED_MOST and self.push():
+                    pass
                 self.confirm()
-                while self.push():
-                    self.confirm()
             except Problem as problem:
                 trouble = problem.detail
             except Exception as error:  # whatever it is, the next turn tries again
@@ -6643,7 +6644,7 @@ class RemoteKeeper(Keeper):
     def _note_pushed(self, host_id: int, ticks: dict[int, Tick]) -> None:
         now = time.monotonic()
         self.pushed.setdefault(host_id, {}).update(
-            (one, Pushed(tick, now, self.again.pop(one, 0) + 1)) for one, tick in ticks.items())
+            (one, Pushed(tick[:2], now, self.again.pop(one, 0) + 1)) for one, tick in ticks.items())
         if host_id in self.begins:
             self.begins[host_id] = min(self.begins[host_id], *(tick.ms / 1000 for tick in ticks.values()))
 
@@ -6659,10 +6660,10 @@ class RemoteKeeper(Keeper):
                 self._confirm_host(state, due)
 
     def _confirm_host(self, state: HostState, due: dict[int, Pushed]) -> None:
-        times = [pushed.tick.ms / 1000 for pushed in due.values()]
+        times = [pushed.key[0] / 1000 for pushed in due.values()]
         there = {key[:2] for key in self._remote_keys(state.name, min(times), max(times))}
-        fine = [one for one, pushed in due.items() if pushed.tick[:2] in there or pushed.tries >= PUSH_TRIES]
-        unknown = sum(due[one].tick[:2] not in there for one in fine)
+        fine = [one for one, pushed in due.items() if pushed.key in there or pushed.tries >= PUSH_TRIES]
+        unknown = sum(due[one].key not in there for one in fine)
         if unknown:
             log(f"history: the store took {unknown} reports of {state.name} {PUSH_TRIES} times and does not give them "
                 "back; they are older than it keeps")
