@@ -2,7 +2,7 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> notifications -> columns
-        -> history -> ingest -> jobs -> api -> page -> serving -> commands
+        -> history -> remote -> ingest -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
 one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
@@ -145,12 +145,9 @@ class Config:
         shown = f"[{self.listen}]" if ":" in self.listen else self.listen
         self.public_url = self._url(env.get("PUBLIC_URL") or f"http://{shown}:{self.port}")
         self.trusted_proxies = self._networks(env.get("TRUSTED_PROXY", "127.0.0.1"))
-        self.history_url = env.get("HISTORY_URL") or "sqlite:"
+        self.history_url = self._history_url(env.get("HISTORY_URL") or "sqlite:")
         self.given_secret = env.get("SECRET_KEY_BASE") or ""
         self.install_dir = env.get("INSTALL_DIR") or default_install_dir()
-        if self.history_url != "sqlite:":
-            raise Failure(f"HISTORY_URL: {self.history_url!r} is not supported by this version; leave it out, or "
-                          "set it to sqlite: (history is then kept in the database)")
         self.settings_given = bool(env.get("SERVER_CONFIG"))
         self.settings_path = env.get("SERVER_CONFIG") or "/etc/proxmox-monitor/server.toml"
         self.heartbeat_url = env.get("HEARTBEAT_URL") or ""
@@ -196,6 +193,18 @@ class Config:
         parts = urllib.parse.urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Failure(f"PUBLIC_URL: {text!r} is not an http(s) address")
+        return text.rstrip("/")
+
+    @staticmethod
+    def _history_url(text: str) -> str:
+        """`sqlite:`, or the base address of a store. What is wrong is told without the password it may hold."""
+        try:
+            parts = urllib.parse.urlsplit(text)
+            fine = text == "sqlite:" or parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        except ValueError:
+            fine = False
+        if not fine or parts.query or parts.fragment:
+            raise Failure("HISTORY_URL: neither sqlite: nor the address of a VictoriaMetrics like http://127.0.0.1:8428")
         return text.rstrip("/")
 
     @staticmethod
@@ -5300,6 +5309,16 @@ class History:
                 found[report_id] = tick
         return found
 
+    def first(self, db: sqlite3.Connection, host_id: int, most: int, without: Set[int]) -> dict[int, Tick]:
+        """The oldest reports of the tail, without some."""
+        first, last = report_span(host_id, 0, None)
+        ids = [row[0] for row in db.execute(
+            "SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT :most",
+            {"first": first, "last": last, "most": most + len(without)}) if row[0] not in without]
+        known = self.ticks.get(host_id, {})
+        ticks = ((one, known.get(one) or self._parsed.get(one) or self._parse(db, one)) for one in ids[:most])
+        return {one: tick for one, tick in ticks if tick is not None}
+
     def _parse(self, db: sqlite3.Connection, report_id: int) -> Tick | None:
         row = find_report(db, report_id)
         if row is None:
@@ -5907,12 +5926,16 @@ def node_name(state: HostState) -> str:
     return (text(state.body("node", {}), "name") or "").lower()
 
 
-def list_lost(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[dict]:
-    """When reports of a host did not come: holes in the sequence of a run, with the times around them."""
-    keys: dict[TickKey, None] = dict.fromkeys(
-        tick[:3] for tick in history.tail(db, host_id, since, until).values())
+def list_keys(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
+    """Which reports of a span of time are there, oldest first."""
+    keys = {tick[:3] for tick in history.tail(db, host_id, since, until).values()}
     for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until):
-        keys.update(dict.fromkeys(unpack_block(history, db, row["body"], {}, {}).keys))
+        keys.update(unpack_block(history, db, row["body"], {}, {}).keys)
+    return sorted(keys)
+
+
+def list_lost(keys: list[TickKey]) -> list[dict]:
+    """When reports of a host did not come: holes in the sequence of a run, with the times around them."""
     lost: list[dict] = []
     before: dict[int, tuple[int, int]] = {}
     for ms, run, seq in sorted(keys, key=lambda key: (key[1], key[2])):
@@ -5922,12 +5945,9 @@ def list_lost(history: History, db: sqlite3.Connection, host_id: int, since: flo
     return sorted(lost, key=lambda one: one["from"])
 
 
-def list_silences(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[dict]:
+def list_silences(keys: list[TickKey]) -> list[dict]:
     """When nothing is known of a host: more than 5 minutes without a report that was made in them."""
-    times = {tick.ms for tick in history.tail(db, host_id, since, until).values()}
-    for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until):
-        times.update(key[0] for key in unpack_block(history, db, row["body"], {}, {}).keys)
-    ordered = sorted(times)
+    ordered = sorted({key[0] for key in keys})
     return [{"from": a / 1000, "to": b / 1000, "seconds": (b - a) / 1000}
             for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
 
@@ -6069,7 +6089,7 @@ ROLL_OBJECTS = 8  # objects in one go
 
 
 class Keeper:
-    """Packs the history of a server's hosts, some at each turn."""
+    """Packs the history of a server's hosts, some at each turn, and answers from it."""
 
     def __init__(self, store: Store, history: History, fleet: Fleet):
         self.store, self.history, self.fleet = store, history, fleet
@@ -6110,6 +6130,10 @@ class Keeper:
         if hour is not None:
             self.pack_hour(db, state, hour, now)
             return True
+        return self.step_day(db, host_id, now)
+
+    def step_day(self, db: sqlite3.Connection, host_id: int, now: float) -> bool:
+        """The next day that is to be rolled up, or whose reports may go; False if there is none."""
         for day, work in list_due_days(db, host_id, now):
             if work == CHANGED:
                 self.roll_day(db, host_id, day, now)
@@ -6178,6 +6202,23 @@ class Keeper:
             chunks.append((chunk_id(host_id, step, first), body))
         return chunks
 
+    # Questions. Another keeper (see remote) answers the same ones.
+
+    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
+        return begin_of_history(db, host_id)
+
+    def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
+        return ask_history(self.history, db, host_ids, question)
+
+    def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
+        return list_keys(self.history, db, host_id, since, until)
+
+    def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
+        return list_sparks(self.history, db, host_ids, now)
+
+    def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
+        return export_host(self.history, db, host_id, now)
+
     def numbers(self, db: sqlite3.Connection, host_id: int,
                 names: dict[ObjectKey, tuple[str, ...]]) -> tuple[dict[ObjectKey, int], dict[tuple[str, ...], int]]:
         """The numbers of objects and layouts; what is new gets one."""
@@ -6241,6 +6282,19 @@ def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int
     """Write an hour's chunk, and take its reports out of the tail; those with a latest state are kept elsewhere."""
     if not put_chunks(db, state.id, chunks, now):
         return
+    drop_from_tail(state, ids, db)
+    day = hour // DAY * DAY
+    if day_state == CHANGED:
+        db.execute("INSERT INTO history_day VALUES (:host, :day, 0) ON CONFLICT DO UPDATE SET state = 0",
+                   {"host": state.id, "day": day})
+        if hour + HOUR == day + DAY:  # the next day's first rates begin in this hour
+            db.execute("UPDATE history_day SET state = 0 WHERE host_id = :host AND day = :day AND state = 1",
+                       {"host": state.id, "day": day + DAY})
+        put_spark(db, state.id, hour, spark, now)
+
+
+def drop_from_tail(state: HostState, ids: Iterable[int], db: sqlite3.Connection) -> None:
+    """Take reports out of the tail; those with a latest state are kept elsewhere."""
     keep_state(db, state)
     held = {one for pair in state.pointers().values() for one in pair if one}
     db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
@@ -6250,14 +6304,6 @@ def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int
     db.execute("""
         DELETE FROM kept_report WHERE id BETWEEN :first AND :last AND id NOT IN (SELECT value FROM json_each(:held))""",
         {"first": first, "last": last, "held": json.dumps(sorted(held))})
-    day = hour // DAY * DAY
-    if day_state == CHANGED:
-        db.execute("INSERT INTO history_day VALUES (:host, :day, 0) ON CONFLICT DO UPDATE SET state = 0",
-                   {"host": state.id, "day": day})
-        if hour + HOUR == day + DAY:  # the next day's first rates begin in this hour
-            db.execute("UPDATE history_day SET state = 0 WHERE host_id = :host AND day = :day AND state = 1",
-                       {"host": state.id, "day": day + DAY})
-        put_spark(db, state.id, hour, spark, now)
 
 
 def put_chunks(db: sqlite3.Connection, host_id: int, chunks: list[tuple[int, bytes]], now: float) -> bool:
@@ -6355,6 +6401,429 @@ def prune(db: sqlite3.Connection, now: float) -> None:
                {"before": now - KEEP_RESOLVED})
 
 
+# --- remote: the same history, in and out of a VictoriaMetrics (HISTORY_URL=http…) ---
+
+# The tail in the database is the queue: a report leaves it when the store has taken its numbers and, some seconds
+# later, gives them back (what it took last may be in its memory only). What is sent twice is the same points again.
+
+QUERY_SECONDS = 10  # so long may an answer take
+AWAY_SECONDS_MOST = 15  # after no answer nobody waits for the next one, for so long
+PUSH_REPORTS, PUSH_OF_HOST = 200, 50  # in one request
+PUSHED_MOST = 20_000  # reports that the store has taken and not given back yet
+CONFIRM_SECONDS = 15  # VictoriaMetrics writes to its disk every 5 s
+PUSH_TRIES = 3  # taken so often and never given back: older than the store keeps anything
+QUERY_BYTES = 12_000  # of one question: the store's own limit is 16,384
+SUBQUERY_MOST = 25_000  # points: the store's own limit is 30,000
+REPORT_SERIES = "proxmon_report_seq"  # which reports there are: its value is the sequence number, label `run`
+NAMES = {  # section or part of the node -> how its metrics begin, and the label that has the object's name
+    "guests": ("guest", "vmid"), "storages": ("storage", "storage"), "pools": ("pool", "pool"),
+    "datasets": ("dataset", "dataset"), "disks": ("disk", "disk"), "node/interfaces": ("node_interface", "interface"),
+    "node/block_devices": ("node_block_device", "block_device"), "node/temperatures": ("node_temperature", "sensor"),
+    "node": ("node", ""),
+}
+
+
+def metric_names(key: ObjectKey, field: str) -> tuple[str, dict[str, str]]:
+    """Name and labels of a series: guests/104.cpu_ratio -> proxmon_guest_cpu_ratio{vmid="104"}."""
+    section, object = key
+    if section == "node" and object:
+        part, _, object = object.partition("/")
+        section = f"node/{part}"
+    word, label = NAMES.get(section, (section, "object"))
+    return f"proxmon_{word}_{field}", {label: object} if label else {}
+
+
+def series_of(metric: dict[str, str]) -> str | None:
+    """The series that a metric of the store is; None for what is not ours."""
+    for section, (word, label) in NAMES.items():
+        prefix = f"proxmon_{word}_"
+        if metric["__name__"].startswith(prefix) and (not label or label in metric):
+            part, _, of_node = section.partition("/")
+            object = metric.get(label, "")
+            return series_name(part, f"{of_node}/{object}" if of_node else object, metric["__name__"][len(prefix):])
+    return None
+
+
+@lru_cache(50_000)
+def metric_json(host: str, cluster: str, key: ObjectKey, field: str) -> str:
+    name, labels = metric_names(key, field)
+    of_guest = {"cluster": cluster} if cluster and key[0] == "guests" else {}
+    return json.dumps({"__name__": name, "host": host, **of_guest, **labels})
+
+
+def quoted(text: str) -> str:
+    """Text in a question to the store."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def selector(host: str, key: ObjectKey, fields: Iterable[str]) -> str:
+    """The series of an object's fields. What is scraped from /metrics has similar names, and a `job`."""
+    names = sorted(metric_names(key, field)[0] for field in fields)
+    labels = {"host": host, "job": "", **metric_names(key, "")[1]}
+    which = f"={quoted(names[0])}" if len(names) == 1 else "=~" + quoted("|".join(map(re.escape, names)))
+    return f"{{__name__{which}," + ",".join(f"{label}={quoted(value)}" for label, value in labels.items()) + "}"
+
+
+def uptime_of(key: ObjectKey) -> ObjectKey | None:
+    """Whose uptime says that an object's counters began anew."""
+    return key if key[0] == "guests" else ("node", "") if key[0] == "node" else None
+
+
+def write_lines(host: str, cluster: str, ticks: Iterable[Tick]) -> str:
+    """The numbers of some reports of a host, a JSON line for each series."""
+    series: dict[tuple[ObjectKey, str], tuple[list[float], list[int]]] = {}
+    runs: dict[int, tuple[list[int], list[int]]] = {}
+    for tick in ticks:
+        for key, (start, names) in tick.shape.where.items():
+            for name, value in zip(names, tick.values[start : start + len(names)]):
+                if value == value and name != BOOT:
+                    values, times = series.setdefault((key, name), ([], []))
+                    values.append(value)
+                    times.append(tick.ms)
+        seqs, times = runs.setdefault(tick.run, ([], []))
+        seqs.append(tick.seq)
+        times.append(tick.ms)
+    lines = [f'{{"metric":{metric_json(host, cluster, *which)},"values":{values},"timestamps":{times}}}\n'
+             for which, (values, times) in series.items()]
+    for run, (seqs, times) in runs.items():
+        metric = json.dumps({"__name__": REPORT_SERIES, "host": host, "run": f"{run:08x}"})
+        lines.append(f'{{"metric":{metric},"values":{seqs},"timestamps":{times}}}\n')
+    return "".join(lines)
+
+
+def step_expressions(host: str, key: ObjectKey, field: str, step: int) -> tuple[str, str, str]:
+    """Average, minimum and maximum of a step, for its end: its values are those from its beginning until 1 ms before
+    that. A counter's average is that of its rate in 5 minutes, and they are left out when something began anew."""
+    one = selector(host, key, [field])
+    if not field.endswith("_total"):
+        average, lowest, highest = (f"{name}_over_time({one}[{step}s] offset 1ms)" for name in ("avg", "min", "max"))
+        return average, lowest, highest
+    window = f"[{FINE}s] offset 1ms"
+    count = f"count_over_time({one}{window})"
+    steady = f"and ({count} > 0) unless (resets({one}{window}) > 0)"
+    owner = uptime_of(key)
+    if owner:
+        steady += f" unless on() (resets({selector(host, owner, ['uptime_seconds'])}{window}) > 0)"
+    latest = f"((irate({one}{window}) {steady})[{step}s:{rate_grid(step)}s])"
+    spans = f"[{step}s:{FINE}s])"
+    return (f"sum_over_time((rate({one}{window}) * {count} {steady}){spans} / "
+            f"sum_over_time(({count} and rate({one}{window}) {steady}){spans}",
+            f"min_over_time{latest}", f"max_over_time{latest}")
+
+
+def rate_grid(step: int) -> int:
+    """How often a step is looked at for the lowest and highest rate, in seconds: every report, up to an hour."""
+    return max(15, step // 240)
+
+
+class RemoteStore:
+    """The door to the store. `Problem('busy')` when it does not answer as it should."""
+
+    def __init__(self, url: str):
+        parts = urllib.parse.urlsplit(url)
+        self.shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self.headers = {"User-Agent": f"proxmon/{VERSION}"}
+        if parts.username is not None:
+            login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}").encode()
+            self.headers["Authorization"] = "Basic " + base64.b64encode(login).decode()
+        self.away_until = 0.0  # monotonic
+        self.away_because = ""
+
+    def post(self, path: str, body: bytes, kind: str) -> bytes:
+        request = urllib.request.Request(self.shown + path, body, {**self.headers, "Content-Type": kind})
+        try:
+            with OPENER.open(request, timeout=QUERY_SECONDS) as answer:
+                found = answer.read()
+        except urllib.error.HTTPError as error:
+            told = one_line(error.read(1 << 16).decode("utf-8", "replace"))[-300:]
+            raise self._problem(f"answers HTTP {error.code} {told}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.away_because = f"does not answer: {getattr(error, 'reason', error) or type(error).__name__}"
+            self.away_until = time.monotonic() + AWAY_SECONDS_MOST
+            raise self._problem(self.away_because) from None
+        self.away_until = 0.0
+        return found
+
+    def query(self, expression: str, at: float, **more: Any) -> list[dict[str, Any]]:
+        """What the store says now, or at each step of a span (start, end, step); also of what came just now or late."""
+        if time.monotonic() < self.away_until:
+            raise self._problem(self.away_because)
+        form = {"query": expression, "nocache": 1, "latency_offset": "1ms", "timeout": f"{QUERY_SECONDS}s",
+                **(more or {"time": math.ceil(at)})}
+        body = urllib.parse.urlencode(form, errors="replace").encode()
+        found = self.post("/api/v1/query_range" if more else "/api/v1/query", body, "application/x-www-form-urlencoded")
+        try:
+            return json.loads(found)["data"]["result"]
+        except (ValueError, KeyError, TypeError):
+            raise self._problem("answers with something else than a Prometheus API") from None
+
+    def samples(self, which: str, since: float, until: float) -> list[tuple[dict[str, str], dict[int, float]]]:
+        """Labels and values by millisecond of each series, as they were received."""
+        end = math.ceil(until) + 1
+        found = self.query(f"{which}[{end - math.floor(since) + 1}s]", end)
+        return [(one["metric"], {round(at * 1000): float(value) for at, value in one["values"]}) for one in found]
+
+    def _problem(self, what: str) -> Problem:
+        return Problem("busy", f"the history store at {self.shown} {what}",
+                       headers={"Retry-After": str(AWAY_SECONDS_MOST)})
+
+
+class Pushed(NamedTuple):
+    """A report that the store has taken, and that is still in the tail."""
+
+    key: tuple[int, int]  # milliseconds, run
+    at: float  # monotonic
+    tries: int
+
+
+class RemoteKeeper(Keeper):
+    """Pushes the tail to the store, and answers from there."""
+
+    def __init__(self, store: Store, history: History, fleet: Fleet, url: str):
+        super().__init__(store, history, fleet)
+        self.remote = RemoteStore(url)
+        self.pushed: dict[int, dict[int, Pushed]] = {}
+        self.again: dict[int, int] = {}  # reports that the store took and did not give back: how often
+        self.begins: dict[int, float] = {}
+        self.trouble: str | None = None
+        self._host_lines: dict[str, dict[int, float]] = {}
+        self._lines_until = 0.0
+        self._due = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def turn(self, now: float, seconds: float = 0.5) -> None:
+        """Wake the thread that pushes: a store that hangs holds up nobody else. What was packed here before this
+        store was named gets old as ever."""
+        for host_id in list(self.fleet.hosts):
+            self.step_day(self.store.reader(), host_id, now)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+            self._thread.start()
+        self._due.set()
+
+    def settle(self, now: float) -> None:
+        """Push all there is."""
+        while self.push():
+            pass
+
+    def _run(self) -> None:
+        while self._due.wait():
+            self._due.clear()
+            trouble = None
+            try:
+                while sum(map(len, self.pushed.values())) < PUSHED_MOST and self.push():
+                    pass
+                self.confirm()
+            except Problem as problem:
+                trouble = problem.detail
+            except Exception as error:  # whatever it is, the next turn tries again
+                trouble = f"{type(error).__name__}: {error}"
+            if (trouble is None) != (self.trouble is None):
+                log(f"history: {trouble}; what waits is sent later" if trouble else "history: the store takes again")
+            self.trouble = trouble
+
+    def push(self) -> bool:
+        """Send some reports that the store has not taken yet; False if there are none."""
+        db = self.store.reader()
+        ids = sorted(self.fleet.hosts)
+        start = bisect.bisect_right(ids, self._after)
+        chosen: dict[int, dict[int, Tick]] = {}
+        for host_id in [*ids[start:], *ids[:start]]:
+            found = self.history.first(db, host_id, PUSH_OF_HOST, self.pushed.get(host_id, {}).keys())
+            if found:
+                chosen[host_id] = found
+                self._after = host_id
+            if sum(map(len, chosen.values())) >= PUSH_REPORTS:
+                break
+        states = {host_id: state for host_id in chosen if (state := self.fleet.hosts.get(host_id))}
+        lines = "".join(write_lines(state.name, text(state.body("cluster", {}), "name") or "", chosen[host_id].values())
+                        for host_id, state in states.items())
+        if lines:
+            self.remote.post("/api/v1/import", lines.encode("utf-8", "replace"), "application/json")
+        for host_id in states:
+            self._note_pushed(host_id, chosen[host_id])
+        return bool(states)
+
+    def _note_pushed(self, host_id: int, ticks: dict[int, Tick]) -> None:
+        now = time.monotonic()
+        self.pushed.setdefault(host_id, {}).update(
+            (one, Pushed(tick[:2], now, self.again.pop(one, 0) + 1)) for one, tick in ticks.items())
+        if host_id in self.begins:
+            self.begins[host_id] = min(self.begins[host_id], *(tick.ms / 1000 for tick in ticks.values()))
+
+    def confirm(self) -> None:
+        """Take out of the tail what the store gives back; what it has forgotten is sent again."""
+        before = time.monotonic() - CONFIRM_SECONDS
+        for host_id, waiting in list(self.pushed.items()):
+            due = {one: pushed for one, pushed in waiting.items() if pushed.at <= before}
+            state = self.fleet.hosts.get(host_id)
+            if state is None:
+                del self.pushed[host_id]
+            elif due:
+                self._confirm_host(state, due)
+
+    def _confirm_host(self, state: HostState, due: dict[int, Pushed]) -> None:
+        times = [pushed.key[0] / 1000 for pushed in due.values()]
+        there = {key[:2] for key in self._remote_keys(state.name, min(times), max(times))}
+        fine = [one for one, pushed in due.items() if pushed.key in there or pushed.tries >= PUSH_TRIES]
+        unknown = sum(due[one].key not in there for one in fine)
+        if unknown:
+            log(f"history: the store took {unknown} reports of {state.name} {PUSH_TRIES} times and does not give them "
+                "back; they are older than it keeps")
+        if fine:
+            self.store.write(partial(drop_from_tail, state, fine), urgent=False)
+            self.history.forget(state.id, fine)
+        for one, pushed in due.items():
+            del self.pushed[state.id][one]
+            if one not in fine:
+                self.again[one] = pushed.tries
+
+    def _remote_keys(self, host: str, since: float, until: float) -> set[TickKey]:
+        found = self.remote.samples(f'{REPORT_SERIES}{{host={quoted(host)},job=""}}', since, until)
+        return {(ms, int(metric["run"], 16), int(seq)) for metric, values in found for ms, seq in values.items()}
+
+    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
+        """The oldest time of which the store knows anything."""
+        state = self.fleet.hosts.get(host_id)
+        if state and host_id not in self.begins:
+            which = f'{REPORT_SERIES}{{host={quoted(state.name)},job=""}}'
+            for one in self.remote.query(f"min(tfirst_over_time({which}[{KEPT[COARSE]}s]))", time.time() + 1):
+                self.begins[host_id] = float(one["value"][1])
+        return self.begins.get(host_id)
+
+    def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
+        answers: list[list[Any]] = [[] for _ in question.names]
+        parsed = {place: parse_series(name) for place, name in enumerate(question.names)}
+        for nth, host_id in enumerate(host_ids):
+            state = self.fleet.hosts.get(host_id)
+            asked = {place: (key, stored_field(field)) for place, (key, field) in parsed.items()
+                     if nth == 0 or key[0] == "guests"}
+            if state and asked:
+                answer = self._ask_raw if question.step == RAW else self._ask_steps
+                for place, points in answer(state.name, asked, question):
+                    answers[place] += points
+        joined = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
+        return [[point[:4] for point in points] for points in joined]
+
+    def _ask_raw(self, host: str, asked: dict[int, tuple[ObjectKey, str]],
+                 question: Question) -> Iterator[tuple[int, list[Any]]]:
+        """Each value as it was received; rates are made here, from the counters."""
+        first, last = question.since * 1000, question.until * 1000
+        for key in dict.fromkeys(key for key, _ in asked.values()):
+            fields = {place: field for place, (one, field) in asked.items() if one == key}
+            counted = any(field.endswith("_total") for field in fields.values())
+            since = question.since - (RATE_MOST if counted else 0)
+            owner = uptime_of(key) if counted else None
+            uptimes = self._columns(host, owner, {"uptime_seconds"}, since, question.until) if owner else {}
+            columns = self._columns(host, key, set(fields.values()), since, question.until)
+            for place, field in fields.items():
+                values = columns.get(metric_names(key, field)[0], {})
+                times = sorted(values)
+                line = [values[ms] for ms in times]
+                if field.endswith("_total"):
+                    beside = {"uptime_seconds": [one.get(ms, NAN) for one in uptimes.values() for ms in times]}
+                    beside = beside if uptimes else {}
+                    line = list_rates(line, times, list_waits(times, beside), beside)
+                yield place, [[ms / 1000, value, value, value] for ms, value in zip(times, line)
+                              if value == value and first <= ms <= last]
+
+    def _columns(self, host: str, key: ObjectKey, fields: Iterable[str], since: float,
+                 until: float) -> dict[str, dict[int, float]]:
+        """Metric -> millisecond -> value."""
+        found: dict[str, dict[int, float]] = {}
+        for metric, values in self.remote.samples(selector(host, key, fields), since, until):
+            found.setdefault(metric["__name__"], {}).update(values)
+        return found
+
+    def _ask_steps(self, host: str, asked: dict[int, tuple[ObjectKey, str]],
+                   question: Question) -> Iterator[tuple[int, list[Any]]]:
+        step = question.step
+        first, last = (int(at // step * step) for at in (question.since, int(question.until)))
+        reach = max(1, SUBQUERY_MOST * rate_grid(step) // step) * step
+        labelled = [f'label_replace({one}, "point", "{place} {nth}", "", "")' for place, which in asked.items()
+                    for nth, one in enumerate(step_expressions(host, *which, step))]
+        found: list[dict[str, Any]] = []
+        for whole in join_expressions(labelled):
+            for begin in range(first, last + 1, reach):
+                end = min(begin + reach - step, last)
+                found += self.remote.query(whole, end, start=begin + step, end=end + step, step=f"{step}s")
+        return read_steps(found, step)
+
+    def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
+        state = self.fleet.hosts.get(host_id)
+        waiting = {tick[:3] for tick in self.history.tail(db, host_id, since, until).values()}
+        return sorted(waiting | (self._remote_keys(state.name, since, until) if state else set()))
+
+    def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
+        """The small lines of the page; it lives without them when the store is away. Asked once a minute for all."""
+        last = int(now) // HOUR * HOUR
+        if time.monotonic() >= self._lines_until:
+            self._lines_until = time.monotonic() + MINUTE
+            try:
+                found = self.remote.query('avg_over_time(proxmon_node_cpu_ratio{job=""}[1h] offset 1ms)', now,
+                                          start=last - 22 * HOUR, end=last + HOUR, step="1h")
+                self._host_lines = {one["metric"].get("host", ""): {
+                    int(at) - HOUR: round(float(value), 4) for at, value in one["values"]} for one in found}
+            except Problem:
+                self._host_lines = {}
+        states = {host_id: self.fleet.hosts.get(host_id) for host_id in host_ids}
+        lines = {host_id: self._host_lines.get(state.name, {}) if state else {} for host_id, state in states.items()}
+        return {host_id: [line.get(hour) for hour in range(last - 23 * HOUR, last + 1, HOUR)] if line else []
+                for host_id, line in lines.items()}
+
+    def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
+        begin = self.begin(db, host_id)  # a store that is away is told before the answer has begun
+        return self._export_days(db, host_id, begin, now) if begin is not None else iter(())
+
+    def _export_days(self, db: sqlite3.Connection, host_id: int, begin: float, now: float) -> Iterator[list[Any]]:
+        """All values as received, a day and some series at a time."""
+        host = self.fleet.hosts[host_id].name
+        which = f'{{__name__=~"proxmon_.+",host={quoted(host)},job=""}}'
+        for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY):
+            there = self.remote.query(f"last_over_time({which}[1d] offset 1ms)", day + DAY)
+            names = sorted({name for one in there if (name := series_of(one["metric"]))})
+            for some in (names[at : at + 50] for at in range(0, len(names), 50)):
+                answers = self.ask(db, [host_id], Question(some, day, day + DAY - 0.001, RAW))
+                yield from ([point[0], RAW, name, *point[1:], 1] for name, points in zip(some, answers)
+                            for point in points)
+
+
+def join_expressions(expressions: Iterable[str]) -> Iterator[str]:
+    """As many as fit into one question, side by side."""
+    whole = ""
+    for one in expressions:
+        if whole and len(whole.encode()) + len(one.encode()) > QUERY_BYTES:
+            yield whole
+            whole = ""
+        whole = f"{whole} or {one}" if whole else one
+    if whole:
+        yield whole
+
+
+def read_steps(found: list[dict[str, Any]], step: int) -> Iterator[tuple[int, list[Any]]]:
+    """The store's answers to expressions that are labelled `place nth`, as points."""
+    series: dict[tuple[int, str], dict[int, dict[float, float]]] = {}
+    for one in found:
+        place, _, nth = one["metric"].pop("point").partition(" ")
+        one["metric"].pop("__name__", None)
+        same = series.setdefault((int(place), json.dumps(one["metric"], sort_keys=True)), {})
+        same.setdefault(int(nth), {}).update((at - step, float(value)) for at, value in one["values"])
+    for (where, _), lines in series.items():
+        averages = lines.get(0, {})
+        points = []
+        for at, average in averages.items():
+            lowest, highest = (lines.get(nth, {}).get(at, average) for nth in (1, 2))
+            points.append([at, tidy(average, lowest, highest), lowest, highest, 1.0])
+        yield where, points
+
+
+def open_keeper(config: Config, store: Store, history: History, fleet: Fleet) -> Keeper:
+    """The one that keeps the history where HISTORY_URL says."""
+    if config.history_url == "sqlite:":
+        return Keeper(store, history, fleet)
+    return RemoteKeeper(store, history, fleet, config.history_url)
+
+
 # --- ingest: a report counts whole or not at all, and once ---
 
 
@@ -6379,7 +6848,7 @@ class Monitor:
         self.reports_accepted = self.reports_duplicate = 0
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
-        self.keeper = Keeper(self.store, self.history, self.fleet)
+        self.keeper = open_keeper(config, self.store, self.history, self.fleet)
         self.notifier = Notifier(self.store, self.fleet, clock)
         self.replaying = threading.Lock()
 
@@ -6599,7 +7068,7 @@ def run_prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
 
 
 def keep_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
-    """Hours into chunks, days into points."""
+    """Hours into chunks, days into points; or all of it to another store."""
     monitor.keeper.turn(now)
 
 
@@ -6842,7 +7311,7 @@ def get_history(call: Call) -> Any:
     question = read_question(call, state)
     of_guests = any(name.startswith("guests/") for name in question.names)
     hosts = same_cluster(call.fleet, state) if of_guests else [state.id]
-    answers = ask_history(call.monitor.history, call.db, hosts, question)
+    answers = call.monitor.keeper.ask(call.db, hosts, question)
     if call.query.get("format", "json") == "csv":
         rows = [dict(zip(HISTORY_COLUMNS, (point[0], question.step, name, *point[1:])))
                 for name, points in zip(question.names, answers) for point in points]
@@ -6866,7 +7335,7 @@ def read_question(call: Call, state: HostState) -> Question:
     wanted = query_number(call, "step", 0) or None
     if wanted is not None and not 1 <= wanted <= 366 * DAY:
         raise Problem("invalid_request", "step: 1 to 31622400 seconds; 30 = as received", parameter="step")
-    begin = begin_of_history(call.db, state.id)
+    begin = call.monitor.keeper.begin(call.db, state.id)
     since = max(since, begin if begin is not None else since, 0)  # nothing was before: no need for a coarser step
     oldest_raw = call.now - KEPT[RAW]
     return Question(names, since, until, choose_step(since, until, wanted, oldest_raw, call.now))
@@ -6877,9 +7346,9 @@ def get_gaps(call: Call) -> Any:
     """What never came of a host, and when: reports lost by their sequence numbers, and times of silence."""
     state = call.fleet.find(call.params["id"])
     since = query_number(call, "from", call.now - KEPT[RAW])
+    keys = call.monitor.keeper.keys(call.db, state.id, since, call.now)
     return {"missing_reports": missing_reports(call.db, state.id), "from": since,
-            "lost": list_lost(call.monitor.history, call.db, state.id, since, call.now),
-            "silences": list_silences(call.monitor.history, call.db, state.id, since, call.now)}
+            "lost": list_lost(keys), "silences": list_silences(keys)}
 
 
 @route("GET", "/api/v1/hosts/<id>/export", auth="read")
@@ -6889,7 +7358,7 @@ def get_export(call: Call) -> Any:
     form = call.query.get("format", "jsonl")
     if form not in ("jsonl", "csv"):
         raise Problem("invalid_request", "format: jsonl or csv", parameter="format")
-    rows = export_host(call.monitor.history, call.db, state.id, call.now)
+    rows = call.monitor.keeper.export(call.db, state.id, call.now)
     kind = "application/x-ndjson" if form == "jsonl" else "text/csv; charset=utf-8"
     return Answer(200, b"", {"Content-Type": kind, "Cache-Control": "no-store",
                              "Content-Disposition": f'attachment; filename="{state.name}-history.{form}"'},
@@ -7662,7 +8131,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
 def add_sparks(call: Call, rows: Rows) -> Rows:
     """The rows of one page with 24 numbers each: CPU in use, hour by hour."""
     ids = {state.name: state.id for state in call.fleet.hosts.values()}
-    sparks = list_sparks(call.monitor.history, call.db, [ids[row["name"]] for row in rows], call.now)
+    sparks = call.monitor.keeper.sparks(call.db, [ids[row["name"]] for row in rows], call.now)
     return [{**row, "spark": sparks[ids[row["name"]]]} for row in rows]
 
 
@@ -8704,6 +9173,17 @@ def check_settings(config: Config) -> Iterator[Check]:
     else:
         yield Check(None, "password: DASHBOARD_PASSWORD_HASH is not set: nobody can log in; see `hash-password`")
     yield from check_channels(config)
+    if config.history_url != "sqlite:":
+        yield check_remote(RemoteStore(config.history_url))
+
+
+def check_remote(remote: RemoteStore) -> Check:
+    """Whether the store of the history answers."""
+    try:
+        remote.query("vector(1)", time.time())
+        return Check(True, f"history: {remote.shown} answers")
+    except Problem as problem:
+        return Check(False, f"history: {problem.detail}")
 
 
 def check_channels(config: Config) -> Iterator[Check]:

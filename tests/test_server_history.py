@@ -510,11 +510,6 @@ def test_lost_reports_and_silence_are_told_with_their_times(admin, register, pos
     assert answer["silences"] == [{"from": START + 180, "to": START + 780, "seconds": 600}]
 
 
-def test_a_remote_history_is_refused_in_one_line():
-    with pytest.raises(server.Failure, match="HISTORY_URL"):
-        server.Config({"HISTORY_URL": "http://victoria:8428"})
-
-
 # --- export: everything of a host ---
 
 
