@@ -7756,6 +7756,13 @@ def get_install(call: Call) -> Any:
     return Answer(200, found, {"Content-Type": kind})
 
 
+@route("GET", "/install.sh", auth="none")
+def get_install_script(call: Call) -> Any:
+    """install.sh at the short address that people type from memory."""
+    call.params["name"] = "install.sh"
+    return get_install(call)
+
+
 def read_install_file(config: Config, name: str) -> bytes | None:
     """The file, with this server's address filled in; None for a binary that is not there or of another version."""
     inside = INSTALL_FILES[name]

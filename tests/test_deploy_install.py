@@ -45,6 +45,7 @@ def test_nobody_has_to_log_in_to_install(handing_out):
 
 def test_the_script_knows_the_server_it_came_from(handing_out):
     text = handing_out.get("/install/install.sh").text
+    assert handing_out.get("/install.sh").text == text
     assert f'server_url="{handing_out.monitor.config.public_url}"\n' in text
     assert "@SERVER_URL@" not in text
     assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
