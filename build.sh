@@ -18,7 +18,7 @@ usage() {
 
 # Programs the tests talk to, as "program:Debian package".
 TEST_PROGRAMS="chromium:chromium caddy:caddy prometheus:prometheus promtool:prometheus
-    victoria-metrics:victoria-metrics openssl:openssl curl:curl
+    victoria-metrics:victoria-metrics openssl:openssl curl:curl git:git
     systemd-analyze:systemd systemd-nspawn:systemd-container mmdebstrap:mmdebstrap shellcheck:shellcheck ip:iproute2
     nsenter:util-linux"
 TEST_FONTS="fonts-dejavu-core fonts-liberation"    # without a font Chromium measures every text as 0 px wide
