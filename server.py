@@ -940,7 +940,7 @@ def parse_json(text: bytes) -> Any:
 
 def has_surrogates(text: bytes) -> bool:
     """Whether JSON text may hold halves of surrogate pairs."""
-    return b"\\ud" in text or b"\\uD" in text
+    return b"\\" in text and (b"\\ud" in text or b"\\uD" in text)
 
 
 def refuse_constant(name: str) -> None:
@@ -1474,8 +1474,9 @@ GUEST_COLUMNS = ("host", "vmid", "type", "name", "status", "verdict", *GUEST_FIE
 def guest_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
     """A host's guests as the fleet's list shows them."""
     as_of = state.sections.get("guests", NOTHING).time
+    usual = None if state.alerts else object_verdict(state, "guests", "", now)[0]  # the same for all, mostly
     for guest in state.body("guests", ()):
-        verdict, _ = object_verdict(state, "guests", str(guest.get("vmid")), now)
+        verdict = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)[0]
         if verdict == "ok" and guest.get("status") in (None, "unknown"):
             verdict = "unknown"
         yield {"host": state.name, **{key: guest.get(key) for key in GUEST_FIELDS}, "verdict": verdict,
@@ -5272,17 +5273,17 @@ class History:
         self._next_host = 0
         self.written_hours: dict[tuple[int, int], float] = {}
 
-    def remember(self, host_id: int, report_id: int, tick: Tick) -> None:
+    def remember(self, host_id: int, report_id: int, report: dict[str, Any], received_at: float) -> None:
         """A report has come; called by the writer."""
-        start, names = tick.shape.where.get(("node", ""), (0, ()))
-        value = tick.values[start + names.index("cpu_ratio")] if "cpu_ratio" in names else NAN
-        if value == value:
-            hours = self.hours.setdefault(host_id, {})
-            total, count = hours.get(tick.ms // 3_600_000 * HOUR, (0.0, 0))
+        value = number(report.get("node"), "cpu_ratio")
+        if value is not None:
+            hours, hour = self.hours.setdefault(host_id, {}), int(min(report["time"], received_at)) // HOUR * HOUR
+            total, count = hours.get(hour, (0.0, 0))
             if len(hours) > 100:
                 hours.clear()
-            hours[tick.ms // 3_600_000 * HOUR] = total + value, count + 1
+            hours[hour] = total + value, count + 1
         if self.bytes < HISTORY_MEMORY:
+            tick = build_tick(report, received_at)
             self.ticks.setdefault(host_id, {})[report_id] = tick
             self.bytes += tick_bytes(tick)
 
@@ -6954,7 +6955,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
         stamp = Stamp(run.id, report["seq"], at, now, report_id)
         changed |= take_report(db, monitor.fleet, state, report, stamp)
-        monitor.history.remember(host_id, report_id, build_tick(report, now))
+        monitor.history.remember(host_id, report_id, report, now)
         state.unwritten[run.id] = run
         late = late or at < monitor.state_kept_at - KEEP_STATE_SECONDS
         accepted += 1
@@ -7832,8 +7833,9 @@ def filter_rows(listing: Listing, query: dict[str, str]) -> list[dict[str, Any]]
 
 def matches(row: dict[str, Any], words: list[str]) -> bool:
     """Whether every word occurs in one of the row's texts or is its vmid."""
-    found = " ".join(to_cell(value) for key, value in row.items() if isinstance(value, (str, list)) or key == "vmid")
-    return all(word in found.lower() for word in words)
+    found = " ".join([value if isinstance(value, str) else to_cell(value) for key, value in row.items()
+                      if isinstance(value, (str, list)) or key == "vmid"]).lower()
+    return all(word in found for word in words)
 
 
 def sort_rows(rows: list[dict[str, Any]], by: str | None, columns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -8124,7 +8126,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
-        "states": count_states(everything), "counts": count_tabs(call, terms) | {tab: len(rows)},
+        "states": count_states(everything), "counts": {**count_tabs(call, terms, tab), tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
         "host": page_host(call, alerts), "pool": query.get("pool", ""),
@@ -8294,10 +8296,11 @@ def count_states(rows: Rows) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
 
 
-def count_tabs(call: Call, terms: list[Term]) -> dict[str, int]:
-    """How many rows each tab would show. Without a search that is cheap: nothing is judged."""
+def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int]:
+    """How many rows each other tab would show. Without a search that is cheap: nothing is judged."""
     if terms:
-        return {tab: len(find_rows(call, list_rows(call), terms)) for tab, (_, list_rows) in TABS.items()}
+        return {tab: len(find_rows(call, list_rows(call), terms)) if tab != shown else 0
+                for tab, (_, list_rows) in TABS.items()}
     states = call.fleet.hosts.values()
     counts = {tab: sum(len(state.body(tab, ())) for state in states) for tab in ("guests", "storages")}
     pools = sum(len({pool["name"] for section in ("pools", "pool_states") for pool in state.body(section, ())})
