@@ -21,7 +21,9 @@ TEST_PROGRAMS="chromium:chromium caddy:caddy prometheus:prometheus promtool:prom
     victoria-metrics:victoria-metrics openssl:openssl curl:curl git:git
     systemd-analyze:systemd systemd-nspawn:systemd-container mmdebstrap:mmdebstrap shellcheck:shellcheck ip:iproute2
     nsenter:util-linux"
-TEST_FONTS="fonts-dejavu-core fonts-liberation"    # without a font Chromium measures every text as 0 px wide
+# And what has no command of its own: fonts, without which Chromium measures every text as 0 px wide, and a library that
+# Playwright's driver is linked with.
+TEST_LIBRARIES="fonts-dejavu-core fonts-liberation libatomic1"
 
 can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 
@@ -45,7 +47,7 @@ install_test_programs() {
         command -v "${pair%%:*}" >/dev/null || missing+=" ${pair#*:}"
     done
     if command -v dpkg-query >/dev/null; then
-        for pair in $TEST_FONTS; do
+        for pair in $TEST_LIBRARIES; do
             dpkg-query -W -f '${Status}' "$pair" 2>/dev/null | grep -q ' installed$' || missing+=" $pair"
         done
     fi

@@ -275,7 +275,10 @@ def exchange(server: LiveServer, *parts: bytes, pause: float = 0, limit: float =
             except (BrokenPipeError, ConnectionResetError):
                 break
             time.sleep(pause)
-        wire.shutdown(socket.SHUT_WR)
+        try:
+            wire.shutdown(socket.SHUT_WR)
+        except OSError:  # refused and closed already; what it said may still be read
+            pass
         received = b""
         while True:
             try:
