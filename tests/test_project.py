@@ -76,6 +76,11 @@ def test_the_tests_run_with_the_versions_that_the_server_runs_with():
 # --- what no file names ---
 
 
+def test_nothing_built_elsewhere_is_in_the_tree():
+    built = (".whl", ".zip", ".tar.gz", ".tgz", ".so", ".pyc", ".min.js", ".woff2")
+    assert not [name for name in tracked_files() if str(name).endswith(built)]
+
+
 def test_no_file_names_a_place_of_the_machine_it_was_made_on():
     # The folder above only where its name says something: a clone may lie in /tmp or /.
     foreign = [str(place) + "/" for place in (ROOT, ROOT.parent) if len(place.parts) > 2]
