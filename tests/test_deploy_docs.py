@@ -318,7 +318,8 @@ def check_plain_ways(host: Container) -> None:
     assert "reporter: accepted host:pve-host-01" in typed(host, line)
     program = "readlink /proc/$(systemctl show -p MainPID --value proxmox-monitor-agent)/exe"
     assert "/python3" in host.run(program).stdout
-    (override,) = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "docs" / IA).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "docs" / IA).read_text(), re.MULTILINE | re.DOTALL)
+    (override,) = [block for block in blocks if "ExecStart=" in block]
     folder = "/etc/systemd/system/proxmox-monitor-agent.service.d"
     typed(host, f"mkdir -p /opt/proxmon {folder}; cp proxmon-*/agent.py /opt/proxmon/; cat > {folder}/override.conf; "
                 "systemctl daemon-reload; systemctl restart proxmox-monitor-agent", stdin=override)  # fmt: skip
