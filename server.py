@@ -51,10 +51,12 @@ import urllib.parse
 import urllib.request
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import accumulate, compress, islice
+from operator import mul, sub
 from typing import Any, NamedTuple
 
 import argon2
@@ -62,7 +64,8 @@ import bottle
 import waitress
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
-from waitress.task import ErrorTask
+from waitress.server import BaseWSGIServer
+from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
 
 # --- constants: version, limits, exit codes ---
 
@@ -76,11 +79,13 @@ BATCH_LIMIT = 500  # reports in one request
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
+DIRECT_LIMIT = 1 << 16  # bytes of a request that goes to the writer without a thread
+THREADS = 8  # for pages, the API, and reports that come in bulk
 QUEUE_LIMIT = 5000  # writes that may wait for the writer
 COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer together share one flush to the disk
 COMPANY_SECONDS = 0.004  # that a report waits for others to share its flush, also when there is no load
 FLUSHES_SAVED = 1000
-KEEP_STATE_SECONDS = 30  # how often it is written which reports have come; in between the reports themselves tell it
+KEEP_STATE_SECONDS = 300  # how often it is written which reports have come; in between the reports themselves tell it
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_EVENTS = 90 * DAY
@@ -373,14 +378,16 @@ def rollback(db: sqlite3.Connection, migrations: list[Migration], *, to: int) ->
 class Write:
     """One piece of work for the writer: `work(db)` runs inside the transaction, `result()` waits for the commit."""
 
-    __slots__ = ("work", "urgent", "done", "value", "error")
-
     def __init__(self, work: Callable[[sqlite3.Connection], Any], urgent: bool):
         self.work, self.urgent = work, urgent
         self.done = threading.Lock()  # held until it is; an Event costs three times as much
         self.done.acquire()
         self.value: Any = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
+
+    def finish(self) -> None:
+        """The commit is over, for better or worse. By the writer, who must not be kept waiting."""
+        self.done.release()
 
     def result(self) -> Any:
         self.done.acquire()
@@ -420,13 +427,17 @@ class Store:
 
     def write(self, work: Callable[[sqlite3.Connection], Any], *, urgent: bool = True) -> Any:
         """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned."""
+        write = Write(work, urgent)
+        self.put(write)
+        return write.result()
+
+    def put(self, write: Write) -> None:
+        """The same without waiting: the write's `finish()` is called when it is over. `Problem('busy')`."""
         if not self.alive:
             raise Problem("busy", "the server is stopping", headers={"Retry-After": "5"})
         if self._queue.qsize() >= QUEUE_LIMIT:
             raise Problem("busy", "too many reports at once", headers={"Retry-After": "5"})
-        write = Write(work, urgent)
         self._queue.put(write)
-        return write.result()
 
     def close(self) -> None:
         """Finish what waits, then stop."""
@@ -482,7 +493,8 @@ class Store:
         finally:
             self.writing = False
             for write in group:
-                write.done.release()
+                write.finish()
+
 
     def _attempt(self, db: sqlite3.Connection, write: Write) -> None:
         db.execute("SAVEPOINT one")
@@ -518,7 +530,7 @@ def find_host(db: sqlite3.Connection, name: str) -> sqlite3.Row | None:
 def list_host_records(db: sqlite3.Connection) -> list[sqlite3.Row]:
     """Every registered host with the time anything was last received from it."""
     return db.execute("""
-        SELECT host.*, nullif(max(
+        SELECT host.*, (SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id) AS kept_at, nullif(max(
             ifnull((SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id), 0),
             ifnull((SELECT received_at FROM report WHERE report.id BETWEEN host.id << 42 AND ((host.id + 1) << 42) - 1
                     ORDER BY report.id DESC LIMIT 1), 0)), 0) AS last_seen_at
@@ -560,6 +572,7 @@ def rotate_nonce(db: sqlite3.Connection, name: str, now: float) -> sqlite3.Row:
     db.execute("UPDATE host SET nonce = :nonce, rotated_at = :now WHERE id = :id",
                {"nonce": secrets.token_bytes(32), "now": now, "id": row["id"]})
     insert_event(db, now, "token-rotated", f"Token of {row['name']} rotated", host=row["name"])
+    hosts_changed(db)
     return required_host(db, name)
 
 
@@ -667,11 +680,11 @@ def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
 
 
 def recent_reports(db: sqlite3.Connection, host_id: int) -> list[sqlite3.Row]:
-    """Id, run and sequence number of the reports that run and latest may not know of: see keep_states()."""
-    since = get_meta(db, "state_kept_at")
-    if since is None:
+    """Id, run and sequence number of the reports that run and latest may not know of: see keep_state()."""
+    kept_at = db.execute("SELECT max(last_seen_at) FROM run WHERE host_id = :id", {"id": host_id}).fetchone()[0]
+    if kept_at is None:
         return []
-    first, last = report_span(host_id, float(since) - KEEP_STATE_SECONDS, None)
+    first, last = report_span(host_id, kept_at - KEEP_STATE_SECONDS, None)
     return db.execute("SELECT id, run, seq FROM report WHERE id BETWEEN :first AND :last",
                       {"first": first, "last": last}).fetchall()
 
@@ -900,7 +913,8 @@ NUMBER_NAMES = frozenset((
     "data_errors", "redundancy_margin", "votes_expected", "votes_present", "votes_needed", "power_on_hours",
     "reallocated_sectors", "pending_sectors", "uncorrectable_errors", "crc_errors", "media_errors", "fail_count",
 ))
-NUMBER_MOST = 1 << 64  # counters are unsigned 64 bit at the most
+NUMBER_MOST = 2.0**64  # counters are unsigned 64 bit at the most
+NUMBER_LEAST = -NUMBER_MOST
 
 
 class BadReport(Exception):
@@ -930,7 +944,7 @@ def unpack(body: bytes, encoding: str) -> bytes:
 def parse_json(text: bytes) -> Any:
     """JSON and nothing but: no NaN, no endless nesting, no half of a surrogate pair. `Problem('invalid_json')`."""
     try:
-        parsed = json.loads(text.decode("utf-8"), parse_constant=refuse_constant)
+        parsed = STRICT_JSON.decode(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and integers of thousands of digits
         raise Problem("invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
     if has_surrogates(text):
@@ -945,6 +959,9 @@ def has_surrogates(text: bytes) -> bool:
 
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def without_surrogates(value: Any, depth: int = 0) -> Any:
@@ -995,16 +1012,18 @@ def check_report(report: Any) -> None:
             raise BadReport(wrong[:-1], wrong[-1])
 
 
+ENVELOPE_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("version", lambda v: type(v) is int and v == 1, "the report's version is 1"),
+    ("host_id", lambda v: isinstance(v, str) and bool(v), "a host's name"),
+    ("tick", lambda v: v in ("fast", "medium", "slow"), "fast, medium or slow"),
+    ("time", lambda v: is_number(v) and 0 <= v < 1e11, "unix seconds"),
+    ("run_id", lambda v: isinstance(v, str) and 0 < len(v) <= 128, "1 to 128 characters"),
+    ("seq", lambda v: type(v) is int and 1 <= v < 1 << 53, "a whole number from 1"),
+)
+
+
 def check_envelope(report: dict[str, Any]) -> None:
-    required: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-        ("version", lambda v: type(v) is int and v == 1, "the report's version is 1"),
-        ("host_id", lambda v: isinstance(v, str) and bool(v), "a host's name"),
-        ("tick", lambda v: v in ("fast", "medium", "slow"), "fast, medium or slow"),
-        ("time", lambda v: is_number(v) and 0 <= v < 1e11, "unix seconds"),
-        ("run_id", lambda v: isinstance(v, str) and 0 < len(v) <= 128, "1 to 128 characters"),
-        ("seq", lambda v: type(v) is int and 1 <= v < 1 << 53, "a whole number from 1"),
-    )
-    for name, fits, wanted in required:
+    for name, fits, wanted in ENVELOPE_RULES:
         if name not in report:
             raise BadReport([], f"{name} is missing")
         if not fits(report[name]):
@@ -1034,7 +1053,8 @@ def check_section(name: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -NUMBER_MOST <= value <= NUMBER_MOST
+    kind = type(value)
+    return (kind is float or kind is int) and NUMBER_LEAST <= value <= NUMBER_MOST
 
 
 @lru_cache(4096)
@@ -1048,18 +1068,15 @@ def misfit(value: Any, *, strict: bool, depth: int = 0) -> list[Any] | None:
     `strict`: also text or a truth value where the name says that it is a number."""
     if depth > NESTING_LIMIT:
         return ["nested too deeply"]
-    pairs: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        pairs = value.items()
-    elif isinstance(value, list):
-        pairs = enumerate(value)
+    least, most = NUMBER_LEAST, NUMBER_MOST
+    pairs: Iterable[tuple[Any, Any]] = value.items() if type(value) is dict else enumerate(value)
     for key, one in pairs:
         kind = type(one)
         if kind is float or kind is int:  # the most frequent first: this loop sees every value of every report
-            if not -NUMBER_MOST <= one <= NUMBER_MOST:
+            if not least <= one <= most:
                 return [key, "not a number that can be kept"]
         elif kind is dict or kind is list:
-            wrong = misfit(one, strict=strict, depth=depth + 1)
+            wrong = misfit(one, strict=strict, depth=depth + 1) if one else None
             if wrong is not None:
                 return [key, *wrong]
         elif strict and one is not None and type(key) is str and names_a_number(key):
@@ -1152,17 +1169,20 @@ class HostState:
         self.memory_changed = False
         self.scratch: dict[str, Any] = {}  # what they remember until the next start
         self.unwritten: dict[int, Run] = {}  # runs whose row and latest state are behind, by row
+        self.behind = True  # what the last start left unwritten is not in there yet: see catch_up()
         self.limits: tuple[Any, dict[str, Any]] | None = None
         self.agent: dict[str, Any] = {}
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
         self.last_seen_at: float | None = record["last_seen_at"]
+        self.kept_at: float = record["kept_at"] or 0.0  # see keep_state()
         self.generation = 0
         self.set_record(record)
 
     def set_record(self, record: sqlite3.Row) -> None:
         """Take over what an administrator may change."""
         self.name: str = record["name"]
+        self.nonce: bytes = record["nonce"]
         self.site: str | None = record["site"]
         self.tags: list[str] = json.loads(record["tags"])
         self.note: str | None = record["note"]
@@ -1232,6 +1252,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.hosts: dict[int, HostState] = {}
+        self.names: dict[str, HostState] = {}  # in lower case
         self.generation = 0
         self.hosts_version = 0
         self.lock = threading.Lock()
@@ -1257,8 +1278,7 @@ class Fleet:
         self.concerned = {}
         self.silences = active_silences(db)
         self.told_at = last_notification_at(db)
-        self.hosts, self.hosts_version = hosts, int(get_meta(db, "hosts_version") or 0)
-        self.generation += 1
+        self._take_over(hosts, int(get_meta(db, "hosts_version") or 0))
 
     def refresh(self, db: sqlite3.Connection) -> None:
         """Take over hosts that were registered, changed or removed, also by a command in another process."""
@@ -1272,8 +1292,12 @@ class Fleet:
             for record in list_host_records(db):
                 state = hosts[record["id"]] = self.hosts.get(record["id"]) or HostState(record)
                 state.set_record(record)
-            self.hosts, self.hosts_version = hosts, version
-            self.generation += 1
+            self._take_over(hosts, version)
+
+    def _take_over(self, hosts: dict[int, HostState], version: int) -> None:
+        self.hosts, self.names = hosts, {state.name.lower(): state for state in hosts.values()}
+        self.hosts_version = version
+        self.generation += 1
 
     def sorted(self, now: float) -> list[HostState]:
         """Worst first, then the longest silent, then by name."""
@@ -1287,10 +1311,10 @@ class Fleet:
 
     def find(self, name: str) -> HostState:
         """The state of the host with this name, whatever its case. `Problem('not_found')`."""
-        for state in self.hosts.values():
-            if state.name.lower() == name.lower():
-                return state
-        raise Problem("not_found", f"no host '{name}' is registered")
+        state = self.names.get(name.lower())
+        if state is None:
+            raise Problem("not_found", f"no host '{name}' is registered")
+        return state
 
     def silent_seconds(self, state: HostState, now: float) -> float | None:
         """Since when nothing has come, by our own clock; None before the first report. An outage of the server
@@ -1352,8 +1376,9 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 def number(fields: Any, key: str) -> float | None:
     """A field if it is a number: what an agent sends is not to be trusted."""
-    value = fields.get(key) if isinstance(fields, dict) else None
-    return value if is_number(value) else None
+    value = fields.get(key) if type(fields) is dict else None
+    kind = type(value)
+    return value if kind is float or kind is int else None  # how large it may be has been checked: misfit()
 
 
 def text(fields: Any, key: str) -> str | None:
@@ -1646,9 +1671,13 @@ class Reading(NamedTuple):
 
     object: str
     value: float | None
-    message: str
+    says: str | Callable[[], str]  # most readings are fine, and nobody wants their sentence
     severity: str | None = BY_LEVEL
     limits: tuple[float | None, float | None] | None = None  # the object's own thresholds, where nobody set any
+
+    @property
+    def message(self) -> str:
+        return self.says if isinstance(self.says, str) else self.says()
 
 
 class Rule(NamedTuple):
@@ -1696,8 +1725,9 @@ class Limits(NamedTuple):
 
 def level(value: float, limits: Limits, current: str | None) -> str | None:
     """Severity of a number against its thresholds; what is reached clears on the good side of its threshold."""
-    for severity, threshold, held in (("critical", limits.crit, current == "critical"),
-                                      ("warning", limits.warn, current is not None)):
+    if current is None:
+        return reached(value, limits.crit, limits.warn, limits.low)
+    for severity, threshold, held in (("critical", limits.crit, current == "critical"), ("warning", limits.warn, True)):
         if threshold is None:
             continue
         bound = threshold * limits.clear_part + (limits.clear_by if limits.low else -limits.clear_by)
@@ -1707,6 +1737,15 @@ def level(value: float, limits: Limits, current: str | None) -> str | None:
             bad = value < threshold if limits.low else value >= threshold
         if bad:
             return severity
+    return None
+
+
+def reached(value: float, crit: float | None, warn: float | None, low: bool) -> str | None:
+    """Severity of a number that was fine before."""
+    if crit is not None and (value < crit if low else value >= crit):
+        return "critical"
+    if warn is not None and (value < warn if low else value >= warn):
+        return "warning"
     return None
 
 
@@ -1757,10 +1796,11 @@ def is_worse(alert: Alert, limits: Limits) -> bool:
 def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[tuple[Alert | None, Alert | None]]:
     """Run rules over a state; gives back what changed as pairs of old and new alert. `state.alerts` is replaced."""
     changes: list[tuple[Alert | None, Alert | None]] = []
-    alerts = state.alerts
+    alerts, layers = state.alerts, fleet.layers
+    open_rules = {name for name, _ in alerts}
     looked: dict[tuple[str, bool], str | None] = {}
     for rule in rules:
-        limits = fleet.layers.limits(state, rule)
+        limits = layers.limits(state, rule)
         known: str | None = "absent"  # of a rule that is switched off nothing is left
         if limits.enabled and rule.read is not None:
             section = rule.section, rule.always
@@ -1772,6 +1812,10 @@ def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[t
         mine: list[tuple[Alert | None, Alert | None]] = []
         try:
             readings = () if known == "absent" or rule.read is None else rule.read(state, fleet, now)
+            if rule.name not in open_rules and not layers.has_objects:
+                readings = [one for one in readings if is_bad(one, limits)]
+                if not readings:  # most end here: nothing is open, and nothing is wrong
+                    continue
             alerts = judge_rule(state, rule, limits, readings, alerts, known == "partly", fleet, now, mine)
             changes += mine
         except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
@@ -1780,6 +1824,17 @@ def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[t
     if alerts is not state.alerts:
         state.alerts = alerts
     return changes
+
+
+def is_bad(reading: Reading, limits: Limits) -> bool:
+    """Whether a reading opens an alert where none is open."""
+    _, value, _, severity, own = reading
+    if severity != BY_LEVEL:
+        return severity is not None and severity != UNKNOWN
+    if value is None:
+        return False
+    warn, crit = own if own is not None and not limits.layer else (limits.warn, limits.crit)
+    return reached(value, crit, warn, limits.low) is not None
 
 
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
@@ -1808,15 +1863,10 @@ def judge_rule(state: Any, rule: Rule, limits: Limits, readings: Iterable[Readin
     for reading in readings:
         key = name, reading.object
         old = alerts.get(key)
-        if old is None:  # most readings are of this kind: nothing is open, and nothing is wrong
-            severity = reading.severity
-            if severity is None or severity == UNKNOWN or (severity == BY_LEVEL and reading.value is None):
-                continue
-            if severity == BY_LEVEL and reading.limits is None and not special and (
-                    level(reading.value or 0, limits, None) is None):
-                continue
-        seen.add(reading.object)
         own = (fleet.layers.object_limits(state, rule, reading.object) if special else None) or limits
+        if old is None and not is_bad(reading, own):
+            continue
+        seen.add(reading.object)
         if reading.limits is not None and not own.layer:
             own = own._replace(warn=reading.limits[0], crit=reading.limits[1])
         new = evaluate(own, old, reading, now) if own.enabled else None
@@ -2034,8 +2084,7 @@ def read_data_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 def read_pool_capacity(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     for pool in state.body("pools", ()):
         used = number(pool, "capacity_ratio")
-        yield Reading(f"pools/{pool['name']}", used,
-                      "" if used is None else f"Pool {pool['name']} is {percent(used)} full.")
+        yield Reading(f"pools/{pool['name']}", used, partial("Pool {} is {:.0%} full.".format, pool["name"], used))
 
 
 FORECAST_STEP, FORECAST_SPAN, FORECAST_LEAST = 6 * HOUR, 14 * DAY, 3 * DAY
@@ -2138,7 +2187,8 @@ def read_scrub_age(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
         if running:
             continue
         if ended is not None:
-            yield Reading(object, now - ended, f"Pool {pool['name']} was last scrubbed {days(now - ended)} ago.")
+            yield Reading(object, now - ended, partial("Pool {} was last scrubbed {:.0f} d ago.".format, pool["name"],
+                                                       (now - ended) / DAY))
         elif scan is None:
             yield Reading(object, None, "", UNKNOWN)
         elif now - memory[object] > 40 * DAY:
@@ -2451,7 +2501,7 @@ def node_reader(field: str, says: Callable[[float], str]) -> Callable[[Any, Flee
 
     def read(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
         value = number(state.body("node"), field)
-        yield Reading("", value, "" if value is None else says(value))
+        yield Reading("", value, "" if value is None else partial(says, value))
 
     return read
 
@@ -2460,7 +2510,7 @@ def read_root_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     node = state.body("node")
     used, free = number(node, "root_used_bytes"), number(node, "root_available_bytes")
     full = None if used is None or free is None else ratio(used, used + free)
-    yield Reading("", full, "" if full is None else f"The root file system is {percent(full)} full.")
+    yield Reading("", full, partial("The root file system is {:.0%} full.".format, full))
 
 
 def read_oom(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
@@ -2515,8 +2565,7 @@ def read_storage_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]
 def storage_reading(object: str, one: dict[str, Any]) -> Reading:
     used = storage_used_ratio(one)
     thin = (0.80, 0.90) if one.get("type") == "lvmthin" else None  # a full thin pool stops every guest on it
-    return Reading(object, used, "" if used is None else f"Storage {one['storage']} is {percent(used)} full.",
-                   limits=thin)
+    return Reading(object, used, partial("Storage {} is {:.0%} full.".format, one["storage"], used), limits=thin)
 
 
 def read_thin_metadata(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
@@ -3016,7 +3065,7 @@ def read_clock_skew(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
     """How far the clock is off at the least in the last 3 live reports."""
     skews = state.scratch.get("skews", ())
     value = min(skews) if len(skews) >= 3 else None
-    yield Reading("", value, "" if value is None else f"The host's clock is {format_duration(value)} off the server's.")
+    yield Reading("", value, lambda: f"The host's clock is {format_duration(value or 0.0)} off the server's.")
 
 
 def read_clock_unsynced(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
@@ -4993,36 +5042,55 @@ def pack_column(values: Sequence[float]) -> bytes:
     if not values or values.count(values[0]) == len(values):
         kind, decimals, packed = CONSTANT, 0, struct.pack("<d", values[0] if values else NAN)
     else:
-        kind, decimals, packed = pack_numbers(values)
+        scaled = scale(values)
+        kind, decimals, packed = pack_whole(*scaled) if scaled else (DOUBLES, 0, b"")
+        if kind == DOUBLES:
+            packed = array("d", values).tobytes()
     return COLUMN.pack(how | kind, decimals, len(holes) + len(packed)) + holes + packed
 
 
-def pack_numbers(values: Sequence[float]) -> tuple[int, int, bytes]:
-    """How, decimals and bytes of numbers that are not all the same."""
-    scaled = scale(values)
-    if scaled is not None:
-        decimals, whole = scaled
-        steps = [(b - a) << 1 if b >= a else ((a - b) << 1) - 1 for a, b in zip(whole, whole[1:])]  # zig-zag
-        if min(whole) >= 0 and max(whole) < 1 << 64 and sum(whole) <= sum(steps):
-            return PLAIN, decimals, pack_planes(whole)
-        if max(steps) < 1 << 63 and abs(whole[0]) < 1 << 63:
-            return DELTA, decimals, struct.pack("<q", whole[0]) + pack_planes(steps)
-    return DOUBLES, 0, array("d", values).tobytes()
+def pack_whole_column(whole: list[int]) -> bytes:
+    """The same for numbers that are known to be whole, each exact as a double."""
+    if whole.count(whole[0]) == len(whole):
+        return COLUMN.pack(CONSTANT, 0, 8) + struct.pack("<d", whole[0])
+    kind, decimals, packed = pack_whole(0, whole)
+    return COLUMN.pack(kind, decimals, len(packed)) + packed
+
+
+def pack_whole(decimals: int, whole: list[int]) -> tuple[int, int, bytes]:
+    """How, decimals and bytes of whole numbers that are not all the same; DOUBLES if they are too large."""
+    steps = [one << 1 if one >= 0 else ~(one << 1) for one in map(sub, whole[1:], whole)]  # zig-zag
+    if min(whole) >= 0 and max(whole) < 1 << 64 and sum(whole) <= sum(steps):
+        return PLAIN, decimals, pack_planes(whole)
+    if max(steps) < 1 << 63 and abs(whole[0]) < 1 << 63:
+        return DELTA, decimals, struct.pack("<q", whole[0]) + pack_planes(steps)
+    return DOUBLES, 0, b""
 
 
 def scale(values: Sequence[float]) -> tuple[int, list[int]] | None:
     """The fewest decimals that give the values exactly, and the whole numbers; None if six are too few."""
-    decimals = 0
-    for value in (values[0], values[-1], values[len(values) // 2]):
+    wanted = list(values)
+    decimals = need_decimals(wanted[:: len(wanted) // 8 + 1], 0)  # by some of them, so that mostly one try is enough
+    while decimals < len(SCALES):
+        by = SCALES[decimals]
+        if decimals:
+            whole = list(map(round, [value * by for value in wanted]))
+            again = [one / by for one in whole]
+        else:
+            whole = list(map(int, wanted))
+            again = list(map(float, whole))
+        if again == wanted:
+            return decimals, whole
+        decimals = need_decimals([value for value, other in zip(wanted, again) if value != other], decimals)
+    return None
+
+
+def need_decimals(values: Sequence[float], decimals: int) -> int:
+    """How many decimals the values need, from so many on."""
+    for value in values:
         while decimals < len(SCALES) and round(value * SCALES[decimals]) / SCALES[decimals] != value:
             decimals += 1
-    wanted = list(values)
-    for more in range(decimals, len(SCALES)):
-        by = SCALES[more]
-        whole = [round(value * by) for value in values] if more else list(map(int, values))
-        if [one / by for one in whole] == wanted:
-            return more, whole
-    return None
+    return decimals
 
 
 def pack_planes(numbers: list[int]) -> bytes:
@@ -5074,7 +5142,7 @@ def unpack_numbers(how: int, decimals: int, packed: bytes, count: int) -> list[f
         steps = [(one >> 1) ^ -(one & 1) for one in unpack_planes(packed[8:], count - 1)]
         whole = accumulate(steps, initial=struct.unpack_from("<q", packed)[0])
     by = SCALES[decimals]
-    return [one / by for one in whole]
+    return list(map(float, whole)) if by == 1 else [one / by for one in whole]
 
 
 def skip_columns(packed: bytes, at: int, columns: int) -> int:
@@ -5213,14 +5281,19 @@ def build_tick(report: dict[str, Any], received_at: float) -> Tick:
     """Every number of the sections that have a history; NaN where something else stands."""
     parts: list[tuple[str, str, tuple[str, ...]]] = []
     cells: list[Any] = []
+    before: tuple[Any, ...] = ()
+    names, mask = before, before
     for section, object, fields in islice(history_objects(report), OBJECTS_MOST):
-        names, mask = kept_fields(section, tuple(fields))
-        parts.append((section, object[:200], names))
-        cells.extend(compress(fields.values(), mask))
+        every = section, *fields
+        if every != before:  # most objects look like the one before
+            names, mask = kept_fields(*every)
+            before = every
+        parts.append((section, object, names))
+        cells += compress(fields.values(), mask)
     try:
         values = array("d", cells)
     except TypeError:
-        values = array("d", [cell if type(cell) in (int, float) else NAN for cell in cells])
+        values = array("d", [cell if (kind := type(cell)) is float or kind is int else NAN for cell in cells])
     key = tuple(parts)
     shape = SHAPES.get(key)
     if shape is None:
@@ -5241,18 +5314,20 @@ def history_objects(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str
             for one in node[part] if isinstance(node.get(part), list) else ():
                 if isinstance(one, dict):
                     name = " ".join(one[key] for key in keys if text(one, key))
-                    yield "node", f"{part}/{name}", {**one, **boot}
+                    yield "node", f"{part}/{name}"[:200], {**one, **boot}
     for section in ("guests", "storages", "datasets", "disks"):
         key = KEY_FIELDS[section][0]
         for one in report.get(section) or ():
-            yield section, str(one[key]), one
+            yield section, str(one[key])[:200], one
     for pool in report.get("pools") or ():
         progress = number(pool.get("scan"), "progress_ratio")
-        yield "pools", pool["name"], {**pool, **vdev_errors(pool), "scan_progress_ratio": progress}
+        more = vdev_errors(pool)
+        more["scan_progress_ratio"] = NAN if progress is None else progress
+        yield "pools", pool["name"][:200], {**pool, **more}
 
 
 @lru_cache(4096)
-def kept_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+def kept_fields(section: str, *names: str) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """Of an object's fields those that may be numbers with a history: no times, no keys, no texts."""
     only = ONLY.get(section)
     mask = tuple(name in only if only else name not in NOT_NUMBERS and not name.endswith("_at") and len(name) < 100
@@ -5357,31 +5432,39 @@ Wanted = dict[ObjectKey, set[str]] | None  # None: everything
 
 
 def block_of(ticks: Iterable[Tick], wanted: Wanted = None) -> Block:
-    """The numbers of reports, in the order of their time."""
+    """The numbers of reports, in the order of their time. Reports of one shape are turned into columns at once."""
     rows = sorted(ticks, key=lambda tick: tick[:3])
-    gathered: dict[ObjectKey, tuple[list[int], list[tuple[tuple[str, ...], Any]]]] = {}
+    alike: dict[int, list[int]] = {}
     for place, tick in enumerate(rows):
-        where, values = tick.shape.where, tick.values
+        alike.setdefault(id(tick.shape), []).append(place)
+    parts: dict[ObjectKey, list[Columns]] = {}
+    for places in alike.values():
+        where, values = rows[places[0]].shape.where, [rows[place].values for place in places]
+        matrix = list(zip(*values)) if wanted is None else []
         for key in where if wanted is None else wanted.keys() & where.keys():
             start, names = where[key]
-            found = gathered.get(key)
-            if found is None:
-                found = gathered[key] = [], []
-            found[0].append(place)
-            found[1].append((names, values[start : start + len(names)]))
-    return Block([tick[:3] for tick in rows], {
-        key: (places, columns_of(cells, wanted[key] if wanted else None)) for key, (places, cells) in gathered.items()})
+            if wanted is None:
+                columns = dict(zip(names, map(list, matrix[start : start + len(names)])))
+            else:
+                columns = {name: [row[start + at] for row in values] for at, name in enumerate(names)
+                           if name in wanted[key]}
+            parts.setdefault(key, []).append((places, columns))
+    return Block([tick[:3] for tick in rows], {key: mix_columns(found) for key, found in parts.items()})
 
 
-def columns_of(cells: list[tuple[tuple[str, ...], Any]], fields: set[str] | None) -> dict[str, list[float]]:
-    """Rows of one object as columns; a field that a row does not have is NaN there."""
-    names = cells[0][0]
-    if all(one[0] is names or one[0] == names for one in cells):
-        columns = dict(zip(names, map(list, zip(*(one[1] for one in cells)))))
-        return columns if fields is None else {name: columns[name] for name in fields & columns.keys()}
-    every = {name for one in cells for name in one[0]}
-    rows = [dict(zip(*one)) for one in cells]
-    return {name: [row.get(name, NAN) for row in rows] for name in (every if fields is None else fields & every)}
+def mix_columns(parts: list[Columns]) -> Columns:
+    """Rows of one object from reports of several shapes, in order; a field that a row does not have is NaN there."""
+    if len(parts) == 1:
+        return parts[0]
+    every = [place for places, _ in parts for place in places]
+    order = sorted(range(len(every)), key=every.__getitem__)
+    columns = {}
+    for name in {name for _, columns in parts for name in columns}:
+        values: list[float] = []
+        for places, found in parts:
+            values += found.get(name) or [NAN] * len(places)
+        columns[name] = [values[at] for at in order]
+    return sorted(every), columns
 
 
 def merge_blocks(blocks: list[Block]) -> Block:
@@ -5509,8 +5592,15 @@ def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], li
 
 def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]:
     """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago."""
-    return [0.0 if restarted(times, columns, row - 1, row) else (times[row] - times[row - 1]) / 1000
-            for row in range(1, len(times))]
+    waits = [(after - before) / 1000 for before, after in zip(times, times[1:])]
+    uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
+    if uptimes is not None:
+        waits = [0.0 if after < before or after + 1 < wait else wait
+                 for before, after, wait in zip(uptimes, uptimes[1:], waits)]
+    if boots is not None and boots.count(boots[0]) < len(boots):
+        waits = [0.0 if abs(after - before) > 0 else wait for before, after, wait in zip(boots, boots[1:], waits)]
+    return waits if all(0 <= wait <= RATE_MOST for wait in waits) else [
+        wait if 0 < wait <= RATE_MOST else 0.0 for wait in waits]
 
 
 def restarted(times: list[int], columns: dict[str, list[float]], last: int, row: int) -> bool:
@@ -5565,53 +5655,56 @@ def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: boo
     """Points of values; a span is the beginning of a step with its first row and the one after its last."""
     if values[0] == values[0] and values.count(values[0]) == len(values) and not is_rate:
         return {step: (values[0], values[0], values[0], float(end - row)) for step, row, end in spans}
-    points = {}
-    for step, row, end in spans:
-        known = values[row:end]
-        average = sum(known) / len(known)
-        if average != average:
-            known = [value for value in known if value == value]
-            if not known:
-                continue
-            average = sum(known) / len(known)
-        lowest, highest = min(known), max(known)
-        if is_rate:
-            lowest, highest = rough(lowest), rough(highest)
-        points[step] = tidy(average, lowest, highest), lowest, highest, float(len(known))
-    return points
+    parts = [values[row:end] for _, row, end in spans]
+    sums = list(map(sum, parts))
+    total = sum(sums)
+    steps = [step for step, _, _ in spans]
+    if total != total:  # some have holes
+        known = [(step, [value for value in part if value == value] if one != one else part)
+                 for step, part, one in zip(steps, parts, sums)]
+        steps, parts = [step for step, part in known if part], [part for _, part in known if part]
+        sums = list(map(sum, parts))
+    lows, highs = list(map(min, parts)), list(map(max, parts))
+    if is_rate:
+        lows, highs = list(map(rough, lows)), list(map(rough, highs))
+    return {step: (low if low == high else tidy(one / len(part), low, high), low, high, float(len(part)))
+            for step, part, one, low, high in zip(steps, parts, sums, lows, highs)}
 
 
 def tidy(average: float, lowest: float, highest: float) -> float:
     """An average with as many digits as say something beside its minimum and maximum; zeros take no room."""
-    if lowest == highest:
-        return lowest
     if -1000 < average < 1000:
-        rounded = round(average, 4)
+        rounded = round(average * 10000) / 10000
     else:
         step = max(1.0, 2.0 ** (math.frexp(highest - lowest)[1] - 8))
         rounded = round(average / step) * step
-    return min(highest, max(lowest, rounded))
+    return lowest if rounded < lowest else highest if rounded > highest else rounded
 
 
 def rough(rate: float) -> float:
     """A rate to about a thousandth: it is a quotient of noisy times anyway."""
-    return round(rate, 3) if rate < 1000 else round(rate / (step := 2.0 ** (math.frexp(rate)[1] - 11))) * step
+    if rate < 1000:
+        return round(rate * 1000) / 1000
+    step = 2.0 ** (math.frexp(rate)[1] - 11)
+    return round(rate / step) * step
 
 
 def combine(points: Iterable[Point]) -> Point:
     """Several points as one."""
-    averages, lowest, highest, counts = zip(*points)
-    count = sum(counts)
-    average = sum(one * weight for one, weight in zip(averages, counts)) / count
-    return tidy(average, min(lowest), max(highest)), min(lowest), max(highest), count
+    averages, lows, highs, counts = zip(*points)
+    lowest, highest, count = min(lows), max(highs), sum(counts)
+    return tidy(sum(map(mul, averages, counts)) / count, lowest, highest), lowest, highest, count
 
 
 def coarsen(points: dict[int, Point], step: int) -> dict[int, Point]:
     """Points of a longer step."""
-    groups: dict[int, list[Point]] = {}
-    for at in sorted(points):
-        groups.setdefault(at // step * step, []).append(points[at])
-    return {at: combine(group) for at, group in groups.items()}
+    times, found, row = sorted(points), {}, 0
+    while row < len(times):
+        begin = times[row] // step * step
+        end = bisect.bisect_left(times, begin + step, row)
+        found[begin] = combine([points[at] for at in times[row:end]])
+        row = end
+    return found
 
 
 def add_points(into: Points, more: Points) -> None:
@@ -5643,15 +5736,14 @@ def pack_points(points: Points, begin: int, step: int, object_ids: dict[ObjectKe
 def pack_field(points: list[Point | None]) -> bytes:
     there = pack_bits([point is not None for point in points])
     averages, lowest, highest, counts = zip(*(point for point in points if point))
-    scaled = scale((*averages, *lowest, *highest))
-    columns: tuple[Sequence[float], ...]
-    if scaled is None or max(map(abs, scaled[1])) >= 1 << 52:  # differences have to be exact as doubles
-        head, columns = NOT_SCALED, (averages, lowest, highest, counts)
-    else:
-        head, whole = scaled
-        middle, low, high = (whole[at : at + len(averages)] for at in range(0, len(whole), len(averages)))
-        columns = (middle, [a - b for a, b in zip(middle, low)], [b - a for a, b in zip(middle, high)], counts)
-    return bytes([head]) + there + b"".join(pack_column(column) for column in columns)
+    size, scaled = len(averages), scale((*averages, *lowest, *highest))
+    if scaled is None or max(scaled[1]) >= 1 << 52 or min(scaled[1]) <= -(1 << 52):  # differences have to be exact
+        return bytes([NOT_SCALED]) + there + b"".join(map(pack_column, (averages, lowest, highest, counts)))
+    decimals, whole = scaled
+    middle = whole[:size]
+    columns = (middle, list(map(sub, middle, whole[size : 2 * size])), list(map(sub, whole[2 * size :], middle)),
+               list(map(int, counts)))
+    return bytes([decimals]) + there + b"".join(map(pack_whole_column, columns))
 
 
 NOT_SCALED = 255
@@ -6841,7 +6933,6 @@ class Monitor:
         self.looked_at = clock()
         self.use_settings(load_settings(config))
         self.runs: dict[tuple[int, str], Run] = {}
-        self.state_kept_at = 0.0  # when all of it was last written
         self.history = History()
         self.logins = LoginLimiter()
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
@@ -6857,12 +6948,12 @@ class Monitor:
         check_secret(db, self.secret)
         set_meta(db, "serving_since", self.fleet.serving_since)
         self.fleet.load(db)
-        self.state_kept_at = float(get_meta(db, "state_kept_at") or 0)
         drop_orphans(db, self.fleet, self.clock())
 
     def _stop(self, db: sqlite3.Connection) -> None:
         self.fleet.refresh(db)
-        keep_states(self, self.clock(), db)
+        for state in self.fleet.hosts.values():
+            keep_state(db, state)
 
     def use_settings(self, settings: Settings) -> None:
         """Take over what server.toml says."""
@@ -6889,7 +6980,6 @@ class Monitor:
         self.history.clear()
         try:
             self.fleet.load(self.store.db)
-            self.state_kept_at = float(get_meta(self.store.db, "state_kept_at") or 0)
         except Exception as error:  # the writer lives on, and the next failure tries again
             log(f"writer: could not read the state again: {error}")
 
@@ -6918,36 +7008,84 @@ def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
             "restore it, or rotate the token of every host")
 
 
-def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> dict[str, Any]:
-    """Take the reports of one request; returns when they are on the disk. `Problem` for everything else."""
+class Received(NamedTuple):
+    """What one request brought: checked, and not on the disk yet."""
+
+    host_id: int
+    reports: list[dict[str, Any]]
+    body: bytes | None  # as it can be kept for its one report
+    now: float
+
+
+def receive(monitor: Monitor, db: sqlite3.Connection, host_name: str, header: Callable[[str], str],
+            body: bytes) -> Received:
+    """Check a request with reports: media type, signature, shape, rate. `Problem` for everything wrong."""
     now = monitor.clock()
-    host = find_host(monitor.store.reader(), host_name) if HOST_NAME.fullmatch(host_name) else None
+    encoding = header("content-encoding").lower()
+    if media_type(header("content-type")) != "application/json":
+        raise Problem("unsupported_media_type", "send application/json")
+    if encoding not in ("", "identity", "gzip"):
+        raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
+    monitor.fleet.refresh(db)
+    host = monitor.fleet.names.get(host_name.lower())
     if host is None:
         raise Problem("unknown_host", "no host of this name is registered")
-    check_signature(host_key(monitor.secret, host["nonce"]), header, body, now)
-    encoding = header("content-encoding").lower()
+    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
     unpacked = unpack(body, encoding)
     parsed = parse_json(unpacked)
-    reports = check_reports(parsed, host["name"])
-    wait = monitor.ingest_rate.take(host["id"], len(reports), now)
+    reports = check_reports(parsed, host.name)
+    wait = monitor.ingest_rate.take(host.id, len(reports), now)
     if wait:
         raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
-    kept = body if encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(unpacked) else None
-    accepted = monitor.store.write(partial(insert_reports, monitor, host["id"], reports, kept, now), urgent=False)
-    return {"status": "ok", "accepted": accepted, "duplicates": len(reports) - accepted, "server_time": now}
+    as_it_came = encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(unpacked)
+    return Received(host.id, reports, body if as_it_came else None, now)
+
+
+def keep(monitor: Monitor, received: Received, db: sqlite3.Connection) -> Answer:
+    """Write what was received; gives back what the sender is told once it is on the disk."""
+    accepted = insert_reports(monitor, received.host_id, received.reports, received.body, received.now, db)
+    told = {"status": "ok", "accepted": accepted, "duplicates": len(received.reports) - accepted,
+            "server_time": received.now}
+    return Answer(200, json.dumps(told).encode())
+
+
+def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
+    """Take the reports of one request; returns when they are on the disk. `Problem` for everything else."""
+    received = receive(monitor, monitor.store.reader(), host_name, header, body)
+
+    def work(db: sqlite3.Connection) -> Answer:
+        monitor.fleet.refresh(db)
+        return keep(monitor, received, db)
+
+    return monitor.store.write(work, urgent=False)
+
+
+class Delivery(Write):
+    """A request with reports for which no thread waits: the writer checks it, keeps it, and has it answered. Most
+    requests are one small report; to hand each to a thread and back costs more than all that is done with it."""
+
+    def __init__(self, monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes,
+                 answer: Callable[[Answer], None]):
+        super().__init__(self.receive, urgent=False)
+        self.monitor, self.request, self.answer = monitor, (host_name, header, body), answer
+
+    def receive(self, db: sqlite3.Connection) -> Answer:
+        return keep(self.monitor, receive(self.monitor, db, *self.request), db)
+
+    def finish(self) -> None:
+        self.answer(self.value if self.error is None else error_answer(self.error))
 
 
 def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
                    db: sqlite3.Connection) -> int:
     """Write what is new of a batch and all that follows from it; gives back how many were new. By the writer."""
-    monitor.fleet.refresh(db)
     state = monitor.fleet.hosts.get(host_id)
     if state is None:
         raise Problem("unknown_host", "the host has just been removed")
     accepted, late = 0, False
     changed: set[str] = set()
     for report in reports:
-        run = find_run(monitor, db, host_id, report["run_id"], now)
+        run = find_run(monitor, db, state, report["run_id"], now)
         if not add_to_ranges(run.ranges, report["seq"]):
             continue
         at = min(report["time"], now)
@@ -6957,12 +7095,10 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         changed |= take_report(db, monitor.fleet, state, report, stamp)
         monitor.history.remember(host_id, report_id, report, now)
         state.unwritten[run.id] = run
-        late = late or at < monitor.state_kept_at - KEEP_STATE_SECONDS
+        late = late or at < state.kept_at - KEEP_STATE_SECONDS
         accepted += 1
     if accepted:
-        if not 0 <= now - monitor.state_kept_at < KEEP_STATE_SECONDS:
-            keep_states(monitor, now, db)
-        elif late:
+        if late or not 0 <= now - state.kept_at < KEEP_STATE_SECONDS:
             keep_state(db, state)
         judge_host(db, monitor.fleet, state, now, changed)
         dispatch(db, monitor.fleet, [state], now)
@@ -6986,28 +7122,34 @@ def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: 
     return set(changed)
 
 
-def find_run(monitor: Monitor, db: sqlite3.Connection, host_id: int, run_id: str, now: float) -> Run:
+def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
     """The run a report belongs to, made with its first report."""
-    run = monitor.runs.get((host_id, run_id))
+    run = monitor.runs.get((state.id, run_id))
     if run is None:
         row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
-                         {"host": host_id, "run": run_id}).fetchone()
+                         {"host": state.id, "run": run_id}).fetchone()
         if row is None:
+            # Not yet seen, as far as keep_state() goes: what its older runs have not written must still be found.
             new_id = db.execute("""
                 INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
-                VALUES (:host, :run, '', :now, :now)""", {"host": host_id, "run": run_id, "now": now}).lastrowid
+                VALUES (:host, :run, '', :now, :kept)""",
+                {"host": state.id, "run": run_id, "now": now, "kept": state.kept_at}).lastrowid
             run = Run(new_id or 0, [])
         else:
             run = Run(row["id"], parse_ranges(row["ranges"]))
-            for recent in recent_reports(db, host_id):
+            for recent in recent_reports(db, state.id):
                 if recent["run"] == run.id:
                     add_to_ranges(run.ranges, recent["seq"])
-        monitor.runs[host_id, run_id] = run
+        monitor.runs[state.id, run_id] = run
     return run
 
 
 def keep_state(db: sqlite3.Connection, state: HostState) -> None:
-    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed."""
+    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed. A report
+    that is younger than the last such write less KEEP_STATE_SECONDS is in the tail and can be counted there:
+    recent_reports(). An older one that comes late is written at once, and so is a host whose tail goes into chunks."""
+    if state.behind:
+        catch_up(db, state)
     if not state.unwritten:
         return
     for run in state.unwritten.values():
@@ -7015,17 +7157,18 @@ def keep_state(db: sqlite3.Connection, state: HostState) -> None:
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
                {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
-    state.unwritten = {}
+    state.unwritten, state.kept_at = {}, state.last_seen_at or 0.0
 
 
-def keep_states(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
-    """The same for every host, and when it was. A report that is younger than this less KEEP_STATE_SECONDS is in the
-    tail and can be counted there: recent_reports(). An older one that comes late is written at once, and so is all
-    of a host whose tail goes into chunks."""
-    for state in monitor.fleet.hosts.values():
-        keep_state(db, state)
-    set_meta(db, "state_kept_at", now)
-    monitor.state_kept_at = now
+def catch_up(db: sqlite3.Connection, state: HostState) -> None:
+    """After a start: what came before it and was not written yet is found in the tail, and nowhere else."""
+    state.behind = False
+    for recent in recent_reports(db, state.id):
+        run = state.unwritten.get(recent["run"])
+        if run is None:
+            row = db.execute("SELECT id, ranges FROM run WHERE id = :id", {"id": recent["run"]}).fetchone()
+            run = state.unwritten[recent["run"]] = Run(row["id"], parse_ranges(row["ranges"]))
+        add_to_ranges(run.ranges, recent["seq"])
 
 
 # --- jobs: what runs by the clock, in one thread ---
@@ -7171,9 +7314,7 @@ class Call:
         return self.monitor.fleet
 
     def header(self, name: str) -> str:
-        """A request header, '' if it is not there."""
-        key = name.upper().replace("-", "_")
-        return self.environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
+        return read_header(self.environ, name)
 
     def json(self) -> dict[str, Any]:
         """The body of a write: a JSON object of at most 64 KiB, or none."""
@@ -7216,6 +7357,12 @@ def is_trusted(address: str, config: Config) -> bool:
         return any(ipaddress.ip_address(address) in network for network in config.trusted_proxies)
     except ValueError:
         return False
+
+
+def read_header(environ: dict[str, Any], name: str) -> str:
+    """A request header, '' if it is not there."""
+    key = name.upper().replace("-", "_")
+    return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
 
 
 def media_type(text: str) -> str:
@@ -8685,6 +8832,15 @@ def finish(call: Call, result: Any, tag: str) -> Answer:
     return result
 
 
+def error_answer(error: Exception) -> Answer:
+    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
+    if isinstance(error, Problem):
+        return problem_answer(error)
+    log("".join(traceback.format_exception(error)).replace("\n", " | "))
+    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
+                  {"Content-Type": "application/problem+json"})
+
+
 def problem_answer(problem: Problem) -> Answer:
     headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
     return Answer(problem.status, problem.body(), headers)
@@ -8709,25 +8865,31 @@ def build_app(monitor: Monitor) -> Callable[..., Iterable[bytes]]:
     for one in ROUTES:
         app.route(one.path, one.method, partial(handle_route, monitor, one))
     app.default_error_handler = handle_http_error
-    extra: tuple[tuple[str, str], ...] = SECURITY_HEADERS
-    if monitor.config.https:
-        extra += (("Strict-Transport-Security", "max-age=31536000"),)
+    extra = security_headers(monitor.config)
 
     def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             return start_response(status, [*headers, *extra])
 
-        steps = environ.get("PATH_INFO", "").split("/")
+        host_name = reporting_host(environ.get("PATH_INFO", ""))
         try:
-            if len(steps) == 6 and steps[:4] == ["", "api", "v1", "hosts"] and steps[5] == "reports":
-                return send(handle_ingest(monitor, environ, steps[4]), start)
+            if host_name is not None:
+                return send(handle_ingest(monitor, environ, host_name), start)
             return app(environ, start)
-        except Exception:  # a fault of ours: the sender keeps its report, the log has the reason
-            log(traceback.format_exc().replace("\n", " | "))
-            return send(Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
-                               {"Content-Type": "application/problem+json"}), start)
+        except Exception as error:
+            return send(error_answer(error), start)
 
     return serve
+
+
+def security_headers(config: Config) -> tuple[tuple[str, str], ...]:
+    return SECURITY_HEADERS + ((("Strict-Transport-Security", "max-age=31536000"),) if config.https else ())
+
+
+def reporting_host(path: str) -> str | None:
+    """The host whose reports are posted to this path: /api/v1/hosts/{id}/reports"""
+    steps = path.split("/")
+    return steps[4] if len(steps) == 6 and steps[5] == "reports" and steps[:4] == ["", "api", "v1", "hosts"] else None
 
 
 def send(answer: Answer, start: Callable[..., Any]) -> Iterable[bytes]:
@@ -8759,20 +8921,11 @@ def handle_http_error(error: bottle.HTTPError) -> bytes:
 
 
 def handle_ingest(monitor: Monitor, environ: dict[str, Any], host_name: str) -> Answer:
-    """POST /api/v1/hosts/{id}/reports, without cookies, templates or plugins: most requests are these."""
-
-    def header(name: str) -> str:
-        return environ.get("HTTP_" + name.upper().replace("-", "_"), "") or ""
-
+    """POST /api/v1/hosts/{id}/reports, without cookies, templates or plugins."""
     try:
         if environ["REQUEST_METHOD"] != "POST":
             raise Problem("method_not_allowed", "reports are posted", headers={"Allow": "POST"})
-        if media_type(environ.get("CONTENT_TYPE", "")) != "application/json":
-            raise Problem("unsupported_media_type", "send application/json")
-        if header("content-encoding").lower() not in ("", "identity", "gzip"):
-            raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
-        answer = ingest(monitor, host_name, header, read_request(environ, SENT_LIMIT))
-        return Answer(200, json.dumps(answer).encode())
+        return ingest(monitor, host_name, partial(read_header, environ), read_request(environ, SENT_LIMIT))
     except Problem as problem:
         return problem_answer(problem)
 
@@ -8793,8 +8946,78 @@ class RefusedTask(ErrorTask):
         self.write(body)
 
 
+class AnswerTask(Task):
+    """The answer to a request that the writer has dealt with."""
+
+    complete = True
+    close_on_finish: bool
+
+    def execute(self) -> None:
+        answer: Answer = self.request.answer
+        self.status, self.content_length = STATUS_LINES[answer.status], len(answer.body)
+        self.response_headers = [*{"Content-Type": "application/json", **answer.headers}.items(),
+                                 *self.channel.server.task_dispatcher.headers]
+        self.channel.write_soon(self.head() + answer.body)
+        self.wrote_header = True
+
+    def head(self) -> bytes:
+        """Most answers of one second have the same."""
+        heads: dict[Any, tuple[bytes, bool]] = self.channel.server.task_dispatcher.heads
+        look = (self.version, self.request.headers.get("CONNECTION"), self.status, self.content_length,
+                int(self.start_time), *self.response_headers)
+        found = heads.get(look)
+        if found is None:
+            if len(heads) > 100:
+                heads.clear()
+            found = heads[look] = self.build_response_header(), self.close_on_finish
+        head, self.close_on_finish = found
+        return head
+
+
 class HttpChannel(HTTPChannel):
     error_task_class = RefusedTask
+    at_writer = False  # its request is; set and reset in the thread of the loop
+
+    @staticmethod
+    def task_class(channel: HTTPChannel, request: Any) -> Task:
+        return (AnswerTask if hasattr(request, "answer") else WSGITask)(channel, request)
+
+
+class Dispatcher(ThreadedTaskDispatcher):
+    """Who works at a request that has come in whole: a single small report goes to the writer as it is, all else
+    to a thread."""
+
+    def __init__(self, monitor: Monitor, sockets: Sockets):
+        super().__init__()
+        self.monitor, self.sockets = monitor, sockets
+        self.headers = security_headers(monitor.config)
+        self.heads: dict[Any, tuple[bytes, bool]] = {}
+
+    def add_task(self, channel: HttpChannel) -> None:
+        request = channel.requests[0]
+        host_name = None if request.error or request.command != "POST" else reporting_host(request.path)
+        if host_name is None or not 0 < request.content_length <= DIRECT_LIMIT or not self.sockets.here():
+            return super().add_task(channel)
+
+        def header(name: str) -> str:
+            return request.headers.get(name.upper().replace("-", "_"), "")
+
+        def answer(answer: Answer) -> None:
+            request.answer = answer
+            self.sockets.answered(channel)
+
+        try:
+            self.monitor.store.put(Delivery(self.monitor, host_name, header, request.get_body_stream().read(), answer))
+            channel.at_writer = True
+        except Problem as problem:
+            answer(problem_answer(problem))
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
+        """What the writer has by now is written and answered."""
+        if self.monitor.store.alive:
+            self.monitor.store.write(lambda db: None)
+            self.sockets.answer()
+        return super().shutdown(cancel_pending, timeout)
 
 
 IDLE = select.EPOLLIN | select.EPOLLPRI
@@ -8810,6 +9033,10 @@ class Sockets(dict[int, Any]):
         self.watched: dict[int, int] = {}  # what the kernel is to tell of each
         self.busy: set[int] = set()  # may wait for something else now; idle connections stay as they are
         self.all_due = 0.0  # monotonic: when all are asked again; some idle ones may have come to their end
+        self.trigger: Callable[[], None] = lambda: None  # wakes the loop
+        self.woken = False
+        self.thread = 0  # of the loop
+        self._answered: deque[HttpChannel] = deque()
 
     def __setitem__(self, fd: int, one: Any) -> None:
         super().__setitem__(fd, one)
@@ -8833,6 +9060,29 @@ class Sockets(dict[int, Any]):
         else:
             self.epoll.register(fd, flags)
 
+    def here(self) -> bool:
+        """Whether this is the loop's own thread."""
+        return threading.get_ident() == self.thread
+
+    def wake(self) -> None:
+        """Have the loop look at what is busy; in the place of waitress's pull_trigger(), once for all that ask."""
+        if not self.woken and not self.here():
+            self.woken = True
+            self.trigger()
+
+    def answered(self, channel: HttpChannel) -> None:
+        """The writer is done with a channel's request."""
+        self._answered.append(channel)
+        self.wake()
+
+    def answer(self) -> None:
+        """Send the answers that the writer has given."""
+        while self._answered:
+            channel = self._answered.popleft()
+            channel.at_writer = False
+            self.busy.add(channel._fileno)
+            channel.service()
+
     def ask(self, fd: int) -> None:
         """Have one watched for what it waits for."""
         one = self.get(fd)
@@ -8851,29 +9101,34 @@ class Sockets(dict[int, Any]):
             self.all_due = time.monotonic() + 1
         for fd in list(self.busy):
             self.ask(fd)
-        for fd, flags in self.epoll.poll(timeout):
+        events = self.epoll.poll(timeout)
+        self.woken = False  # before anything is looked at
+        for fd, flags in events:
             one = self.get(fd)
             if one is not None:
-                self.busy.add(fd)
-                wasyncore.readwrite(one, flags)
+                self.happened(fd, one, flags)
+        self.answer()
+
+    def happened(self, fd: int, one: Any, flags: int) -> None:
+        """What the kernel tells of one. While a request is at the writer its connection stays watched, as most send
+        nothing before they have their answer; from one that does, nothing is taken until then."""
+        self.busy.add(fd)
+        if getattr(one, "at_writer", False):
+            return self.watch(fd, 0)
+        wasyncore.readwrite(one, flags)
+        if getattr(one, "at_writer", False):
+            self.busy.discard(fd)
 
     def loop(self, timeout: float, **_: Any) -> None:
         """In the place of wasyncore.loop()."""
+        self.thread = threading.get_ident()
         while self:
             self.turn(timeout)
 
 
 def run_server(monitor: Monitor) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is being written."""
-    config, sockets = monitor.config, Sockets()
-    server = waitress.create_server(
-        build_app(monitor), sockets, host=config.listen, port=config.port, threads=16, ident="",
-        expose_tracebacks=False, connection_limit=8192, channel_timeout=120, cleanup_interval=30, backlog=2048,
-        max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
-        clear_untrusted_proxy_headers=False)
-    for one in getattr(server, "_server_list", None) or [server]:
-        one.channel_class = HttpChannel
-    server.asyncore = sockets
+    config, server = monitor.config, open_sockets(monitor)
     scheduler = Scheduler(monitor)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop_serving)
@@ -8898,6 +9153,23 @@ def run_server(monitor: Monitor) -> None:
         server.close()
         monitor.close()
         log("server: stopped")
+
+
+def open_sockets(monitor: Monitor) -> Any:
+    """waitress's server on our loop."""
+    config, sockets = monitor.config, Sockets()
+    dispatcher = Dispatcher(monitor, sockets)
+    dispatcher.set_thread_count(THREADS)
+    server = waitress.create_server(
+        build_app(monitor), sockets, _dispatcher=dispatcher, host=config.listen, port=config.port, ident="",
+        expose_tracebacks=False, connection_limit=8192, channel_timeout=120, cleanup_interval=30, backlog=2048,
+        max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
+        clear_untrusted_proxy_headers=False)
+    for one in [one for one in sockets.values() if isinstance(one, BaseWSGIServer)]:  # one for each address
+        one.channel_class = HttpChannel
+        sockets.trigger, one.pull_trigger = one.trigger.pull_trigger, sockets.wake
+    server.asyncore = sockets
+    return server
 
 
 def stop_serving(*_: Any) -> None:

@@ -19,8 +19,10 @@ import hashlib
 import hmac
 import http.client
 import json
+import mmap
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -29,7 +31,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -53,9 +54,10 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the history, next to its peers.")
     parser.add_argument("--hosts", type=int, default=5, help="hosts in the test of CPU, one day of reports each")
     parser.add_argument("--days", type=int, default=33, help="days of one host in the test of size")
-    parser.add_argument("--threads", type=int, default=16, help="senders at once")
+    parser.add_argument("--connections", type=int, default=16, help="senders at once")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", choices=("size", "cpu"), help="one part alone")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a server by the played clock of this folder
     return parser.parse_args()
 
 
@@ -176,29 +178,54 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def post_all(port: int, requests: list[tuple[str, bytes, Callable[[bytes], dict[str, str]]]], threads: int) -> None:
-    """Post everything in order, each sender over its own kept connection."""
-    place, lock = iter(requests), threading.Lock()
+class Sender:
+    """A kept connection with one request under way. As lean as can be: it shares the machine with what it measures."""
 
-    def send() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        while True:
-            with lock:
-                found = next(place, None)
-            if found is None:
-                return
-            path, body, headers = found
-            connection.request("POST", path, body, headers(body))
-            answer = connection.getresponse()
-            told = answer.read()
-            if answer.status // 100 != 2:
-                raise SystemExit(f"{path}: {answer.status} {told[:300]!r}")
+    def __init__(self, port: int):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.told = b""
 
-    workers = [threading.Thread(target=send) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    def send(self, path: str, body: bytes, headers: dict[str, str]) -> None:
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.socket.sendall(f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode()
+                            + body)
+
+    def receive(self) -> bool:
+        """Whether the answer is whole."""
+        got = self.socket.recv(65536)
+        if not got:
+            raise SystemExit("the connection was closed")
+        self.told += got
+        head, found, rest = self.told.partition(b"\r\n\r\n")
+        _, _, size = head.lower().partition(b"\r\ncontent-length:")
+        if not found or len(rest) < int(size.partition(b"\r\n")[0] or 0):
+            return False
+        if head[9:10] != b"2":
+            raise SystemExit(f"{self.told[:500]!r}")
+        self.told = b""
+        return True
+
+
+def post_all(port: int, requests: list[tuple[str, bytes, Callable[[bytes], dict[str, str]]]], connections: int,
+             rate: float | None = None) -> None:
+    """Post everything in order, over so many kept connections at once, at most `rate` in a second."""
+    began = time.monotonic()
+    poll, senders = select.epoll(), [Sender(port) for _ in range(connections)]
+    by_number, idle = {one.socket.fileno(): one for one in senders}, list(senders)
+    for number in by_number:
+        poll.register(number, select.EPOLLIN)
+    for number, (path, body, headers) in enumerate(requests):
+        if rate:
+            time.sleep(max(0.0, began + number / rate - time.monotonic()))
+            idle += [by_number[one] for one, _ in poll.poll(0) if by_number[one].receive()]
+        while not idle:
+            idle += [by_number[number] for number, _ in poll.poll() if by_number[number].receive()]
+        idle.pop(0).send(path, body, headers(body))
+    while len(idle) < connections:
+        idle += [by_number[number] for number, _ in poll.poll() if by_number[number].receive()]
+    for one in senders:
+        one.socket.close()
 
 
 def folder_bytes(folder: Path) -> int:
@@ -208,8 +235,38 @@ def folder_bytes(folder: Path) -> int:
 # --- ours ---
 
 
-def sign(key: bytes, message_id: str, body: bytes) -> dict[str, str]:
-    at = str(int(time.time()))
+class PlayedClock:
+    """A clock that two processes share: a day's reports come at their time, in as many seconds as they need."""
+
+    def __init__(self, folder: Path, at: float | None = None):
+        path = folder / "clock"
+        if at is not None:
+            path.write_bytes(struct.pack("<d", at))
+        with path.open("r+b") as file:
+            self.memory = mmap.mmap(file.fileno(), 8)
+
+    def __call__(self) -> float:
+        return struct.unpack("<d", self.memory[:8])[0]
+
+    def reach(self, at: float) -> float:
+        """Go on to a time, never back."""
+        self.memory[:8] = struct.pack("<d", max(at, self()))
+        return self()
+
+
+def sign_played(clock: PlayedClock, at: float, key: bytes, message_id: str, body: bytes) -> dict[str, str]:
+    return sign(key, message_id, body, clock.reach(at))
+
+
+def serve_played(folder: Path) -> None:
+    """What `serve` does, by the played clock."""
+    config = server.Config()
+    server.open_database(config, create=True).close()
+    server.run_server(server.Monitor(config, PlayedClock(folder)))
+
+
+def sign(key: bytes, message_id: str, body: bytes, now: float | None = None) -> dict[str, str]:
+    at = str(int(time.time() if now is None else now))
     digest = hmac.digest(key, f"{message_id}.{at}.".encode() + body, hashlib.sha256)
     return {"webhook-id": message_id, "webhook-timestamp": at, "Content-Type": "application/json",
             "webhook-signature": "v1," + base64.b64encode(digest).decode(), "Content-Encoding": "gzip"}
@@ -226,10 +283,11 @@ def prepare(folder: Path, names: list[str]) -> tuple[dict[str, bytes], str]:
     return {name: server.host_key(config.secret(), row["nonce"]) for name, row in rows.items()}, token
 
 
-def serve(folder: Path) -> Measured:
+def serve(folder: Path, *, played: bool = False) -> Measured:
     port = free_port()
     env = {"DATABASE_PATH": str(folder / "monitor.db"), "PORT": str(port), "DASHBOARD_PASSWORD_HASH": ""}
-    return Measured(sys.executable, str(ROOT / "server.py"), "serve", port=port, env=env)
+    how = [str(Path(__file__).resolve()), "--serve", str(folder)] if played else [str(ROOT / "server.py"), "serve"]
+    return Measured(sys.executable, *how, port=port, env=env)
 
 
 def measure_size(folder: Path, days: int) -> None:
@@ -278,30 +336,34 @@ def build_requests(hosts: list[PlayedHost], begin: int, ticks: int) -> Iterator[
             yield host, host.report(begin + tick * STEP + 0.25)
 
 
-def measure_cpu(folder: Path, options: argparse.Namespace, begin: int) -> tuple[Measured, str]:
-    """One day of reports of some hosts over HTTP, one per request, acknowledged when durable; then all of it packed."""
+def measure_cpu(folder: Path, options: argparse.Namespace, begin: int, *, played: bool) -> tuple[Measured, str]:
+    """One day of reports of some hosts over HTTP, one per request, acknowledged when durable; then all of it packed.
+    Either each comes at its time, by a played clock, or all come late, as after an outage."""
     names = [f"host{number}" for number in range(options.hosts)]
     keys, token = prepare(folder, names)
-    process = serve(folder)
+    clock = PlayedClock(folder, begin)
+    process = serve(folder, played=played)
     hosts = [PlayedHost(name, number) for number, name in enumerate(names)]
     requests = []
     for number, (host, report) in enumerate(build_requests(hosts, begin, DAY // STEP)):
         body = gzip.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
-        requests.append((f"/api/v1/hosts/{host.name}/reports", body, partial(sign, keys[host.name], f"m{number}")))
+        signed = partial(sign_played, clock, report["time"] + 0.1) if played else sign
+        requests.append((f"/api/v1/hosts/{host.name}/reports", body, partial(signed, keys[host.name], f"m{number}")))
     before, started = process.cpu(), time.monotonic()
-    post_all(process.port, requests, options.threads)
+    post_all(process.port, requests, options.connections)
     fed, seconds = process.cpu() - before, time.monotonic() - started
-    wait_until_packed(folder)
+    wait_until_packed(folder, clock, begin + DAY + 2 * HOUR)
     count = len(requests) / 1000
-    print(f"ours: {fed / count:.2f} CPU s per 1,000 reports until acknowledged and durable, "
-          f"{(process.cpu() - before) / count:.2f} with all packing and roll-up; "
-          f"{len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB")
+    print(f"ours, {'each at its time' if played else 'all a day late'}: {fed / count:.2f} CPU s per 1,000 reports until "
+          f"acknowledged and durable, {(process.cpu() - before) / count:.2f} with all packing and roll-up; "
+          f"{len(requests) / seconds:.0f} reports/s; PSS {process.memory():.0f} MB", flush=True)
     return process, token
 
 
-def wait_until_packed(folder: Path) -> None:
+def wait_until_packed(folder: Path, clock: PlayedClock, until: float) -> None:
     db = server.connect(str(folder / "monitor.db"), readonly=True)
-    for _ in range(600):
+    for waited in range(600):
+        clock.reach(until + waited * 20)
         left = db.execute("SELECT (SELECT count(*) FROM report), (SELECT count(*) FROM history_day WHERE state = 0)")
         if tuple(left.fetchone()) == (0, 0):
             return
@@ -348,7 +410,7 @@ def start_prometheus(folder: Path) -> Measured:
 def list_samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Metric, object and value of everything in a report."""
     for section, object, fields in server.history_objects(report):
-        names, mask = server.kept_fields(section, tuple(fields))
+        names, mask = server.kept_fields(section, *fields)
         for name, value in zip(names, [v for v, kept in zip(fields.values(), mask) if kept]):
             if isinstance(value, (int, float)) and name != server.BOOT:
                 yield f"{section}_{name}", object, value
@@ -407,7 +469,7 @@ def measure_peer(peer: Any, folder: Path, options: argparse.Namespace, begin: in
             hosts, begin + first * STEP, HOUR_TICKS)]
         before, started = process.cpu(), time.monotonic()
         # In order and by few, or Prometheus refuses what comes after something younger.
-        post_all(process.port, batch, 1 if "Prometheus" in name else options.threads)
+        post_all(process.port, batch, 1 if "Prometheus" in name else options.connections)
         used, seconds, count = used + process.cpu() - before, seconds + time.monotonic() - started, count + len(batch)
     values = count_values(hosts[0].report(0)) * count
     before = process.cpu()
@@ -490,8 +552,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         measure_size(folder / "size", options.days)
         ask_long(folder / "size", begin + DAY)
     if options.only in (None, "cpu"):
-        (folder / "cpu").mkdir()
-        process, token = measure_cpu(folder / "cpu", options, begin)
+        pin()
+        for name in ("late", "cpu"):
+            (folder / name).mkdir()
+        measure_cpu(folder / "late", options, begin, played=False)[0].stop()
+        process, token = measure_cpu(folder / "cpu", options, begin, played=True)
         ask_ours(process, token, {
             "24 h of one series": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY), 40),
             "24 h of one series, as received": (history_path("host0", ["node.cpu_ratio"], begin, begin + DAY, 30), 40),
@@ -506,6 +571,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for name, measure in (("latest", measure_latest), ("flash", measure_flash)):
             (folder / name).mkdir()
             measure(folder / name)
+
+
+def pin() -> None:
+    """Everything from here on runs on one core, what is measured and what feeds it: a busy neighbour on the same core
+    of the real machine made each of them up to half as dear again."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def ask_long(folder: Path, end: int) -> None:
@@ -530,6 +601,8 @@ def machine() -> str:
 
 def main() -> None:
     options = parse_options()
+    if options.serve:
+        return serve_played(options.serve)
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="proxmon-bench-") as folder:
         run(options, Path(folder))

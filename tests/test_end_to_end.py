@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +365,111 @@ def test_a_connection_is_kept_over_an_error(live_server):
     request = b"GET /api/v1/overview HTTP/1.1\r\nHost: x\r\n\r\n"
     answer = exchange(live_server, request, request + b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n", pause=0.1)
     assert answer.count(b"HTTP/1.1 401") == 2 and answer.count(b"HTTP/1.1 200") == 1
+
+
+# --- small reports go to the writer without a thread; what may happen to their connections meanwhile ---
+
+
+def raw_report(token: str, seq: int, *, run: str = "raw", version: str = "1.1", more: bytes = b"", pad: int = 0,
+               path: bytes = PATH) -> bytes:
+    report = build_report(at=time.time(), seq=seq, run_id=run)
+    report["padding"] = os.urandom(pad // 2).hex()
+    body = gzip.compress(encode(report), 1)
+    head = [b"POST " + path + b" HTTP/" + version.encode(), b"Host: x", b"Content-Type: application/json",
+            b"Content-Encoding: gzip", b"Content-Length: %d" % len(body)]  # fmt: skip
+    head += [f"{name}: {value}".encode() for name, value in sign(token, body, time.time()).items()]
+    return b"\r\n".join(head) + b"\r\n" + more + b"\r\n" + body
+
+
+def read_answer(wire: socket.socket) -> bytes:
+    """Up to the end of its JSON."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += wire.recv(65536) or b" (closed) }"
+    return answer
+
+
+def test_pipelined_reports_are_answered_in_order(live_server):
+    token = live_server.register("pve1")
+    answer = exchange(live_server, *(b"".join(raw_report(token, 3 * part + n) for n in (1, 2, 3)) for part in range(3)),
+                      raw_report(token, 1), b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n")
+    told = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in answer.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert [one.get("accepted") for one in told] == [1] * 9 + [0, None]
+    assert len(stored(live_server)) == 9
+
+
+def test_a_sender_that_is_gone_before_its_answer_harms_nobody(live_server):
+    token = live_server.register("pve1")
+    for seq in range(1, 31):
+        wire = socket.create_connection(("127.0.0.1", live_server.port))
+        wire.sendall(raw_report(token, seq))
+        if seq % 2:  # a reset instead of an end
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wire.close()
+    assert live_server.post(token, build_report(at=time.time(), run_id="after", seq=1)).status == 200
+    wait_for(lambda: len(stored(live_server)) >= 25)  # a reset may come before the report has been read
+    assert "Traceback" not in live_server.log.read_text()
+
+
+@pytest.mark.parametrize(("version", "more", "kept"), [
+    ("1.1", b"", True), ("1.1", b"Connection: close\r\n", False), ("1.0", b"", False),
+    ("1.0", b"Connection: Keep-Alive\r\n", True)])
+def test_a_connection_is_kept_as_the_sender_wants_it(live_server, version, more, kept):
+    token = live_server.register("pve1")
+    with socket.create_connection(("127.0.0.1", live_server.port), timeout=20) as wire:
+        for seq in (1, 2) if kept else (1,):
+            wire.sendall(raw_report(token, seq, version=version, more=more))
+            answer = wire.recv(65536)
+            assert status_of(answer) == 200 and b'"accepted": 1' in answer
+            assert answer.startswith(f"HTTP/{version} ".encode()) and b"\r\nContent-Security-Policy: " in answer
+        assert kept or wire.recv(10) == b""
+
+
+def test_refused_reports_get_their_code_and_keep_the_connection(live_server):
+    token = live_server.register("pve1")
+    other = live_server.register("pve2")
+    with socket.create_connection(("127.0.0.1", live_server.port), timeout=20) as wire:
+        for sent, status, code in (
+                (raw_report(other, 1), 401, b"invalid_token"),
+                (raw_report(other, 1, path=b"/api/v1/hosts/pve2/reports"), 422, b"host_mismatch"),
+                (raw_report(token, 1, path=b"/api/v1/hosts/pve3/reports"), 404, b"unknown_host"),
+                (raw_report(token, 1).replace(b"application/json", b"text/html"), 415, b"unsupported_media_type"),
+                (raw_report(token, 1), 200, b"accepted")):
+            wire.sendall(sent)
+            answer = wire.recv(65536)
+            assert (status_of(answer), code in answer) == (status, True), answer
+
+
+def test_large_reports_and_small_ones_take_turns_on_one_connection(live_server):
+    token = live_server.register("pve1")
+    with socket.create_connection(("127.0.0.1", live_server.port), timeout=20) as wire:
+        for seq, pad in enumerate((0, 300_000, 0, 300_000, 300_000, 0), 1):
+            wire.sendall(raw_report(token, seq, pad=pad))
+            assert b'"accepted": 1' in read_answer(wire)
+
+
+def test_a_stop_under_load_answers_or_hangs_up_and_loses_nothing(live_server):
+    token, acknowledged = live_server.register("pve1"), []
+
+    def post(run: str) -> None:
+        with socket.create_connection(("127.0.0.1", live_server.port), timeout=20) as wire:
+            for seq in range(1, 100_000):
+                try:
+                    wire.sendall(raw_report(token, seq, run=run))
+                    answer = wire.recv(65536)
+                except OSError:
+                    return
+                if not answer:
+                    return
+                assert status_of(answer) in (200, 503), answer
+                if status_of(answer) == 200:
+                    acknowledged.append((run, seq))
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(post, f"run{n}") for n in range(8)]
+        wait_for(lambda: len(acknowledged) > 200)
+        live_server.stop(signal.SIGTERM)
+        for one in running:
+            one.result(30)
+    live_server.start()
+    assert set(acknowledged) <= {(row["run_id"], row["seq"]) for row in stored(live_server)}

@@ -35,6 +35,7 @@ class Recorder:
         server.open_database(config, create=True).close()
         self.monitor = server.Monitor(config, self.clock)
         self.host = self.monitor.store.write(lambda db: server.insert_host(db, "pve1", self.clock()))["id"]
+        self.monitor.fleet.refresh(self.monitor.store.reader())
 
     def take(self, *reports: dict) -> int:
         work = partial(server.insert_reports, self.monitor, self.host, list(reports), None, self.clock())

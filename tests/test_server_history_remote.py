@@ -110,7 +110,9 @@ class Recorder:
         self.host = self.add_host("pve1")
 
     def add_host(self, name: str) -> int:
-        return self.monitor.store.write(lambda db: server.insert_host(db, name, self.clock()))["id"]
+        row = self.monitor.store.write(lambda db: server.insert_host(db, name, self.clock()))
+        self.monitor.fleet.refresh(self.monitor.store.reader())
+        return row["id"]
 
     def take(self, *reports: dict, host: int | None = None) -> int:
         work = partial(server.insert_reports, self.monitor, host or self.host, list(reports), None, self.clock())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import zlib
 from typing import Any
 
@@ -443,11 +444,35 @@ def test_state_and_sequence_survive_a_restart(register, post, monitor, config, c
         assert {key: before[key] for key in call} == call
         headers = {}
         body = encode(build_report(seq=5, at=START + 5))
-        headers = sign(token, body, clock())
-        answer = server.ingest(again, "pve1", lambda name: headers.get(name, ""), body)
+        headers = {**sign(token, body, clock()), "content-type": "application/json"}
+        answer = json.loads(server.ingest(again, "pve1", lambda name: headers.get(name, ""), body).body)
         assert (answer["accepted"], answer["duplicates"]) == (0, 1)
     finally:
         again.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crash_at_any_moment_forgets_no_report(seed, register, post, monitor, clock):
+    """Which reports have come is written every few minutes; in between the tail has to tell it, whatever their run and
+    however late they are."""
+    token, dice, sent = register("pve1"), random.Random(seed), []
+    host = server.find_host(monitor.store.reader(), "pve1")["id"]
+    runs = {f"run{number}": 0 for number in range(4)}
+    for _ in range(60):
+        clock.now += dice.choice((1, 30, 200, 400))
+        run_id = dice.choice(sorted(runs))
+        runs[run_id] += dice.choice((1, 1, 1, 2))
+        late = dice.choice((0, 0, 5, 150, 290, 320, 5000))
+        sent.append(build_report(run_id=run_id, seq=runs[run_id], at=clock.now - late))
+        assert post(token, sent[-1]).json()["accepted"] == 1
+        if dice.random() < 0.2:
+            missing = server.missing_reports(monitor.store.reader(), host)
+            monitor.reload()
+            again = dice.choice(sent)
+            assert post(token, again).json()["duplicates"] == 1, again
+            assert server.missing_reports(monitor.store.reader(), host) == missing
+    monitor.reload()
+    assert [post(token, one).json()["duplicates"] for one in sent] == [1] * len(sent)
 
 
 # --- whatever comes ---
