@@ -57,6 +57,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, default=16, help="senders at once")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", choices=("size", "cpu"), help="one part alone")
+    parser.add_argument("--binary", type=Path, help="the frozen server, to measure its memory instead of the source's")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a server by the played clock of this folder
     return parser.parse_args()
 
@@ -154,9 +155,11 @@ class Measured:
         text = Path(f"/proc/{self.process.pid}/io").read_text()
         return int(text.partition("\nwrite_bytes: ")[2].split()[0])
 
-    def memory(self) -> float:
-        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
-        return int(text.partition("\nPss:")[2].split()[0]) / 1024
+    def memory(self, kind: str = "Pss") -> float:
+        """MB of the process and its child: a frozen program is both."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (self.process.pid, *children)]
+        return sum(int(text.partition(f"\n{kind}:")[2].split()[0]) for text in texts) / 1024
 
     def ask(self, path: str, headers: dict[str, str] | None = None) -> bytes:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -283,9 +286,13 @@ def prepare(folder: Path, names: list[str]) -> tuple[dict[str, bytes], str]:
     return {name: server.host_key(config.secret(), row["nonce"]) for name, row in rows.items()}, token
 
 
-def serve(folder: Path, *, played: bool = False) -> Measured:
+def serve(folder: Path, *, played: bool = False, binary: Path | None = None) -> Measured:
     port = free_port()
     env = {"DATABASE_PATH": str(folder / "monitor.db"), "PORT": str(port), "DASHBOARD_PASSWORD_HASH": ""}
+    if binary:
+        unit = (ROOT / "systemd" / "proxmox-monitor.service").read_text().splitlines()
+        words = [word for line in unit if line.startswith("Environment=MALLOC") for word in line[12:].split()]
+        return Measured(str(binary), "serve", port=port, env={**env, **dict(word.split("=") for word in words)})
     how = [str(Path(__file__).resolve()), "--serve", str(folder)] if played else [str(ROOT / "server.py"), "serve"]
     return Measured(sys.executable, *how, port=port, env=env)
 
@@ -371,7 +378,7 @@ def wait_until_packed(folder: Path, clock: PlayedClock, until: float) -> None:
     raise SystemExit("ours: the history was not packed in 10 minutes")
 
 
-def measure_flash(folder: Path, count: int = 300) -> None:
+def measure_flash(folder: Path, options: argparse.Namespace, count: int = 300) -> None:
     """What one report costs the disk when it comes alone, as with 20 hosts, and in company, as with many."""
     keys, _ = prepare(folder, ["host0"])
     process = serve(folder)
@@ -527,19 +534,38 @@ def ask_peer(process: Measured, name: str, begin: int) -> None:
         print(f"  {name}, {told}: {took:.1f} ms ({size} bytes)")
 
 
-def measure_latest(folder: Path) -> None:
+def measure_latest(folder: Path, options: argparse.Namespace) -> None:
     """The rows of 1,000 hosts, each changed since the last question (an ETag would answer in a fraction)."""
-    names = [f"host{number}" for number in range(1000)]
-    keys, token = prepare(folder, names)
-    process = serve(folder)
-    requests = []
-    for number, name in enumerate(names):
-        body = gzip.compress(json.dumps(PlayedHost(name, number).report(time.time())).encode(), 1)
-        requests.append((f"/api/v1/hosts/{name}/reports", body, partial(sign, keys[name], f"m{number}")))
-    post_all(process.port, requests, 16)
+    process, token = serve_fleet(folder, 1000, 1, None)
     ask_ours(process, token, {"latest of 1,000 hosts": ("/api/v1/hosts?limit=1000", 10)})
-    print(f"  ours at 1,000 hosts of 30 guests: PSS {process.memory():.0f} MB")
     process.stop()
+
+
+def measure_memory(folder: Path, options: argparse.Namespace) -> None:
+    """2,000 hosts, until no more of their numbers is kept at hand; then after the largest answers there are."""
+    process, token = serve_fleet(folder, 2000, 8, options.binary)
+    print(f"ours{', frozen' if options.binary else ''}, 2,000 hosts of 30 guests: RSS {process.memory('Rss'):.0f} MB, "
+          f"PSS {process.memory():.0f} MB", flush=True)
+    ask_ours(process, token, {
+        "latest of 2,000 hosts": ("/api/v1/hosts?limit=2000", 5), "200 of 60,000 guests": ("/api/v1/guests", 3),
+        "metrics of 2,000 hosts": ("/metrics", 3)})
+    print(f"  RSS {process.memory('Rss'):.0f} MB after these questions")
+    process.stop()
+
+
+def serve_fleet(folder: Path, hosts: int, rounds: int, binary: Path | None) -> tuple[Measured, str]:
+    """A server that has had some reports of many hosts, and a token to ask it with."""
+    players = [PlayedHost(f"host{number}", number) for number in range(hosts)]
+    keys, token = prepare(folder, [one.name for one in players])
+    process = serve(folder, binary=binary)
+    for turn in range(rounds):
+        requests = []
+        for one in players:
+            body = gzip.compress(json.dumps(one.report(time.time()), separators=(",", ":")).encode(), 1)
+            signed = partial(sign, keys[one.name], f"{one.name}.{turn}")
+            requests.append((f"/api/v1/hosts/{one.name}/reports", body, signed))
+        post_all(process.port, requests, 16)
+    return process, token
 
 
 # --- main ---
@@ -568,9 +594,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 process = measure_peer(peer, folder / f"peer{number}", options, begin)
                 ask_peer(process, peer[0], begin)
                 process.stop()
-        for name, measure in (("latest", measure_latest), ("flash", measure_flash)):
-            (folder / name).mkdir()
-            measure(folder / name)
+        for measure in (measure_latest, measure_flash, measure_memory):
+            path = folder / measure.__name__
+            path.mkdir()
+            measure(path, options)
 
 
 def pin() -> None:

@@ -451,6 +451,28 @@ def test_state_and_sequence_survive_a_restart(register, post, monitor, config, c
         again.close()
 
 
+@pytest.mark.parametrize("way", ["gzip", "plain", "batch", "surrogates", "restart"])
+def test_large_sections_are_kept_as_they_came_and_read_again(register, post, monitor, clock, admin, way):
+    token = register("pve1")
+    guests = [build_guest(100 + n, name="half \ud800" if way == "surrogates" else f"g{n}") for n in range(5)]
+    backups = {"as_of": START - 90, "jobs": [], "guests": []}
+    report = build_report(guests=guests, backups=backups)
+    assert post(token, [report, build_report(seq=2)] if way == "batch" else report, zip=way == "gzip").status == 200
+    if way == "restart":
+        monitor.reload()
+    state = monitor.fleet.find("pve1")
+    assert state.sections["guests"].value is None and state.knows("guests") and not state.knows("snapshots")
+    shown = admin.get("/api/v1/hosts/pve1").json()
+    if way != "batch":
+        assert [one["vmid"] for one in shown["sections"]["guests"]["body"]] == [100, 101, 102, 103, 104]
+    assert shown["guests_total"] == len(shown["sections"]["guests"]["body"])
+    assert shown["sections"]["backups"]["body"] == backups
+    assert shown["sections"]["backups"]["time"] == START - 90
+    post(token, build_report(seq=9, at=START + 9, absent=["guests"], guests=None))
+    assert state.body("guests") is None and not state.knows("guests")
+    assert admin.get("/api/v1/hosts/pve1").json()["guests_total"] is None
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_crash_at_any_moment_forgets_no_report(seed, register, post, monitor, clock):
     """Which reports have come is written every few minutes; in between the tail has to tell it, whatever their run and
