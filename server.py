@@ -55,7 +55,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import accumulate, compress, islice
+from itertools import accumulate, chain, compress, islice
 from operator import mul, sub
 from typing import Any, NamedTuple
 
@@ -729,6 +729,7 @@ def add_to_ranges(ranges: list[list[int]], number: int) -> bool:
 # --- auth: host keys and signatures, API tokens, passwords, sessions ---
 
 
+@lru_cache(10_000)
 def host_key(secret: bytes, nonce: bytes) -> bytes:
     """The key of a host: nobody can make it from the database alone."""
     return hmac.digest(secret, b"proxmon host key\0" + nonce, "sha256")
@@ -5318,15 +5319,17 @@ def build_tick(report: dict[str, Any], received_at: float) -> Tick:
     """Every number of the sections that have a history; NaN where something else stands."""
     parts: list[tuple[str, str, tuple[str, ...]]] = []
     cells: list[Any] = []
-    before: tuple[Any, ...] = ()
-    names, mask = before, before
-    for section, object, fields in islice(history_objects(report), OBJECTS_MOST):
-        every = section, *fields
-        if every != before:  # most objects look like the one before
-            names, mask = kept_fields(*every)
-            before = every
-        parts.append((section, object, names))
-        cells += compress(fields.values(), mask)
+    for section, objects, found in history_sections(report):
+        fields = tuple(found[0])
+        if all(tuple(one) == fields for one in found):  # most look alike: all at once
+            names, mask = kept_fields(section, *fields)
+            parts += [(section, object, names) for object in objects]
+            cells += compress(chain.from_iterable([one.values() for one in found]), mask * len(found))
+            continue
+        for object, one in zip(objects, found):
+            names, mask = kept_fields(section, *one)
+            parts.append((section, object, names))
+            cells += compress(one.values(), mask)
     try:
         values = array("d", cells)
     except TypeError:
@@ -5341,26 +5344,33 @@ def build_tick(report: dict[str, Any], received_at: float) -> Tick:
     return Tick(int(at * 1000), zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"], shape, values)
 
 
-def history_objects(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Section, object and fields of all that has a history."""
-    node = report.get("node")
-    if isinstance(node, dict):
-        boot = {BOOT: zlib.crc32(node["boot_id"].encode("utf-8", "replace"))} if text(node, "boot_id") else {}
-        yield "node", "", {**node, **boot}
-        for part, keys in NODE_PARTS:
-            for one in node[part] if isinstance(node.get(part), list) else ():
-                if isinstance(one, dict):
-                    name = " ".join(one[key] for key in keys if text(one, key))
-                    yield "node", f"{part}/{name}"[:200], {**one, **boot}
+def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
+    """Section, names of its objects and their fields, of all that has a history."""
+    if isinstance(report.get("node"), dict):
+        yield "node", *history_of_node(report["node"])
     for section in ("guests", "storages", "datasets", "disks"):
-        key = KEY_FIELDS[section][0]
-        for one in report.get(section) or ():
-            yield section, str(one[key])[:200], one
+        found = (report.get(section) or [])[:OBJECTS_MOST]
+        if found:
+            key = KEY_FIELDS[section][0]
+            yield section, [str(one[key])[:200] for one in found], found
+    pools = []
     for pool in report.get("pools") or ():
-        progress = number(pool.get("scan"), "progress_ratio")
-        more = vdev_errors(pool)
-        more["scan_progress_ratio"] = NAN if progress is None else progress
-        yield "pools", pool["name"][:200], {**pool, **more}
+        more = {**vdev_errors(pool), "scan_progress_ratio": number(pool.get("scan"), "progress_ratio")}
+        pools.append({**pool, **{name: NAN if value is None else value for name, value in more.items()}})
+    if pools:
+        yield "pools", [pool["name"][:200] for pool in pools], pools
+
+
+def history_of_node(node: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The host itself, and its interfaces, disks and sensors."""
+    boot = {BOOT: zlib.crc32(node["boot_id"].encode("utf-8", "replace"))} if text(node, "boot_id") else {}
+    names, found = [""], [{**node, **boot}]
+    for part, keys in NODE_PARTS:
+        for one in dicts(node.get(part))[:OBJECTS_MOST]:
+            name = " ".join(one[key] for key in keys if text(one, key))
+            names.append(f"{part}/{name}"[:200])
+            found.append({**one, **boot})
+    return names, found
 
 
 @lru_cache(4096)
@@ -5713,8 +5723,8 @@ def tidy(average: float, lowest: float, highest: float) -> float:
     if -1000 < average < 1000:
         rounded = round(average * 10000) / 10000
     else:
-        step = max(1.0, 2.0 ** (math.frexp(highest - lowest)[1] - 8))
-        rounded = round(average / step) * step
+        bits = max(0, math.frexp(highest - lowest)[1] - 8)
+        rounded = math.ldexp(round(math.ldexp(average, -bits)), bits)
     return lowest if rounded < lowest else highest if rounded > highest else rounded
 
 
@@ -5722,8 +5732,8 @@ def rough(rate: float) -> float:
     """A rate to about a thousandth: it is a quotient of noisy times anyway."""
     if rate < 1000:
         return round(rate * 1000) / 1000
-    step = 2.0 ** (math.frexp(rate)[1] - 11)
-    return round(rate / step) * step
+    part, bits = math.frexp(rate)
+    return math.ldexp(round(part * 2048), bits - 11)
 
 
 def combine(points: Iterable[Point]) -> Point:
@@ -7045,6 +7055,34 @@ def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
             "restore it, or rotate the token of every host")
 
 
+class Answer(Exception):
+    """A finished answer; raised or returned."""
+
+    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
+                 stream: Iterator[bytes] | None = None):
+        super().__init__(status)
+        self.status, self.body, self.headers = status, body, headers or {}
+        self.stream = stream  # instead of a body, when it would be too long to hold
+
+
+def error_answer(error: Exception) -> Answer:
+    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
+    if isinstance(error, Problem):
+        return problem_answer(error)
+    log("".join(traceback.format_exception(error)).replace("\n", " | "))
+    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
+                  {"Content-Type": "application/problem+json"})
+
+
+def problem_answer(problem: Problem) -> Answer:
+    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
+    return Answer(problem.status, problem.body(), headers)
+
+
+def media_type(text: str) -> str:
+    return text.partition(";")[0].strip().lower()
+
+
 class Received(NamedTuple):
     """What one request brought: checked, and not on the disk yet."""
 
@@ -7315,16 +7353,6 @@ class Scheduler:
 # --- api: read the request, ask, answer ---
 
 
-class Answer(Exception):
-    """A finished answer; raised or returned."""
-
-    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
-                 stream: Iterator[bytes] | None = None):
-        super().__init__(status)
-        self.status, self.body, self.headers = status, body, headers or {}
-        self.stream = stream  # instead of a body, when it would be too long to hold
-
-
 class Listing(NamedTuple):
     """Rows that the caller gets as json, csv or text."""
 
@@ -7401,10 +7429,6 @@ def read_header(environ: dict[str, Any], name: str) -> str:
     """A request header, '' if it is not there."""
     key = name.upper().replace("-", "_")
     return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
-
-
-def media_type(text: str) -> str:
-    return text.partition(";")[0].strip().lower()
 
 
 def read_request(environ: dict[str, Any], limit: int) -> bytes:
@@ -8868,20 +8892,6 @@ def finish(call: Call, result: Any, tag: str) -> Answer:
     return result
 
 
-def error_answer(error: Exception) -> Answer:
-    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
-    if isinstance(error, Problem):
-        return problem_answer(error)
-    log("".join(traceback.format_exception(error)).replace("\n", " | "))
-    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
-                  {"Content-Type": "application/problem+json"})
-
-
-def problem_answer(problem: Problem) -> Answer:
-    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
-    return Answer(problem.status, problem.body(), headers)
-
-
 STATUS_LINES = {**bottle._HTTP_STATUS_LINES}
 SECURITY_HEADERS = (
     ("Content-Security-Policy",
@@ -9116,8 +9126,9 @@ class Sockets(dict[int, Any]):
         while self._answered:
             channel = self._answered.popleft()
             channel.at_writer = False
-            self.busy.add(channel._fileno)
             channel.service()
+            if channel._fileno in self:  # not closed meanwhile
+                self.busy.add(channel._fileno)
 
     def ask(self, fd: int) -> None:
         """Have one watched for what it waits for."""

@@ -416,7 +416,9 @@ def start_prometheus(folder: Path) -> Measured:
 
 def list_samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Metric, object and value of everything in a report."""
-    for section, object, fields in server.history_objects(report):
+    for section, object, fields in (
+            (section, *pair) for section, objects, found in server.history_sections(report)
+            for pair in zip(objects, found)):
         names, mask = server.kept_fields(section, *fields)
         for name, value in zip(names, [v for v, kept in zip(fields.values(), mask) if kept]):
             if isinstance(value, (int, float)) and name != server.BOOT:
