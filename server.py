@@ -4080,6 +4080,13 @@ def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report
                          f"{one.message} (told late, by a backlog)", host=state.name, object=one.object or None)
 
 
+def forget_backlog(state: HostState, now: float) -> None:
+    """An hour after the last late report nothing of the past is needed; it is as large as the present."""
+    past = state.scratch.get("past")
+    if past is not None and not 0 <= now - past[1] <= HOUR:
+        del state.scratch["past"]
+
+
 # --- notifications: what is told, through which channel, and until it has arrived ---
 #
 # A change of an alert becomes a `notification` row per channel, in the same transaction. A channel's thread makes a
@@ -7272,6 +7279,7 @@ def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     monitor.looked_at = now
     for state in fleet.hosts.values():
         judge_host(db, fleet, state, now)
+        forget_backlog(state, now)
     judge_shared(db, fleet, now)
     dispatch(db, fleet, fleet.everything(), now)
     fleet.generation += 1  # verdicts depend on the time too

@@ -835,6 +835,11 @@ def test_a_backlog_raises_nothing_that_is_over_and_is_put_on_record(sim):
     fired, = sim.events("alert-past-fired")
     over, = sim.events("alert-past-over")
     assert "DEGRADED" in fired["message"] and over["at"] - fired["at"] == 20 * MINUTE
+    state = sim.fleet.find("pve1")
+    sim.wait(50 * MINUTE, step=30)
+    assert "past" in state.scratch  # more of the backlog may come
+    sim.wait(20 * MINUTE, step=30)
+    assert "past" not in state.scratch  # a second state of every host would be a lot of memory
 
 
 def test_old_numbers_are_history_not_news(sim):
