@@ -3,7 +3,7 @@
 
     options -> reports -> processes -> ours -> peers -> questions -> main
 
-    bench/history.py                      everything, about 6 minutes on 2 cores
+    bench/history.py                      everything, about 10 minutes; the peers that are installed
     bench/history.py --hosts 3 --days 3   a first look
 
 One report has 250 values: the host, 30 guests, 2 pools, 4 storages. Figures compare inside one run only: the machine is
@@ -36,7 +36,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -414,30 +414,64 @@ def start_prometheus(folder: Path) -> Measured:
                     "--storage.tsdb.retention.time=90d", port=port)
 
 
-def list_samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Metric, object and value of everything in a report."""
-    for section, object, fields in (
-            (section, *pair) for section, objects, found in server.history_sections(report)
-            for pair in zip(objects, found)):
-        names, mask = server.kept_fields(section, *fields)
-        for name, value in zip(names, [v for v, kept in zip(fields.values(), mask) if kept]):
-            if isinstance(value, (int, float)) and name != server.BOOT:
-                yield f"{section}_{name}", object, value
+def start_influx(folder: Path) -> Measured:
+    """Its log is flushed to the disk with each write, which is how it comes: the only peer that is durable."""
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "influx.conf").write_text(f"""
+        reporting-disabled = true
+        bind-address = "127.0.0.1:{free_port()}"
+        [meta]
+        dir = "{folder}/meta"
+        [data]
+        dir = "{folder}/data"
+        wal-dir = "{folder}/wal"
+        query-log-enabled = false
+        [http]
+        bind-address = "127.0.0.1:{port}"
+        log-enabled = false
+        """)
+    process = Measured("influxd", "run", "-config", f"{folder}/influx.conf", port=port)
+    process.ask("/query?" + urllib.parse.urlencode({"q": "CREATE DATABASE bench"}))
+    return process
 
 
-def victoria_text(report: dict[str, Any], host: str) -> bytes:
-    at = int(report["time"] * 1000)
-    return "".join(f'{metric}{{host="{host}",object="{thing}"}} {value} {at}\n'
-                   for metric, thing, value in list_samples(report)).encode()
+Samples = Iterator[tuple[str, str, dict[str, float]]]
 
 
-def remote_write(report: dict[str, Any], host: str) -> bytes:
+def list_samples(report: dict[str, Any]) -> Samples:
+    """Section, object and values of everything in a report."""
+    for section, objects, found in server.history_sections(report):
+        for thing, fields in zip(objects, found):
+            names, mask = server.kept_fields(section, *fields)
+            values = dict(zip(names, [value for value, kept in zip(fields.values(), mask) if kept]))
+            yield section, thing or "-", {name: value for name, value in values.items()
+                                          if isinstance(value, (int, float)) and value == value and name != server.BOOT}
+
+
+def victoria_text(reports: list[dict[str, Any]], host: str) -> bytes:
+    return "".join(f'{section}_{name}{{host="{host}",object="{thing}"}} {value} {int(report["time"] * 1000)}\n'
+                   for report in reports for section, thing, values in list_samples(report)
+                   for name, value in values.items()).encode()
+
+
+def influx_lines(reports: list[dict[str, Any]], host: str) -> bytes:
+    return "".join(f"{section},host={host},object={thing} "
+                   f"{','.join(f'{name}={float(value)!r}' for name, value in values.items())} "
+                   f"{int(report['time'] * 1000)}\n"
+                   for report in reports for section, thing, values in list_samples(report) if values).encode()
+
+
+def remote_write(reports: list[dict[str, Any]], host: str) -> bytes:
     """Prometheus' WriteRequest, in snappy's framing for what is not compressed."""
-    at, out = int(report["time"] * 1000), bytearray()
-    for metric, thing, value in list_samples(report):
-        series = b"".join(field(1, field(1, name) + field(2, text)) for name, text in (
-            (b"__name__", metric.encode()), (b"host", host.encode()), (b"object", (thing or "-").encode())))
-        out += field(1, series + field(2, b"\x09" + struct.pack("<d", value) + b"\x10" + varint(at)))
+    out = bytearray()
+    for report in reports:
+        at = int(report["time"] * 1000)
+        for section, thing, values in list_samples(report):
+            for name, value in values.items():
+                series = b"".join(field(1, field(1, label) + field(2, text.encode())) for label, text in (
+                    (b"__name__", f"{section}_{name}"), (b"host", host), (b"object", thing)))
+                out += field(1, series + field(2, b"\x09" + struct.pack("<d", value) + b"\x10" + varint(at)))
     packed = bytearray(varint(len(out)))
     for first in range(0, len(out), 60000):
         part = out[first : first + 60000]
@@ -457,37 +491,99 @@ def field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2]) + varint(len(content)) + content
 
 
+def ask_promql(kind: str, begin: int, end: int) -> str:
+    step = {"month": 3600}.get(kind, 300)
+    query = {"day": 'node_cpu_ratio{host="host0"}', "month": 'node_cpu_ratio{host="host0"}', "all": '{host="host0"}',
+             "latest": '{__name__=~"node_.*"}'}[kind]
+    if kind == "latest":
+        return "/api/v1/query?" + urllib.parse.urlencode({"query": query, "time": end})
+    return "/api/v1/query_range?" + urllib.parse.urlencode({"query": query, "start": begin, "end": end - 1, "step": step})
+
+
+def ask_influxql(kind: str, begin: int, end: int) -> str:
+    of = f"WHERE host = 'host0' AND time >= {begin}s AND time < {end}s"
+    query = {"day": f"SELECT mean(cpu_ratio), min(cpu_ratio), max(cpu_ratio) FROM node {of} GROUP BY time(5m)",
+             "month": f"SELECT mean(cpu_ratio), min(cpu_ratio), max(cpu_ratio) FROM node {of} GROUP BY time(1h)",
+             "all": f"SELECT mean(*) FROM node, guests, storages, pools {of} GROUP BY time(5m), object",
+             "latest": "SELECT last(*) FROM node GROUP BY host"}[kind]
+    return "/query?" + urllib.parse.urlencode({"db": "bench", "q": query})
+
+
+class Peer(NamedTuple):
+    name: str
+    program: str
+    start: Callable[[Path], Measured]
+    path: str
+    encode: Callable[[list[dict[str, Any]], str], bytes]
+    headers: dict[str, str]
+    question: Callable[[str, int, int], str]
+    connections: int  # Prometheus refuses what comes after something younger
+    durable: bool = False
+
+
 REMOTE_HEADERS = {"Content-Encoding": "snappy", "Content-Type": "application/x-protobuf",
                   "X-Prometheus-Remote-Write-Version": "0.1.0"}
-PEERS: tuple[tuple[str, Callable[[Path], Measured], str, Callable[[dict, str], bytes], dict[str, str]], ...] = (
-    ("VictoriaMetrics, remote write", start_victoria, "/api/v1/write", remote_write, REMOTE_HEADERS),
-    ("VictoriaMetrics, text import", start_victoria, "/api/v1/import/prometheus", victoria_text, {}),
-    ("Prometheus, remote write", start_prometheus, "/api/v1/write", remote_write, REMOTE_HEADERS),
-)  # fmt: skip
+INFLUX_PATH = "/write?db=bench&precision=ms"
+PEERS = (
+    Peer("VictoriaMetrics, remote write", "victoria-metrics", start_victoria, "/api/v1/write", remote_write,
+         REMOTE_HEADERS, ask_promql, 16),
+    Peer("VictoriaMetrics, text import", "victoria-metrics", start_victoria, "/api/v1/import/prometheus", victoria_text,
+         {}, ask_promql, 16),
+    Peer("Prometheus, remote write", "prometheus", start_prometheus, "/api/v1/write", remote_write, REMOTE_HEADERS,
+         ask_promql, 1),
+    Peer("InfluxDB 1.6", "influxd", start_influx, INFLUX_PATH, influx_lines, {}, ask_influxql, 16, durable=True),
+)
 
 
-def measure_peer(peer: Any, folder: Path, options: argparse.Namespace, begin: int) -> Measured:
-    """The same day of the same hosts. No peer's answer means that the values are on the disk."""
-    name, start, path, encode, headers = peer
-    process = start(folder)
+def measure_peer(peer: Peer, folder: Path, options: argparse.Namespace, begin: int) -> None:
+    """The same day of the same hosts, one report in a request; then the questions."""
+    process = peer.start(folder / "day")
     hosts = [PlayedHost(f"host{number}", number) for number in range(options.hosts)]
-    count = values = 0
-    used, seconds = 0.0, 0.0
+    count, used, seconds = 0, 0.0, 0.0
     for first in range(0, DAY // STEP, HOUR_TICKS):
-        batch = [(path, encode(report, host.name), lambda body: headers) for host, report in build_requests(
-            hosts, begin + first * STEP, HOUR_TICKS)]
+        batch = [(peer.path, peer.encode([report], host.name), lambda body: peer.headers)
+                 for host, report in build_requests(hosts, begin + first * STEP, HOUR_TICKS)]
         before, started = process.cpu(), time.monotonic()
-        # In order and by few, or Prometheus refuses what comes after something younger.
-        post_all(process.port, batch, 1 if "Prometheus" in name else options.connections)
+        post_all(process.port, batch, peer.connections)
         used, seconds, count = used + process.cpu() - before, seconds + time.monotonic() - started, count + len(batch)
     values = count_values(hosts[0].report(0)) * count
     before = process.cpu()
     time.sleep(15)  # what it does in the background with it
     used += process.cpu() - before
-    size = folder_bytes(folder) / values
-    print(f"{name}: {used / count * 1000:.2f} CPU s per 1,000 reports, not durable when acknowledged; "
-          f"{count / seconds:.0f} reports/s; {size:.2f} bytes per value now; PSS {process.memory():.0f} MB")
-    return process
+    size = folder_bytes(folder / "day") / values
+    print(f"{peer.name}: {used / count * 1000:.2f} CPU s per 1,000 reports, {'' if peer.durable else 'not '}durable when "
+          f"acknowledged; {count / seconds:.0f} reports/s; {size:.2f} bytes per value now; PSS {process.memory():.0f} MB")
+    ask_peer(process, peer, begin, begin + DAY, {"day": "24 h of one series", "all": "24 h of all series of a host"})
+    process.stop()
+    for feed in (feed_month, feed_fleet):
+        process = peer.start(folder / feed.__name__)
+        end, questions = feed(process, peer, begin)
+        ask_peer(process, peer, end - 30 * DAY, end, questions)
+        process.stop()
+
+
+def feed_month(process: Measured, peer: Peer, begin: int) -> tuple[int, dict[str, str]]:
+    """30 days of the CPU of one host and nothing else, an hour in a request."""
+    host, end, requests = PlayedHost("host0", 1), begin + DAY, []
+    for hour in range(end - 30 * DAY, end, HOUR):
+        reports = []
+        for at in range(hour, hour + HOUR, STEP):
+            host.cpu = host.wander(host.cpu, 0.02)
+            reports.append({"time": at + 0.25, "node": {"cpu_ratio": round(host.cpu, 5)}})
+        requests.append((peer.path, peer.encode(reports, host.name), lambda body: peer.headers))
+    post_all(process.port, requests, 1)
+    time.sleep(6)  # until what came is seen by questions
+    return end, {"month": "30 d of one series"}
+
+
+def feed_fleet(process: Measured, peer: Peer, begin: int) -> tuple[int, dict[str, str]]:
+    """One report of each of 1,000 hosts."""
+    now = int(time.time())
+    post_all(process.port, [(peer.path, peer.encode([PlayedHost(f"host{number}", number).report(now - 20)],
+                                                    f"host{number}"), lambda body: peer.headers)
+                            for number in range(1000)], peer.connections)
+    time.sleep(6)
+    return now, {"latest": "latest of 1,000 hosts (numbers of the section node)"}
 
 
 # --- questions: time through HTTP, kept connection, median of many ---
@@ -527,13 +623,12 @@ def every_series(host: str, begin: float) -> list[str]:
             if name != server.BOOT]
 
 
-def ask_peer(process: Measured, name: str, begin: int) -> None:
-    span = {"start": begin, "end": begin + DAY - 1, "step": 300}
-    query = urllib.parse.urlencode({"query": 'node_cpu_ratio{host="host0"}', **span})
-    every = urllib.parse.urlencode({"query": '{host="host0"}', **span})
-    for told, path, times in (("24 h of one series", query, 40), ("24 h of all series of a host", every, 5)):
-        took, size = time_question(process, f"/api/v1/query_range?{path}", None, times)
-        print(f"  {name}, {told}: {took:.1f} ms ({size} bytes)")
+def ask_peer(process: Measured, peer: Peer, begin: int, end: int, questions: dict[str, str]) -> None:
+    for kind, told in questions.items():
+        took, size = time_question(process, peer.question(kind, begin, end), None, 5 if kind == "all" else 20)
+        if size < 500:
+            raise SystemExit(f"{peer.name}, {told}: nothing was found")
+        print(f"  {peer.name}, {told}: {took:.1f} ms ({size} bytes)", flush=True)
 
 
 def measure_latest(folder: Path, options: argparse.Namespace) -> None:
@@ -592,10 +687,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 history_path("host0", every_series("host0", begin), begin, begin + DAY), 5)})
         process.stop()
         for number, peer in enumerate(() if options.no_peers else PEERS):
-            if shutil.which(peer[1].__name__.replace("start_", "").replace("victoria", "victoria-metrics")):
-                process = measure_peer(peer, folder / f"peer{number}", options, begin)
-                ask_peer(process, peer[0], begin)
-                process.stop()
+            if shutil.which(peer.program):
+                measure_peer(peer, folder / f"peer{number}", options, begin)
         for measure in (measure_latest, measure_flash, measure_memory):
             path = folder / measure.__name__
             path.mkdir()
