@@ -150,11 +150,6 @@ class Measured:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def written(self) -> int:
-        """Bytes that this process had written to the disk."""
-        text = Path(f"/proc/{self.process.pid}/io").read_text()
-        return int(text.partition("\nwrite_bytes: ")[2].split()[0])
-
     def memory(self, kind: str = "Pss") -> float:
         """MB of the process and its child: a frozen program is both."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -378,22 +373,31 @@ def wait_until_packed(folder: Path, clock: PlayedClock, until: float) -> None:
     raise SystemExit("ours: the history was not packed in 10 minutes")
 
 
-def measure_flash(folder: Path, options: argparse.Namespace, count: int = 300) -> None:
-    """What one report costs the disk when it comes alone, as with 20 hosts, and in company, as with many."""
-    keys, _ = prepare(folder, ["host0"])
-    process = serve(folder)
-    host = PlayedHost("host0", 1)
-    before = process.written()
-    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
-    for number in range(count):
-        body = gzip.compress(json.dumps(host.report(time.time()), separators=(",", ":")).encode(), 1)
-        connection.request("POST", "/api/v1/hosts/host0/reports", body, sign(keys["host0"], f"m{number}", body))
-        connection.getresponse().read()
-        time.sleep(0.06)
-    each = (process.written() - before) / count
-    process.stop()
-    print(f"flash: {each / 1024:.1f} KiB written per report that comes alone: {each * 57600 / 1e6:.0f} MB a day for 20 "
-          f"hosts, at most {each * 576000 / 1e6:.0f} MB for 200")
+def measure_flash(folder: Path, options: argparse.Namespace) -> None:
+    """What reports cost the disk when each comes alone, as with 20 hosts: 8 hours of 4 hosts, packed as time goes by."""
+    begin, names = int(time.time()) // DAY * DAY - DAY, [f"host{number}" for number in range(4)]
+    prepare(folder, names)
+    clock = [float(begin)]
+    monitor = server.Monitor(server.Config({"DATABASE_PATH": str(folder / "monitor.db")}), lambda: clock[0])
+    players = [(PlayedHost(name, number), monitor.fleet.find(name).id) for number, name in enumerate(names)]
+    before, count = own_writes(), 0
+    for at in range(begin, begin + 8 * HOUR, STEP):
+        for player, host_id in players:
+            clock[0] = at + 0.5
+            report = player.report(clock[0])
+            body = gzip.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
+            monitor.store.write(partial(server.insert_reports, monitor, host_id, [report], body, clock[0]))
+            count += 1
+        monitor.keeper.settle(clock[0])
+    monitor.close()
+    each = (own_writes() - before) / count
+    print(f"flash: {each / 1024:.1f} KiB written per report that comes alone, with what its hour's packing writes: "
+          f"{each * 57600 / 1e6:.0f} MB a day for 20 hosts, at most {each * 576000 / 1e6:.0f} MB for 200")
+
+
+def own_writes() -> int:
+    """Bytes that this process had written to the disk."""
+    return int(Path("/proc/self/io").read_text().partition("\nwrite_bytes: ")[2].split()[0])
 
 
 # --- peers: the same values, each by its own fast way in ---
