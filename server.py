@@ -82,6 +82,7 @@ REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week i
 DIRECT_LIMIT = 1 << 16  # bytes of a request that goes to the writer without a thread
 THREADS = 8  # for pages, the API, and reports that come in bulk
 QUEUE_LIMIT = 5000  # writes that may wait for the writer
+GROUP_LIMIT = 200  # of them in one transaction: some 100 ms, and nobody waits longer for his turn
 COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer together share one flush to the disk
 COMPANY_SECONDS = 0.004  # that a report waits for others to share its flush, also when there is no load
 FLUSHES_SAVED = 1000
@@ -473,7 +474,7 @@ class Store:
         if not first.urgent:
             time.sleep(pause)
         group: list[Write | None] = [first]
-        while len(group) < QUEUE_LIMIT:
+        while len(group) < GROUP_LIMIT:
             try:
                 group.append(self._queue.get_nowait())
             except queue.Empty:
