@@ -79,7 +79,7 @@ BATCH_LIMIT = 500  # reports in one request
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
-DIRECT_LIMIT = 1 << 16  # bytes of a request that goes to the writer without a thread
+DIRECT_LIMIT, DIRECT_UNPACKED = 1 << 16, 1 << 19  # bytes of a request that goes to the writer without a thread
 THREADS = 8  # for pages, the API, and reports that come in bulk
 QUEUE_LIMIT = 5000  # writes that may wait for the writer
 GROUP_LIMIT = 200  # of them in one transaction: some 100 ms, and nobody waits longer for his turn
@@ -9053,7 +9053,8 @@ class Dispatcher(ThreadedTaskDispatcher):
     def add_task(self, channel: HttpChannel) -> None:
         request = channel.requests[0]
         host_name = None if request.error or request.command != "POST" else reporting_host(request.path)
-        if host_name is None or not 0 < request.content_length <= DIRECT_LIMIT or not self.sockets.here():
+        body = None if host_name is None or not self.sockets.here() else small_body(request)
+        if host_name is None or body is None:
             return super().add_task(channel)
 
         def header(name: str) -> str:
@@ -9064,7 +9065,7 @@ class Dispatcher(ThreadedTaskDispatcher):
             self.sockets.answered(channel)
 
         try:
-            self.monitor.store.put(Delivery(self.monitor, host_name, header, request.get_body_stream().read(), answer))
+            self.monitor.store.put(Delivery(self.monitor, host_name, header, body, answer))
             channel.at_writer = True
         except Problem as problem:
             answer(problem_answer(problem))
@@ -9075,6 +9076,18 @@ class Dispatcher(ThreadedTaskDispatcher):
             self.monitor.store.write(lambda db: None)
             self.sockets.answer()
         return super().shutdown(cancel_pending, timeout)
+
+
+def small_body(request: Any) -> bytes | None:
+    """The body of a request that the writer can deal with in passing; None if it is too much for that."""
+    if not 0 < request.content_length <= DIRECT_LIMIT:
+        return None
+    stream = request.get_body_stream()
+    body = stream.read()
+    if request.headers.get("CONTENT_ENCODING") and int.from_bytes(body[-4:], "little") > DIRECT_UNPACKED:
+        stream.seek(0)  # gzip's last four bytes are the size unpacked
+        return None
+    return body
 
 
 IDLE = select.EPOLLIN | select.EPOLLPRI

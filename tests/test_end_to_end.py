@@ -448,6 +448,23 @@ def test_large_reports_and_small_ones_take_turns_on_one_connection(live_server):
             assert b'"accepted": 1' in read_answer(wire)
 
 
+def test_a_report_that_unpacks_to_much_keeps_the_writer_from_nobody(live_server):
+    """8 MB of JSON in a few kB: read by a thread; small reports of others are answered meanwhile."""
+    token, other = live_server.register("pve1"), live_server.register("pve2")
+    report = build_report(at=time.time(), run_id="large", seq=1, gpu=[{"n": n % 10} for n in range(900_000)])
+    body = gzip.compress(encode(report), 9)
+    assert len(body) < 1 << 16 and len(encode(report)) > 8_000_000
+    head = raw_report(token, 1).partition(b"\r\n\r\n")[0]
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"content-length", b"webhook"))]
+    lines += [f"{name}: {value}".encode() for name, value in sign(token, body, time.time()).items()]
+    sent = b"\r\n".join([*lines, b"Content-Length: %d" % len(body)]) + b"\r\n\r\n" + body
+    with socket.create_connection(("127.0.0.1", live_server.port), timeout=60) as wire:
+        wire.sendall(sent)
+        small = build_report(host="pve2", at=time.time())
+        assert live_server.post(other, small, host="pve2").json()["accepted"] == 1
+        assert b'"accepted": 1' in read_answer(wire)
+
+
 def test_a_stop_under_load_answers_or_hangs_up_and_loses_nothing(live_server):
     token, acknowledged = live_server.register("pve1"), []
 
