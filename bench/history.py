@@ -55,6 +55,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--hosts", type=int, default=5, help="hosts in the test of CPU, one day of reports each")
     parser.add_argument("--days", type=int, default=33, help="days of one host in the test of size")
     parser.add_argument("--connections", type=int, default=16, help="senders at once")
+    parser.add_argument("--rate", type=float, help="reports in a second at the most, instead of as fast as they are taken")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", choices=("size", "cpu"), help="one part alone")
     parser.add_argument("--binary", type=Path, help="the frozen server, to measure its memory instead of the source's")
@@ -352,7 +353,7 @@ def measure_cpu(folder: Path, options: argparse.Namespace, begin: int, *, played
         signed = partial(sign_played, clock, report["time"] + 0.1) if played else sign
         requests.append((f"/api/v1/hosts/{host.name}/reports", body, partial(signed, keys[host.name], f"m{number}")))
     before, started = process.cpu(), time.monotonic()
-    post_all(process.port, requests, options.connections)
+    post_all(process.port, requests, options.connections, options.rate)
     fed, seconds = process.cpu() - before, time.monotonic() - started
     wait_until_packed(folder, clock, begin + DAY + 2 * HOUR)
     count = len(requests) / 1000
@@ -548,7 +549,7 @@ def measure_peer(peer: Peer, folder: Path, options: argparse.Namespace, begin: i
         batch = [(peer.path, peer.encode([report], host.name), lambda body: peer.headers)
                  for host, report in build_requests(hosts, begin + first * STEP, HOUR_TICKS)]
         before, started = process.cpu(), time.monotonic()
-        post_all(process.port, batch, peer.connections)
+        post_all(process.port, batch, peer.connections, options.rate)
         used, seconds, count = used + process.cpu() - before, seconds + time.monotonic() - started, count + len(batch)
     values = count_values(hosts[0].report(0)) * count
     before = process.cpu()
