@@ -1082,7 +1082,7 @@ def misfit(value: Any, *, strict: bool, depth: int = 0) -> list[Any] | None:
             if not least <= one <= most:
                 return [key, "not a number that can be kept"]
         elif kind is dict or kind is list:
-            wrong = misfit(one, strict=strict, depth=depth + 1) if one else None
+            wrong = misfit(one, strict=strict, depth=depth + 1)
             if wrong is not None:
                 return [key, *wrong]
         elif strict and one is not None and type(key) is str and names_a_number(key):
@@ -1218,7 +1218,7 @@ class HostState:
         found = self.sections.get(section)
         return default if found is None or found.body is None else found.body
 
-    def knows(self, section: str) -> bool:
+    def has(self, section: str) -> bool:
         """Whether a section has a value."""
         found = self.sections.get(section, NOTHING)
         return found.value is not None or found.report is not None
@@ -1524,7 +1524,7 @@ def count_inactive(state: HostState) -> int | None:
 
 def count_suspect(state: HostState) -> int | None:
     """Disks that something is wrong with, as the alerts have it; None if no disk could be looked at."""
-    if not state.knows("disks"):
+    if not state.has("disks"):
         return None
     return len({alert.object for alert in state.alerts.values()
                 if alert.object.startswith("disks/") and alert.state == "firing" and alert.severity != "info"})
@@ -3013,7 +3013,7 @@ def coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
 
 def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
     """The host table's column: seconds the latest backup is late, 0 or less = all on time, None = not known."""
-    if not state.knows("backups") or not state.knows("guests"):
+    if not state.has("backups") or not state.has("guests"):
         return None
     try:
         late = [one.late_seconds for one in coverage(state, fleet, now) if one.late_seconds is not None]
@@ -5648,7 +5648,8 @@ def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], li
 
 
 def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]:
-    """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago."""
+    """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago: what
+    restarted() says of two rows, for all rows at once."""
     waits = [(after - before) / 1000 for before, after in zip(times, times[1:])]
     uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
     if uptimes is not None:

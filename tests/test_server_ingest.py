@@ -461,7 +461,7 @@ def test_large_sections_are_kept_as_they_came_and_read_again(register, post, mon
     if way == "restart":
         monitor.reload()
     state = monitor.fleet.find("pve1")
-    assert state.sections["guests"].value is None and state.knows("guests") and not state.knows("snapshots")
+    assert state.sections["guests"].value is None and state.has("guests") and not state.has("snapshots")
     shown = admin.get("/api/v1/hosts/pve1").json()
     if way != "batch":
         assert [one["vmid"] for one in shown["sections"]["guests"]["body"]] == [100, 101, 102, 103, 104]
@@ -469,7 +469,7 @@ def test_large_sections_are_kept_as_they_came_and_read_again(register, post, mon
     assert shown["sections"]["backups"]["body"] == backups
     assert shown["sections"]["backups"]["time"] == START - 90
     post(token, build_report(seq=9, at=START + 9, absent=["guests"], guests=None))
-    assert state.body("guests") is None and not state.knows("guests")
+    assert state.body("guests") is None and not state.has("guests")
     assert admin.get("/api/v1/hosts/pve1").json()["guests_total"] is None
 
 
