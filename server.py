@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> database -> queries -> auth -> reports -> fleet -> rules -> notifications -> columns
-        -> history -> remote -> ingest -> jobs -> api -> page -> serving -> commands
+    constants -> config -> database -> queries -> auth -> reports -> fleet -> ingest -> rules -> notifications
+        -> columns -> history -> remote -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
 one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
@@ -1694,6 +1694,289 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
+
+
+# --- ingest: a report counts whole or not at all, and once ---
+
+
+class Monitor:
+    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock = config, clock
+        self.secret = config.secret()
+        self.fleet = Fleet()
+        self.fleet.serving_since = clock()
+        self.fleet.public_url = config.public_url
+        self.judged_at: float | None = None  # monotonic: the rules' last round
+        self.looked_at = clock()
+        self.use_settings(load_settings(config))
+        self.runs: dict[tuple[int, str], Run] = {}
+        self.history = History()
+        self.logins = LoginLimiter()
+        self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
+        self.boot = secrets.token_hex(4)  # makes ETags of another start of the server invalid
+        self.reports_accepted = self.reports_duplicate = 0
+        self.store = Store(config.database_path, self.reload)
+        self.store.write(self._start)
+        self.keeper = open_keeper(config, self.store, self.history, self.fleet)
+        self.notifier = Notifier(self.store, self.fleet, clock)
+        self.replaying = threading.Lock()
+
+    def _start(self, db: sqlite3.Connection) -> None:
+        check_secret(db, self.secret)
+        set_meta(db, "serving_since", self.fleet.serving_since)
+        self.fleet.load(db)
+        drop_orphans(db, self.fleet, self.clock())
+
+    def _stop(self, db: sqlite3.Connection) -> None:
+        self.fleet.refresh(db)
+        for state in self.fleet.hosts.values():
+            keep_state(db, state)
+
+    def use_settings(self, settings: Settings) -> None:
+        """Take over what server.toml says."""
+        self.settings = settings
+        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
+
+    def reload_settings(self) -> bool:
+        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
+        try:
+            self.use_settings(load_settings(self.config))
+        except Failure as failure:
+            log(f"server: {failure}; the old rules stay")
+            told = f"{failure}; the old rules stay"
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
+            return False
+        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
+        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
+        self.notifier.start()
+        return True
+
+    def reload(self) -> None:
+        """After a failed commit memory is ahead of the disk: take the disk's word."""
+        self.runs.clear()
+        self.history.clear()
+        try:
+            self.fleet.load(self.store.db)
+        except Exception as error:  # the writer lives on, and the next failure tries again
+            log(f"writer: could not read the state again: {error}")
+
+    def close(self) -> None:
+        self.notifier.stop()
+        if self.store.alive:
+            self.store.write(self._stop)
+        self.store.close()
+
+
+class Run(NamedTuple):
+    """A run of an agent as the database has it: row id and the sequence numbers that have come."""
+
+    id: int
+    ranges: list[list[int]]
+
+
+def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
+    """Remember which secret the tokens were made with; say so in the log if it is another now."""
+    mark = hmac.digest(secret, b"proxmon secret check", "sha256").hex()
+    known = get_meta(db, "secret_check")
+    if known is None:
+        set_meta(db, "secret_check", mark)
+    elif known != mark:
+        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
+            "restore it, or rotate the token of every host")
+
+
+class Answer(Exception):
+    """A finished answer; raised or returned."""
+
+    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
+                 stream: Iterator[bytes] | None = None):
+        super().__init__(status)
+        self.status, self.body, self.headers = status, body, headers or {}
+        self.stream = stream  # instead of a body, when it would be too long to hold
+
+
+def error_answer(error: Exception) -> Answer:
+    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
+    if isinstance(error, Problem):
+        return problem_answer(error)
+    log("".join(traceback.format_exception(error)).replace("\n", " | "))
+    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
+                  {"Content-Type": "application/problem+json"})
+
+
+def problem_answer(problem: Problem) -> Answer:
+    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
+    return Answer(problem.status, problem.body(), headers)
+
+
+def media_type(text: str) -> str:
+    return text.partition(";")[0].strip().lower()
+
+
+class Received(NamedTuple):
+    """What one request brought: checked, and not on the disk yet."""
+
+    host_id: int
+    reports: list[dict[str, Any]]
+    body: bytes | None  # as it can be kept for its one report
+    now: float
+
+
+def receive(monitor: Monitor, db: sqlite3.Connection, host_name: str, header: Callable[[str], str],
+            body: bytes) -> Received:
+    """Check a request with reports: media type, signature, shape, rate. `Problem` for everything wrong."""
+    now = monitor.clock()
+    encoding = header("content-encoding").lower()
+    if media_type(header("content-type")) != "application/json":
+        raise Problem("unsupported_media_type", "send application/json")
+    if encoding not in ("", "identity", "gzip"):
+        raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
+    monitor.fleet.refresh(db)
+    host = monitor.fleet.names.get(host_name.lower())
+    if host is None:
+        raise Problem("unknown_host", "no host of this name is registered")
+    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
+    unpacked = unpack(body, encoding)
+    parsed = parse_json(unpacked)
+    reports = check_reports(parsed, host.name)
+    wait = monitor.ingest_rate.take(host.id, len(reports), now)
+    if wait:
+        raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
+    as_it_came = encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(unpacked)
+    return Received(host.id, reports, body if as_it_came else None, now)
+
+
+def keep(monitor: Monitor, received: Received, db: sqlite3.Connection) -> Answer:
+    """Write what was received; gives back what the sender is told once it is on the disk."""
+    accepted = insert_reports(monitor, received.host_id, received.reports, received.body, received.now, db)
+    told = {"status": "ok", "accepted": accepted, "duplicates": len(received.reports) - accepted,
+            "server_time": received.now}
+    return Answer(200, json.dumps(told).encode())
+
+
+def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
+    """Take the reports of one request; returns when they are on the disk. `Problem` for everything else."""
+    received = receive(monitor, monitor.store.reader(), host_name, header, body)
+
+    def work(db: sqlite3.Connection) -> Answer:
+        monitor.fleet.refresh(db)
+        return keep(monitor, received, db)
+
+    return monitor.store.write(work, urgent=False)
+
+
+class Delivery(Write):
+    """A request with reports for which no thread waits: the writer checks it, keeps it, and has it answered. Most
+    requests are one small report; to hand each to a thread and back costs more than all that is done with it."""
+
+    def __init__(self, monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes,
+                 answer: Callable[[Answer], None]):
+        super().__init__(self.receive, urgent=False)
+        self.monitor, self.request, self.answer = monitor, (host_name, header, body), answer
+
+    def receive(self, db: sqlite3.Connection) -> Answer:
+        return keep(self.monitor, receive(self.monitor, db, *self.request), db)
+
+    def finish(self) -> None:
+        self.answer(self.value if self.error is None else error_answer(self.error))
+
+
+def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
+                   db: sqlite3.Connection) -> int:
+    """Write what is new of a batch and all that follows from it; gives back how many were new. By the writer."""
+    state = monitor.fleet.hosts.get(host_id)
+    if state is None:
+        raise Problem("unknown_host", "the host has just been removed")
+    accepted, late, bodies = 0, False, {}
+    changed: set[str] = set()
+    for report in reports:
+        run = find_run(monitor, db, state, report["run_id"], now)
+        if not add_to_ranges(run.ranges, report["seq"]):
+            continue
+        at = min(report["time"], now)
+        packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
+        report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
+        stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
+        changed |= take_report(db, monitor.fleet, state, report, stamp)
+        monitor.history.remember(host_id, report_id, report, now)
+        state.unwritten[run.id] = run
+        late = late or at < state.kept_at - KEEP_STATE_SECONDS
+        accepted += 1
+    if accepted:
+        if late or not 0 <= now - state.kept_at < KEEP_STATE_SECONDS:
+            keep_state(db, state)
+        judge_host(db, monitor.fleet, state, now, changed)
+        dispatch(db, monitor.fleet, [state], now)
+        state.let_go(bodies)
+        monitor.fleet.generation += 1
+    monitor.reports_accepted += accepted
+    monitor.reports_duplicate += len(reports) - accepted
+    return accepted
+
+
+def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
+                stamp: Stamp) -> set[str]:
+    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
+    newest = stamp.newer_than(state.stamp)
+    watch_agent(state, report, stamp)
+    changed = state.apply(report, stamp)
+    absorb_tasks(state, report.get("tasks"), stamp.time)
+    if newest:
+        state.scratch["heard"] = state.scratch.get("heard", 0) + 1
+    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
+        judge_backlog(db, fleet, state, report, stamp)
+    return set(changed)
+
+
+def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
+    """The run a report belongs to, made with its first report."""
+    run = monitor.runs.get((state.id, run_id))
+    if run is None:
+        row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
+                         {"host": state.id, "run": run_id}).fetchone()
+        if row is None:
+            # Not yet seen, as far as keep_state() goes: what its older runs have not written must still be found.
+            new_id = db.execute("""
+                INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
+                VALUES (:host, :run, '', :now, :kept)""",
+                {"host": state.id, "run": run_id, "now": now, "kept": state.kept_at}).lastrowid
+            run = Run(new_id or 0, [])
+        else:
+            run = Run(row["id"], parse_ranges(row["ranges"]))
+            for recent in recent_reports(db, state.id):
+                if recent["run"] == run.id:
+                    add_to_ranges(run.ranges, recent["seq"])
+        monitor.runs[state.id, run_id] = run
+    return run
+
+
+def keep_state(db: sqlite3.Connection, state: HostState) -> None:
+    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed. A report
+    that is younger than the last such write less KEEP_STATE_SECONDS is in the tail and can be counted there:
+    recent_reports(). An older one that comes late is written at once, and so is a host whose tail goes into chunks."""
+    if state.behind:
+        catch_up(db, state)
+    if not state.unwritten:
+        return
+    for run in state.unwritten.values():
+        db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
+                   {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
+    db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
+               {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
+    state.unwritten, state.kept_at = {}, state.last_seen_at or 0.0
+
+
+def catch_up(db: sqlite3.Connection, state: HostState) -> None:
+    """After a start: what came before it and was not written yet is found in the tail, and nowhere else."""
+    state.behind = False
+    for recent in recent_reports(db, state.id):
+        run = state.unwritten.get(recent["run"])
+        if run is None:
+            row = db.execute("SELECT id, ranges FROM run WHERE id = :id", {"id": recent["run"]}).fetchone()
+            run = state.unwritten[recent["run"]] = Run(row["id"], parse_ranges(row["ranges"]))
+        add_to_ranges(run.ranges, recent["seq"])
 
 
 # --- rules: what is wrong, from when on, and until when ---
@@ -6973,289 +7256,6 @@ def open_keeper(config: Config, store: Store, history: History, fleet: Fleet) ->
     if config.history_url == "sqlite:":
         return Keeper(store, history, fleet)
     return RemoteKeeper(store, history, fleet, config.history_url)
-
-
-# --- ingest: a report counts whole or not at all, and once ---
-
-
-class Monitor:
-    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
-
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
-        self.config, self.clock = config, clock
-        self.secret = config.secret()
-        self.fleet = Fleet()
-        self.fleet.serving_since = clock()
-        self.fleet.public_url = config.public_url
-        self.judged_at: float | None = None  # monotonic: the rules' last round
-        self.looked_at = clock()
-        self.use_settings(load_settings(config))
-        self.runs: dict[tuple[int, str], Run] = {}
-        self.history = History()
-        self.logins = LoginLimiter()
-        self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
-        self.boot = secrets.token_hex(4)  # makes ETags of another start of the server invalid
-        self.reports_accepted = self.reports_duplicate = 0
-        self.store = Store(config.database_path, self.reload)
-        self.store.write(self._start)
-        self.keeper = open_keeper(config, self.store, self.history, self.fleet)
-        self.notifier = Notifier(self.store, self.fleet, clock)
-        self.replaying = threading.Lock()
-
-    def _start(self, db: sqlite3.Connection) -> None:
-        check_secret(db, self.secret)
-        set_meta(db, "serving_since", self.fleet.serving_since)
-        self.fleet.load(db)
-        drop_orphans(db, self.fleet, self.clock())
-
-    def _stop(self, db: sqlite3.Connection) -> None:
-        self.fleet.refresh(db)
-        for state in self.fleet.hosts.values():
-            keep_state(db, state)
-
-    def use_settings(self, settings: Settings) -> None:
-        """Take over what server.toml says."""
-        self.settings = settings
-        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
-
-    def reload_settings(self) -> bool:
-        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
-        try:
-            self.use_settings(load_settings(self.config))
-        except Failure as failure:
-            log(f"server: {failure}; the old rules stay")
-            told = f"{failure}; the old rules stay"
-            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
-            return False
-        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
-        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
-        self.notifier.start()
-        return True
-
-    def reload(self) -> None:
-        """After a failed commit memory is ahead of the disk: take the disk's word."""
-        self.runs.clear()
-        self.history.clear()
-        try:
-            self.fleet.load(self.store.db)
-        except Exception as error:  # the writer lives on, and the next failure tries again
-            log(f"writer: could not read the state again: {error}")
-
-    def close(self) -> None:
-        self.notifier.stop()
-        if self.store.alive:
-            self.store.write(self._stop)
-        self.store.close()
-
-
-class Run(NamedTuple):
-    """A run of an agent as the database has it: row id and the sequence numbers that have come."""
-
-    id: int
-    ranges: list[list[int]]
-
-
-def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
-    """Remember which secret the tokens were made with; say so in the log if it is another now."""
-    mark = hmac.digest(secret, b"proxmon secret check", "sha256").hex()
-    known = get_meta(db, "secret_check")
-    if known is None:
-        set_meta(db, "secret_check", mark)
-    elif known != mark:
-        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
-            "restore it, or rotate the token of every host")
-
-
-class Answer(Exception):
-    """A finished answer; raised or returned."""
-
-    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
-                 stream: Iterator[bytes] | None = None):
-        super().__init__(status)
-        self.status, self.body, self.headers = status, body, headers or {}
-        self.stream = stream  # instead of a body, when it would be too long to hold
-
-
-def error_answer(error: Exception) -> Answer:
-    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
-    if isinstance(error, Problem):
-        return problem_answer(error)
-    log("".join(traceback.format_exception(error)).replace("\n", " | "))
-    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
-                  {"Content-Type": "application/problem+json"})
-
-
-def problem_answer(problem: Problem) -> Answer:
-    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
-    return Answer(problem.status, problem.body(), headers)
-
-
-def media_type(text: str) -> str:
-    return text.partition(";")[0].strip().lower()
-
-
-class Received(NamedTuple):
-    """What one request brought: checked, and not on the disk yet."""
-
-    host_id: int
-    reports: list[dict[str, Any]]
-    body: bytes | None  # as it can be kept for its one report
-    now: float
-
-
-def receive(monitor: Monitor, db: sqlite3.Connection, host_name: str, header: Callable[[str], str],
-            body: bytes) -> Received:
-    """Check a request with reports: media type, signature, shape, rate. `Problem` for everything wrong."""
-    now = monitor.clock()
-    encoding = header("content-encoding").lower()
-    if media_type(header("content-type")) != "application/json":
-        raise Problem("unsupported_media_type", "send application/json")
-    if encoding not in ("", "identity", "gzip"):
-        raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
-    monitor.fleet.refresh(db)
-    host = monitor.fleet.names.get(host_name.lower())
-    if host is None:
-        raise Problem("unknown_host", "no host of this name is registered")
-    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
-    unpacked = unpack(body, encoding)
-    parsed = parse_json(unpacked)
-    reports = check_reports(parsed, host.name)
-    wait = monitor.ingest_rate.take(host.id, len(reports), now)
-    if wait:
-        raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
-    as_it_came = encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(unpacked)
-    return Received(host.id, reports, body if as_it_came else None, now)
-
-
-def keep(monitor: Monitor, received: Received, db: sqlite3.Connection) -> Answer:
-    """Write what was received; gives back what the sender is told once it is on the disk."""
-    accepted = insert_reports(monitor, received.host_id, received.reports, received.body, received.now, db)
-    told = {"status": "ok", "accepted": accepted, "duplicates": len(received.reports) - accepted,
-            "server_time": received.now}
-    return Answer(200, json.dumps(told).encode())
-
-
-def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
-    """Take the reports of one request; returns when they are on the disk. `Problem` for everything else."""
-    received = receive(monitor, monitor.store.reader(), host_name, header, body)
-
-    def work(db: sqlite3.Connection) -> Answer:
-        monitor.fleet.refresh(db)
-        return keep(monitor, received, db)
-
-    return monitor.store.write(work, urgent=False)
-
-
-class Delivery(Write):
-    """A request with reports for which no thread waits: the writer checks it, keeps it, and has it answered. Most
-    requests are one small report; to hand each to a thread and back costs more than all that is done with it."""
-
-    def __init__(self, monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes,
-                 answer: Callable[[Answer], None]):
-        super().__init__(self.receive, urgent=False)
-        self.monitor, self.request, self.answer = monitor, (host_name, header, body), answer
-
-    def receive(self, db: sqlite3.Connection) -> Answer:
-        return keep(self.monitor, receive(self.monitor, db, *self.request), db)
-
-    def finish(self) -> None:
-        self.answer(self.value if self.error is None else error_answer(self.error))
-
-
-def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
-                   db: sqlite3.Connection) -> int:
-    """Write what is new of a batch and all that follows from it; gives back how many were new. By the writer."""
-    state = monitor.fleet.hosts.get(host_id)
-    if state is None:
-        raise Problem("unknown_host", "the host has just been removed")
-    accepted, late, bodies = 0, False, {}
-    changed: set[str] = set()
-    for report in reports:
-        run = find_run(monitor, db, state, report["run_id"], now)
-        if not add_to_ranges(run.ranges, report["seq"]):
-            continue
-        at = min(report["time"], now)
-        packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
-        report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
-        stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
-        changed |= take_report(db, monitor.fleet, state, report, stamp)
-        monitor.history.remember(host_id, report_id, report, now)
-        state.unwritten[run.id] = run
-        late = late or at < state.kept_at - KEEP_STATE_SECONDS
-        accepted += 1
-    if accepted:
-        if late or not 0 <= now - state.kept_at < KEEP_STATE_SECONDS:
-            keep_state(db, state)
-        judge_host(db, monitor.fleet, state, now, changed)
-        dispatch(db, monitor.fleet, [state], now)
-        state.let_go(bodies)
-        monitor.fleet.generation += 1
-    monitor.reports_accepted += accepted
-    monitor.reports_duplicate += len(reports) - accepted
-    return accepted
-
-
-def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
-                stamp: Stamp) -> set[str]:
-    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
-    newest = stamp.newer_than(state.stamp)
-    watch_agent(state, report, stamp)
-    changed = state.apply(report, stamp)
-    absorb_tasks(state, report.get("tasks"), stamp.time)
-    if newest:
-        state.scratch["heard"] = state.scratch.get("heard", 0) + 1
-    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
-        judge_backlog(db, fleet, state, report, stamp)
-    return set(changed)
-
-
-def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
-    """The run a report belongs to, made with its first report."""
-    run = monitor.runs.get((state.id, run_id))
-    if run is None:
-        row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
-                         {"host": state.id, "run": run_id}).fetchone()
-        if row is None:
-            # Not yet seen, as far as keep_state() goes: what its older runs have not written must still be found.
-            new_id = db.execute("""
-                INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
-                VALUES (:host, :run, '', :now, :kept)""",
-                {"host": state.id, "run": run_id, "now": now, "kept": state.kept_at}).lastrowid
-            run = Run(new_id or 0, [])
-        else:
-            run = Run(row["id"], parse_ranges(row["ranges"]))
-            for recent in recent_reports(db, state.id):
-                if recent["run"] == run.id:
-                    add_to_ranges(run.ranges, recent["seq"])
-        monitor.runs[state.id, run_id] = run
-    return run
-
-
-def keep_state(db: sqlite3.Connection, state: HostState) -> None:
-    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed. A report
-    that is younger than the last such write less KEEP_STATE_SECONDS is in the tail and can be counted there:
-    recent_reports(). An older one that comes late is written at once, and so is a host whose tail goes into chunks."""
-    if state.behind:
-        catch_up(db, state)
-    if not state.unwritten:
-        return
-    for run in state.unwritten.values():
-        db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
-                   {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
-    db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
-               {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
-    state.unwritten, state.kept_at = {}, state.last_seen_at or 0.0
-
-
-def catch_up(db: sqlite3.Connection, state: HostState) -> None:
-    """After a start: what came before it and was not written yet is found in the tail, and nowhere else."""
-    state.behind = False
-    for recent in recent_reports(db, state.id):
-        run = state.unwritten.get(recent["run"])
-        if run is None:
-            row = db.execute("SELECT id, ranges FROM run WHERE id = :id", {"id": recent["run"]}).fetchone()
-            run = state.unwritten[recent["run"]] = Run(row["id"], parse_ranges(row["ranges"]))
-        add_to_ranges(run.ranges, recent["seq"])
 
 
 # --- jobs: what runs by the clock, in one thread ---
