@@ -20,6 +20,7 @@ import functools
 import json
 import marshal
 import os
+import re
 import select
 import signal
 import socket
@@ -30,7 +31,8 @@ import tomllib
 import zlib
 from _queue import Empty, SimpleQueue  # the C half of `queue`: no further imports
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, Self
 
 try:  # the digest alone, without OpenSSL: 4 MB less
     from _sha2 import sha256  # type: ignore[import-not-found]  # Python 3.12 and later
@@ -953,15 +955,12 @@ def to_seconds(text: str) -> int | None:
 
 
 def to_unix(year: int, month: int, day: int, clock: str = "00:00:00") -> int | None:
-    """A UTC date as unix seconds, without the time module's tables (days since 1970 by the civil calendar)."""
+    """A UTC date as unix seconds; None for a day that does not exist."""
     seconds = to_seconds(clock)
-    if seconds is None or not 1 <= month <= 12 or not 1 <= day <= 31:
+    try:
+        return None if seconds is None else int(datetime(year, month, day, tzinfo=UTC).timestamp()) + seconds
+    except (ValueError, OverflowError):
         return None
-    shifted = year - (month <= 2)
-    era, of_era = divmod(shifted, 400)
-    of_year = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
-    days = era * 146097 + of_era * 365 + of_era // 4 - of_era // 100 + of_year - 719468
-    return days * 86400 + seconds
 
 
 def parse_ctime(text: str) -> int | None:
@@ -1877,7 +1876,7 @@ def parse_vmids(text: str | None) -> list[int]:
     return sorted(int(part) for part in parts if is_whole(part.strip()))
 
 
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 EVENT_NAMES = {
     "minutely": "*:*",
     "hourly": "*:0",
@@ -1890,86 +1889,154 @@ EVENT_NAMES = {
     "semiannually": "1,7-1 0:0",
     "semi-annually": "1,7-1 0:0",
 }
-EVERY = ((1970, 2099), (1, 12), (1, 31), (0, 23), (0, 59), (0, 59))  # year … second
+EVENT_DAYS = r"([a-z]++(?:\.\.[a-z]++)?+(?:,[a-z]++(?:\.\.[a-z]++)?+)*+)"
+EVENT_VALUES = r"(\*(?:/\d++)?+|\d++(?:\.\.\d++)?+(?:/\d++)?+(?:,\d++(?:\.\.\d++)?+(?:/\d++)?+)*+)"
+EVENT = re.compile(
+    rf"(?:{EVENT_DAYS} *)?(?:(?:{EVENT_VALUES}-)?{EVENT_VALUES}-{EVENT_VALUES} *)?"
+    rf"(?:(?:{EVENT_VALUES}:)?{EVENT_VALUES}(?::{EVENT_VALUES})?)?"
+)
+EVENT_LIMITS = ((0, 2199), (1, 12), (1, 31), (0, 23), (0, 59), (0, 59))  # what `*` begins with, the highest value
+EVENT_STEPS = 1000  # proxmox-time gives up after as many
+OPEN_END = 10_000
+DUE_SPANS = (120, 7200, 2 * DAY, 15 * DAY, 70 * DAY, 800 * DAY, 6000 * DAY)  # how far back due times are looked for
+DUE_TIMES = 8  # so many of the last ones are told
 
 
-def parse_calendar_event(text: str) -> list[set[int]] | None:
-    """`[WEEKDAY] [[YEARS-]MONTHS-DAYS] [HOURS:MINUTES[:SECONDS]]` as sets of weekday, year … second, else None.
+class CalendarEvent(NamedTuple):
+    """When something is due, as proxmox-time understands it [proxmox-rs proxmox-time/src/calendar_event.rs]."""
 
-    A lone number or repetition counts minutes (`*/15`) [pve-common PVE/CalendarEvent.pm; proxmox-time].
-    """
-    text = text.strip().lower()
-    days: set[int] | None = None
-    date, clock = ["*", "*", "*"], ["0", "0", "0"]
-    try:
-        for word in EVENT_NAMES.get(text, text).split():
-            if word[0].isalpha():
-                days = (days or set()) | parse_weekdays(word)
-            elif "-" in word:
-                date = (["*"] + word.split("-"))[-3:]
-            else:
-                parts = word.split(":")
-                clock = ["*", parts[0], "0"] if len(parts) == 1 else [*parts, "0"][:3]
-        values = [parse_event_field(*pair) for pair in zip(date + clock, EVERY)]
-    except (ValueError, IndexError):
+    utc: bool
+    weekdays: frozenset[int]
+    fields: list[list[range]]  # of year, month, day, hour, minute, second; [] is any
+
+
+@functools.lru_cache(64)
+def parse_calendar_event(text: str) -> CalendarEvent | None:
+    """`[WEEKDAYS] [[YEARS-]MONTHS-DAYS] [[HOURS:]MINUTES[:SECONDS]] [UTC]`; None where Proxmox refuses it."""
+    body = text.strip().removesuffix("UTC").rstrip(" ")
+    found = EVENT.fullmatch(EVENT_NAMES.get(body, body.lower()))
+    if not body or found is None:
         return None
-    return [days or set(range(7)), *values] if text else None
+    weekdays, year, month, day, hour, minute, second = found.groups()
+    clock = ("0", "0", "0") if minute is None else (hour or "*", minute, second or "0")
+    try:
+        values = [year or "*", month or "*", day or "*", *clock]
+        fields = [parse_event_values(field, *limits) for field, limits in zip(values, EVENT_LIMITS)]
+        return CalendarEvent(text.strip().endswith("UTC"), parse_weekdays(weekdays), fields)
+    except ValueError:
+        return None
 
 
-def parse_weekdays(word: str) -> set[int]:
+def parse_weekdays(text: str | None) -> frozenset[int]:
+    """`mon..wed,sunday` as days from 0 (Monday); all of them where none is named."""
+    numbers = {name: number for number, day in enumerate(WEEKDAYS) for name in (day, day[:3])}
     days: set[int] = set()
-    for part in word.split(","):
-        first, dots, last = part.partition("..")
-        start = WEEKDAYS.index(first[:3])
-        end = WEEKDAYS.index(last[:3]) if dots else start
-        days.update(day % 7 for day in range(start, end + 1 if end >= start else end + 8))
-    return days
+    for part in (text or "mon..sun").split(","):
+        first, _, last = part.partition("..")
+        if first not in numbers or (last or first) not in numbers:
+            raise ValueError(part)
+        length = (numbers[last or first] - numbers[first]) % 7
+        days.update((numbers[first] + ahead) % 7 for ahead in range(length + 1))
+    return frozenset(days)
 
 
-def parse_event_field(text: str, limits: tuple[int, int]) -> set[int]:
-    """`1,5..10,12/2` or `*/15` as a set; ValueError when it is none."""
-    values: set[int] = set()
-    for part in text.split(","):
-        span, slash, step = part.partition("/")
-        first, dots, last = span.partition("..")
-        start = limits[0] if first == "*" else int(first)
-        end = int(last) if dots else limits[1] if slash or first == "*" else start
-        if not limits[0] <= start <= end <= limits[1] or (slash and int(step) < 1):
+def parse_event_values(text: str, lowest: int, highest: int) -> list[range]:
+    """`1,5..10,12/2` or `*/15`. A repetition has no end of its own: from :56 of `*/28` the next one is the 84th minute,
+    which is :24 of the next hour and no hit; so it is due at :28 then, and never at :00."""
+    spans = []
+    for part in [] if text == "*" else text.split(","):
+        values, slash, repeat = part.partition("/")
+        first, dots, last = values.partition("..")
+        start, step = lowest if first == "*" else int(first), int(repeat or 1)
+        end = int(last) if dots else OPEN_END if slash else start
+        if start > min(end, highest) or (dots and end > highest) or step > highest or (first == "*" and not step):
             raise ValueError(text)
-        values.update(range(start, end + 1, int(step) if slash else 1))
-    return values
+        spans.append(range(start, end + 1, step) if step else range(start, start + 1))
+    return spans
 
 
-def next_event(text: str, now: float) -> int | None:
-    """When a calendar event comes next, in the host's time zone; None when never within 400 days or not understood."""
+def next_value(spans: list[range], value: int) -> int | None:
+    """The field's lowest value that is not below this one."""
+    later = [span.start + max(0, -((span.start - value) // span.step)) * span.step for span in spans]
+    return min((found for found, span in zip(later, spans) if found in span), default=None)
+
+
+def next_event(text: str, after: float) -> int | None:
+    """When it is due next, in the host's time zone; None when never, or not understood.
+
+    Each step is made on the wall clock and then settled in the zone, as Proxmox does: 2:30 of the night without one
+    becomes 3:30, which is no hit, so there is no run in that night [proxmox-time/src/tm_editor.rs].
+    """
     event = parse_calendar_event(text)
     if event is None:
         return None
-    days, years, months, dates, hours, minutes, seconds = event
-    today = time.localtime(now)
-    for ahead in range(400):
-        day = time.localtime(time.mktime((today.tm_year, today.tm_mon, today.tm_mday + ahead, 12, 0, 0, 0, 0, -1)))
-        if day.tm_wday not in days or day.tm_mon not in months or day.tm_mday not in dates or day.tm_year not in years:
-            continue
-        for hour in sorted(hours):
-            for minute in sorted(minutes):
-                for second in sorted(seconds):
-                    at = time.mktime((day.tm_year, day.tm_mon, day.tm_mday, hour, minute, second, 0, 0, -1))
-                    if at > now:
-                        return int(at)
+    since = int(after) + 1
+    at = datetime.fromtimestamp(since, UTC if event.utc else None)
+    for _ in range(EVENT_STEPS):
+        following = next_step(event, at)
+        if following is None:
+            return None
+        if following == at:
+            return int(at.timestamp())
+        at = settle(following, at.timestamp())
     return None
+
+
+def next_step(event: CalendarEvent, at: datetime) -> datetime | None:
+    """One step towards a hit: the first field that does not fit is moved on and all below it start anew; `at` itself
+    when everything fits, None when no year does."""
+    fields = [at.year, at.month, at.day, at.hour, at.minute, at.second]
+    for place, (spans, value) in enumerate(zip(event.fields, fields)):
+        if place == 3 and at.weekday() not in event.weekdays:
+            return replace_wall(at, fields, 2, at.day + 1)
+        if spans and not any(value in span for span in spans):
+            following = next_value(spans, value)
+            if following is not None:
+                return replace_wall(at, fields, place, following)
+            return replace_wall(at, fields, place - 1, fields[place - 1] + 1) if place else None
+    return at
+
+
+def replace_wall(at: datetime, fields: list[int], place: int, value: int) -> datetime | None:
+    """The wall clock with one field set (it may run over: the 32nd, hour 27) and those below it at their beginning."""
+    year, month, *rest = fields[:place] + [value] + [0, 1, 1, 0, 0, 0][place + 1 :]
+    year, month = year + (month - 1) // 12, (month - 1) % 12 + 1
+    if year > 2199:
+        return None
+    midnight = datetime(year, month, 1, tzinfo=at.tzinfo)
+    return midnight + timedelta(days=rest[0] - 1, hours=rest[1], minutes=rest[2], seconds=rest[3])
+
+
+def settle(wall: datetime, since: float) -> datetime:
+    """What the wall clock says, in its zone: a time that is skipped lies after the gap, of one that comes twice the
+    first counts, unless that is over."""
+    at = wall.timestamp()
+    return datetime.fromtimestamp(at if at >= since else wall.replace(fold=1).timestamp(), wall.tzinfo)
+
+
+def due_fields(text: str, now: float) -> dict[str, Any]:
+    """What the report says of a schedule: when it is due next, and when it was due last."""
+    return known(next_run_at=next_event(text, now), due_times=list_due_times(text, now) or None)
+
+
+def list_due_times(text: str, now: float) -> list[int]:
+    """The last times up to now at which it was due, oldest first; fewer than DUE_TIMES when it is that seldom."""
+    found: list[int] = []
+    for span in DUE_SPANS if parse_calendar_event(text) else ():
+        found, at = [], next_event(text, now - span - 1)
+        while at is not None and at <= now:
+            found.append(at)
+            at = next_event(text, at)
+        if len(found) >= DUE_TIMES or at is None:
+            break
+    return found[-DUE_TIMES:]
 
 
 def parse_local_time(text: str) -> int | None:
     """`2026-11-23 02:00:17` in the host's time zone."""
-    date, _, clock = text.strip().partition(" ")
-    parts = [to_count(part) for part in date.split("-") + clock.split(":")]
-    if len(parts) != 6 or None in parts:
-        return None
-    year, month, day, hour, minute, second = (part or 0 for part in parts)
     try:
-        return int(time.mktime((year, month, day, hour, minute, second, 0, 0, -1)))
-    except (OverflowError, ValueError):
+        return int(datetime.fromisoformat(text.strip()).timestamp()) if " " in text.strip() else None
+    except (ValueError, OverflowError):
         return None
 
 
@@ -3364,7 +3431,7 @@ def read_backup_jobs(probe: Any) -> list[dict[str, Any]]:
                     node=values.get("node"),
                     mode=values.get("mode"),
                     last_state=read_job_state(probe, name),
-                    next_run_at=next_event(values.get("schedule", ""), probe.now()) if enabled else None,
+                    **(due_fields(values.get("schedule", ""), probe.now()) if enabled else {}),
                 )
             )
     return jobs
@@ -3518,7 +3585,7 @@ def collect_replication(probe: Any, memory: dict[str, Any]) -> list[dict[str, An
         vmid = name.partition("-")[0]
         if kind == "local" and vmid in listing and listing[vmid][0] == node:
             state = as_dict(as_dict(states.get(vmid)).get(f"local/{values.get('target')}"))
-            jobs.append(build_replication(name, vmid, values, state))
+            jobs.append(build_replication(name, vmid, values, state, probe.now()))
     return jobs
 
 
@@ -3529,14 +3596,18 @@ def require_cluster(probe: Any) -> None:
         raise Absent("a stand-alone node")
 
 
-def build_replication(name: str, vmid: str, values: dict[str, str], state: dict[str, Any]) -> dict[str, Any]:
+def build_replication(
+    name: str, vmid: str, values: dict[str, str], state: dict[str, Any], now: float
+) -> dict[str, Any]:
     error = state.get("error")
+    schedule, enabled = values.get("schedule", "*/15"), not to_flag(values.get("disable", "0"))
     return known(
         id=name,
         vmid=int(vmid),
         target=values.get("target"),
-        schedule=values.get("schedule", "*/15"),
-        enabled=not to_flag(values.get("disable", "0")),
+        schedule=schedule,
+        enabled=enabled,
+        **(due_fields(schedule, now) if enabled else {}),
         last_sync_at=to_count(state.get("last_sync")) or None,  # 0: never
         last_try_at=to_count(state.get("last_try")) or None,
         duration_seconds=to_number(state.get("duration")),

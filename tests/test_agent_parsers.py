@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -449,11 +451,81 @@ NOON = 1795435200  # Monday 2026-11-23 12:00 UTC
         ("", None),
         ("99:00", None),
         ("*/0", None),
+        ("5/0", "2026-11-23 12:05:00"),  # a step of nothing is a lone value
+        ("Mon 2:00", "2026-11-30 02:00:00"),
+        ("monday..tuesday 2:00", "2026-11-24 02:00:00"),
+        ("mont 2:00", None),
+        ("2:60", None),
+        ("1-12:00", None),
+        ("Daily", None),  # the short words are taken in small letters only
+        ("*:*:30", "2026-11-23 12:00:30"),
+        ("*/9:00", "2026-11-23 18:00:00"),
+        ("*-*-31 1:00", "2026-12-31 01:00:00"),
+        ("*-02-29", "2028-02-29 00:00:00"),
     ],
 )
 def test_calendar_events(schedule: str, following: str | None) -> None:
-    at = agent.next_event(schedule, NOON)
-    assert (None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))) == following
+    assert told(agent.next_event(schedule, NOON)) == following
+
+
+def told(at: float | None) -> str | None:
+    return None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def in_zone(zone: str, text: str, *, fold: int = 0) -> float:
+    """Unix seconds of a wall clock; from then on the process lives in that zone."""
+    os.environ["TZ"] = zone
+    time.tzset()
+    return datetime.fromisoformat(text).replace(fold=fold).timestamp()
+
+
+@pytest.mark.parametrize(
+    "zone, schedule, after, following",
+    [
+        # proxmox-time settles each step in the zone: 2:30 of that night is 3:30, which is no hit
+        ("Europe/Berlin", "2:30", "2027-03-27 12:00:00", "2027-03-29 02:30:00"),
+        ("Europe/Berlin", "sun 02:00", "2027-03-27 12:00:00", "2027-04-04 02:00:00"),
+        ("Europe/Berlin", "2,22:30", "2027-03-27 23:00:00", "2027-03-28 22:30:00"),
+        ("Europe/Berlin", "*:0/15", "2027-03-28 01:45:00", "2027-03-28 03:00:00"),
+        ("America/New_York", "2:00", "2027-03-13 12:00:00", "2027-03-15 02:00:00"),
+        ("America/Santiago", "0:00", "2026-09-05 12:00:00", "2026-09-07 00:00:00"),  # midnight itself is missing
+        ("Europe/Berlin", "21:00", "2026-10-24 21:00:00", "2026-10-25 21:00:00"),
+        ("America/New_York", "3:00 UTC", "2026-12-01 00:00:00", "2026-12-01 22:00:00"),
+        ("America/New_York", "daily UTC", "2026-12-01 00:00:00", "2026-12-01 19:00:00"),
+        # repetitions do not begin anew at the next hour or day
+        ("UTC", "*:*/28", "2026-11-23 12:57:00", "2026-11-23 13:28:00"),
+        ("UTC", "*/9:00", "2026-11-23 18:00:00", "2026-11-24 09:00:00"),
+    ],
+)
+def test_calendar_events_by_the_wall_clock(zone: str, schedule: str, after: str, following: str) -> None:
+    assert told(agent.next_event(schedule, in_zone(zone, after))) == following
+
+
+def test_of_an_hour_that_comes_twice_the_first_counts_once() -> None:
+    summer, winter = (in_zone("Europe/Berlin", "2026-10-25 02:00:00", fold=fold) for fold in (0, 1))
+    assert winter - summer == 3600
+    assert agent.next_event("2:00", summer - 7200) == summer
+    assert agent.next_event("2:00", summer) == in_zone("Europe/Berlin", "2026-10-26 02:00:00")
+    assert agent.next_event("2:30", winter) == winter + 1800  # asked within the second one
+    for number in range(10):
+        following = agent.next_event("*/15", summer + 900 * number)
+        assert following is not None and following > summer + 900 * number  # never back
+    # from 2:45 the next step is 3:00 of the wall clock: Proxmox makes no run in the second hour
+    assert agent.list_due_times("*/15", winter + 3600)[-2:] == [summer + 2700, winter + 3600]
+
+
+def test_due_times_are_the_last_ones_over_pauses_and_clock_changes() -> None:
+    monday_noon = in_zone("Europe/Berlin", "2026-10-26 12:00:00")
+    assert [told(at) for at in agent.list_due_times("2:30", monday_noon)][-3:] == [
+        "2026-10-24 02:30:00", "2026-10-25 02:30:00", "2026-10-26 02:30:00"]  # fmt: skip
+    windows = agent.list_due_times("mon..fri 7..18:00/15", in_zone("Europe/Berlin", "2026-11-22 12:00:00"))
+    assert told(windows[-1]) == "2026-11-20 18:45:00" and len(windows) == 8
+    skipped = agent.list_due_times("2:30", in_zone("Europe/Berlin", "2027-03-28 12:00:00"))
+    assert told(skipped[-1]) == "2027-03-27 02:30:00"
+    assert [told(at) for at in agent.list_due_times("*-02-29", monday_noon)][-2:] == [
+        "2020-02-29 00:00:00", "2024-02-29 00:00:00"]  # fmt: skip
+    assert agent.list_due_times("whenever", monday_noon) == []
+    assert agent.list_due_times("2030-1-1", monday_noon) == []
 
 
 @pytest.mark.parametrize(
