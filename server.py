@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> database -> queries -> auth -> reports -> fleet -> ingest -> rules -> notifications
-        -> columns -> history -> remote -> jobs -> api -> page -> serving -> commands
+    constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> rules
+        -> notifications -> columns -> history -> remote -> jobs -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
 one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
@@ -137,7 +137,78 @@ class Problem(Exception):
         return json.dumps(document).encode()
 
 
-# --- config: settings from the environment ---
+# --- config: settings from the environment, and how any field that is given is checked ---
+
+
+Path = tuple[Any, ...]
+
+
+class Mistake(Exception):
+    """A field that is not what it should be: the way to it (names and list positions, from 0), and why."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+
+SPEC_WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+                               list: "a list", dict: "a table"}
+
+
+def checked(given: Any, spec: Any, path: Path = ()) -> Any:
+    """`given` as `spec` wants it, or `Mistake`. A spec is one of
+
+        bool, int, float, str, list, dict  a value of this type: whole numbers are floats too, true and false are none
+        (int, 1, 65535), (float, 0, 1e11)  a number within these bounds; (str, 1, 128) a text of so many characters
+        ("fast", "medium", "slow")         one of these texts
+        [spec]                             a list of such values
+        {"name": spec, "port?": spec}      a table (JSON: object) of these fields and no others; one with `?` may be
+                                           missing or null and is left out then; "*" is the spec of all other fields
+        function                           gives back the value as it is used from then on, or raises ValueError(why)
+    """
+    if isinstance(spec, dict):
+        return checked_table(given, spec, path)
+    if isinstance(spec, list):
+        return [checked(item, spec[0], (*path, place)) for place, item in enumerate(checked(given, list, path))]
+    if isinstance(spec, tuple) and isinstance(spec[0], str):
+        if isinstance(given, str) and given in spec:
+            return given
+        raise Mistake(path, f"should be one of: {', '.join(spec)}")
+    if isinstance(spec, (type, tuple)):
+        return checked_value(given, *(spec if isinstance(spec, tuple) else (spec,)), path=path)
+    try:
+        return spec(given)
+    except ValueError as error:
+        raise Mistake(path, str(error)) from None
+
+
+def checked_table(given: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    given, result = checked_value(given, dict, path=path), {}
+    for name, spec in fields.items():
+        key = name.removesuffix("?")
+        if given.get(key) is not None:
+            result[key] = checked(given[key], spec, (*path, key))
+        elif name == key != "*":
+            raise Mistake((*path, key), "is missing")
+    for key in [key for key in given if key not in result and key + "?" not in fields]:
+        if "*" in fields:
+            result[key] = checked(given[key], fields["*"], (*path, key))
+        else:
+            here = ", ".join(name.removesuffix("?") for name in fields) or "no fields"
+            raise Mistake((*path, key), f"unknown; here belong: {here}")
+    return result
+
+
+def checked_value(given: Any, kind: type, least: float | None = None, most: float | None = None, *, path: Path) -> Any:
+    if kind is float and least is None:
+        least, most = -sys.float_info.max, sys.float_info.max  # TOML knows inf and nan
+    if type(given) is not kind and not (kind is float and type(given) is int):
+        raise Mistake(path, f"should be {SPEC_WORDS[kind]}")
+    size: Any = len(given) if isinstance(given, str) else given
+    if least is not None and most is not None and not least <= size <= most:
+        what = f"{least} to {most} characters" if kind is str else f"{SPEC_WORDS[kind]} from {least:g} to {most:g}"
+        raise Mistake(path, f"should be {what}")
+    return given
 
 
 class Config:
@@ -261,6 +332,86 @@ def resource(*names: str) -> str:
 def log(message: str) -> None:
     """One line for the journal, whatever a hostile name holds."""
     print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message), flush=True)
+
+
+# --- loops: what goes on in the background, one thread each ---
+
+
+class Stop(threading.Event):
+    """Ends all the loops that were started with it, and knows how each of them fares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loops: list[Loop] = []
+
+    def set(self) -> None:
+        super().set()
+        for loop in self.loops:
+            loop.wake()
+
+    def troubles(self) -> dict[str, str]:
+        """What is wrong with which loop; empty when all is well."""
+        return {loop.name: trouble for loop in list(self.loops) if (trouble := loop.trouble()) is not None}
+
+
+class Loop:
+    """One background thread, made by `every`. A fault in its work is told once, when it comes and when it is over,
+    and ends nothing."""
+
+    STUCK_SECONDS = 10 * MINUTE  # at one piece of work, or late for it
+
+    def __init__(self, seconds: float, name: str, work: Callable[[], float | None], stop: Stop, first: float):
+        self.seconds, self.name, self.work, self.stop = seconds, name, work, stop
+        self.error: str | None = None  # of the last turn
+        self.due_at = time.monotonic() + first
+        self._wake, self._ended = threading.Event(), False
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def wake(self) -> None:
+        """Have it work now, whenever it would have been due."""
+        self.due_at = min(self.due_at, time.monotonic())
+        self._wake.set()
+
+    def end(self) -> None:
+        """Stop this one alone; what it is at is finished."""
+        self._ended = True
+        self.stop.loops = [loop for loop in self.stop.loops if loop is not self]
+        self.wake()
+
+    def turn(self) -> None:
+        """Work once, and note when the next time is."""
+        pause, error = None, None
+        try:
+            pause = self.work()
+        except BaseException as fault:  # also SystemExit: a thread that ends without a word is the worst of faults
+            error = f"{type(fault).__name__}: {fault}"
+        if error != self.error:
+            log(f"{self.name}: {error or 'works again'}")
+        self.error, self.due_at = error, time.monotonic() + (self.seconds if pause is None else pause)
+
+    def trouble(self) -> str | None:
+        """What is wrong with it, in words; None while it works."""
+        late = time.monotonic() - self.due_at
+        if not self.thread.is_alive():
+            return "has ended"
+        return self.error or (f"has done nothing for {late:.0f} s" if late > self.STUCK_SECONDS else None)
+
+    def _run(self) -> None:
+        while not (self.stop.is_set() or self._ended):
+            self._wake.wait(max(0.0, self.due_at - time.monotonic()))
+            if self._wake.is_set() or self.due_at <= time.monotonic():
+                self._wake.clear()
+                if not (self.stop.is_set() or self._ended):
+                    self.turn()
+
+
+def every(seconds: float, name: str, work: Callable[[], float | None], stop: Stop, *, first: float = 0.0) -> Loop:
+    """Start a thread that calls `work` every so many seconds until `stop` is set, for the first time after `first`.
+    `work` may give back another pause for this once. `Loop.wake` has it work at once; `stop.troubles` tells faults."""
+    loop = Loop(seconds, name, work, stop, first)
+    stop.loops.append(loop)
+    loop.thread.start()
+    return loop
 
 
 # --- database: connections, migrations, and the one writer ---
@@ -1720,7 +1871,8 @@ class Monitor:
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
         self.keeper = open_keeper(config, self.store, self.history, self.fleet)
-        self.notifier = Notifier(self.store, self.fleet, clock)
+        self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
+        self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
         self.replaying = threading.Lock()
 
     def _start(self, db: sqlite3.Connection) -> None:
@@ -1763,7 +1915,7 @@ class Monitor:
             log(f"writer: could not read the state again: {error}")
 
     def close(self) -> None:
-        self.notifier.stop()
+        self.stop.set()
         if self.store.alive:
             self.store.write(self._stop)
         self.store.close()
@@ -4094,14 +4246,6 @@ def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
                   float(given.get("hold_crit_seconds", crit_hold)), limits.low, limits.worse, layer)
 
 
-class Mistake(Exception):
-    """Something wrong in server.toml: the way to it, and why."""
-
-    def __init__(self, path: tuple[Any, ...], reason: str):
-        super().__init__(reason)
-        self.path, self.reason = path, reason
-
-
 def check_layers(document: dict[str, Any]) -> None:
     """`Mistake` unless every threshold is one of a rule that exists, and a number."""
     check_rules(document.get("rules", {}), ("rules",))
@@ -4503,7 +4647,6 @@ def build_settings(document: dict[str, Any]) -> Settings:
     return Settings(Layers(document), built, None if digest is None else build_digest(digest, built))
 
 
-Path = tuple[Any, ...]
 COMMON: dict[str, type] = {"name": str, "kind": str, "severities": list, "sites": list, "tags": list, "hosts": list,
                            "rules": list,
           "quiet": dict, "reminders": bool, "recoveries": bool}
@@ -5076,39 +5219,23 @@ class Notifier:
 
     REFRESH_SECONDS = 3 * MINUTE  # Alertmanager is told again of all that fires
 
-    def __init__(self, store: Store, fleet: Fleet, clock: Callable[[], float]):
-        self.store, self.fleet, self.clock = store, fleet, clock
-        self._threads: dict[str, threading.Thread] = {}
-        self._stop = threading.Event()
+    def __init__(self, store: Store, fleet: Fleet, clock: Callable[[], float], stop: Stop):
+        self.store, self.fleet, self.clock, self.stop = store, fleet, clock, stop
+        self._loops: dict[str, Loop] = {}
         self._refreshed: dict[str, float] = {}
         self._testing = threading.Lock()
 
     def start(self) -> None:
-        """Have a thread for every channel there is; called again after the settings changed."""
-        for channel in self.fleet.channels:
-            thread = self._threads.get(channel.name)
-            if thread is None or not thread.is_alive():
-                thread = threading.Thread(target=self._run, args=(channel.name,), name=f"to {channel.name}",
-                                          daemon=True)
-                self._threads[channel.name] = thread
-                thread.start()
+        """Have a loop for every channel there is; called again after the settings changed."""
+        names = {channel.name for channel in self.fleet.channels}
+        for name in self._loops.keys() - names:
+            self._loops.pop(name).end()
+        for name in names - self._loops.keys():
+            self._loops[name] = every(0.5, f"to {name}", partial(self._work, name), self.stop)
 
-    def stop(self) -> None:
-        self._stop.set()
-        self.fleet.outbox_changed.set()
-
-    def _run(self, name: str) -> None:
-        while not self._stop.is_set():
-            channel = next((one for one in self.fleet.channels if one.name == name), None)
-            if channel is None:
-                return
-            try:
-                busy = self.turn(channel)
-            except Exception as error:  # a fault of ours must not silence a channel for ever
-                log(f"notifications: {name}: {type(error).__name__}: {error}")
-                busy = False
-            if not busy:
-                self._stop.wait(0.5)
+    def _work(self, name: str) -> float | None:
+        channel = next((channel for channel in self.fleet.channels if channel.name == name), None)
+        return 0.0 if channel is not None and self.turn(channel) else None
 
     def turn(self, channel: Channel) -> bool:
         """Send what is due, or make a message of what waits; whether there was anything to do."""
@@ -5299,58 +5426,36 @@ def certificate_ends_at(url: str) -> float | None:
         return None
 
 
-class CertificateWatch:
-    """Looks at this server's own certificate twice a day, beside everything else: it asks the network."""
-
-    def __init__(self, fleet: Fleet):
-        self.fleet = fleet
-        self._stop = threading.Event()
-
-    def start(self) -> None:
-        if self.fleet.public_url.startswith("https://"):
-            threading.Thread(target=self._run, name="certificate", daemon=True).start()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(MINUTE):
-            self.fleet.certificate_ends_at = certificate_ends_at(self.fleet.public_url)
-            self._stop.wait(12 * HOUR)
+def watch_certificate(fleet: Fleet) -> None:
+    """Look at this server's own certificate."""
+    fleet.certificate_ends_at = certificate_ends_at(fleet.public_url)
 
 
-class Heartbeat:
-    """Calls HEARTBEAT_URL once a minute while ingest, writer and rules are alive: when the monitor dies, whoever waits
-    for the call notices."""
+def is_well(monitor: Monitor) -> bool:
+    """Whether what comes in is written and judged."""
+    store, judged = monitor.store, monitor.judged_at
+    return store.alive and store.last_error is None and judged is not None and time.monotonic() - judged < MINUTE
 
-    def __init__(self, monitor: Monitor):
-        self.monitor, self.url = monitor, monitor.config.heartbeat_url
-        self._stop = threading.Event()
 
-    def start(self) -> None:
-        if self.url:
-            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+def beat(monitor: Monitor) -> float:
+    """Call HEARTBEAT_URL while all is well: when the monitor dies, whoever waits for the call notices. Gives back the
+    seconds to the next call."""
+    if not is_well(monitor):
+        return 5
+    request = urllib.request.Request(monitor.config.heartbeat_url, headers={"User-Agent": f"proxmon/{VERSION}"})
+    try:
+        with OPENER.open(request, timeout=SEND_TIMEOUT):
+            return MINUTE
+    except urllib.error.HTTPError as error:
+        raise Undelivered(f"HTTP {error.code}") from None
 
-    def stop(self) -> None:
-        self._stop.set()
 
-    def well(self) -> bool:
-        store, judged = self.monitor.store, self.monitor.judged_at
-        return store.alive and store.last_error is None and judged is not None and time.monotonic() - judged < MINUTE
-
-    def beat(self) -> None:
-        try:
-            with OPENER.open(urllib.request.Request(self.url, headers={"User-Agent": f"proxmon/{VERSION}"}),
-                             timeout=SEND_TIMEOUT):
-                pass
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            log(f"heartbeat: {type(error).__name__}: {getattr(error, 'reason', error)}")
-
-    def _run(self) -> None:
-        while not self._stop.wait(5):
-            if self.well():
-                self.beat()
-                self._stop.wait(MINUTE - 5)
+def start_watches(monitor: Monitor) -> None:
+    """The loops that ask the network: this server's certificate, twice a day; the sign of life to the outside."""
+    if monitor.fleet.public_url.startswith("https://"):
+        every(12 * HOUR, "certificate", partial(watch_certificate, monitor.fleet), monitor.stop, first=MINUTE)
+    if monitor.config.heartbeat_url:
+        every(MINUTE, "heartbeat", partial(beat, monitor), monitor.stop, first=5)
 
 
 # --- columns: numbers packed into few bytes, exactly ---
@@ -9206,9 +9311,7 @@ def run_server(monitor: Monitor) -> None:
         signal.signal(name, stop_serving)
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
     scheduler.start()
-    watches = (Heartbeat(monitor), CertificateWatch(monitor.fleet))
-    for watch in watches:
-        watch.start()
+    start_watches(monitor)
     monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
     log(f"server: listening on http://{config.listen}:{port}")
@@ -9220,8 +9323,6 @@ def run_server(monitor: Monitor) -> None:
         pass
     finally:
         scheduler.stop()
-        for watch in watches:
-            watch.stop()
         server.close()
         monitor.close()
         log("server: stopped")
