@@ -32,7 +32,7 @@ import zlib
 from _queue import Empty, SimpleQueue  # the C half of `queue`: no further imports
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 try:  # the digest alone, without OpenSSL: 4 MB less
     from _sha2 import sha256  # type: ignore[import-not-found]  # Python 3.12 and later
@@ -60,7 +60,9 @@ READ_LIMIT = 4 * MIB
 OUTPUT_LIMIT = 16 * MIB
 STDERR_LIMIT = 4 * KIB
 STDIN_LIMIT = 16 * KIB
-PVE_DEADLINE = 2.0  # seconds for one read below /etc/pve, which is a FUSE file system and may block
+READ_DEADLINE = 2.0  # seconds for one read of what may block: all but what the kernel has in memory
+MEMORY_PATHS = ("/proc/", "/sys/", "/dev/", "/run/")  # file systems that answer from the kernel's memory
+HWMON_PATH = "/sys/class/hwmon/"  # but not these: some drivers ask the device, an NVMe by its admin queue
 KILL_GRACE = 1.0  # seconds a killed child gets to be gone before it counts as stuck (state D)
 STUCK_LIMIT = 16  # so many stuck children at once, and no more commands are started
 
@@ -565,12 +567,13 @@ class Probe:
     """The one door outside. Everything here has a limit, and every failure is a SourceError."""
 
     def __init__(
-        self, *, path: str = COMMAND_PATH, pve_root: str = PVE_ROOT, deadline: float = PVE_DEADLINE, state: str = ""
+        self, *, path: str = COMMAND_PATH, pve_root: str = PVE_ROOT, deadline: float = READ_DEADLINE, state: str = ""
     ) -> None:
         self.path = path
         self.pve_root = pve_root
         self.environ = {**COMMAND_ENVIRON, "PATH": path}
-        self.worker = Worker(deadline, "pve")
+        self.deadline = deadline
+        self.workers: dict[str, Worker] = {}
         self.trace: Callable[[str, str, float, int, str], None] | None = None  # --explain listens here
         self.problems: dict[str, dict[str, str]] = {}
         self.stuck_file = os.path.join(state, "stuck.json") if state else ""
@@ -583,26 +586,17 @@ class Probe:
 
     def read(self, path: str, limit: int = READ_LIMIT) -> str:
         """The whole file as text; SourceError('too_large') above `limit`."""
-        return self._open_door("read", path, lambda: to_text(read_bytes(path, limit)))
+        # pmxcfs makes a new snapshot for each opening, and a file read in pieces can tear: one big read there.
+        chunk = MIB if path.startswith(self.pve_root) else 64 * KIB
+        return self._open_door("read", path, lambda: to_text(read_bytes(path, limit, chunk=chunk)))
 
     def read_line(self, path: str, limit: int = READ_LIMIT) -> str:
         """Only the first line, without its end (/run/pve/metrics may be tens of MB long)."""
         return self._open_door("read", path, lambda: to_text(read_bytes(path, limit, until=b"\n")))
 
-    def read_pve(self, path: str) -> str:
-        """A file that may block (/etc/pve …), in the worker thread with a deadline.
-
-        One big read: pmxcfs makes a new snapshot for each opening, and a file read in pieces can tear.
-        """
-        return self._open_door("read", path, lambda: to_text(read_bytes(path, READ_LIMIT, chunk=MIB)), slow=True)
-
     def list_dir(self, path: str) -> list[str]:
         """The names in a directory, sorted; a missing one is an error, not an empty list."""
         return self._open_door("list", path, lambda: sorted(os.listdir(path)))
-
-    def list_pve(self, path: str) -> list[str]:
-        """As list_dir, in the worker thread with a deadline."""
-        return self._open_door("list", path, lambda: sorted(os.listdir(path)), slow=True)
 
     def exists(self, path: str) -> bool:
         return self._open_door("stat", path, lambda: os.path.exists(path))
@@ -611,44 +605,36 @@ class Probe:
         return self._open_door("stat", path, lambda: os.stat(path))
 
     def statvfs(self, path: str) -> os.statvfs_result:
-        """Only for local file systems: on a dead NFS mount it blocks."""
-        return self._open_door("stat", path, lambda: os.statvfs(path), slow=True)
+        """Size and free space of a file system."""
+        return self._open_door("statvfs", path, lambda: os.statvfs(path))
 
     def readlink(self, path: str) -> str:
         """Where a link ends, as an absolute path."""
         return self._open_door("link", path, lambda: os.path.realpath(path, strict=True))
 
-    # the same for the look between ticks, as lean as can be: it comes seven times as often as a tick
-
-    def peek(self, path: str) -> str | None:
-        """A small file of the kernel's; None when it cannot be read."""
-        try:
-            return to_text(read_bytes(path, 4 * KIB, chunk=4 * KIB)).strip()
-        except (OSError, SourceError):
+    def worker_of(self, kind: str, path: str) -> Worker | None:
+        """Who reads a path: None (the caller itself) for what the kernel has in memory. All else may hang (pmxcfs
+        without quorum, a suspended root pool, a dying NVMe behind its hwmon file), and what hangs must cost its own
+        values alone: a worker for each kind of source, and for each device of hwmon."""
+        if path.startswith(self.pve_root):
+            name = "pve"
+        elif kind == "statvfs":
+            name = f"statvfs {path}"
+        elif path.startswith(HWMON_PATH):
+            name = path.split("/")[4]
+        elif path.startswith(MEMORY_PATHS):
             return None
+        else:
+            name = "disk"
+        if name not in self.workers:
+            self.workers.setdefault(name, Worker(self.deadline, name))
+        return self.workers[name]
 
-    def peek_dir(self, path: str) -> list[str] | None:
-        """The names in a directory, in no order."""
-        try:
-            return os.listdir(path)
-        except OSError:
-            return None
-
-    def peek_mark(self, path: str) -> tuple[int, int] | None:
-        """Inode and size: tell whether a file that is replaced as a whole has changed."""
-        try:
-            stat = os.stat(path)
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_size
-
-    def _open_door(self, kind: str, path: str, job: Callable[[], Any], *, slow: bool = False) -> Any:
+    def _open_door(self, kind: str, path: str, job: Callable[[], Any]) -> Any:
         began = time.monotonic()
         try:
-            if slow or path.startswith(self.pve_root):
-                result = self.worker.call(path, job)
-            else:
-                result = job()
+            worker = self.worker_of(kind, path)
+            result = worker.call(path, job) if worker else job()
         except OSError as error:
             told = source_error(error, path)
             self._note(kind, path, began, 0, told.code)
@@ -750,7 +736,8 @@ class Probe:
     def cancel(self) -> None:
         """End all that is under way (the agent stops). Callable from a signal handler."""
         self.stopping = True
-        self.worker.cancel()
+        for worker in tuple(self.workers.values()):
+            worker.cancel()
         for child in tuple(self.running):
             child.kill()
 
@@ -862,6 +849,44 @@ class open_ends:
     def close(self, end: int) -> None:
         self.poll.unregister(end)
         self.open.discard(end)
+
+
+class ProbeLike(Protocol):
+    """What a collector may ask: of Probe, or of a recorded host in the tests. Every failure is a SourceError."""
+
+    problems: dict[str, dict[str, str]]
+
+    def read(self, path: str, limit: int = READ_LIMIT) -> str: ...
+    def read_line(self, path: str, limit: int = READ_LIMIT) -> str: ...
+    def list_dir(self, path: str) -> list[str]: ...
+    def exists(self, path: str) -> bool: ...
+    def stat(self, path: str) -> os.stat_result: ...
+    def statvfs(self, path: str) -> os.statvfs_result: ...
+    def readlink(self, path: str) -> str: ...
+    def run(self, *argv: str, limit: float = 10.0, ok: tuple[int, ...] | None = (0,)) -> str: ...
+    def find(self, name: str) -> str: ...
+    def now(self) -> float: ...
+    def monotonic(self) -> float: ...
+    def problem(self, section: str, code: str, detail: str = "") -> None: ...
+
+
+def optional(read: Callable[..., Any], *args: Any, default: Any = None) -> Any:
+    """`read(*args)` of what need not be there: the default when it is missing. Every other error passes."""
+    try:
+        return read(*args)
+    except SourceError as error:
+        if error.code != "missing":
+            raise
+        return default
+
+
+@contextlib.contextmanager
+def part_of(probe: ProbeLike, section: str, subject: str = "") -> Iterator[None]:
+    """A part of a section: if it fails, that is noted (with its subject, a pool or a disk), and the rest goes on."""
+    try:
+        yield
+    except SourceError as error:
+        probe.problem(section, error.code, f"{subject}: {error.detail}" if subject else error.detail)
 
 
 def one_line(text: str) -> str:
@@ -2625,7 +2650,7 @@ def require_pve(probe: Any) -> None:
     if probe.exists(PVECFG) or probe.exists(METRICS):
         return
     try:
-        probe.list_pve("/etc/pve")
+        probe.list_dir("/etc/pve")
     except SourceError as error:
         if error.code == "missing":
             raise Absent("no Proxmox VE here") from None
@@ -2635,7 +2660,7 @@ def require_pve(probe: Any) -> None:
 def read_version_file(probe: Any) -> dict[str, Any]:
     """/etc/pve/.version: a counter per file. Without it pmxcfs is not mounted, and /etc/pve is an empty directory."""
     try:
-        text = probe.read_pve("/etc/pve/.version")
+        text = probe.read("/etc/pve/.version")
     except SourceError as error:
         if error.code == "missing":
             raise SourceError("unavailable", "/etc/pve is not mounted (pve-cluster down?): no .version") from None
@@ -2645,7 +2670,7 @@ def read_version_file(probe: Any) -> dict[str, Any]:
 
 def read_members(probe: Any) -> dict[str, Any]:
     """/etc/pve/.members: who is in the cluster, and which of them is this node."""
-    return parse_object(probe.read_pve("/etc/pve/.members"), "/etc/pve/.members")
+    return parse_object(probe.read("/etc/pve/.members"), "/etc/pve/.members")
 
 
 def node_name(probe: Any) -> str:
@@ -2663,7 +2688,7 @@ def read_pve_config(
     files = memory.setdefault("files", {})
     if name not in files or files[name]["key"] != key or key[1] is None:
         try:
-            value = parse(probe.read_pve(f"/etc/pve/{path or name}"))
+            value = parse(probe.read(f"/etc/pve/{path or name}"))
         except SourceError as error:
             if error.code != "missing":
                 raise
@@ -2695,7 +2720,7 @@ def collect_cluster(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
 
 def read_votes(probe: Any, memory: dict[str, Any], online: set[str], quorate: bool | None) -> dict[str, int]:
     """From corosync.conf and who is online; where that cannot tell (quorum device, changed expectation): corosync."""
-    text = attempt(probe.read, "/etc/corosync/corosync.conf") or attempt(probe.read_pve, "/etc/pve/corosync.conf")
+    text = attempt(probe.read, "/etc/corosync/corosync.conf") or attempt(probe.read, "/etc/pve/corosync.conf")
     votes, device = parse_corosync_votes(text or "")
     expected, present = sum(votes.values()), sum(votes.get(name, 0) for name in online)
     needed = expected // 2 + 1
@@ -2725,7 +2750,7 @@ def read_metrics(probe: Any) -> dict[str, dict[str, Any]]:
 
 
 def read_rrd(probe: Any) -> dict[str, dict[str, dict[str, str]]]:
-    return parse_rrd(probe.read_pve("/etc/pve/.rrd"))
+    return parse_rrd(probe.read("/etc/pve/.rrd"))
 
 
 def fresh_part(probe: Any, name: str) -> tuple[dict[str, Any] | None, float | None]:
@@ -2789,7 +2814,7 @@ def read_guest_config(probe: Any, node: str, kind: str, vmid: str) -> dict[str, 
     """A guest whose file cannot be read (just removed or moved) is reported without what is in it."""
     folder = "qemu-server" if kind == "qemu" else "lxc"
     try:
-        return parse_guest_config(probe.read_pve(f"/etc/pve/nodes/{node}/{folder}/{vmid}.conf"))
+        return parse_guest_config(probe.read(f"/etc/pve/nodes/{node}/{folder}/{vmid}.conf"))
     except SourceError as error:
         if error.code not in ("missing", "denied"):
             raise
@@ -3394,7 +3419,7 @@ def collect_backups(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
             part(probe, memory, guests)
         except SourceError as error:
             probe.problem("backups", error.code, error.detail)
-    listed = attempt(lambda: parse_vmlist(probe.read_pve("/etc/pve/.vmlist")))
+    listed = attempt(lambda: parse_vmlist(probe.read("/etc/pve/.vmlist")))
     for vmid in [vmid for vmid in guests if listed is not None and vmid not in listed]:
         del guests[vmid]  # no longer in the cluster
     return {
@@ -3406,7 +3431,7 @@ def collect_backups(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
 def read_pve_sections(probe: Any, name: str) -> list[tuple[str, str, dict[str, str]]]:
     """A section file of /etc/pve; one that is not there has no sections."""
     try:
-        return parse_sections(probe.read_pve(f"/etc/pve/{name}"))
+        return parse_sections(probe.read(f"/etc/pve/{name}"))
     except SourceError as error:
         if error.code != "missing":
             raise
@@ -3573,7 +3598,7 @@ def collect_replication(probe: Any, memory: dict[str, Any]) -> list[dict[str, An
     require_pve(probe)
     require_cluster(probe)
     node = node_name(probe)
-    listing = parse_vmlist(probe.read_pve("/etc/pve/.vmlist"))
+    listing = parse_vmlist(probe.read("/etc/pve/.vmlist"))
     states: dict[str, Any] = {}
     try:
         states = parse_object(probe.read("/var/lib/pve-manager/pve-replication-state.json"), "replication state")
@@ -3622,7 +3647,7 @@ def collect_ha(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     require_pve(probe)
     require_cluster(probe)
     try:
-        text = probe.read_pve("/etc/pve/ha/manager_status")
+        text = probe.read("/etc/pve/ha/manager_status")
     except SourceError as error:
         if error.code == "missing":
             raise Absent("no HA manager has ever run") from None
@@ -3651,7 +3676,7 @@ def manager_state(now: float, stamp: int | None, services: dict[str, Any]) -> st
 
 def read_lrm(probe: Any) -> dict[str, Any] | None:
     try:
-        status = parse_object(probe.read_pve(f"/etc/pve/nodes/{node_name(probe)}/lrm_status"), "lrm_status")
+        status = parse_object(probe.read(f"/etc/pve/nodes/{node_name(probe)}/lrm_status"), "lrm_status")
     except SourceError as error:
         if error.code != "missing":
             probe.problem("ha", error.code, error.detail)
@@ -3924,7 +3949,7 @@ def collect_certificates(probe: Any, memory: dict[str, Any]) -> list[dict[str, A
     require_pve(probe)
     read_version_file(probe)
     node = node_name(probe)
-    config = attempt(probe.read_pve, f"/etc/pve/nodes/{node}/config", default="")
+    config = attempt(probe.read, f"/etc/pve/nodes/{node}/config", default="")
     acme = any(line.startswith("acme") for line in config.splitlines())
     certificates = []
     for file in CERTIFICATES:
@@ -5022,28 +5047,24 @@ class Lane:
             self.wake()
 
 
-def look(probe: Probe, seen: dict[str, Any]) -> dict[str, Any]:
+def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
     """The state of pools and guests as cheaply as it can be had: a few small files and listings, no process.
 
-    `seen` is the last look; it saves trying files of the ZFS folder that are no pools.
+    `seen` is the last look: what it found holds where nothing can be read now, and saves trying files of the ZFS
+    folder that are no pools.
     """
-    entries = probe.peek_dir(POOLS_PATH)
-    plain: set[str] = seen["plain"] if seen and entries == seen["entries"] else set()
-    pools = {}
-    no_pools = set(plain)
-    for name in entries or ():
-        if name in plain:
-            continue
-        state = probe.peek(f"{POOLS_PATH}/{name}/state")
-        if state is None:
-            no_pools.add(name)
-        else:
-            # TRANSITIONING: an import or export is under way, which is no state of its own.
-            pools[name] = seen.get("pools", {}).get(name, state) if state == "TRANSITIONING" else state
-    names = {name.removesuffix(".scope") for path in GUEST_PATHS for name in probe.peek_dir(path) or ()}
+    memory = seen.get("memory", {})
+    known_pools = seen.get("pools", {})
+    # TRANSITIONING: an import or export is under way, which is no state of its own.
+    pools = {
+        pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
+        for pool in attempt(read_pool_states, probe, memory, default=())
+    }
+    names = {name.removesuffix(".scope") for path in GUEST_PATHS for name in attempt(probe.list_dir, path, default=())}
     guests = {name for name in names if name.isdigit()}
-    tasks = probe.peek_mark(TASKS_PATH)
-    return {"entries": entries, "plain": no_pools, "pools": pools, "guests": guests, "tasks": tasks}
+    stat = attempt(probe.stat, TASKS_PATH)
+    tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
+    return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
 
 
 class GuestChanges:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import agent
@@ -48,17 +49,10 @@ class FakeProbe(agent.Probe):
             raise agent.SourceError("missing", path)
         return sorted(set(below))
 
-    def peek(self, path: str) -> str | None:
-        return self.files[path].strip() if path in self.files else None
-
-    def peek_dir(self, path: str) -> list[str] | None:
-        try:
-            return self.list_dir(path)
-        except agent.SourceError:
-            return None
-
-    def peek_mark(self, path: str) -> tuple[int, int] | None:
-        return (hash(self.files[path]), len(self.files[path])) if path in self.files else None
+    def stat(self, path: str) -> Any:
+        if path not in self.files:
+            raise agent.SourceError("missing", path)
+        return SimpleNamespace(st_ino=hash(self.files[path]), st_size=len(self.files[path]))
 
     def now(self) -> float:
         return self.clock

@@ -99,9 +99,6 @@ class RecordedProbe:
     def read_line(self, path: str, limit: int = 4 << 20) -> str:
         return self.read(path, 1 << 30).split("\n", 1)[0][:limit]
 
-    def read_pve(self, path: str) -> str:
-        return self.read(path)
-
     def list_dir(self, path: str) -> list[str]:
         self.calls.append(("list", path))
         inside = self._resolve(path)
@@ -113,9 +110,6 @@ class RecordedProbe:
             if (layer / inside.lstrip("/")).is_dir():
                 names.update(entry.name for entry in (layer / inside.lstrip("/")).iterdir())
         return sorted(names - {EMPTY})
-
-    def list_pve(self, path: str) -> list[str]:
-        return self.list_dir(path)
 
     def exists(self, path: str) -> bool:
         self.calls.append(("stat", path))

@@ -54,6 +54,18 @@ def section_of(host: str, section: str, *, ticks: int = 1) -> Any:
     return collect(host, section, ticks=ticks)[0]["section"]
 
 
+def fail_below(probe: RecordedProbe, folder: str, error: agent.SourceError) -> None:
+    """Each read below this folder fails so."""
+    real = probe.read
+
+    def read(path: str, limit: int = agent.READ_LIMIT) -> str:
+        if path.startswith(folder):
+            raise error
+        return real(path, limit)
+
+    probe.read = read  # type: ignore[method-assign]
+
+
 def by(items: list[dict[str, Any]], key: str, value: Any) -> dict[str, Any]:
     return next(item for item in items if item[key] == value)
 
@@ -676,7 +688,7 @@ def test_ceph_is_told_only_where_it_is_set_up() -> None:
 def test_an_empty_etc_pve_is_an_error_not_a_host_without_guests() -> None:
     probe = FakeProbe("pve8-mirror")
     gone = agent.SourceError("missing", "/etc/pve: not there")
-    probe.read_pve = lambda path: (_ for _ in ()).throw(gone)  # type: ignore[method-assign]
+    fail_below(probe, "/etc/pve", gone)
     probe.texts["/run/pve/metrics"] = ""
     for section in ("guests", "cluster", "storages", "backups", "replication", "ha", "certificates"):
         with pytest.raises(agent.SourceError) as caught:
@@ -687,7 +699,7 @@ def test_an_empty_etc_pve_is_an_error_not_a_host_without_guests() -> None:
 def test_guests_are_told_from_pvestatd_while_etc_pve_hangs() -> None:
     probe = FakeProbe("pve8-mirror")
     slow = agent.SourceError("timeout", "/etc/pve/.version: no answer in 5 s")
-    probe.read_pve = lambda path: (_ for _ in ()).throw(slow)  # type: ignore[method-assign]
+    fail_below(probe, "/etc/pve", slow)
     guests = agent.collect_guests(probe, {})
     assert len(guests) == 15 and by(guests, "vmid", 107)["status"] == "paused"
     assert probe.problems["guests"]["code"] == "timeout"

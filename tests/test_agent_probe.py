@@ -11,6 +11,7 @@ import time
 
 import pytest
 from agent_support import wait_for
+from recorded import HOSTS, RecordedProbe
 
 import agent
 
@@ -64,35 +65,95 @@ def test_a_pipe_without_a_writer_does_not_block(probe, tmp_path):
     assert probe.read(str(tmp_path / "pipe")) == ""
 
 
-def test_read_below_etc_pve_has_a_deadline_and_is_not_started_twice():
-    probe = agent.Probe(deadline=0.2)
-    blocked, runs = threading.Event(), []
+class Hanging:
+    """What lies below some folders does not answer until it is let go."""
 
-    def hang():
-        runs.append(1)
-        blocked.wait()
-        return "late"
+    def __init__(self, monkeypatch, *folders):
+        self.folders = folders
+        self.let_go = threading.Event()
+        self.asked = []
+        for owner, name in ((agent, "read_bytes"), (os, "listdir"), (os, "stat"), (os, "statvfs"), (os.path, "exists")):
+            monkeypatch.setattr(owner, name, self.held(getattr(owner, name)))
+        monkeypatch.setattr(os.path, "realpath", self.held(os.path.realpath))
 
+    def held(self, real):
+        def ask(path, *more, **named):
+            if isinstance(path, str) and path.startswith(self.folders):
+                self.asked.append(path)
+                self.let_go.wait(30)
+                return None
+            return real(path, *more, **named)
+
+        return ask
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    made = []
+
+    def make(*folders):
+        made.append(Hanging(monkeypatch, *folders))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    for one in made:
+        one.let_go.set()
+
+
+SLOW_PATHS = ["/etc/pve/.rrd", "/boot", "/lib/modules", "/var/log/pve/tasks/index", "/etc/corosync/corosync.conf", "/usr/share/perl5/PVE/pvecfg.pm", "/sys/class/hwmon/hwmon3/temp1_input"]
+
+
+@pytest.mark.parametrize("call", ["read", "read_line", "list_dir", "exists", "stat", "readlink"])
+@pytest.mark.parametrize("path", SLOW_PATHS)
+def test_a_read_that_may_block_has_a_deadline_and_is_not_started_twice(call, path, hanging):
+    probe = agent.Probe(deadline=0.1)
+    disk = hanging(path)
     began = time.monotonic()
-    assert failure(probe.worker.call, "/etc/pve/.rrd", hang).code == "timeout"
-    assert failure(probe.worker.call, "/etc/pve/.vmlist", hang).code == "stuck"
+    assert failure(getattr(probe, call), path).code == "timeout"
+    assert failure(getattr(probe, call), path).code == "stuck"
     assert time.monotonic() - began < 1
-    assert runs == [1]
-    blocked.set()
-    wait_for(lambda: not probe.worker.late[1].empty())
-    assert probe.worker.call("/etc/pve/.rrd", lambda: "back") == "back"
+    assert disk.asked == [path]
 
 
-def test_a_path_below_etc_pve_goes_to_the_worker_whoever_reads_it(tmp_path):
-    probe = agent.Probe(pve_root=str(tmp_path))
-    (tmp_path / "f").write_text("x")
-    seen = []
-    real = probe.worker.call
-    probe.worker.call = lambda what, job: seen.append(what) or real(what, job)
-    probe.read(str(tmp_path / "f"))
-    probe.exists(str(tmp_path / "f"))
-    probe.list_dir(str(tmp_path))
-    assert len(seen) == 3
+def test_size_of_the_root_file_system_has_a_deadline(hanging):
+    probe = agent.Probe(deadline=0.1)
+    hanging("/")
+    assert failure(probe.statvfs, "/").code == "timeout"
+    assert failure(probe.statvfs, "/").code == "stuck"
+
+
+def test_what_hangs_costs_its_own_values_alone(hanging):
+    """A blocked /etc/pve, a suspended root pool, a dying NVMe: each in turn, and then all at once."""
+    sources = {  # where it hangs, and a call that asks there
+        "/etc/pve/": lambda probe: probe.read("/etc/pve/.rrd"),
+        "/boot": lambda probe: probe.list_dir("/boot"),
+        "/sys/class/hwmon/hwmon0/": lambda probe: probe.read("/sys/class/hwmon/hwmon0/temp1_input"),
+    }
+    well = [lambda probe: probe.statvfs("/"), lambda probe: probe.read("/proc/uptime"), lambda probe: probe.list_dir("/sys/class")]
+    for sick in [*({folder} for folder in sources), set(sources)]:
+        disk = hanging(*sick)
+        probe = agent.Probe(deadline=0.1)
+        for folder, ask in sources.items():
+            try:
+                ask(probe)
+                code = ""
+            except agent.SourceError as error:
+                code = error.code
+            assert (code == "timeout") is (folder in sick), (sick, folder, code)
+        for ask in well:
+            assert ask(probe)
+        disk.folders = ("//none",)
+
+
+def test_it_answers_again_once_it_is_let_go(hanging):
+    probe = agent.Probe(deadline=0.1)
+    disk = hanging("/etc/pve/")
+    assert failure(probe.read, "/etc/pve/.rrd").code == "timeout"
+    disk.folders = ("//none",)
+    disk.let_go.set()
+    wait_for(lambda: not probe.workers["pve"].late[1].empty())
+    assert failure(probe.read, "/etc/pve/no-such-file").code == "missing"
 
 
 # --- commands ---
@@ -246,3 +307,34 @@ def test_problems_of_one_section_add_up(probe):
 
 def test_lines_for_the_journal_cannot_be_forged():
     assert agent.one_line("pool\nagent: all well\x1b[0m") == "pool\\nagent: all well\\x1b[0m"
+
+
+# --- what collectors use ---
+
+
+def test_recorded_and_real_probe_are_both_what_a_collector_may_ask(probe):
+    asked: list[agent.ProbeLike] = [probe, RecordedProbe(HOSTS / "pve8-mirror")]
+    for one in asked:
+        for name in vars(agent.ProbeLike):
+            assert name.startswith("_") or hasattr(one, name), name
+
+
+def test_optional_lets_only_what_is_missing_pass():
+    def fail(code):
+        raise agent.SourceError(code, "x")
+
+    assert agent.optional(fail, "missing") is None
+    assert agent.optional(fail, "missing", default="") == ""
+    assert agent.optional(str, 5) == "5"
+    for code in ("denied", "timeout", "stuck", "failed", "too_large"):
+        assert failure(agent.optional, fail, code, default=[]).code == code
+
+
+def test_a_part_that_fails_is_noted_and_the_rest_goes_on(probe):
+    with agent.part_of(probe, "pools", "tank"):
+        raise agent.SourceError("timeout", "no answer")
+    with agent.part_of(probe, "pools"):
+        raise agent.SourceError("failed", "rpool: gone")
+    assert probe.problems == {"pools": {"code": "timeout", "detail": "tank: no answer; rpool: gone"}}
+    with pytest.raises(ZeroDivisionError), agent.part_of(probe, "pools"):
+        raise ZeroDivisionError

@@ -296,13 +296,14 @@ def test_new_entry_in_the_task_list_sends_tasks_only_when_there_are_some(tmp_pat
 def test_look_runs_no_command_and_tries_other_zfs_files_only_once(tmp_path):
     probe = FakeProbe({POOL: "ONLINE", "/proc/spl/kstat/zfs/arcstats": "", "/proc/spl/kstat/zfs/zil": ""})
     tried = []
-    real = probe.peek
-    probe.peek = lambda path: tried.append(path) or real(path)
+    real = probe.read
+    probe.read = lambda path: tried.append(path) or real(path)
     probe.run = lambda *argv, **more: pytest.fail("a command was run")
     seen = agent.look(probe, {})
-    assert len(tried) == 3
+    assert {path.split("/")[5] for path in tried} == {"tank", "arcstats", "zil"}
+    tried.clear()
     again = agent.look(probe, seen)
-    assert tried[3:] == [POOL]
+    assert {path.split("/")[5] for path in tried} == {"tank"}
     assert again["pools"] == {"tank": "ONLINE"}
 
 

@@ -23,7 +23,7 @@ import agent
 def moved(path):
     return {files!r} + path if path.startswith(("/proc/spl/", "/sys/module/zfs")) else path
 
-for name in ("read", "read_line", "list_dir", "exists", "stat", "readlink", "peek", "peek_dir"):
+for name in ("read", "read_line", "list_dir", "exists", "stat", "readlink"):
     def wrap(real):
         return lambda self, path, *rest, **more: real(self, moved(path), *rest, **more)
     setattr(agent.Probe, name, wrap(getattr(agent.Probe, name)))
