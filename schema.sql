@@ -289,3 +289,28 @@ INSERT INTO alert
 DROP TABLE alert_kept;
 CREATE UNIQUE INDEX alert_open ON alert (host_id, rule, object) WHERE state <> 'resolved';
 CREATE INDEX alert_resolved ON alert (resolved_at) WHERE state = 'resolved';
+
+-- Who did what and from where, log-ins by name, and links for wall displays. A session is kept under an HMAC of its
+-- cookie and its user's password hash: those of before cannot be carried over, everybody logs in once more.
+-- +migrate Up
+ALTER TABLE event ADD COLUMN "by" TEXT;                   -- session:NAME, token:NAME, kiosk:NAME or command:NAME
+ALTER TABLE event ADD COLUMN address TEXT;
+DELETE FROM session;
+ALTER TABLE session ADD COLUMN user TEXT NOT NULL DEFAULT 'admin';
+ALTER TABLE api_token ADD COLUMN kind TEXT NOT NULL DEFAULT 'token';  -- or 'kiosk'
+CREATE TABLE user (
+    name       TEXT PRIMARY KEY COLLATE NOCASE,
+    hash       TEXT NOT NULL,                             -- Argon2id, of the password
+    role       TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    CHECK (role IN ('viewer', 'operator', 'admin'))
+) STRICT, WITHOUT ROWID;
+
+-- +migrate Down
+DROP TABLE user;
+DELETE FROM api_token WHERE kind <> 'token';              -- the version before would take them for API tokens
+ALTER TABLE api_token DROP COLUMN kind;
+DELETE FROM session;
+ALTER TABLE session DROP COLUMN user;
+ALTER TABLE event DROP COLUMN address;
+ALTER TABLE event DROP COLUMN "by";

@@ -29,6 +29,7 @@ import ipaddress
 import json
 import math
 import os
+import pwd
 import queue
 import re
 import secrets
@@ -54,10 +55,11 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import accumulate, chain, compress, islice
 from operator import mul, sub
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import argon2
 import bottle
@@ -91,7 +93,7 @@ KEEP_STATE_SECONDS = 300  # how often it is written which reports have come; in 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_EVENTS = 90 * DAY
 KEEP_RESOLVED = 90 * DAY
-SESSION_SECONDS = 7 * DAY
+SESSION_SECONDS, SESSION_MOST = 7 * DAY, 30 * DAY  # without use, and from the log-in on
 LIST_LIMIT, LIST_MOST = 200, 10_000
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -228,12 +230,20 @@ class Config:
         self.settings_given = bool(env.get("SERVER_CONFIG"))
         self.settings_path = env.get("SERVER_CONFIG") or "/etc/proxmox-monitor/server.toml"
         self.heartbeat_url = env.get("HEARTBEAT_URL") or ""
-        if self.heartbeat_url and urllib.parse.urlsplit(self.heartbeat_url).scheme not in ("http", "https"):
-            raise Failure(f"HEARTBEAT_URL: {self.heartbeat_url!r} is not an http(s) address")
+        if self.heartbeat_url and not is_http_address(self.heartbeat_url):  # not shown: its path may be a secret
+            raise Failure("HEARTBEAT_URL: not an http(s) address")
         if self.password_hash and not self.password_hash.startswith("$argon2id$"):
             raise Failure("DASHBOARD_PASSWORD_HASH: not an Argon2id hash; make one with `hash-password`")
-        if self.given_secret and len(self.given_secret) < 32:
+        if self.given_secret and len(self.given_secret.strip()) < 32:
             raise Failure("SECRET_KEY_BASE: shorter than 32 characters; make one with `generate-secret`")
+
+    def doubts(self) -> Iterator[str]:
+        """What is allowed and yet no good: told by `check` and when the server starts."""
+        if self.given_secret and len(set(self.given_secret)) < 10:  # of 32 random hex digits 13 differ
+            yield "SECRET_KEY_BASE can be guessed; make one with `generate-secret`, then `rotate-token` for each host"
+        for network in self.trusted_proxies:
+            if network.num_addresses > 1 << 64 or network.version == 4 and network.prefixlen < 8:
+                yield f"TRUSTED_PROXY {network}: anybody may claim any address, which undoes the limit on log-ins"
 
     @property
     def secret_path(self) -> str:
@@ -267,20 +277,15 @@ class Config:
 
     @staticmethod
     def _url(text: str) -> str:
-        parts = urllib.parse.urlsplit(text)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        """What hosts get in their install.sh as well: no sign that a shell knows."""
+        if not is_http_address(text) or not re.fullmatch(r"[A-Za-z0-9.:/_~%@\[\]-]+", text):
             raise Failure(f"PUBLIC_URL: {text!r} is not an http(s) address")
         return text.rstrip("/")
 
     @staticmethod
     def _history_url(text: str) -> str:
         """`sqlite:`, or the base address of a store. What is wrong is told without the password it may hold."""
-        try:
-            parts = urllib.parse.urlsplit(text)
-            fine = text == "sqlite:" or parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-        except ValueError:
-            fine = False
-        if not fine or parts.query or parts.fragment:
+        if text != "sqlite:" and (not is_http_address(text) or "?" in text or "#" in text):
             raise Failure("HISTORY_URL: neither sqlite: nor the address of a VictoriaMetrics like http://127.0.0.1:8428")
         return text.rstrip("/")
 
@@ -292,10 +297,19 @@ class Config:
             raise Failure(f"TRUSTED_PROXY: {error}") from None
 
 
+def is_http_address(text: str) -> bool:
+    """Whether this is an http(s) address with a host, and with a port only if that can be one."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # what is no IPv6 address in brackets, no port
+        return False
+
+
 def create_secret_file(path: str) -> str:
     """Write a new secret, 0600, and give it back; the first of two processes wins."""
-    partial_path = f"{path}.{os.getpid()}"
-    with open(os.open(partial_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+    partial_path = f"{path}.{secrets.token_hex(8)}"
+    with open(os.open(partial_path, NEW_FILE, 0o600), "w") as handle:
         handle.write(secrets.token_urlsafe(48) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
@@ -305,16 +319,29 @@ def create_secret_file(path: str) -> str:
         pass
     finally:
         os.unlink(partial_path)
-    give_to_owner(path)
     with open(path, encoding="ascii") as handle:
         return handle.read().strip()
 
 
-def give_to_owner(path: str) -> None:
-    """What root makes in the service's directory belongs to the service's user, or the service could not read it."""
-    owner = os.stat(os.path.dirname(path) or ".")
-    if os.geteuid() == 0 and owner.st_uid != 0 and os.stat(path).st_uid == 0:
-        os.chown(path, owner.st_uid, owner.st_gid)
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def become_owner(path: str) -> None:
+    """Root's commands work in a directory that the service's user can fill with links; so they are done as the
+    owner of that directory, for good, and what they make is readable for the service."""
+    try:
+        owner = os.stat(os.path.dirname(path))
+    except OSError:
+        return  # told by whoever opens it
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        return
+    try:
+        entry = pwd.getpwuid(owner.st_uid)
+        os.initgroups(entry.pw_name, owner.st_gid)
+    except KeyError:
+        os.setgroups([owner.st_gid])
+    os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+    os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
 
 
 def default_install_dir() -> str:
@@ -455,7 +482,6 @@ def connect(path: str, *, readonly: bool = False) -> sqlite3.Connection:
             if not os.path.getsize(path):
                 db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only works before the first table
             os.chmod(path, 0o600)
-            give_to_owner(path)
             db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # an answer of 200 means the report is on the disk
         db.execute("PRAGMA foreign_keys = ON")
@@ -747,6 +773,9 @@ def update_host(db: sqlite3.Connection, name: str, changes: dict[str, Any], now:
                         maintenance_until = :maintenance_until WHERE id = :id""", merged)
     if new != row["name"]:
         insert_event(db, now, "host-renamed", f"Host {row['name']} renamed to {new}", host=new)
+    others = sorted(key for key in changes if key != "name" and merged[key] != row[key])
+    if others:
+        insert_event(db, now, "host-changed", f"Host {new}: {', '.join(others)} changed", host=new)
     hosts_changed(db)
     return required_host(db, new)
 
@@ -779,17 +808,44 @@ def set_meta(db: sqlite3.Connection, key: str, value: Any) -> None:
                {"key": key, "value": str(value)})
 
 
+DOING: ContextVar[tuple[str | None, str | None]] = ContextVar("doing", default=(None, None))
+
+
+@contextmanager
+def done_by(by: str | None, address: str | None = None) -> Iterator[None]:
+    """Events inserted inside tell who it was: `kind:name`, and the address he came from."""
+    before = DOING.set((by, address))
+    try:
+        yield
+    finally:
+        DOING.reset(before)
+
+
 def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, host: str | None = None,
                  object: str | None = None) -> None:
-    db.execute("INSERT INTO event (at, kind, host, object, message) VALUES (:at, :kind, :host, :object, :message)",
-               {"at": at, "kind": kind, "host": host, "object": object, "message": message})
+    by, address = DOING.get()
+    db.execute("""
+        INSERT INTO event (at, kind, host, object, message, "by", address)
+        VALUES (:at, :kind, :host, :object, :message, :by, :address)""",
+        {"at": at, "kind": kind, "host": host, "object": object, "message": message, "by": by, "address": address})
 
 
-def list_events(db: sqlite3.Connection, *, since: float, limit: int) -> list[dict[str, Any]]:
-    """What changed since then, newest first."""
+AUDIT = "audit"  # in the place of a kind: all that somebody did or was refused
+
+
+def list_events(db: sqlite3.Connection, *, since: float, limit: int, kind: str | None = None) -> list[dict[str, Any]]:
+    """What changed since then, newest first; of one kind, or of all that people, tokens and commands did."""
     return [dict(row) for row in db.execute("""
-        SELECT id, at, kind, host, object, message FROM event
-        WHERE at >= :since ORDER BY id DESC LIMIT :limit""", {"since": since, "limit": limit})]
+        SELECT id, at, kind, host, object, message, "by", address FROM event
+        WHERE at >= :since AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR
+              address IS NOT NULL))
+        ORDER BY id DESC LIMIT :limit""", {"since": since, "limit": limit, "kind": kind})]
+
+
+def failed_logins(db: sqlite3.Connection, since: float) -> int:
+    """How many log-ins have failed since then: what a rule can tell of."""
+    return db.execute("SELECT count(*) FROM event WHERE kind = 'login-failed' AND at >= :since",
+                      {"since": since}).fetchone()[0]
 
 
 def list_alerts(db: sqlite3.Connection, state: str = "firing", *, limit: int = LIST_MOST) -> list[dict[str, Any]]:
@@ -913,17 +969,23 @@ def token_hash(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def create_api_token(db: sqlite3.Connection, name: Any, now: float, *, admin: bool, days: float | None) -> str:
+TOKEN_KINDS = {"token": "pxm_", "kiosk": "pxk_"}  # a kiosk's opens the page to look at, and nothing else
+
+
+def create_api_token(db: sqlite3.Connection, name: Any, now: float, *, admin: bool, days: float | None,
+                     kind: str = "token") -> str:
     """A new token, shown this once. `Problem`: invalid_request or conflict."""
     if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
         raise Problem("invalid_request", "a token's name has 1-63 of a-z A-Z 0-9 . _ -", pointer="/name")
     if db.execute("SELECT 1 FROM api_token WHERE name = :name", {"name": name}).fetchone():
         raise Problem("conflict", f"there is an API token '{name}' already")
-    token = "pxm_" + secrets.token_urlsafe(32)
-    db.execute("INSERT INTO api_token VALUES (:name, :hash, :admin, :now, :expires)",
-               {"name": name, "hash": token_hash(token), "admin": int(admin), "now": now,
-                "expires": now + days * DAY if days else None})
-    insert_event(db, now, "token-created", f"API token {name} created")
+    token = TOKEN_KINDS[kind] + secrets.token_urlsafe(32)
+    db.execute("""
+        INSERT INTO api_token (name, hash, admin, kind, created_at, expires_at)
+        VALUES (:name, :hash, :admin, :kind, :now, :expires)""",
+        {"name": name, "hash": token_hash(token), "admin": int(admin), "kind": kind, "now": now,
+         "expires": now + days * DAY if days else None})
+    insert_event(db, now, "token-created", f"{'API token' if kind == 'token' else 'Kiosk link'} {name} created")
     return token
 
 
@@ -935,39 +997,150 @@ def revoke_api_token(db: sqlite3.Connection, name: str, now: float) -> None:
 
 def list_api_tokens(db: sqlite3.Connection) -> list[dict[str, Any]]:
     return [{**dict(row), "admin": bool(row["admin"])} for row in db.execute(
-        "SELECT name, admin, created_at, expires_at FROM api_token ORDER BY name")]
+        "SELECT name, admin, kind, created_at, expires_at FROM api_token ORDER BY name")]
 
 
-def find_api_token(db: sqlite3.Connection, token: str, now: float) -> sqlite3.Row | None:
+def find_api_token(db: sqlite3.Connection, token: str, now: float, *, kind: str = "token") -> sqlite3.Row | None:
     return db.execute("""
-        SELECT * FROM api_token WHERE hash = :hash AND (expires_at IS NULL OR expires_at > :now)""",
-        {"hash": token_hash(token), "now": now}).fetchone()
+        SELECT * FROM api_token WHERE hash = :hash AND kind = :kind AND (expires_at IS NULL OR expires_at > :now)""",
+        {"hash": token_hash(token), "kind": kind, "now": now}).fetchone()
 
 
-def create_session(db: sqlite3.Connection, now: float, address: str, user_agent: str) -> str:
-    """A new session; gives back the cookie's value."""
-    cookie = secrets.token_urlsafe(32)
-    db.execute("INSERT INTO session VALUES (:hash, :now, :now, :address, :user_agent)",
-               {"hash": token_hash(cookie), "now": now, "address": address, "user_agent": user_agent[:200]})
-    insert_event(db, now, "login", f"Log-in from {address}")
+class Login(NamedTuple):
+    """Somebody who may log in."""
+
+    name: str
+    role: str
+    hash: str  # of the password, Argon2id
+
+
+ROLES = ("viewer", "operator", "admin")  # each may what stands before it may
+BUILT_IN = "admin"  # whose password is DASHBOARD_PASSWORD_HASH
+
+
+def find_login(db: sqlite3.Connection, name: str, built_in_hash: str) -> Login | None:
+    """Who logs in by this name; None if nobody does."""
+    if name.lower() == BUILT_IN:
+        return Login(BUILT_IN, "admin", built_in_hash) if built_in_hash else None
+    row = db.execute("SELECT name, role, hash FROM user WHERE name = :name", {"name": name}).fetchone()
+    return Login(*row) if row else None
+
+
+def session_key(secret: bytes, login: Login, cookie: str) -> bytes:
+    """What a session is kept under. Another password or another secret: another key, so the session is over."""
+    return hmac.digest(secret, f"proxmon session\0{login.hash}\0{cookie}".encode("utf-8", "replace"), "sha256")
+
+
+def create_session(db: sqlite3.Connection, secret: bytes, login: Login, now: float, address: str,
+                   user_agent: str) -> str:
+    """A new session; gives back the cookie's value, which begins with the name of whose it is."""
+    cookie = f"{login.name}.{secrets.token_urlsafe(32)}"
+    db.execute("""
+        INSERT INTO session (hash, user, created_at, used_at, address, user_agent)
+        VALUES (:hash, :user, :now, :now, :address, :user_agent)""",
+        {"hash": session_key(secret, login, cookie), "user": login.name, "now": now, "address": address,
+         "user_agent": user_agent[:200]})
+    insert_event(db, now, "login", f"Log-in of {login.name} from {address}")
     return cookie
 
 
-def find_session(db: sqlite3.Connection, cookie: str, now: float) -> sqlite3.Row | None:
-    return db.execute("SELECT * FROM session WHERE hash = :hash AND used_at > :since",
-                      {"hash": token_hash(cookie), "since": now - SESSION_SECONDS}).fetchone()
+LIVING_SESSION = f"used_at > :now - {SESSION_SECONDS} AND created_at > :now - {SESSION_MOST}"
+
+
+def find_session(db: sqlite3.Connection, secret: bytes, cookie: str, now: float,
+                 built_in_hash: str) -> tuple[Login, sqlite3.Row] | None:
+    """Whose living session this cookie is of."""
+    login = find_login(db, cookie.rpartition(".")[0], built_in_hash)
+    row = login and db.execute(f"SELECT * FROM session WHERE hash = :hash AND {LIVING_SESSION}",
+                               {"hash": session_key(secret, login, cookie), "now": now}).fetchone()
+    return (login, row) if login and row else None
 
 
 def list_sessions(db: sqlite3.Connection, now: float) -> list[dict[str, Any]]:
     """The living sessions; `id` is the beginning of the hash, from which no cookie can be made."""
-    return [dict(row) for row in db.execute("""
-        SELECT lower(hex(substr(hash, 1, 8))) AS id, created_at, used_at, address, user_agent FROM session
-        WHERE used_at > :since ORDER BY used_at DESC""", {"since": now - SESSION_SECONDS})]
+    return [dict(row) for row in db.execute(f"""
+        SELECT lower(hex(substr(hash, 1, 8))) AS id, user, created_at, used_at, address, user_agent FROM session
+        WHERE {LIVING_SESSION} ORDER BY used_at DESC""", {"now": now})]
 
 
-def delete_session(db: sqlite3.Connection, session_id: str) -> int:
-    """End the session with this public id; gives back how many that were."""
-    return db.execute("DELETE FROM session WHERE lower(hex(substr(hash, 1, 8))) = :id", {"id": session_id}).rowcount
+def end_sessions(db: sqlite3.Connection, now: float, *, id: str | None = None, user: str | None = None,
+                 but: bytes = b"") -> int:
+    """End the session with this public id, those of a user, or all; gives back how many that were."""
+    ended = db.execute("""
+        DELETE FROM session WHERE (:id IS NULL OR lower(hex(substr(hash, 1, 8))) = :id)
+        AND (:user IS NULL OR user = :user) AND hash <> :but""", {"id": id, "user": user, "but": but}).rowcount
+    if ended:
+        insert_event(db, now, "session-ended", f"{ended} session{'' if ended == 1 else 's'} ended")
+    return ended
+
+
+def end_foreign_sessions(db: sqlite3.Connection, secret: bytes, built_in_hash: str, now: float) -> None:
+    """Sessions of another password or secret open nothing any more; they need not be listed either."""
+    mark = session_key(secret, Login(BUILT_IN, "admin", built_in_hash), "").hex()
+    if get_meta(db, "sessions_of") not in (None, mark):
+        end_sessions(db, now)
+    set_meta(db, "sessions_of", mark)
+
+
+def check_user_name(db: sqlite3.Connection, name: Any) -> str:
+    """The name, if somebody new may have it. `Problem`: invalid_request or conflict."""
+    if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
+        raise Problem("invalid_request", "a user's name has 1-63 of a-z A-Z 0-9 . _ -", pointer="/name")
+    if name.lower() == BUILT_IN or db.execute("SELECT 1 FROM user WHERE name = :name", {"name": name}).fetchone():
+        raise Problem("conflict", f"there is a user '{name}' already")
+    return name
+
+
+def checked_role(role: Any) -> str:
+    if role not in ROLES:
+        raise Problem("invalid_request", f"role: one of {', '.join(ROLES)}", pointer="/role")
+    return role
+
+
+def insert_user(db: sqlite3.Connection, name: Any, role: Any, password_hash: str, now: float) -> None:
+    """Somebody new who may log in."""
+    db.execute("INSERT INTO user VALUES (:name, :hash, :role, :now)",
+               {"name": check_user_name(db, name), "hash": password_hash, "role": checked_role(role), "now": now})
+    insert_event(db, now, "user-added", f"User {name} added as {role}")
+
+
+def update_user(db: sqlite3.Connection, name: str, now: float, *, role: str | None = None,
+                password_hash: str | None = None) -> None:
+    """Another role, which counts at once, or another password, which ends the user's sessions."""
+    row = required_user(db, name)
+    if password_hash:
+        db.execute("UPDATE user SET hash = :hash WHERE name = :name", {"hash": password_hash, "name": row["name"]})
+        insert_event(db, now, "user-password", f"Password of user {row['name']} set")
+        end_sessions(db, now, user=row["name"])
+    if role:
+        db.execute("UPDATE user SET role = :role WHERE name = :name",
+                   {"role": checked_role(role), "name": row["name"]})
+        insert_event(db, now, "user-role", f"User {row['name']} is {role} now")
+
+
+def delete_user(db: sqlite3.Connection, name: str, now: float) -> None:
+    """Nobody logs in by this name any more; the sessions end."""
+    row = required_user(db, name)
+    db.execute("DELETE FROM user WHERE name = :name", {"name": row["name"]})
+    insert_event(db, now, "user-removed", f"User {row['name']} removed")
+    end_sessions(db, now, user=row["name"])
+
+
+def required_user(db: sqlite3.Connection, name: str) -> sqlite3.Row:
+    """The user's row. `Problem('not_found')`; the built-in one is not in the table."""
+    row = db.execute("SELECT name, role, created_at FROM user WHERE name = :name", {"name": name}).fetchone()
+    if row is None:
+        raise Problem("not_found", "its password is DASHBOARD_PASSWORD_HASH" if name.lower() == BUILT_IN
+                      else f"no user '{name}'")
+    return row
+
+
+def list_users(db: sqlite3.Connection, built_in_hash: str) -> list[dict[str, Any]]:
+    """Who may log in, and when he last did."""
+    built_in = [{"name": BUILT_IN, "role": "admin", "created_at": None}] if built_in_hash else []
+    rows = built_in + [dict(row) for row in db.execute("SELECT name, role, created_at FROM user ORDER BY name")]
+    last = dict(db.execute("""SELECT "by", max(at) FROM event WHERE kind = 'login' GROUP BY "by" """).fetchall())
+    return [{**row, "last_login_at": last.get(f"session:{row['name']}")} for row in rows]
 
 
 def csrf_token(secret: bytes, cookie: str) -> str:
@@ -975,11 +1148,33 @@ def csrf_token(secret: bytes, cookie: str) -> str:
     return hmac.digest(secret, b"proxmon csrf\0" + cookie.encode(), "sha256").hex()
 
 
+def seen_cookie(secret: bytes, browser: str = "") -> str:
+    """What a browser gets that has logged in once: its guesses are counted apart from everybody's."""
+    browser = browser or secrets.token_hex(8)
+    return f"{browser}.{hmac.digest(secret, b'proxmon seen' + browser.encode('utf-8', 'replace'), 'sha256').hex()}"
+
+
+def seen_browser(secret: bytes, cookie: str) -> str | None:
+    """The browser that such a cookie names, if we made it."""
+    browser = cookie.partition(".")[0]
+    fits = hmac.compare_digest(cookie.encode("utf-8", "replace"), seen_cookie(secret, browser or "-").encode())
+    return browser if fits else None
+
+
 PASSWORDS = argon2.PasswordHasher()
 VERIFYING = threading.BoundedSemaphore(2)  # each takes 64 MiB
+LOGINS = threading.BoundedSemaphore(4)  # two that are verified and two that wait; each holds a thread
+PASSWORD_LEAST = 8  # characters, as NIST SP 800-63B asks of a password that people choose
 
 
-def verify_password(encoded: str, password: str) -> bool:
+def hash_password(password: str) -> str:
+    """The Argon2id hash. `Failure` for a password that is soon guessed."""
+    if len(password) < PASSWORD_LEAST:
+        raise Failure(f"a password has {PASSWORD_LEAST} characters or more, better 12")
+    return PASSWORDS.hash(password)
+
+
+def verify_password(encoded: str, password: str | bytes) -> bool:
     """Argon2id, never more than two at once. No hash set: nobody gets in."""
     if not encoded:
         return False
@@ -991,35 +1186,62 @@ def verify_password(encoded: str, password: str) -> bool:
 
 
 class LoginLimiter:
-    """After 5 failures from an address, and after 50 from everywhere, each further try has to wait longer:
-    1, 2, 4 … 900 s. A success clears the address; 15 minutes without a failure clear everything."""
+    """After some failures of one origin, and after 50 from everywhere, each further try has to wait longer:
+    1, 2, 4 … 900 s. A success clears the origin; 15 minutes without a failure clear everything."""
 
     FREE, FREE_GLOBAL, MOST, FORGET = 5, 50, 900, 900
     EVERYWHERE = "*"
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[int, float]] = {}
+        self._unlocked: str | None = None
         self._lock = threading.Lock()
 
-    def attempt(self, address: str, now: float) -> int:
-        """How long this address has to wait before its next try counts; 0 = not at all, and the try is counted as a
+    def origins(self, address: str, browser: str | None) -> dict[str, int]:
+        """What a try is counted under, and how many failures are free there. One IPv6 customer has 2^64 addresses
+        or more (RFC 6177), so those count by /64 and /48; a browser that was in before counts for itself alone."""
+        if browser:
+            return {f"browser {browser}": self.FREE}
+        try:
+            parsed = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return {address: self.FREE, self.EVERYWHERE: self.FREE_GLOBAL}
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+        if parsed.version == 4:
+            return {str(parsed): self.FREE, self.EVERYWHERE: self.FREE_GLOBAL}
+        site, customer = (str(ipaddress.ip_network((parsed, length), strict=False)) for length in (64, 48))
+        return {site: self.FREE, customer: 4 * self.FREE, self.EVERYWHERE: self.FREE_GLOBAL}
+
+    def attempt(self, origins: dict[str, int], now: float) -> int:
+        """How long these have to wait before the next try counts; 0 = not at all, and the try is counted as a
         failure until it has succeeded: many at the same moment are not one."""
         with self._lock:
-            wait = max(self._wait(address, self.FREE, now), self._wait(self.EVERYWHERE, self.FREE_GLOBAL, now))
+            wait = max(self._wait(key, free, now) for key, free in origins.items())
             if not wait:
-                self._count(address, now)
+                self._count(origins, now)
             return wait
 
-    def succeeded(self, address: str) -> None:
-        with self._lock:
-            self._failures.pop(address, None)
-            count, last = self._failures.get(self.EVERYWHERE, (0, 0.0))
-            self._failures[self.EVERYWHERE] = max(0, count - 1), last
+    def crowded(self, now: float) -> bool:
+        """Whether those that nobody knows have to wait for each other."""
+        return self._wait(self.EVERYWHERE, self.FREE_GLOBAL, now) > 0
 
-    def _count(self, address: str, now: float) -> None:
+    def succeeded(self, origins: dict[str, int]) -> None:
+        with self._lock:
+            for key in origins:
+                count, last = self._failures.pop(key, (0, 0.0))
+                if key == self.EVERYWHERE:
+                    self._failures[key] = max(0, count - 1), last
+
+    def unlock(self, mark: str | None) -> None:
+        """Forget all failures, once for each new mark that `unlock-login` leaves in the database."""
+        if mark is not None and mark != self._unlocked:
+            self._unlocked = mark
+            self._failures.clear()
+
+    def _count(self, origins: Iterable[str], now: float) -> None:
         if len(self._failures) > 10_000:
             self._failures = {a: f for a, f in self._failures.items() if f[1] + self.FORGET > now}
-        for key in (address, self.EVERYWHERE):
+        for key in origins:
             count, last = self._failures.get(key, (0, now))
             self._failures[key] = (count + 1 if last + self.FORGET > now else 1, now)
 
@@ -1865,6 +2087,7 @@ class Monitor:
         self.runs: dict[tuple[int, str], Run] = {}
         self.history = History()
         self.logins = LoginLimiter()
+        self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
         self.boot = secrets.token_hex(4)  # makes ETags of another start of the server invalid
         self.reports_accepted = self.reports_duplicate = 0
@@ -1877,6 +2100,7 @@ class Monitor:
 
     def _start(self, db: sqlite3.Connection) -> None:
         check_secret(db, self.secret)
+        end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
         set_meta(db, "serving_since", self.fleet.serving_since)
         self.fleet.load(db)
         drop_orphans(db, self.fleet, self.clock())
@@ -1929,12 +2153,12 @@ class Run(NamedTuple):
 
 
 def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
-    """Remember which secret the tokens were made with; say so in the log if it is another now."""
-    mark = hmac.digest(secret, b"proxmon secret check", "sha256").hex()
+    """Remember which secret the tokens were made with; say so in the log if it is another now. What is kept for that
+    is slow to try guesses on, for whoever has the database."""
     known = get_meta(db, "secret_check")
-    if known is None:
-        set_meta(db, "secret_check", mark)
-    elif known != mark:
+    if known is None or hmac.compare_digest(known, hmac.digest(secret, b"proxmon secret check", "sha256").hex()):
+        set_meta(db, "secret_check", PASSWORDS.hash(secret))
+    elif not verify_password(known, secret):
         log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
             "restore it, or rotate the token of every host")
 
@@ -6932,7 +7156,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     """Drop what is older than it is kept, of what is not history."""
     db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
-    db.execute("DELETE FROM session WHERE used_at < :before", {"before": now - SESSION_SECONDS})
+    db.execute(f"DELETE FROM session WHERE NOT ({LIVING_SESSION})", {"now": now})
     db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
     db.execute("DELETE FROM notification WHERE message_id IS NOT NULL AND created_at < :before",
                {"before": now - KEEP_RESOLVED})
@@ -7486,15 +7710,35 @@ class Call:
         self.db = monitor.store.reader()
         self.query = {key: values[-1] for key, values in urllib.parse.parse_qs(
             environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="replace").items()}
-        self.actor: str | None = None  # 'session' or the API token's name
-        self.admin = False
+        self.actor: str | None = None  # the user's or the token's name
+        self.kind, self.role = "", ROLES[0]  # 'session', 'token' or 'kiosk', and what that may
+        self.token_expires_at: float | None = None
         self.cookie = ""
+        self.session: sqlite3.Row | None = None
         self.set_cookie: str | None = None
         monitor.fleet.refresh(self.db)
 
     @property
     def fleet(self) -> Fleet:
         return self.monitor.fleet
+
+    @property
+    def admin(self) -> bool:
+        return self.role == "admin"
+
+    @property
+    def session_key(self) -> bytes:
+        return self.session["hash"] if self.session else b""
+
+    def write(self, work: Callable[[sqlite3.Connection], Any], *, urgent: bool = True) -> Any:
+        """`Store.write`; the events of it tell who asked, and from where."""
+        by, address = f"{self.kind}:{self.actor}" if self.actor else None, self.address()
+
+        def signed(db: sqlite3.Connection) -> Any:
+            with done_by(by, address):
+                return work(db)
+
+        return self.monitor.store.write(signed, urgent=urgent)
 
     def header(self, name: str) -> str:
         return read_header(self.environ, name)
@@ -7559,7 +7803,7 @@ def read_request(environ: dict[str, Any], limit: int) -> bytes:
 class Route(NamedTuple):
     method: str
     path: str
-    auth: str  # none, read, admin, or page (a session; without one to the log-in)
+    auth: str  # none, page (a session or a kiosk; else to the log-in), read, operate, admin
     handler: Callable[[Call], Any]
     summary: str
     live: bool  # depends on nothing but the fleet's state: can be answered 304 without work
@@ -7567,12 +7811,13 @@ class Route(NamedTuple):
 
 
 ROUTES: list[Route] = []
+MAY = {"read": ROLES, "operate": ROLES[1:], "admin": ROLES[2:]}  # who is let to such a route
 
 
 def route(method: str, path: str, *, auth: str, live: bool = False,
           columns: tuple[str, ...] = ()) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register a handler; its docstring's first line is the summary in the API's description."""
-    assert auth in ("none", "read", "admin", "page")
+    assert auth in ("none", "page", *MAY)
 
     def register(handler: Callable[[Call], Any]) -> Callable[[Call], Any]:
         summary = (handler.__doc__ or "").partition("\n")[0]
@@ -7598,7 +7843,7 @@ def get_hosts(call: Call) -> Any:
 def post_host(call: Call) -> Any:
     """Register a host; its token is in the answer and never again."""
     wanted = host_changes(call.json(), {"name", "site", "tags"})
-    row = call.monitor.store.write(lambda db: insert_host(
+    row = call.write(lambda db: insert_host(
         db, wanted.get("name"), call.now, site=wanted.get("site"), tags=wanted.get("tags")))
     return token_answer(call, row, 201)
 
@@ -7613,21 +7858,21 @@ def get_host(call: Call) -> Any:
 def patch_host(call: Call) -> Any:
     """Change name, site, tags, note or maintenance_until; the token stays."""
     wanted = host_changes(call.json(), {"name", "site", "tags", "note", "maintenance_until"})
-    row = call.monitor.store.write(lambda db: update_host(db, call.params["id"], wanted, call.now))
+    row = call.write(lambda db: update_host(db, call.params["id"], wanted, call.now))
     return {"host": shown_host(call, row)}
 
 
 @route("DELETE", "/api/v1/hosts/<id>", auth="admin")
 def remove_host(call: Call) -> Any:
     """Remove a host with all it has sent."""
-    call.monitor.store.write(lambda db: delete_host(db, call.params["id"], call.now))
+    call.write(lambda db: delete_host(db, call.params["id"], call.now))
     return Answer(204)
 
 
 @route("POST", "/api/v1/hosts/<id>/rotate-token", auth="admin")
 def post_rotate_token(call: Call) -> Any:
     """A new token for a host; the old one is refused from here on."""
-    row = call.monitor.store.write(lambda db: rotate_nonce(db, call.params["id"], call.now))
+    row = call.write(lambda db: rotate_nonce(db, call.params["id"], call.now))
     return token_answer(call, row, 200)
 
 
@@ -7643,7 +7888,7 @@ def get_history(call: Call) -> Any:
         rows = [dict(zip(HISTORY_COLUMNS, (point[0], question.step, name, *point[1:])))
                 for name, points in zip(question.names, answers) for point in points]
         return Answer(200, to_csv(rows, HISTORY_COLUMNS).encode("utf-8", "replace"),
-                      {"Content-Type": "text/csv; charset=utf-8"})
+                      csv_headers(call))
     return {"series": [{"name": name, "step": question.step, "points": points}
                        for name, points in zip(question.names, answers)]}
 
@@ -7790,21 +8035,21 @@ def shown_alert(call: Call, number: int) -> dict[str, Any]:
     return to_alert_row(row)
 
 
-@route("POST", "/api/v1/alerts/<id>/acknowledge", auth="admin")
+@route("POST", "/api/v1/alerts/<id>/acknowledge", auth="operate")
 def post_acknowledge(call: Call) -> Any:
     """Take note of an alert, until it gets worse: note, until (both optional)."""
     wanted, number = call.json(), alert_number(call)
     expect_fields(wanted, ("note", "until"))
     note, until, fleet, by = note_of(wanted), until_of(call, wanted), call.fleet, call.actor or ""
-    call.monitor.store.write(lambda db: acknowledge(db, fleet, number, call.now, by=by, until=until, note=note))
+    call.write(lambda db: acknowledge(db, fleet, number, call.now, by=by, until=until, note=note))
     return shown_alert(call, number)
 
 
-@route("DELETE", "/api/v1/alerts/<id>/acknowledge", auth="admin")
+@route("DELETE", "/api/v1/alerts/<id>/acknowledge", auth="operate")
 def remove_acknowledge(call: Call) -> Any:
     """Take an acknowledgement back."""
     number = alert_number(call)
-    call.monitor.store.write(lambda db: unacknowledge(db, call.fleet, number, call.now, by=call.actor or ""))
+    call.write(lambda db: unacknowledge(db, call.fleet, number, call.now, by=call.actor or ""))
     return Answer(204)
 
 
@@ -7818,7 +8063,7 @@ def post_accept(call: Call) -> Any:
         accept_as_normal(db, call.fleet, number, call.now, by=call.actor or "")
         dispatch(db, call.fleet, call.fleet.everything(), call.now)
 
-    call.monitor.store.write(work)
+    call.write(work)
     return shown_alert(call, number)
 
 
@@ -7831,7 +8076,7 @@ def get_silences(call: Call) -> Any:
     return Listing(active_silences(call.db, call.now), SILENCE_COLUMNS)
 
 
-@route("POST", "/api/v1/silences", auth="admin")
+@route("POST", "/api/v1/silences", auth="operate")
 def post_silence(call: Call) -> Any:
     """No notification for what fits all of tag, site, host, object, rule that are given, until a time: until, note."""
     wanted = call.json()
@@ -7846,15 +8091,15 @@ def post_silence(call: Call) -> Any:
     if not any(wanted.get(key) for key in SILENCE_MATCHERS):
         raise Problem("invalid_request", f"at least one of {', '.join(SILENCE_MATCHERS)}", pointer="")
     fields = {**dict.fromkeys(SILENCE_MATCHERS), **wanted, "note": note_of(wanted), "until": until}
-    made = call.monitor.store.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
+    made = call.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
     return Answer(201, json.dumps(made).encode())
 
 
-@route("DELETE", "/api/v1/silences/<id>", auth="admin")
+@route("DELETE", "/api/v1/silences/<id>", auth="operate")
 def remove_silence(call: Call) -> Any:
     """End a silence."""
     number, by = call.params["id"], call.actor or ""
-    call.monitor.store.write(lambda db: delete_silence(db, call.fleet, number, call.now, by=by))
+    call.write(lambda db: delete_silence(db, call.fleet, number, call.now, by=by))
     return Answer(204)
 
 
@@ -7938,16 +8183,17 @@ def run_replay(monitor: Monitor, source: str, since: float) -> dict[str, Any]:
             "complete": told["complete"]}
 
 
-EVENT_COLUMNS = ("id", "at", "kind", "host", "object", "message")
+EVENT_COLUMNS = ("id", "at", "kind", "host", "object", "message", "by", "address")
 
 
 @route("GET", "/api/v1/events", auth="read", columns=EVENT_COLUMNS)
 def get_events(call: Call) -> Any:
-    """What changed, newest first: ?since=unix time."""
-    return Listing(list_events(call.db, since=query_number(call, "since", 0), limit=LIST_MOST), EVENT_COLUMNS)
+    """What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did."""
+    since, kind = query_number(call, "since", 0), call.query.pop("kind", None)
+    return Listing(list_events(call.db, since=since, limit=LIST_MOST, kind=kind), EVENT_COLUMNS)
 
 
-TOKEN_COLUMNS = ("name", "admin", "created_at", "expires_at")
+TOKEN_COLUMNS = ("name", "kind", "admin", "created_at", "expires_at")
 
 
 @route("GET", "/api/v1/tokens", auth="admin", columns=TOKEN_COLUMNS)
@@ -7958,40 +8204,109 @@ def get_tokens(call: Call) -> Any:
 
 @route("POST", "/api/v1/tokens", auth="admin")
 def post_token(call: Call) -> Any:
-    """Create an API token: name, admin (false), expires_days (never); it is in the answer and never again."""
+    """Create an API token: name, kind (token, kiosk), admin (false), expires_days (never); told this once."""
     wanted = call.json()
-    admin, days = wanted.get("admin", False), wanted.get("expires_days")
-    if not isinstance(admin, bool):
-        raise Problem("invalid_request", "admin is true or false", pointer="/admin")
+    expect_fields(wanted, ("name", "kind", "admin", "expires_days"))
+    name, kind, admin, days = (wanted.get(key, default) for key, default in (
+        ("name", None), ("kind", "token"), ("admin", False), ("expires_days", None)))
+    if kind not in TOKEN_KINDS:
+        raise Problem("invalid_request", f"kind: {' or '.join(TOKEN_KINDS)}", pointer="/kind")
+    if not isinstance(admin, bool) or admin and kind == "kiosk":
+        raise Problem("invalid_request", "admin is true or false; a kiosk's link is to look at", pointer="/admin")
     if days is not None and not (is_number(days) and 0 < days <= 36500):
         raise Problem("invalid_request", "expires_days is a number of days", pointer="/expires_days")
-    name = wanted.get("name")
-    token = call.monitor.store.write(lambda db: create_api_token(db, name, call.now, admin=admin, days=days))
-    return Answer(201, json.dumps({"name": name, "token": token}).encode(), {"Cache-Control": "no-store"})
+    if call.token_expires_at and not (days and call.now + days * DAY <= call.token_expires_at):
+        raise Problem("forbidden", "this API token expires; those it makes have to expire no later: expires_days")
+    token = call.write(lambda db: create_api_token(db, name, call.now, admin=admin, days=days, kind=kind))
+    link = {"link": kiosk_link(call.monitor.config, token)} if kind == "kiosk" else {}
+    return Answer(201, json.dumps({"name": name, "token": token, **link}).encode(), {"Cache-Control": "no-store"})
+
+
+def kiosk_link(config: Config, token: str) -> str:
+    """What a wall display is opened with, once: the page then keeps the token in a cookie."""
+    return f"{config.public_url}/?kiosk={token}"
 
 
 @route("DELETE", "/api/v1/tokens/<name>", auth="admin")
 def remove_token(call: Call) -> Any:
     """Revoke an API token."""
-    call.monitor.store.write(lambda db: revoke_api_token(db, call.params["name"], call.now))
+    call.write(lambda db: revoke_api_token(db, call.params["name"], call.now))
     return Answer(204)
 
 
-SESSION_COLUMNS = ("id", "created_at", "used_at", "address", "user_agent")
+SESSION_COLUMNS = ("id", "user", "created_at", "used_at", "address", "user_agent", "current")
 
 
 @route("GET", "/api/v1/sessions", auth="admin", columns=SESSION_COLUMNS)
 def get_sessions(call: Call) -> Any:
-    """Who is logged in."""
-    return Listing(list_sessions(call.db, call.now), SESSION_COLUMNS)
+    """Who is logged in; `current` is the session that asks."""
+    own = call.session_key.hex()[:16]
+    return Listing([{**row, "current": row["id"] == own} for row in list_sessions(call.db, call.now)], SESSION_COLUMNS)
+
+
+@route("DELETE", "/api/v1/sessions", auth="admin")
+def remove_sessions(call: Call) -> Any:
+    """End all sessions but the one that asks."""
+    call.write(lambda db: end_sessions(db, call.now, but=call.session_key))
+    return Answer(204)
 
 
 @route("DELETE", "/api/v1/sessions/<id>", auth="admin")
 def remove_session(call: Call) -> Any:
     """End a session."""
-    if not call.monitor.store.write(lambda db: delete_session(db, call.params["id"])):
+    if not call.write(lambda db: end_sessions(db, call.now, id=call.params["id"])):
         raise Problem("not_found", "no such session")
     return Answer(204)
+
+
+USER_COLUMNS = ("name", "role", "created_at", "last_login_at")
+
+
+@route("GET", "/api/v1/users", auth="admin", columns=USER_COLUMNS)
+def get_users(call: Call) -> Any:
+    """Who may log in, and as what: viewer, operator (acknowledges and mutes), admin."""
+    return Listing(list_users(call.db, call.monitor.config.password_hash), USER_COLUMNS)
+
+
+@route("POST", "/api/v1/users", auth="admin")
+def post_user(call: Call) -> Any:
+    """Let somebody log in: name, role (viewer, operator, admin), password."""
+    wanted = call.json()
+    expect_fields(wanted, ("name", "role", "password"))
+    name, role = check_user_name(call.db, wanted.get("name")), checked_role(wanted.get("role"))
+    hashed = password_of(wanted)
+    call.write(lambda db: insert_user(db, name, role, hashed, call.now))
+    return Answer(201, json.dumps(dict(required_user(call.db, name))).encode())
+
+
+@route("PATCH", "/api/v1/users/<name>", auth="admin")
+def patch_user(call: Call) -> Any:
+    """Change a user's role or password; a new password ends his sessions."""
+    wanted, name = call.json(), required_user(call.db, call.params["name"])["name"]
+    expect_fields(wanted, ("role", "password"))
+    role = checked_role(wanted["role"]) if "role" in wanted else None
+    hashed = password_of(wanted) if "password" in wanted else None
+    call.write(lambda db: update_user(db, name, call.now, role=role, password_hash=hashed))
+    return dict(required_user(call.db, name))
+
+
+@route("DELETE", "/api/v1/users/<name>", auth="admin")
+def remove_user(call: Call) -> Any:
+    """Let somebody log in no longer; his sessions end."""
+    call.write(lambda db: delete_user(db, call.params["name"], call.now))
+    return Answer(204)
+
+
+def password_of(wanted: dict[str, Any]) -> str:
+    """The hash of the password in a body. `Problem('invalid_request')`."""
+    password = wanted.get("password")
+    try:
+        if isinstance(password, str) and len(password) <= 1000:
+            with VERIFYING:
+                return hash_password(password)
+    except (Failure, UnicodeEncodeError):
+        pass
+    raise Problem("invalid_request", f"password: {PASSWORD_LEAST} to 1,000 characters", pointer="/password")
 
 
 @route("GET", "/api/v1/openapi.json", auth="read")
@@ -8008,8 +8323,9 @@ def get_health(call: Call) -> Any:
     free = shutil.disk_usage(os.path.dirname(store.path)).free
     well = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE
     document = {"status": "ok" if well else "failing", "writer_alive": store.alive,
-                "database_writable": store.last_error is None, "last_commit_age_seconds": age,
-                "last_error": store.last_error, "disk_free_bytes": free, "version": VERSION}
+                "database_writable": store.last_error is None, "last_commit_age_seconds": age}
+    if is_known(call):
+        document |= {"last_error": store.last_error, "disk_free_bytes": free, "version": VERSION}
     return Answer(200 if well else 503, json.dumps(document).encode(), {"Cache-Control": "no-store"})
 
 
@@ -8043,8 +8359,11 @@ def host_changes(wanted: dict[str, Any], allowed: set[str]) -> dict[str, Any]:
 
 
 def shown_host(call: Call, record: sqlite3.Row) -> dict[str, Any]:
+    """The row of a host that was just written; of one that somebody else has removed since, as it was registered."""
     call.fleet.refresh(call.db)
-    return host_row(call.fleet, call.fleet.hosts[record["id"]], call.now)
+    state = call.fleet.hosts.get(record["id"])
+    bare: Any = {**dict(record), "last_seen_at": None, "kept_at": None}
+    return host_row(call.fleet, state or HostState(bare), call.now)
 
 
 def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
@@ -8057,7 +8376,8 @@ def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
 
 def install_commands(config: Config, name: str, token: str) -> list[str]:
     """What to type as root on the host. It asks for the token, which so stays out of the shell's history."""
-    return [f"curl -fsSL {config.public_url}/install/install.sh | sh -s -- --host {name}"]
+    only = " --proto =https --proto-redir =https" if config.https else ""  # no redirect to plain http
+    return [f"curl -fsSL{only} {config.public_url}/install/install.sh | sh -s -- --host {name}"]
 
 
 INSTALL_FILES: dict[str, tuple[str, ...]] = {  # name -> where it lies in the program; () = in INSTALL_DIR
@@ -8141,11 +8461,17 @@ def render_listing(call: Call, listing: Listing) -> Answer:
         return Answer(200, json.dumps({"items": page, "total": len(rows), "limit": limit, "offset": offset}).encode())
     if form == "csv":
         return Answer(200, to_csv(page, listing.columns).encode("utf-8", "replace"),
-                      {"Content-Type": "text/csv; charset=utf-8", "X-Total-Count": str(len(rows))})
+                      {**csv_headers(call), "X-Total-Count": str(len(rows))})
     if form == "text":
         return Answer(200, to_text(page, listing.columns).encode("utf-8", "replace"),
                       {"Content-Type": "text/plain; charset=utf-8", "X-Total-Count": str(len(rows))})
     raise Problem("invalid_request", "format: json, csv or text", parameter="format")
+
+
+def csv_headers(call: Call) -> dict[str, str]:
+    """CSV is saved, not shown, under the name of what was asked for."""
+    name = call.environ.get("PATH_INFO", "").rpartition("/")[2]
+    return {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
 
 
 def filter_rows(listing: Listing, query: dict[str, str]) -> list[dict[str, Any]]:
@@ -8198,9 +8524,12 @@ def to_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     writer.writerow(columns)
     for row in rows:
         cells = [to_cell(row[column]) for column in columns]
-        writer.writerow(["'" + cell if cell[:1] in "=+-@\t\r" and cell and not is_number(row[column]) else cell
+        writer.writerow(["'" + cell if cell[:1] in FORMULA and cell and not is_number(row[column]) else cell
                          for cell, column in zip(cells, columns, strict=True)])
     return out.getvalue()
+
+
+FORMULA = "=+-@\t\r\n＝＋－＠"  # what a spreadsheet takes for the beginning of one, full-width signs too
 
 
 def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -8346,11 +8675,11 @@ def describe_route(one: Route) -> dict[str, Any]:
     return described
 
 
-MAKES = ("/api/v1/hosts", "/api/v1/silences", "/api/v1/tokens")
+MAKES = ("/api/v1/hosts", "/api/v1/silences", "/api/v1/tokens", "/api/v1/users")
 QUERIES = {
     **dict.fromkeys((f"/api/v1/{name}" for name in ("hosts", "guests", "pools", "storages", "backups", "disks")),
                     ("host", "site", "tag")),
-    "/api/v1/alerts": ("state", "host", "site", "tag"), "/api/v1/events": ("since",),
+    "/api/v1/alerts": ("state", "host", "site", "tag"), "/api/v1/events": ("since", "kind"),
     "/api/v1/rules": ("host", "object"), "/api/v1/hosts/<id>/history": ("series", "from", "to", "step", "format"),
     "/api/v1/hosts/<id>/gaps": ("from",), "/api/v1/hosts/<id>/export": ("format",),
 }
@@ -8377,7 +8706,7 @@ def describe_ingest() -> dict[str, Any]:
 
 # --- page: the one page, its fragment, log-in and log-out ---
 
-COOKIE = "proxmon_session"
+COOKIE, KIOSK_COOKIE, SEEN_COOKIE = "proxmon_session", "proxmon_kiosk", "proxmon_seen"
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 PAGE_LIMIT = 200
 SCRUB_DUE = 40 * DAY  # Debian scrubs monthly; the gap between two is 35 days at most
@@ -8445,7 +8774,8 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
     return {
-        "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin,
+        "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
+        "user": call.actor, "kiosk": call.kind == "kiosk",
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
@@ -8841,33 +9171,70 @@ def html(body: bytes, status: int = 200, headers: dict[str, str] | None = None) 
 @route("GET", "/login", auth="none")
 def get_login(call: Call) -> Any:
     """The log-in form."""
-    return login_page(call, 200)
+    return login_page(call, 200, next=safe_path(call.query.get("next", "")))
 
 
 @route("POST", "/login", auth="none")
 def post_login(call: Call) -> Any:
-    """Check the password and begin a session."""
+    """Check user (default: admin) and password, begin a session, and go on to `next`."""
     check_same_origin(call)
     form = urllib.parse.parse_qs(read_request(call.environ, 1 << 14).decode("utf-8", "replace"))
-    address, logins = call.address(), call.monitor.logins
-    wait = logins.attempt(address, call.now)
+    given = {name: form.get(name, [""])[0] for name in ("user", "password", "next")}
+    target = safe_path(given["next"])
+    if not LOGINS.acquire(blocking=False):  # the others wait for memory, each with a thread
+        return login_page(call, 429, wait_seconds=2, next=target)
+    try:
+        login, wait = try_login(call, given["user"].strip() or BUILT_IN, given["password"])
+    finally:
+        LOGINS.release()
     if wait:
-        return login_page(call, 429, wait_seconds=wait)
-    if not verify_password(call.monitor.config.password_hash, form.get("password", [""])[0]):
-        log(f"server: failed log-in from {address}")
-        return login_page(call, 401, error="That is not the password.")
-    logins.succeeded(address)
-    cookie = call.monitor.store.write(lambda db: create_session(db, call.now, address, call.header("user-agent")))
-    set_cookie = session_cookie(call, cookie, SESSION_SECONDS)
-    return Answer(303, b"", {"Location": "/", "Set-Cookie": set_cookie})
+        return login_page(call, 429, wait_seconds=wait, next=target)
+    if login is None:
+        return login_page(call, 401, error="That is not the password.", next=target)
+    call.actor, call.kind, address, secret = login.name, "session", call.address(), call.monitor.secret
+    cookie = call.write(lambda db: create_session(db, secret, login, call.now, address, call.header("user-agent")))
+    set_cookie = cookie_header(call, COOKIE, cookie, SESSION_SECONDS)
+    return Answer(303, b"", {"Location": target or "/", "Set-Cookie": set_cookie})
+
+
+def try_login(call: Call, name: str, password: str) -> tuple[Login | None, int]:
+    """Who that is, or None; or how many seconds to wait before a try counts."""
+    logins, address = call.monitor.logins, call.address()
+    logins.unlock(get_meta(call.db, "logins_unlocked"))
+    origins = logins.origins(address, seen_browser(call.monitor.secret, read_cookie(call, SEEN_COOKIE)))
+    if logins.crowded(call.now) and was_here(call.db, address):
+        origins.pop(logins.EVERYWHERE, None)  # strangers do not lock out who has logged in from there before
+    wait = logins.attempt(origins, call.now)
+    if wait:
+        return None, wait
+    login = find_login(call.db, name, call.monitor.config.password_hash)
+    if verify_password(login.hash if login else nobodys_hash(), password) and login:
+        logins.succeeded(origins)
+        return login, 0
+    log(f"server: failed log-in from {address}")
+    who = login.name if login else "an unknown user"  # what was typed may be a password
+    call.write(lambda db: insert_event(db, call.now, "login-failed", f"Failed log-in of {who} from {address}"))
+    return None, 0
+
+
+def was_here(db: sqlite3.Connection, address: str) -> bool:
+    """Whether somebody has logged in from this address."""
+    asked = "SELECT 1 FROM event WHERE kind = 'login' AND address = :address LIMIT 1"
+    return db.execute(asked, {"address": address}).fetchone() is not None
+
+
+@lru_cache(1)
+def nobodys_hash() -> str:
+    """So that a name that nobody has takes as long as a wrong password."""
+    return PASSWORDS.hash(secrets.token_hex(16))
 
 
 @route("POST", "/logout", auth="page")
 def post_logout(call: Call) -> Any:
-    """End this session."""
-    call.monitor.store.write(lambda db: db.execute("DELETE FROM session WHERE hash = :hash",
-                                                   {"hash": token_hash(call.cookie)}).rowcount)
-    return Answer(303, b"", {"Location": "/login", "Set-Cookie": session_cookie(call, "", 0)})
+    """End this session; what the browser has kept of the page goes too."""
+    call.write(lambda db: db.execute("DELETE FROM session WHERE hash = :hash", {"hash": call.session_key}).rowcount)
+    return Answer(303, b"", {"Location": "/login", "Set-Cookie": cookie_header(call, COOKIE, "", 0),
+                             "Clear-Site-Data": '"cache"'})
 
 
 @route("GET", "/static/<name>", auth="none")
@@ -8881,16 +9248,30 @@ def get_static(call: Call) -> Any:
         return Answer(200, handle.read(), {"Content-Type": kind})
 
 
-def login_page(call: Call, status: int, *, error: str | None = None, wait_seconds: int | None = None) -> Answer:
+def login_page(call: Call, status: int, *, error: str | None = None, wait_seconds: int | None = None,
+               next: str = "") -> Answer:
     headers = {"Retry-After": str(wait_seconds)} if wait_seconds else {}
-    body = render("login.html", version=VERSION, error=error, wait_seconds=wait_seconds,
-                  password_set=bool(call.monitor.config.password_hash), csrf=None, next=None)
+    users = call.db.execute("SELECT count(*) FROM user").fetchone()[0]
+    body = render("login.html", version=VERSION, error=error, wait_seconds=wait_seconds, named=users > 0,
+                  password_set=bool(call.monitor.config.password_hash or users), csrf=None, next=next)
     return html(body, status, {**headers, "Cache-Control": "no-store"})
 
 
-def session_cookie(call: Call, value: str, seconds: int) -> str:
+def safe_path(text: str) -> str:
+    """A path of this server with its query, '' for all that could lead elsewhere: browsers take // and /\\ for
+    another host, and leave tabs and line breaks out."""
+    fine = re.fullmatch(r"/(?![/\\])[!-\[\]-~]*", text) and not re.match(r"/(login|logout)\b", text)
+    return text if fine and len(text) <= 2000 else ""
+
+
+def cookie_header(call: Call, name: str, value: str, seconds: int) -> str:
     secure = "; Secure" if call.https else ""
-    return f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+    return f"{cookie_name(call, name)}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+
+
+def cookie_name(call: Call, name: str) -> str:
+    """With __Host- no other host of the domain can set it (RFC 6265bis, 4.1.3.2); browsers want https for that."""
+    return f"__Host-{name}" if call.https else name
 
 
 # --- serving: who asks, what he may, and how an answer leaves ---
@@ -8903,46 +9284,102 @@ def identify(call: Call) -> None:
         token = find_api_token(call.db, given.strip(), call.now) if scheme.lower() == "bearer" else None
         if token is None:
             raise Problem("unauthorized", "the API token is not known, revoked or expired", headers=BEARER)
-        call.actor, call.admin = token["name"], bool(token["admin"])
+        call.actor, call.kind, call.role = token["name"], "token", "admin" if token["admin"] else "viewer"
+        call.token_expires_at = token["expires_at"]
         return
-    cookie = read_cookie(call.header("cookie"))
-    session = find_session(call.db, cookie, call.now) if cookie else None
-    if session is not None:
-        call.actor, call.admin, call.cookie = "session", True, cookie
-        if call.now - session["used_at"] > HOUR:  # sliding, without a write for each request
-            call.set_cookie = session_cookie(call, cookie, SESSION_SECONDS)  # the browser's copy slides with it
-            call.monitor.store.write(lambda db: db.execute(
-                "UPDATE session SET used_at = :now WHERE hash = :hash",
-                {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
+    cookie, config = read_cookie(call, COOKIE), call.monitor.config
+    found = find_session(call.db, call.monitor.secret, cookie, call.now, config.password_hash) if cookie else None
+    if found is not None:
+        login, session = found
+        call.actor, call.kind, call.role = login.name, "session", login.role
+        call.cookie, call.session = cookie, session
+        slide_session(call, session)
+
+
+def slide_session(call: Call, session: sqlite3.Row) -> None:
+    """An hour after its last use a session is used anew, and the browser's cookie slides with it."""
+    if call.now - session["used_at"] > HOUR:  # without a write for each request
+        left = session["created_at"] + SESSION_MOST - call.now
+        call.set_cookie = cookie_header(call, COOKIE, call.cookie, int(min(SESSION_SECONDS, left)))
+        call.monitor.store.write(lambda db: db.execute(
+            "UPDATE session SET used_at = :now WHERE hash = :hash",
+            {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
+
+
+def identify_browser(call: Call, route: Route) -> None:
+    """For the page: a session, else a wall display with its link or the cookie it got for that."""
+    identify(call)
+    secret, given = call.monitor.secret, call.query.pop("kiosk", "")
+    new = call.session is not None and call.session["created_at"] > call.now - 10 * MINUTE
+    if new and not seen_browser(secret, read_cookie(call, SEEN_COOKIE)):
+        call.set_cookie = cookie_header(call, SEEN_COOKIE, seen_cookie(secret), 400 * DAY)  # browsers keep no longer
+    if call.kind or route.path != "/":
+        return
+    token = given or read_cookie(call, KIOSK_COOKIE)
+    kiosk = find_api_token(call.db, token, call.now, kind="kiosk") if token else None
+    if kiosk and given:  # out of the address, which is shown and kept in lists
+        cookie = cookie_header(call, KIOSK_COOKIE, token, 400 * DAY)
+        raise Answer(303, b"", {"Location": "/?kiosk", "Set-Cookie": cookie, "Cache-Control": "no-store"})
+    if kiosk:
+        call.actor, call.kind = kiosk["name"], "kiosk"
 
 
 BEARER = {"WWW-Authenticate": "Bearer"}
 
 
-def read_cookie(header: str) -> str:
-    """The session's cookie among those that came."""
-    for part in header.split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == COOKIE:
+def is_known(call: Call) -> bool:
+    """Whether somebody asks who is let in; for routes that tell strangers less."""
+    try:
+        identify(call)
+    except Problem:
+        pass
+    return call.actor is not None
+
+
+def read_cookie(call: Call, name: str) -> str:
+    """One of the cookies that came."""
+    wanted = cookie_name(call, name)
+    for part in call.header("cookie").split(";"):
+        found, _, value = part.strip().partition("=")
+        if found == wanted:
             return value
     return ""
 
 
-def check_access(call: Call, one: Route) -> None:
+def check_access(call: Call, route: Route) -> None:
     """Let the request pass, or raise. A route without a rule cannot be registered."""
-    if one.auth == "none":
+    if route.auth == "none":
         return
-    identify(call)
-    if call.actor is None:
-        if one.auth == "page":
-            raise Answer(303, b"", {"Location": "/login"})
-        raise Problem("unauthorized", "log in, or send an API token: Authorization: Bearer …", headers=BEARER)
-    if one.auth == "page" and call.actor != "session":
-        raise Answer(303, b"", {"Location": "/login"})
-    if one.auth == "admin" and not call.admin:
-        raise Problem("forbidden", "this API token may only read")
-    if one.method not in ("GET", "HEAD") and call.actor == "session":
+    if route.auth == "page":
+        identify_browser(call, route)
+        if call.kind not in ("session", "kiosk"):
+            raise Answer(303, b"", {"Location": login_address(call, route)})
+    else:
+        identify(call)
+        if call.actor is None:
+            raise Problem("unauthorized", "log in, or send an API token: Authorization: Bearer …", headers=BEARER)
+        if call.role not in MAY[route.auth]:
+            raise Problem("forbidden", "this API token may only read" if call.kind == "token"
+                          else f"{call.actor} is {call.role}: {' or '.join(MAY[route.auth])} is needed")
+    if route.method not in ("GET", "HEAD") and call.kind != "token":
         check_csrf(call)
+
+
+def login_address(call: Call, route: Route) -> str:
+    """Where to log in, with the way back to where one was."""
+    asked = call.environ.get("PATH_INFO", "/")
+    if call.environ.get("QUERY_STRING"):
+        asked += "?" + call.environ["QUERY_STRING"]
+    back = safe_path(asked) if route.method == "GET" and asked != "/" else ""
+    return "/login?" + urllib.parse.urlencode({"next": back}) if back else "/login"
+
+
+def note_refusal(call: Call, problem: Problem) -> None:
+    """A write that somebody known was refused is an event; of very many only some."""
+    if problem.code != "forbidden" or not call.actor or call.monitor.refusals.take("", 1, call.now):
+        return
+    what = f"{call.environ['REQUEST_METHOD']} {call.environ.get('PATH_INFO', '')[:200]}: {problem.detail}"
+    call.write(lambda db: insert_event(db, call.now, "refused", printable(what)), urgent=False)
 
 
 def check_csrf(call: Call) -> None:
@@ -8971,7 +9408,11 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
     """Run a route for a request; every refusal comes back as an answer."""
     try:
         call = Call(monitor, environ, params)
-        check_access(call, one)
+        try:
+            check_access(call, one)
+        except Problem as problem:
+            note_refusal(call, problem)
+            raise
         tag = live_etag(call) if one.live else ""
         if tag and call.header("if-none-match") == tag:
             answer = Answer(304, b"", {"ETag": tag})
@@ -8989,7 +9430,8 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
 def live_etag(call: Call) -> str:
     """Names a state of the fleet as one asker sees it, before any work is done."""
     environ = call.environ
-    asked = f"{environ.get('PATH_INFO')}?{environ.get('QUERY_STRING')} {call.cookie} {call.header('x-fragment')}"
+    asked = (f"{environ.get('PATH_INFO')}?{environ.get('QUERY_STRING')} "
+             f"{call.kind} {call.role} {call.cookie} {call.header('x-fragment')}")
     tag = f'W/"{call.monitor.boot}-{call.fleet.generation}-{zlib.crc32(asked.encode("utf-8", "replace")):x}"'
     return "" if call.monitor.store.writing else tag  # asked last: half of a new state is not the new state
 
@@ -9315,6 +9757,8 @@ def run_server(monitor: Monitor) -> None:
     monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
     log(f"server: listening on http://{config.listen}:{port}")
+    for doubt in config.doubts():
+        log(f"server: {doubt}")
     if not config.password_hash:
         log("server: nobody can log in until DASHBOARD_PASSWORD_HASH is set; make one with `hash-password`")
     try:
@@ -9351,11 +9795,13 @@ def stop_serving(*_: Any) -> None:
 
 # --- commands: what an operator types ---
 
-COMMANDS: dict[str, tuple[Callable[[Config, argparse.Namespace], int], tuple[tuple[str, dict[str, Any]], ...]]] = {}
 Handler = Callable[[Config, argparse.Namespace], int]
+Argument = tuple[str, dict[str, Any]]
+COMMANDS: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+AS_ROOT = {"backup", "restore"}  # open a file of root's; all others become the owner of the database's directory
 
 
-def command(name: str, *arguments: tuple[str, dict[str, Any]]) -> Callable[[Handler], Handler]:
+def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
     """Register a command with its arguments; its docstring is its help."""
 
     def register(handler: Handler) -> Handler:
@@ -9379,8 +9825,35 @@ def open_database(config: Config, *, create: bool = False, readonly: bool = Fals
     return db
 
 
-HOST_ARGUMENT = ("name", {"help": "the host's name"})
+@contextmanager
+def database(config: Config, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+    """The database for a command that writes: all of it or nothing, and its events say who typed it."""
+    with done_by(f"command:{typist()}"), transaction(open_database(config, create=create)) as db:
+        yield db
+
+
+def typist() -> str:
+    """Who typed the command: also through sudo."""
+    try:
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(ASKED_AS).pw_name
+    except KeyError:
+        return str(ASKED_AS)
+
+
+ASKED_AS = os.getuid()  # before root's commands become somebody else
+
+
+def print_list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> int:
+    """Rows for people, or for programs."""
+    print(json.dumps(rows, indent=2) + "\n" if as_json else to_text(rows, columns), end="")
+    return OK
+
+
+NAME_ARGUMENT = ("name", {"help": "the name"})
 JSON_ARGUMENT = ("--json", {"action": "store_true", "help": "as JSON"})
+EXPIRES_ARGUMENT = ("--expires", {"type": float, "metavar": "DAYS", "help": "valid for so long (default: for ever)"})
+ROLE_ARGUMENT = ("--role", {"choices": ROLES, "required": True, "help": "an operator acknowledges and mutes"})
+SHOWN_ONCE = "Store this token NOW — it will never be shown again."
 
 
 @command("serve")
@@ -9400,8 +9873,7 @@ def only_server(config: Config) -> Iterator[None]:
     """Two servers on one database would each keep a state of their own. A lock on the database itself would not
     do: closing the file would take SQLite's locks away."""
     path = config.database_path + ".lock"
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "w") as handle:
-        give_to_owner(path)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -9434,14 +9906,14 @@ def command_rollback(config: Config, args: argparse.Namespace) -> int:
 def show_token(config: Config, record: sqlite3.Row, said: str) -> int:
     print(f"Host '{record['name']}' {said}")
     print(f"TOKEN: {host_token(config.secret(), record['nonce'])}")
-    print("Store this token NOW — it will never be shown again.")
+    print(SHOWN_ONCE)
     return OK
 
 
-@command("register-host", HOST_ARGUMENT)
+@command("register-host", NAME_ARGUMENT)
 def command_register_host(config: Config, args: argparse.Namespace) -> int:
     """Register a host and print its token, once."""
-    with transaction(open_database(config, create=True)) as db:
+    with database(config, create=True) as db:
         record = insert_host(db, args.name, time.time())
     show_token(config, record, f"registered (id={record['id']}).")
     sys.stdout.flush()
@@ -9451,18 +9923,18 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
     return OK
 
 
-@command("rotate-token", HOST_ARGUMENT)
+@command("rotate-token", NAME_ARGUMENT)
 def command_rotate_token(config: Config, args: argparse.Namespace) -> int:
     """Give a host a new token; the old one is refused from here on."""
-    with transaction(open_database(config)) as db:
+    with database(config) as db:
         record = rotate_nonce(db, args.name, time.time())
     return show_token(config, record, "has a new token.")
 
 
-@command("remove-host", HOST_ARGUMENT)
+@command("remove-host", NAME_ARGUMENT)
 def command_remove_host(config: Config, args: argparse.Namespace) -> int:
     """Remove a host with all it has sent."""
-    with transaction(open_database(config)) as db:
+    with database(config) as db:
         delete_host(db, args.name, time.time())
     print(f"Host '{args.name}' removed.")
     return OK
@@ -9471,7 +9943,7 @@ def command_remove_host(config: Config, args: argparse.Namespace) -> int:
 @command("rename-host", ("old", {"help": "the name it has"}), ("new", {"help": "the name it gets"}))
 def command_rename_host(config: Config, args: argparse.Namespace) -> int:
     """Rename a host; its token stays, its agent's host_id must follow."""
-    with transaction(open_database(config)) as db:
+    with database(config) as db:
         update_host(db, args.old, {"name": args.new}, time.time())
     print(f"Host '{args.old}' renamed to '{args.new}'.")
     print(f'Set host_id = "{args.new}" in its agent.toml and restart the agent.')
@@ -9497,11 +9969,7 @@ def command_list_hosts(config: Config, args: argparse.Namespace) -> int:
     rows = [{"id": row["id"], "name": row["name"], "site": row["site"], "tags": json.loads(row["tags"]),
              "note": row["note"], "maintenance_until": row["maintenance_until"], "created_at": row["created_at"],
              "last_seen_at": row["last_seen_at"]} for row in list_host_records(db)]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(to_text(rows, ("id", "name", "site", "tags", "created_at", "last_seen_at")), end="")
-    return OK
+    return print_list(rows, ("id", "name", "site", "tags", "created_at", "last_seen_at"), args.json)
 
 
 @command("status", JSON_ARGUMENT)
@@ -9527,18 +9995,20 @@ STATUS_CODES = {"ok": 0, "info": 0, "maintenance": 0, "warning": 1, "stale": 1, 
                 "offline": 2}
 
 
+def ask_password() -> str:
+    """A password: asked for twice without showing it, or the first line of standard input."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if password != getpass.getpass("Again: "):
+        raise Failure("the two are not the same")
+    return password
+
+
 @command("hash-password")
 def command_hash_password(config: Config, args: argparse.Namespace) -> int:
     """Make DASHBOARD_PASSWORD_HASH from a password: asks twice, or reads standard input."""
-    if sys.stdin.isatty():
-        password = getpass.getpass("Password: ")
-        if password != getpass.getpass("Again: "):
-            raise Failure("the two are not the same")
-    else:
-        password = sys.stdin.readline().rstrip("\r\n")
-    if not password:
-        raise Failure("an empty password")
-    print(PASSWORDS.hash(password))
+    print(hash_password(ask_password()))
     return OK
 
 
@@ -9549,25 +10019,36 @@ def command_generate_secret(config: Config, args: argparse.Namespace) -> int:
     return OK
 
 
-@command("create-api-token", ("name", {"help": "what it is for"}),
-         ("--admin", {"action": "store_true", "help": "may also write"}),
-         ("--expires", {"type": float, "metavar": "DAYS", "help": "valid for so many days (default: for ever)"}))
+@command("create-api-token", NAME_ARGUMENT, ("--admin", {"action": "store_true", "help": "may also write"}),
+         EXPIRES_ARGUMENT)
 def command_create_api_token(config: Config, args: argparse.Namespace) -> int:
     """Create an API token and print it, once."""
-    if args.expires is not None and not 0 < args.expires <= 36500:
-        raise Failure("--expires: a number of days above 0")
-    with transaction(open_database(config, create=True)) as db:
-        token = create_api_token(db, args.name, time.time(), admin=args.admin, days=args.expires)
+    token = make_token(config, args, admin=args.admin, kind="token")
     print(f"API token '{args.name}' created ({'admin' if args.admin else 'read only'}).")
     print(f"TOKEN: {token}")
-    print("Store this token NOW — it will never be shown again.")
+    print(SHOWN_ONCE)
     return OK
 
 
-@command("revoke-api-token", ("name", {"help": "the token's name"}))
+@command("create-kiosk-link", NAME_ARGUMENT, EXPIRES_ARGUMENT)
+def command_create_kiosk_link(config: Config, args: argparse.Namespace) -> int:
+    """Create a link that shows the page to a wall display, to look at only; revoke-api-token ends it."""
+    print(f"LINK: {kiosk_link(config, make_token(config, args, admin=False, kind='kiosk'))}")
+    print("Open it once on the display: it will never be shown again.")
+    return OK
+
+
+def make_token(config: Config, args: argparse.Namespace, *, admin: bool, kind: str) -> str:
+    if args.expires is not None and not 0 < args.expires <= 36500:
+        raise Failure("--expires: a number of days above 0")
+    with database(config, create=True) as db:
+        return create_api_token(db, args.name, time.time(), admin=admin, days=args.expires, kind=kind)
+
+
+@command("revoke-api-token", NAME_ARGUMENT)
 def command_revoke_api_token(config: Config, args: argparse.Namespace) -> int:
-    """Revoke an API token."""
-    with transaction(open_database(config)) as db:
+    """Revoke an API token or a kiosk's link."""
+    with database(config) as db:
         revoke_api_token(db, args.name, time.time())
     print(f"API token '{args.name}' revoked.")
     return OK
@@ -9576,30 +10057,181 @@ def command_revoke_api_token(config: Config, args: argparse.Namespace) -> int:
 @command("list-api-tokens", JSON_ARGUMENT)
 def command_list_api_tokens(config: Config, args: argparse.Namespace) -> int:
     """List the API tokens' names."""
-    rows = list_api_tokens(open_database(config, readonly=True))
-    print(json.dumps(rows, indent=2) if args.json else to_text(rows, TOKEN_COLUMNS), end="\n" if args.json else "")
+    return print_list(list_api_tokens(open_database(config, readonly=True)), TOKEN_COLUMNS, args.json)
+
+
+@command("list-sessions", JSON_ARGUMENT)
+def command_list_sessions(config: Config, args: argparse.Namespace) -> int:
+    """List who is logged in."""
+    rows = list_sessions(open_database(config, readonly=True), time.time())
+    return print_list(rows, SESSION_COLUMNS[:-1], args.json)
+
+
+@command("end-sessions", ("id", {"nargs": "?", "metavar": "ID", "help": "only this one, as list-sessions has it"}))
+def command_end_sessions(config: Config, args: argparse.Namespace) -> int:
+    """End all sessions, or one: whoever it is has to log in again."""
+    with database(config) as db:
+        ended = end_sessions(db, time.time(), id=args.id)
+        if args.id and not ended:
+            raise Failure(f"no session '{args.id}'")
+    print(f"{ended} session{'' if ended == 1 else 's'} ended.")
     return OK
+
+
+@command("unlock-login")
+def command_unlock_login(config: Config, args: argparse.Namespace) -> int:
+    """Forget the failed log-ins: nobody has to wait for the next try."""
+    with database(config) as db:
+        set_meta(db, "logins_unlocked", secrets.token_hex(8))
+        insert_event(db, time.time(), "login-unlocked", "Failed log-ins forgotten")
+    print("The next log-in counts at once.")
+    return OK
+
+
+@command("add-user", NAME_ARGUMENT, ROLE_ARGUMENT)
+def command_add_user(config: Config, args: argparse.Namespace) -> int:
+    """Let somebody log in by name; asks for the password twice, or reads standard input."""
+    hashed = hash_password(ask_password())
+    with database(config, create=True) as db:
+        insert_user(db, args.name, args.role, hashed, time.time())
+    print(f"User '{args.name}' added ({args.role}).")
+    return OK
+
+
+@command("set-password", NAME_ARGUMENT)
+def command_set_password(config: Config, args: argparse.Namespace) -> int:
+    """Give a user another password, which ends his sessions."""
+    with database(config) as db:  # before it is asked for: is there such a user?
+        required_user(db, args.name)
+    hashed = hash_password(ask_password())
+    with database(config) as db:
+        update_user(db, args.name, time.time(), password_hash=hashed)
+    print(f"Password of '{args.name}' set.")
+    return OK
+
+
+@command("remove-user", NAME_ARGUMENT)
+def command_remove_user(config: Config, args: argparse.Namespace) -> int:
+    """Let a user log in no longer; his sessions end."""
+    with database(config) as db:
+        delete_user(db, args.name, time.time())
+    print(f"User '{args.name}' removed.")
+    return OK
+
+
+@command("list-users", JSON_ARGUMENT)
+def command_list_users(config: Config, args: argparse.Namespace) -> int:
+    """List who may log in, and as what."""
+    db = open_database(config, readonly=True)
+    return print_list(list_users(db, config.password_hash), USER_COLUMNS, args.json)
 
 
 @command("backup", ("file", {"help": "where to write the copy"}))
 def command_backup(config: Config, args: argparse.Namespace) -> int:
     """Write a consistent copy of the database while the server runs."""
     target = os.path.abspath(args.file)
-    if os.path.exists(target):
-        raise Failure(f"{target}: exists already")
-    source, partial_path = open_database(config, readonly=True), target + ".partial"
+    folder = f"{target}.{secrets.token_hex(8)}"
     try:
-        os.close(os.open(partial_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-        copy = sqlite3.connect(partial_path)
-        source.backup(copy)  # one read transaction: the writer is not kept waiting
-        copy.execute("PRAGMA journal_mode = DELETE")  # one file, without -wal beside it
-        copy.close()
-        os.replace(partial_path, target)
-    except (OSError, sqlite3.Error) as error:
+        os.close(os.open(target, NEW_FILE, 0o600))  # the name is ours now, and no link
+    except FileExistsError:
+        raise Failure(f"{target}: exists already") from None
+    except OSError as error:
+        raise Failure(f"{target}: {error.strerror}") from None
+    try:
+        os.mkdir(folder, 0o700)  # nobody else can put anything beside the copy
+        copy_database(open_database(config, readonly=True), os.path.join(folder, "copy"))
+        os.replace(os.path.join(folder, "copy"), target)
+    except (OSError, sqlite3.Error, Failure) as error:
+        os.unlink(target)
         raise Failure(f"{target}: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     where = "SECRET_KEY_BASE of the environment" if config.given_secret else config.secret_path
     print(f"{target}: {os.path.getsize(target)} bytes. Keep the secret apart from it: {where}")
     return OK
+
+
+def copy_database(source: sqlite3.Connection, path: str) -> None:
+    """A copy in one file, 0600."""
+    os.close(os.open(path, NEW_FILE, 0o600))
+    copy = sqlite3.connect(path)
+    source.backup(copy)  # one read transaction: the writer is not kept waiting
+    copy.execute("PRAGMA journal_mode = DELETE")  # one file, without -wal beside it
+    copy.close()
+
+
+@command("restore", ("file", {"help": "a copy that `backup` wrote"}))
+def command_restore(config: Config, args: argparse.Namespace) -> int:
+    """Put a backup in the place of the database while the server is stopped; ends all sessions."""
+    path, now = config.database_path, time.time()
+    kept = f"{path}.before-restore-{int(now)}"
+    try:
+        with open(args.file, "rb") as source:  # root's file, before we become the owner of the directory
+            become_owner(path)
+            with only_server(config), copied_beside(path, source) as copy:
+                undone = prepare_restore(copy, path, now)
+                for suffix in [suffix for suffix in ("-wal", "-shm", "") if os.path.lexists(path + suffix)]:
+                    os.rename(path + suffix, kept + suffix)
+                os.rename(copy, path)
+    except (OSError, sqlite3.Error) as error:
+        raise Failure(f"{args.file}: {getattr(error, 'strerror', None) or error}") from None
+    tell_restored(args.file, path, kept, undone)
+    return OK
+
+
+@contextmanager
+def copied_beside(path: str, source: IO[bytes]) -> Iterator[str]:
+    """The path of a copy of an open file in the same directory, to be renamed; what is left of it goes."""
+    partial_path = f"{path}.{secrets.token_hex(8)}"
+    try:
+        with open(os.open(partial_path, NEW_FILE, 0o600), "wb") as target:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+        yield partial_path
+    finally:
+        for suffix in [suffix for suffix in ("", "-journal", "-wal", "-shm") if os.path.lexists(partial_path + suffix)]:
+            os.unlink(partial_path + suffix)
+
+
+def prepare_restore(path: str, current: str, now: float) -> list[str]:
+    """Check the copy, end its sessions, and tell what has been taken back since it was made, as far as the
+    database knows that it replaces."""
+    db = connect(path)
+    found = db.execute("PRAGMA quick_check").fetchone()[0]
+    if found != "ok" or is_empty(db):
+        raise Failure(f"not a whole database of this program: {found if found != 'ok' else 'it is empty'}")
+    check_schema(db)
+    made_at = db.execute("SELECT max(at) FROM event").fetchone()[0] or 0.0
+    with done_by(f"command:{typist()}"), transaction(db):
+        end_sessions(db, now)
+        insert_event(db, now, "restored", f"Restored from a backup whose last event is of {iso_time(made_at)}")
+    db.execute("PRAGMA journal_mode = DELETE")
+    db.close()
+    return list_undone(current, made_at)
+
+
+TAKEN_BACK = ("token-rotated", "token-revoked", "host-removed", "user-removed", "user-password", "user-role")
+
+
+def list_undone(path: str, since: float) -> list[str]:
+    """What the database at this path says was taken from somebody since then, and a backup of then gives back."""
+    try:
+        db = connect(path, readonly=True)
+        marks = ", ".join("?" * len(TAKEN_BACK))
+        return [f"{iso_time(row['at'])}  {printable(row['message'])}" for row in db.execute(
+            f"SELECT at, message FROM event WHERE at >= ? AND kind IN ({marks}) ORDER BY id", (since, *TAKEN_BACK))]
+    except (Failure, sqlite3.Error):
+        return []
+
+
+def tell_restored(file: str, path: str, kept: str, undone: list[str]) -> None:
+    print(f"{path} is {file} now, all sessions ended. What was there before: {kept}")
+    print("A backup gives back what was taken from somebody after it was made. "
+          + ("Undo that again, by rotate-token, revoke-api-token, remove-host, remove-user or set-password:" if undone
+             else "Nothing of the kind is known; rotate what you know of."))
+    for line in undone:
+        print(f"  {line}")
 
 
 class Check(NamedTuple):
@@ -9623,6 +10255,8 @@ def check_settings(config: Config) -> Iterator[Check]:
         yield Check(True, "secret: " + ("SECRET_KEY_BASE" if config.given_secret else config.secret_path))
     except Failure as failure:
         yield Check(False, f"secret: {failure}")
+    for doubt in config.doubts():
+        yield Check(None, f"settings: {doubt}")
     if config.password_hash:
         yield Check(True, "password: set")
     else:
@@ -9655,12 +10289,15 @@ def check_channels(config: Config) -> Iterator[Check]:
     if not settings.channels:
         yield Check(None, "channels: none is set up, alerts are shown on the page only")
     for channel in settings.channels:
-        host, port = channel_address(channel)
+        host = port = None
         try:
+            host, port = channel_address(channel)
             socket.create_connection((host, port), timeout=5).close()
             yield Check(True, f"channel {channel.name}: {host}:{port} answers; `test-notification` sends a message")
         except OSError as error:
             yield Check(False, f"channel {channel.name}: {host}:{port}: {error.strerror or error}")
+        except ValueError:  # not shown: a channel's address may be its secret
+            yield Check(False, f"channel {channel.name}: its address is not one")
 
 
 def channel_address(channel: Channel) -> tuple[str, int]:
@@ -9712,14 +10349,13 @@ def command_replay_rules(config: Config, args: argparse.Namespace) -> int:
              "rule": one.rule, "object": one.object or None, "message": one.message} for one in past]
     if args.json:
         print(json.dumps({"since": first, "complete": complete, "alerts": rows}, indent=2))
-    else:
-        if not complete:
-            print(f"Stopped after {args.seconds:g} s: this is only a part.")
-        reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
-        print(f"{len(rows)} alert(s) would have fired ({reach}).")
-        if rows:
-            print(to_text(rows, ("fired_at", "over_at", "severity", "host", "rule", "object", "message")), end="")
-    return OK
+        return OK
+    if not complete:
+        print(f"Stopped after {args.seconds:g} s: this is only a part.")
+    reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
+    print(f"{len(rows)} alert(s) would have fired ({reach}).")
+    columns = ("fired_at", "over_at", "severity", "host", "rule", "object", "message")
+    return print_list(rows, columns, False) if rows else OK
 
 
 def check_database(config: Config) -> Iterator[Check]:
@@ -9794,7 +10430,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 ok, 1 failed (one line why on stderr), 2 usage."""
     args = build_parser().parse_args(argv)
     try:
-        return COMMANDS[args.command][0](Config(read_environ()), args)
+        config = Config(read_environ())
+        if args.command not in AS_ROOT:
+            become_owner(config.database_path)
+        return COMMANDS[args.command][0](config, args)
     except (Failure, Problem) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
     except sqlite3.Error as error:

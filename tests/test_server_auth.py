@@ -202,22 +202,37 @@ def test_failed_attempts_have_to_wait_longer_and_longer(client, clock):
     assert waits == sorted(waits) and waits[-1] > waits[0]
 
 
-def test_tries_at_the_same_moment_are_counted_before_they_are_judged(client, monkeypatch):
-    end, judged = threading.Event(), []
+def tries_at_once(client, monkeypatch, count: int, allowed: int) -> tuple[list[str], list[int]]:
+    """What comes of so many log-ins while every verification takes long: the passwords verified, the answers."""
+    end, judged, answers = threading.Event(), [], []
 
-    def slow(*_):
-        judged.append(1)
+    def slow(_, password):
+        judged.append(password)
         return end.wait(20) and False
 
     monkeypatch.setattr(server, "verify_password", slow)
-    tries = [threading.Thread(target=client.log_in, args=("wrong",)) for _ in range(12)]
+    tries = [threading.Thread(target=lambda: answers.append(client.log_in("wrong").status)) for _ in range(count)]
     for one in tries:
         one.start()
     deadline = time.monotonic() + 10
-    while sum(one.is_alive() for one in tries) > 5 and time.monotonic() < deadline:
+    while sum(one.is_alive() for one in tries) > allowed and time.monotonic() < deadline:
         time.sleep(0.01)  # the others have been told to wait
     end.set()
-    assert len(judged) == 5
+    for one in tries:
+        one.join(10)
+    return judged, answers
+
+
+def test_tries_at_the_same_moment_are_counted_before_they_are_judged(client, monkeypatch):
+    for _ in range(3):
+        client.log_in("wrong")
+    judged, answers = tries_at_once(client, monkeypatch, count=12, allowed=2)
+    assert (len(judged), answers.count(429)) == (2, 10)  # the fourth and the fifth
+
+
+def test_many_log_ins_at_once_hold_four_threads_and_no_more(client, monkeypatch):
+    judged, answers = tries_at_once(client, monkeypatch, count=12, allowed=4)
+    assert (len(judged), answers.count(429)) == (4, 8)
 
 
 def test_waiting_holds_for_the_right_password_too(client, clock):

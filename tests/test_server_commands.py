@@ -176,14 +176,15 @@ def test_status_knows_alerts_that_belong_to_no_host(run, tmp_path):
 
 
 def test_hash_password_reads_stdin_and_gives_argon2id(run, monkeypatch):
-    code, out, _ = run("hash-password", stdin="s3cret\n")
+    code, out, _ = run("hash-password", stdin="s3cret sentence\n")
     assert code == 0 and out.startswith("$argon2id$")
-    assert server.verify_password(out.strip(), "s3cret")
-    assert not server.verify_password(out.strip(), "s3cret\n")
+    assert server.verify_password(out.strip(), "s3cret sentence")
+    assert not server.verify_password(out.strip(), "s3cret sentence\n")
 
 
-def test_an_empty_password_is_refused(run):
-    assert_failed(run("hash-password", stdin="\n"), "empty")
+@pytest.mark.parametrize("password", ["", "1", "seven 7"])
+def test_a_password_that_is_soon_guessed_is_refused(run, password):
+    assert_failed(run("hash-password", stdin=password + "\n"), "8 characters")
 
 
 def test_generate_secret_is_long_and_never_the_same(run):
