@@ -2333,6 +2333,82 @@ def read_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
     return known(passed=passed, ended_at=ended) or None
 
 
+# Safeguards: what should speak up when something fails.
+
+
+def parse_shell_setting(text: str, name: str) -> str | None:
+    """The last uncommented NAME=value of a file that a shell reads; None if there is none."""
+    values = re.findall(rf"^[ \t]*{name}=(.*)$", text, re.MULTILINE)
+    return values[-1].strip().strip("\"'") if values else None
+
+
+def parse_root_mail(text: str) -> bool:
+    """Whether root@pam has a mail address in user.cfg: `user:ID:enable:expire:first:last:email:comment:keys:`."""
+    for line in text.splitlines():
+        words = line.strip().split(":")
+        if words[:2] == ["user", "root@pam"]:
+            return len(words) > 6 and bool(words[6])
+    return False
+
+
+# proxmox-notify ships these two, and a file that names them replaces them.
+NOTIFY_DEFAULTS = "sendmail: mail-to-root\n\nmatcher: default-matcher\n\ttarget mail-to-root\n"
+
+
+def parse_notifications(text: str) -> dict[str, Any]:
+    """notifications.cfg: how many targets are on, and which matchers that are on lead to none of them."""
+    sections: dict[tuple[str, str], dict[str, list[str]]] = {}
+    current: dict[str, list[str]] = {}
+    for line in (NOTIFY_DEFAULTS + "\n" + text).splitlines():
+        head = re.match(r"(\S+?):\s*(\S+)\s*$", line)
+        if head:
+            current = sections[head[1], head[2]] = {}
+        elif line.strip():
+            key, _, value = line.strip().partition(" ")
+            current.setdefault(key, []).append(value.strip())
+    enabled = {key: values for key, values in sections.items() if values.get("disable") not in (["1"], ["true"])}
+    targets = {name for kind, name in enabled if kind != "matcher"}
+    silent = [
+        name
+        for (kind, name), values in enabled.items()
+        if kind == "matcher" and not targets & set(values.get("target", ()))
+    ]
+    matchers = sum(kind == "matcher" for kind, _ in enabled)
+    return {
+        "notification_targets": len(targets),
+        "notification_matchers": matchers,
+        "matchers_without_target": silent,
+    }
+
+
+def parse_apt_sources(text: str, *, deb822: bool) -> list[tuple[str, list[str], list[str]]]:
+    """Enabled binary sources as (URI, suites, components), of a .sources or a .list file (sources.list(5))."""
+    if not deb822:
+        lines = re.findall(r"^[ \t]*deb[ \t]+(?:\[[^]\n]*\][ \t]*)?(\S+)[ \t]+([^#\n]+)", text, re.MULTILINE)
+        return [(uri, rest.split()[:1], rest.split()[1:]) for uri, rest in lines if rest.split()]
+    sources = []
+    for block in re.split(r"\n[ \t]*\n", text):
+        stanza = "\n".join(line for line in block.splitlines() if not line.startswith("#"))
+        pairs = [line.partition(":") for line in re.sub(r"\n[ \t]", " ", stanza).splitlines()]
+        fields = {key.strip().lower(): value.split() for key, _, value in pairs}
+        if fields.get("enabled", ["yes"])[:1] not in (["no"], ["false"], ["0"]) and "deb" in fields.get("types", ()):
+            for uri in fields.get("uris", ()):
+                sources.append((uri, fields.get("suites", []), fields.get("components", [])))
+    return sources
+
+
+def judge_apt_sources(sources: list[tuple[str, list[str], list[str]]]) -> dict[str, bool]:
+    """Which kinds of sources are on; Debian's security updates have suites of their own (`trixie-security`)."""
+    suites = {suite for _, suites, _ in sources for suite in suites}
+    parts = {part for _, _, parts in sources for part in parts}
+    return {
+        "security_source": any(suite.endswith(("-security", "-security/updates")) for suite in suites),
+        "enterprise_source": "pve-enterprise" in parts,
+        "no_subscription_source": "pve-no-subscription" in parts,
+        "test_source": bool(parts & {"pvetest", "pve-test"}),
+    }
+
+
 # --- collectors: probe and parsers to one section of the report ---
 
 
@@ -4002,6 +4078,66 @@ def read_zfs_userland(probe: Any) -> str | None:
         return None
     first = attempt(probe.run, "zfs", "version", default="").partition("\n")[0]
     return first.removeprefix("zfs-").strip() or None
+
+
+@collector("safeguards", tick=SLOW)
+def collect_safeguards(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+    """What should speak up when something fails: mails, timers, sources of updates. A part that is not there is left
+    out: no ZFS, no zed."""
+    found: dict[str, Any] = {}
+    for read in (read_zed_mail, read_zfs_timers, read_pve_mail, read_apt_sources):
+        with part_of(probe, "safeguards"):
+            found.update(read(probe))
+    if not found:
+        raise Absent("neither Debian nor Proxmox")
+    return found
+
+
+def read_zed_mail(probe: ProbeLike) -> dict[str, Any]:
+    """ZED mails only if ZED_EMAIL_ADDR is set; its own zed.rc says root (openzfs, cmd/zed/zed.d/zed.rc)."""
+    text = optional(probe.read, "/etc/zfs/zed.d/zed.rc")
+    return {} if text is None else {"zed_mail": bool(parse_shell_setting(text, "ZED_EMAIL_ADDR"))}
+
+
+def read_zfs_timers(probe: ProbeLike) -> dict[str, Any]:
+    """Scrub and trim come from Debian's /etc/cron.d/zfsutils-linux, or from timers a person has enabled."""
+    if not probe.exists("/sys/module/zfs"):
+        return {}
+    cron = optional(probe.read, "/etc/cron.d/zfsutils-linux", default="")
+    lines = [line for line in cron.splitlines() if not line.lstrip().startswith("#")]
+    wanted = optional(probe.list_dir, "/etc/systemd/system/timers.target.wants", default=[])
+    return {
+        f"{task}_scheduled": any(f"zfs-linux/{task}" in line for line in lines)
+        or any(name.startswith(f"zfs-{task}") for name in wanted)
+        for task in ("scrub", "trim")
+    }
+
+
+def read_pve_mail(probe: ProbeLike) -> dict[str, Any]:
+    """Where Proxmox's own notifications go."""
+    if not probe.exists(PVECFG):
+        return {}
+    users = optional(probe.read, "/etc/pve/user.cfg")
+    notifications = optional(probe.read, "/etc/pve/notifications.cfg", default="")
+    mail = {} if users is None else {"root_mail": parse_root_mail(users)}
+    return {**mail, **parse_notifications(notifications)}
+
+
+def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
+    folder = "/etc/apt/sources.list.d"
+    names = optional(probe.list_dir, folder, default=[])
+    paths = ["/etc/apt/sources.list", *(f"{folder}/{name}" for name in names if name.endswith((".list", ".sources")))]
+    texts = [(path, optional(probe.read, path)) for path in paths]
+    if all(text is None for _, text in texts):
+        return {}
+    return judge_apt_sources(
+        [
+            source
+            for path, text in texts
+            if text is not None
+            for source in parse_apt_sources(text, deb822=path.endswith(".sources"))
+        ]
+    )
 
 
 @collector("ceph", tick=SLOW)
