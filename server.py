@@ -4,9 +4,9 @@
     constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> rules
         -> notifications -> columns -> history -> remote -> jobs -> api -> page -> serving -> commands
 
-A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written by the
-one writer (database) together with all that follows from it: the latest state (fleet), alerts (rules) and
-history. Whoever asks (api, page, commands) reads the state in memory or asks the database (queries).
+A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
+transaction (database) with all that follows from it: the latest state (fleet), alerts (rules) and history. Whoever
+asks (api, page, commands) reads the state in memory or asks the database (queries).
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ import json
 import math
 import os
 import pwd
-import queue
 import re
 import secrets
-import select
 import shutil
 import signal
 import smtplib
@@ -64,10 +62,10 @@ from typing import IO, Any, NamedTuple
 import argon2
 import bottle
 import waitress
-from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
-from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ErrorTask
 
 # --- constants: version, limits, exit codes ---
 
@@ -75,20 +73,16 @@ VERSION = "0.1.0"
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 SENT_LIMIT = 2 << 20  # bytes of one request as sent
-BUFFERED_LIMIT = 64 << 20  # what waitress takes in before it hangs up: up to here a sender gets our `too_large`
+TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; beyond it the connection is closed
+REQUEST_SECONDS, UNREAD_SECONDS = 60, 60  # that a request may take to come in, and an answer to be read on
+UNREAD_LIMIT = 4 << 20  # bytes of an answer that are made before they are read
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
 BATCH_LIMIT = 500  # reports in one request
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
-DIRECT_LIMIT, DIRECT_UNPACKED = 1 << 16, 1 << 19  # bytes of a request that goes to the writer without a thread
-THREADS = 8  # for pages, the API, and reports that come in bulk
-QUEUE_LIMIT = 5000  # writes that may wait for the writer
-GROUP_LIMIT = 200  # of them in one transaction: some 100 ms, and nobody waits longer for his turn
-COMMIT_INTERVAL = 0.05  # seconds: under a steady load reports that come closer together share one flush to the disk
-COMPANY_SECONDS = 0.004  # that a report waits for others to share its flush, also when there is no load
-FLUSHES_SAVED = 1000
-KEEP_STATE_SECONDS = 300  # how often it is written which reports have come; in between the reports themselves tell it
+THREADS = 32  # a report keeps one until it is on the disk
+FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_EVENTS = 90 * DAY
@@ -441,7 +435,7 @@ def every(seconds: float, name: str, work: Callable[[], float | None], stop: Sto
     return loop
 
 
-# --- database: connections, migrations, and the one writer ---
+# --- database: connections, migrations, and one write at a time ---
 
 
 class Migration(NamedTuple):
@@ -558,28 +552,18 @@ def rollback(db: sqlite3.Connection, migrations: list[Migration], *, to: int) ->
 
 
 class Write:
-    """One piece of work for the writer: `work(db)` runs inside the transaction, `result()` waits for the commit."""
+    """One piece of work: `work(db)` runs inside the transaction of its group. It has failed until it is committed."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], urgent: bool):
         self.work, self.urgent = work, urgent
-        self.done = threading.Lock()  # held until it is; an Event costs three times as much
-        self.done.acquire()
+        self.done = False
         self.value: Any = None
-        self.error: Exception | None = None
-
-    def finish(self) -> None:
-        """The commit is over, for better or worse. By the writer, who must not be kept waiting."""
-        self.done.release()
-
-    def result(self) -> Any:
-        self.done.acquire()
-        if self.error is not None:
-            raise self.error
-        return self.value
+        self.error: Exception | None = Problem("busy", "the server is stopping", headers={"Retry-After": "5"})
 
 
 class Store:
-    """The database of a running server: one thread writes in groups, every other thread reads for itself.
+    """The database of a running server. Who writes waits for his turn; whoever has it commits for all that wait by
+    then, so that they share one flush to the disk. Every thread reads for itself.
 
     `on_failure` is called when a write or the commit failed: what was derived in memory is then ahead of the disk.
     """
@@ -588,18 +572,18 @@ class Store:
         self.path, self.on_failure = path, on_failure
         self.db = connect(path)
         self.last_commit = 0.0  # monotonic
-        self._flushes = float(FLUSHES_SAVED)
         self.last_error: str | None = None
-        self.writing = False  # memory may be ahead of what readers of the database see
-        self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self.writing_since: float | None = None  # monotonic; memory may be ahead of what readers of the database see
+        self.closed = False
+        self._flushes, self._counted_at = float(FLUSHES_SAVED), time.monotonic()
+        self._waiting: deque[Write] = deque()
+        self._turn = threading.Lock()
         self._local = threading.local()
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._closed = False
-        self._thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closed
+        began = self.writing_since
+        return not self.closed and (began is None or time.monotonic() - began < MINUTE)
 
     def reader(self) -> sqlite3.Connection:
         """This thread's own connection, read-only."""
@@ -608,88 +592,74 @@ class Store:
         return self._local.db
 
     def write(self, work: Callable[[sqlite3.Connection], Any], *, urgent: bool = True) -> Any:
-        """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned."""
+        """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned. What
+        `work` raises is raised here, and a `Problem` (storage_full, busy) when the commit fails."""
         write = Write(work, urgent)
-        self.put(write)
-        return write.result()
-
-    def put(self, write: Write) -> None:
-        """The same without waiting: the write's `finish()` is called when it is over. `Problem('busy')`."""
-        if not self.alive:
-            raise Problem("busy", "the server is stopping", headers={"Retry-After": "5"})
-        if self._queue.qsize() >= QUEUE_LIMIT:
-            raise Problem("busy", "too many reports at once", headers={"Retry-After": "5"})
-        self._queue.put(write)
+        self._waiting.append(write)
+        with self._turn:
+            if not write.done and not self.closed:
+                self._linger(write)
+                self._commit([self._waiting.popleft() for _ in range(len(self._waiting))])
+        if write.error is not None:
+            raise write.error
+        return write.value
 
     def close(self) -> None:
-        """Finish what waits, then stop."""
-        self._closed = True
-        self._queue.put(None)
-        self._thread.join(10)
-        self.db.close()
+        """Finish what is being written; who still waits is told that the server is stopping."""
+        with self._turn:
+            self.closed = True
+            self.db.close()
 
-    def _run(self) -> None:
-        while True:
-            first = self._queue.get()
-            if first is None:
-                return
-            group = self._gather(first)
-            self._commit([write for write in group if write])
-            if None in group:
-                return
-
-    def _gather(self, first: Write) -> list[Write | None]:
-        """What has come in by now. Under a steady load reports wait for company, as each flush wears flash; a short
-        rush does not have to: flushes not used are saved up."""
-        waited = time.monotonic() - self.last_commit
-        self._flushes = min(FLUSHES_SAVED, self._flushes + waited / COMMIT_INTERVAL)
-        if self._flushes >= 1:
-            self._flushes -= 1
-            pause = COMPANY_SECONDS
-        else:
-            self._flushes, pause = 0.0, max(COMPANY_SECONDS, COMMIT_INTERVAL - waited)
-        if not first.urgent:
-            time.sleep(pause)
-        group: list[Write | None] = [first]
-        while len(group) < GROUP_LIMIT:
-            try:
-                group.append(self._queue.get_nowait())
-            except queue.Empty:
-                break
-        return group
+    def _linger(self, first: Write) -> None:
+        """Each flush wears the disk. Under a steady load reports that come close together wait for each other; a
+        short rush does not have to: flushes that were not used are saved up."""
+        now = time.monotonic()
+        self._flushes = min(FLUSHES_SAVED, self._flushes + (now - self._counted_at) * FLUSHES_PER_SECOND) - 1
+        self._counted_at = now
+        if self._flushes < 0 and not first.urgent:
+            time.sleep(-self._flushes / FLUSHES_PER_SECOND)
 
     def _commit(self, group: list[Write]) -> None:
         """One transaction for the group; one that fails in its own work leaves the others alone."""
-        self.writing = True
+        self.writing_since = time.monotonic()
         try:
             with transaction(self.db) as db:
-                for write in group:
-                    self._attempt(db, write)
+                failed = [self._attempt(db, write) for write in group]
+            for write, error in zip(group, failed):
+                write.error = error
             self.last_commit, self.last_error = time.monotonic(), None
-        except Exception as error:  # whatever it is, nobody of the group may wait for ever
-            self.last_error = f"{type(error).__name__}: {error}"
-            log(f"writer: {self.last_error}")
+        except Exception as error:
             for write in group:
                 write.error = store_problem(error)
-            self.on_failure()
+            self._failed(error)
         finally:
-            self.writing = False
             for write in group:
-                write.finish()
+                write.done = True
+            self.writing_since = None
 
-
-    def _attempt(self, db: sqlite3.Connection, write: Write) -> None:
+    def _attempt(self, db: sqlite3.Connection, write: Write) -> Exception | None:
         db.execute("SAVEPOINT one")
+        error: Exception | None = None
         try:
             write.value = write.work(db)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, OWN_FAULTS):
+        except Exception as caught:
+            if isinstance(caught, sqlite3.Error) and not isinstance(caught, OWN_FAULTS):
                 raise  # the database's trouble is everybody's
-            write.error = error
+            error = caught
             db.execute("ROLLBACK TO one")
             if not isinstance(error, (Problem, Failure)):
                 self.on_failure()  # memory is ahead of what is left; the next of the group must not build on that
         db.execute("RELEASE one")
+        return error
+
+    def _failed(self, error: Exception) -> None:
+        """Nothing of a group is on the disk: take memory back to what is there."""
+        self.last_error = f"{type(error).__name__}: {error}"
+        log(f"database: {self.last_error}")
+        self.on_failure()
+        if self.db.in_transaction:
+            log("database: what has failed cannot be taken back; the process ends, to be started anew")
+            os._exit(FAILED)
 
 
 OWN_FAULTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
@@ -712,10 +682,7 @@ def find_host(db: sqlite3.Connection, name: str) -> sqlite3.Row | None:
 def list_host_records(db: sqlite3.Connection) -> list[sqlite3.Row]:
     """Every registered host with the time anything was last received from it."""
     return db.execute("""
-        SELECT host.*, (SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id) AS kept_at, nullif(max(
-            ifnull((SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id), 0),
-            ifnull((SELECT received_at FROM report WHERE report.id BETWEEN host.id << 42 AND ((host.id + 1) << 42) - 1
-                    ORDER BY report.id DESC LIMIT 1), 0)), 0) AS last_seen_at
+        SELECT host.*, (SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id) AS last_seen_at
         FROM host ORDER BY name""").fetchall()
 
 
@@ -884,21 +851,9 @@ def last_notification_at(db: sqlite3.Connection) -> float | None:
 
 def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
     """How many reports of a host never came: holes in the sequence numbers of each run of its agent."""
-    rows = db.execute("SELECT id, ranges FROM run WHERE host_id = :id", {"id": host_id}).fetchall()
-    every = {row["id"]: parse_ranges(row["ranges"]) for row in rows}
-    for recent in recent_reports(db, host_id):
-        add_to_ranges(every.setdefault(recent["run"], []), recent["seq"])
-    return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges) for ranges in every.values() if ranges)
-
-
-def recent_reports(db: sqlite3.Connection, host_id: int) -> list[sqlite3.Row]:
-    """Id, run and sequence number of the reports that run and latest may not know of: see keep_state()."""
-    kept_at = db.execute("SELECT max(last_seen_at) FROM run WHERE host_id = :id", {"id": host_id}).fetchone()[0]
-    if kept_at is None:
-        return []
-    first, last = report_span(host_id, kept_at - KEEP_STATE_SECONDS, None)
-    return db.execute("SELECT id, run, seq FROM report WHERE id BETWEEN :first AND :last",
-                      {"first": first, "last": last}).fetchall()
+    rows = db.execute("SELECT ranges FROM run WHERE host_id = :id", {"id": host_id})
+    every = (parse_ranges(row["ranges"]) for row in rows)
+    return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges) for ranges in every if ranges)
 
 
 def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
@@ -1563,15 +1518,12 @@ class HostState:
         self.memory: dict[str, Any] = {}  # what rules remember, kept in the database
         self.memory_changed = False
         self.scratch: dict[str, Any] = {}  # what they remember until the next start
-        self.unwritten: dict[int, Run] = {}  # runs whose row and latest state are behind, by row
-        self.behind = True  # what the last start left unwritten is not in there yet: see catch_up()
         self.limits: tuple[Any, dict[str, Any]] | None = None
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
         self.last_seen_at: float | None = record["last_seen_at"]
-        self.kept_at: float = record["kept_at"] or 0.0  # see keep_state()
         self.generation = 0
         self.set_record(record)
 
@@ -1756,7 +1708,6 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     """The latest sections of a host, from the reports that hold them."""
     row = db.execute("SELECT sections FROM latest WHERE host_id = :id", {"id": state.id}).fetchone()
     wanted = {one for pair in json.loads(row[0]).values() for one in pair if one} if row else set()
-    wanted.update(recent["id"] for recent in recent_reports(db, state.id))
     found = [find_report(db, one) for one in wanted]
     for report in sorted(filter(None, found), key=lambda r: (report_time(r["id"]), r["run"], r["seq"])):
         stamp = Stamp(report["run"], report["seq"], report_time(report["id"]), report["received_at"], report["id"])
@@ -2105,11 +2056,6 @@ class Monitor:
         self.fleet.load(db)
         drop_orphans(db, self.fleet, self.clock())
 
-    def _stop(self, db: sqlite3.Connection) -> None:
-        self.fleet.refresh(db)
-        for state in self.fleet.hosts.values():
-            keep_state(db, state)
-
     def use_settings(self, settings: Settings) -> None:
         """Take over what server.toml says."""
         self.settings = settings
@@ -2135,13 +2081,11 @@ class Monitor:
         self.history.clear()
         try:
             self.fleet.load(self.store.db)
-        except Exception as error:  # the writer lives on, and the next failure tries again
-            log(f"writer: could not read the state again: {error}")
+        except Exception as error:  # the server lives on, and the next failure tries again
+            log(f"database: the state could not be read again: {error}")
 
     def close(self) -> None:
         self.stop.set()
-        if self.store.alive:
-            self.store.write(self._stop)
         self.store.close()
 
 
@@ -2191,82 +2135,41 @@ def media_type(text: str) -> str:
     return text.partition(";")[0].strip().lower()
 
 
-class Received(NamedTuple):
-    """What one request brought: checked, and not on the disk yet."""
-
-    host_id: int
-    reports: list[dict[str, Any]]
-    body: bytes | None  # as it can be kept for its one report
-    now: float
-
-
-def receive(monitor: Monitor, db: sqlite3.Connection, host_name: str, header: Callable[[str], str],
-            body: bytes) -> Received:
-    """Check a request with reports: media type, signature, shape, rate. `Problem` for everything wrong."""
+def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
+    """Take the reports of one request: media type, signature, shape and rate are looked at by the thread that has the
+    request; it returns when what is new is on the disk. `Problem` for everything else."""
     now = monitor.clock()
     encoding = header("content-encoding").lower()
     if media_type(header("content-type")) != "application/json":
         raise Problem("unsupported_media_type", "send application/json")
     if encoding not in ("", "identity", "gzip"):
         raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
-    monitor.fleet.refresh(db)
     host = monitor.fleet.names.get(host_name.lower())
     if host is None:
         raise Problem("unknown_host", "no host of this name is registered")
     check_signature(host_key(monitor.secret, host.nonce), header, body, now)
-    unpacked = unpack(body, encoding)
-    parsed = parse_json(unpacked)
+    text = unpack(body, encoding)
+    parsed = parse_json(text)
     reports = check_reports(parsed, host.name)
     wait = monitor.ingest_rate.take(host.id, len(reports), now)
     if wait:
         raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
-    as_it_came = encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(unpacked)
-    return Received(host.id, reports, body if as_it_came else None, now)
-
-
-def keep(monitor: Monitor, received: Received, db: sqlite3.Connection) -> Answer:
-    """Write what was received; gives back what the sender is told once it is on the disk."""
-    accepted = insert_reports(monitor, received.host_id, received.reports, received.body, received.now, db)
-    told = {"status": "ok", "accepted": accepted, "duplicates": len(received.reports) - accepted,
-            "server_time": received.now}
-    return Answer(200, json.dumps(told).encode())
-
-
-def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
-    """Take the reports of one request; returns when they are on the disk. `Problem` for everything else."""
-    received = receive(monitor, monitor.store.reader(), host_name, header, body)
-
-    def work(db: sqlite3.Connection) -> Answer:
-        monitor.fleet.refresh(db)
-        return keep(monitor, received, db)
-
-    return monitor.store.write(work, urgent=False)
-
-
-class Delivery(Write):
-    """A request with reports for which no thread waits: the writer checks it, keeps it, and has it answered. Most
-    requests are one small report; to hand each to a thread and back costs more than all that is done with it."""
-
-    def __init__(self, monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes,
-                 answer: Callable[[Answer], None]):
-        super().__init__(self.receive, urgent=False)
-        self.monitor, self.request, self.answer = monitor, (host_name, header, body), answer
-
-    def receive(self, db: sqlite3.Connection) -> Answer:
-        return keep(self.monitor, receive(self.monitor, db, *self.request), db)
-
-    def finish(self) -> None:
-        self.answer(self.value if self.error is None else error_answer(self.error))
+    as_it_came = body if encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(text) else None
+    accepted = monitor.store.write(partial(insert_reports, monitor, host.id, reports, as_it_came, now), urgent=False)
+    return Answer(200, json.dumps({"status": "ok", "accepted": accepted, "duplicates": len(reports) - accepted,
+                                   "server_time": now}).encode())
 
 
 def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
                    db: sqlite3.Connection) -> int:
-    """Write what is new of a batch and all that follows from it; gives back how many were new. By the writer."""
+    """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write."""
+    monitor.fleet.refresh(db)
     state = monitor.fleet.hosts.get(host_id)
     if state is None:
         raise Problem("unknown_host", "the host has just been removed")
-    accepted, late, bodies = 0, False, {}
+    accepted, bodies = 0, {}
     changed: set[str] = set()
+    runs: dict[int, Run] = {}
     for report in reports:
         run = find_run(monitor, db, state, report["run_id"], now)
         if not add_to_ranges(run.ranges, report["seq"]):
@@ -2277,12 +2180,10 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
         changed |= take_report(db, monitor.fleet, state, report, stamp)
         monitor.history.remember(host_id, report_id, report, now)
-        state.unwritten[run.id] = run
-        late = late or at < state.kept_at - KEEP_STATE_SECONDS
+        runs[run.id] = run
         accepted += 1
     if accepted:
-        if late or not 0 <= now - state.kept_at < KEEP_STATE_SECONDS:
-            keep_state(db, state)
+        write_state(db, state, runs.values())
         judge_host(db, monitor.fleet, state, now, changed)
         dispatch(db, monitor.fleet, [state], now)
         state.let_go(bodies)
@@ -2313,46 +2214,23 @@ def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id:
         row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
                          {"host": state.id, "run": run_id}).fetchone()
         if row is None:
-            # Not yet seen, as far as keep_state() goes: what its older runs have not written must still be found.
             new_id = db.execute("""
                 INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
-                VALUES (:host, :run, '', :now, :kept)""",
-                {"host": state.id, "run": run_id, "now": now, "kept": state.kept_at}).lastrowid
+                VALUES (:host, :run, '', :now, :now)""", {"host": state.id, "run": run_id, "now": now}).lastrowid
             run = Run(new_id or 0, [])
         else:
             run = Run(row["id"], parse_ranges(row["ranges"]))
-            for recent in recent_reports(db, state.id):
-                if recent["run"] == run.id:
-                    add_to_ranges(run.ranges, recent["seq"])
         monitor.runs[state.id, run_id] = run
     return run
 
 
-def keep_state(db: sqlite3.Connection, state: HostState) -> None:
-    """Write which sequence numbers have come, and which reports hold the latest state, if that has changed. A report
-    that is younger than the last such write less KEEP_STATE_SECONDS is in the tail and can be counted there:
-    recent_reports(). An older one that comes late is written at once, and so is a host whose tail goes into chunks."""
-    if state.behind:
-        catch_up(db, state)
-    if not state.unwritten:
-        return
-    for run in state.unwritten.values():
+def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
+    """Write which sequence numbers have come, and which reports hold the latest state."""
+    for run in runs:
         db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
                {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
-    state.unwritten, state.kept_at = {}, state.last_seen_at or 0.0
-
-
-def catch_up(db: sqlite3.Connection, state: HostState) -> None:
-    """After a start: what came before it and was not written yet is found in the tail, and nowhere else."""
-    state.behind = False
-    for recent in recent_reports(db, state.id):
-        run = state.unwritten.get(recent["run"])
-        if run is None:
-            row = db.execute("SELECT id, ranges FROM run WHERE id = :id", {"id": recent["run"]}).fetchone()
-            run = state.unwritten[recent["run"]] = Run(row["id"], parse_ranges(row["ranges"]))
-        add_to_ranges(run.ranges, recent["seq"])
 
 
 # --- rules: what is wrong, from when on, and until when ---
@@ -7058,7 +6936,6 @@ def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int
 
 def drop_from_tail(state: HostState, ids: Iterable[int], db: sqlite3.Connection) -> None:
     """Take reports out of the tail; those with a latest state are kept elsewhere."""
-    keep_state(db, state)
     held = {one for pair in state.pointers().values() for one in pair if one}
     db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
                    [(one,) for one in ids if one in held])
@@ -8309,6 +8186,12 @@ def password_of(wanted: dict[str, Any]) -> str:
     raise Problem("invalid_request", f"password: {PASSWORD_LEAST} to 1,000 characters", pointer="/password")
 
 
+@route("POST", "/api/v1/hosts/<id>/reports", auth="none")
+def post_reports(call: Call) -> Any:
+    """Take the reports of a host."""
+    return ingest(call.monitor, call.params["id"], call.header, read_request(call.environ, SENT_LIMIT))
+
+
 @route("GET", "/api/v1/openapi.json", auth="read")
 def get_openapi(call: Call) -> Any:
     """This description."""
@@ -9423,8 +9306,8 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
         return answer
     except Answer as answer:
         return answer
-    except Problem as problem:
-        return problem_answer(problem)
+    except Exception as error:
+        return error_answer(error)
 
 
 def live_etag(call: Call) -> str:
@@ -9433,7 +9316,7 @@ def live_etag(call: Call) -> str:
     asked = (f"{environ.get('PATH_INFO')}?{environ.get('QUERY_STRING')} "
              f"{call.kind} {call.role} {call.cookie} {call.header('x-fragment')}")
     tag = f'W/"{call.monitor.boot}-{call.fleet.generation}-{zlib.crc32(asked.encode("utf-8", "replace")):x}"'
-    return "" if call.monitor.store.writing else tag  # asked last: half of a new state is not the new state
+    return "" if call.monitor.store.writing_since else tag  # asked last: half of a new state is not the new state
 
 
 def finish(call: Call, result: Any, tag: str) -> Answer:
@@ -9452,87 +9335,50 @@ def finish(call: Call, result: Any, tag: str) -> Answer:
 
 
 STATUS_LINES = {**bottle._HTTP_STATUS_LINES}
-SECURITY_HEADERS = (
-    ("Content-Security-Policy",
-     "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Referrer-Policy", "same-origin"),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
-    ("Permissions-Policy", "camera=(), geolocation=(), microphone=()"),
-)
+SECURITY_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
 
 
-def build_app(monitor: Monitor) -> Callable[..., Iterable[bytes]]:
-    """The WSGI application: ingest by the direct way, everything else through Bottle's routes."""
+def build_app(monitor: Monitor) -> bottle.Bottle:
+    """The WSGI application."""
     app = bottle.Bottle()
     app.config["catchall"] = False
+    headers = security_headers(monitor.config)
     for one in ROUTES:
-        app.route(one.path, one.method, partial(handle_route, monitor, one))
-    app.default_error_handler = handle_http_error
-    extra = security_headers(monitor.config)
-
-    def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, *extra])
-
-        host_name = reporting_host(environ.get("PATH_INFO", ""))
-        try:
-            if host_name is not None:
-                return send(handle_ingest(monitor, environ, host_name), start)
-            return app(environ, start)
-        except Exception as error:
-            return send(error_answer(error), start)
-
-    return serve
+        app.route(one.path, one.method, partial(handle_route, monitor, one, headers), skip=True)
+    app.default_error_handler = partial(handle_http_error, headers)
+    return app
 
 
-def security_headers(config: Config) -> tuple[tuple[str, str], ...]:
-    return SECURITY_HEADERS + ((("Strict-Transport-Security", "max-age=31536000"),) if config.https else ())
+def security_headers(config: Config) -> dict[str, str]:
+    return {**SECURITY_HEADERS, **({"Strict-Transport-Security": "max-age=31536000"} if config.https else {})}
 
 
-def reporting_host(path: str) -> str | None:
-    """The host whose reports are posted to this path: /api/v1/hosts/{id}/reports"""
-    steps = path.split("/")
-    return steps[4] if len(steps) == 6 and steps[5] == "reports" and steps[:4] == ["", "api", "v1", "hosts"] else None
-
-
-def send(answer: Answer, start: Callable[..., Any]) -> Iterable[bytes]:
-    """An answer the plain WSGI way."""
-    headers = {"Content-Type": "application/json", **answer.headers, "Content-Length": str(len(answer.body))}
-    start(STATUS_LINES[answer.status], list(headers.items()))
-    return [answer.body]
-
-
-def handle_route(monitor: Monitor, one: Route, **params: str) -> bottle.HTTPResponse:
+def handle_route(monitor: Monitor, one: Route, extra: dict[str, str], **params: str) -> bottle.HTTPResponse:
     """A route's answer as Bottle's response."""
     answer = respond(monitor, one, bottle.request.environ, params)
-    headers = dict(answer.headers)
+    headers = {**extra, **answer.headers}
     if answer.body:
         headers.setdefault("Content-Type", "application/json")
     return bottle.HTTPResponse(answer.stream or answer.body, answer.status, headers)
 
 
-def handle_http_error(error: bottle.HTTPError) -> bytes:
+def handle_http_error(extra: dict[str, str], error: bottle.HTTPError) -> bytes:
     """What Bottle itself refuses: no such path, or not this method."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     answer = problem_answer(Problem(code, "no such path" if code == "not_found" else str(error.body)[:200]))
+    allowed = {"Allow": error.headers["Allow"]} if error.headers.get("Allow") else {}
     bottle.response.status = answer.status
-    for key, value in answer.headers.items():
+    for key, value in {**extra, **answer.headers, **allowed}.items():
         bottle.response.set_header(key, value)
-    if error.headers.get("Allow"):
-        bottle.response.set_header("Allow", error.headers["Allow"])
     return answer.body
-
-
-def handle_ingest(monitor: Monitor, environ: dict[str, Any], host_name: str) -> Answer:
-    """POST /api/v1/hosts/{id}/reports, without cookies, templates or plugins."""
-    try:
-        if environ["REQUEST_METHOD"] != "POST":
-            raise Problem("method_not_allowed", "reports are posted", headers={"Allow": "POST"})
-        return ingest(monitor, host_name, partial(read_header, environ), read_request(environ, SENT_LIMIT))
-    except Problem as problem:
-        return problem_answer(problem)
 
 
 class RefusedTask(ErrorTask):
@@ -9545,204 +9391,40 @@ class RefusedTask(ErrorTask):
         problem.status = 415 if error.code == 501 else error.code  # a strange Transfer-Encoding is the sender's fault
         body = problem.body()
         self.status = STATUS_LINES[problem.status]
-        self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS])
+        self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS.items()])
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
-class AnswerTask(Task):
-    """The answer to a request that the writer has dealt with."""
+class HttpRequest(HTTPRequestParser):
+    """A request as it comes in."""
 
-    complete = True
-    close_on_finish: bool
+    def __init__(self, adj: Any):
+        super().__init__(adj)
+        self.began = time.monotonic()
 
-    def execute(self) -> None:
-        answer: Answer = self.request.answer
-        self.status, self.content_length = STATUS_LINES[answer.status], len(answer.body)
-        self.response_headers = [*{"Content-Type": "application/json", **answer.headers}.items(),
-                                 *self.channel.server.task_dispatcher.headers]
-        self.channel.write_soon(self.head() + answer.body)
-        self.wrote_header = True
-
-    def head(self) -> bytes:
-        """Most answers of one second have the same."""
-        heads: dict[Any, tuple[bytes, bool]] = self.channel.server.task_dispatcher.heads
-        look = (self.version, self.request.headers.get("CONNECTION"), self.status, self.content_length,
-                int(self.start_time), *self.response_headers)
-        found = heads.get(look)
-        if found is None:
-            if len(heads) > 100:
-                heads.clear()
-            found = heads[look] = self.build_response_header(), self.close_on_finish
-        head, self.close_on_finish = found
-        return head
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # two readers may see two requests: RFC 9112, 6.3
+            raise ParsingError("Content-Length beside Transfer-Encoding")
 
 
 class HttpChannel(HTTPChannel):
-    error_task_class = RefusedTask
-    at_writer = False  # its request is; set and reset in the thread of the loop
+    """A connection. waitress hangs up on one that is silent; here also on one that drips, and on one that does not
+    read while a thread has more to write: else a few of them would hold every thread."""
 
-    @staticmethod
-    def task_class(channel: HTTPChannel, request: Any) -> Task:
-        return (AnswerTask if hasattr(request, "answer") else WSGITask)(channel, request)
+    error_task_class, parser_class = RefusedTask, HttpRequest
 
+    def readable(self) -> bool:  # asked at each turn of the loop
+        if self.request is not None and time.monotonic() - self.request.began > REQUEST_SECONDS:
+            self.will_close = True
+        return super().readable()
 
-class Dispatcher(ThreadedTaskDispatcher):
-    """Who works at a request that has come in whole: a single small report goes to the writer as it is, all else
-    to a thread."""
-
-    def __init__(self, monitor: Monitor, sockets: Sockets):
-        super().__init__()
-        self.monitor, self.sockets = monitor, sockets
-        self.headers = security_headers(monitor.config)
-        self.heads: dict[Any, tuple[bytes, bool]] = {}
-
-    def add_task(self, channel: HttpChannel) -> None:
-        request = channel.requests[0]
-        host_name = None if request.error or request.command != "POST" else reporting_host(request.path)
-        body = None if host_name is None or not self.sockets.here() else small_body(request)
-        if host_name is None or body is None:
-            return super().add_task(channel)
-
-        def header(name: str) -> str:
-            return request.headers.get(name.upper().replace("-", "_"), "")
-
-        def answer(answer: Answer) -> None:
-            request.answer = answer
-            self.sockets.answered(channel)
-
-        try:
-            self.monitor.store.put(Delivery(self.monitor, host_name, header, body, answer))
-            channel.at_writer = True
-        except Problem as problem:
-            answer(problem_answer(problem))
-
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
-        """What the writer has by now is written and answered."""
-        if self.monitor.store.alive:
-            self.monitor.store.write(lambda db: None)
-            self.sockets.answer()
-        return super().shutdown(cancel_pending, timeout)
-
-
-def small_body(request: Any) -> bytes | None:
-    """The body of a request that the writer can deal with in passing; None if it is too much for that."""
-    if not 0 < request.content_length <= DIRECT_LIMIT:
-        return None
-    stream = request.get_body_stream()
-    body = stream.read()
-    if request.headers.get("CONTENT_ENCODING") and int.from_bytes(body[-4:], "little") > DIRECT_UNPACKED:
-        stream.seek(0)  # gzip's last four bytes are the size unpacked
-        return None
-    return body
-
-
-IDLE = select.EPOLLIN | select.EPOLLPRI
-
-
-class Sockets(dict[int, Any]):
-    """waitress's sockets by descriptor, and a loop over them by epoll. Its own asks every connection at every turn
-    what it waits for: with 2,000 agents that keep theirs, that is most of the server's work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epoll = select.epoll()
-        self.watched: dict[int, int] = {}  # what the kernel is to tell of each
-        self.busy: set[int] = set()  # may wait for something else now; idle connections stay as they are
-        self.all_due = 0.0  # monotonic: when all are asked again; some idle ones may have come to their end
-        self.trigger: Callable[[], None] = lambda: None  # wakes the loop
-        self.woken = False
-        self.thread = 0  # of the loop
-        self._answered: deque[HttpChannel] = deque()
-
-    def __setitem__(self, fd: int, one: Any) -> None:
-        super().__setitem__(fd, one)
-        self.busy.add(fd)
-
-    def __delitem__(self, fd: int) -> None:
-        super().__delitem__(fd)
-        self.busy.discard(fd)
-        self.watch(fd, 0)
-
-    def watch(self, fd: int, flags: int) -> None:
-        before = self.watched.get(fd, 0)
-        if flags == before:
-            return
-        self.watched[fd] = flags
-        if not flags:  # not modify(fd, 0): a connection that ends while its request is at work would be told each turn
-            del self.watched[fd]
-            self.epoll.unregister(fd)
-        elif before:
-            self.epoll.modify(fd, flags)
-        else:
-            self.epoll.register(fd, flags)
-
-    def here(self) -> bool:
-        """Whether this is the loop's own thread."""
-        return threading.get_ident() == self.thread
-
-    def wake(self) -> None:
-        """Have the loop look at what is busy; in the place of waitress's pull_trigger(), once for all that ask."""
-        if not self.woken and not self.here():
-            self.woken = True
-            self.trigger()
-
-    def answered(self, channel: HttpChannel) -> None:
-        """The writer is done with a channel's request."""
-        self._answered.append(channel)
-        self.wake()
-
-    def answer(self) -> None:
-        """Send the answers that the writer has given."""
-        while self._answered:
-            channel = self._answered.popleft()
-            channel.at_writer = False
-            channel.service()
-            if channel._fileno in self:  # not closed meanwhile
-                self.busy.add(channel._fileno)
-
-    def ask(self, fd: int) -> None:
-        """Have one watched for what it waits for."""
-        one = self.get(fd)
-        if one is None:
-            return
-        flags = IDLE if one.readable() else 0
-        if one.writable() and not one.accepting:
-            flags |= select.EPOLLOUT
-        self.watch(fd, flags)
-        if flags == IDLE and isinstance(one, HTTPChannel):
-            self.busy.discard(fd)
-
-    def turn(self, timeout: float) -> None:
-        if time.monotonic() >= self.all_due:
-            self.busy.update(self)
-            self.all_due = time.monotonic() + 1
-        for fd in list(self.busy):
-            self.ask(fd)
-        events = self.epoll.poll(timeout)
-        self.woken = False  # before anything is looked at
-        for fd, flags in events:
-            one = self.get(fd)
-            if one is not None:
-                self.happened(fd, one, flags)
-        self.answer()
-
-    def happened(self, fd: int, one: Any, flags: int) -> None:
-        """What the kernel tells of one. While a request is at the writer its connection stays watched, as most send
-        nothing before they have their answer; from one that does, nothing is taken until then."""
-        self.busy.add(fd)
-        if getattr(one, "at_writer", False):
-            return self.watch(fd, 0)
-        wasyncore.readwrite(one, flags)
-        if getattr(one, "at_writer", False):
-            self.busy.discard(fd)
-
-    def loop(self, timeout: float, **_: Any) -> None:
-        """In the place of wasyncore.loop()."""
-        self.thread = threading.get_ident()
-        while self:
-            self.turn(timeout)
+    def writable(self) -> bool:
+        if self.total_outbufs_len and time.time() - self.last_activity > UNREAD_SECONDS:
+            self.will_close = True
+        return super().writable()
 
 
 def run_server(monitor: Monitor) -> None:
@@ -9773,19 +9455,17 @@ def run_server(monitor: Monitor) -> None:
 
 
 def open_sockets(monitor: Monitor) -> Any:
-    """waitress's server on our loop."""
-    config, sockets = monitor.config, Sockets()
-    dispatcher = Dispatcher(monitor, sockets)
-    dispatcher.set_thread_count(THREADS)
+    """waitress's server, listening."""
+    config = monitor.config
+    sockets: dict[int, Any] = {}
     server = waitress.create_server(
-        build_app(monitor), sockets, _dispatcher=dispatcher, host=config.listen, port=config.port, ident="",
-        expose_tracebacks=False, connection_limit=8192, channel_timeout=120, cleanup_interval=30, backlog=2048,
-        max_request_header_size=1 << 15, max_request_body_size=BUFFERED_LIMIT, inbuf_overflow=SENT_LIMIT,
-        clear_untrusted_proxy_headers=False)
-    for one in [one for one in sockets.values() if isinstance(one, BaseWSGIServer)]:  # one for each address
-        one.channel_class = HttpChannel
-        sockets.trigger, one.pull_trigger = one.trigger.pull_trigger, sockets.wake
-    server.asyncore = sockets
+        build_app(monitor), sockets, host=config.listen, port=config.port, threads=THREADS, ident="",
+        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=1024, backlog=1024,
+        channel_timeout=120, cleanup_interval=10, max_request_header_size=1 << 15, max_request_body_size=TAKEN_LIMIT,
+        inbuf_overflow=1 << 16, outbuf_high_watermark=UNREAD_LIMIT, clear_untrusted_proxy_headers=False)
+    for one in sockets.values():
+        if isinstance(one, BaseWSGIServer):  # one for each address
+            one.channel_class = HttpChannel
     return server
 
 

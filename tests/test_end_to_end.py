@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import signal
@@ -169,7 +170,7 @@ def test_each_acknowledged_report_survives_kill_9_of_the_server_once(live_server
                 answer = live_server.post(
                     token, build_report(run_id=run, seq=seq, at=time.time()), message_id=f"{run}-{seq}"
                 )
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 return
             if answer.status == 200:
                 acknowledged.append((run, seq))
@@ -367,7 +368,7 @@ def test_a_connection_is_kept_over_an_error(live_server):
     assert answer.count(b"HTTP/1.1 401") == 2 and answer.count(b"HTTP/1.1 200") == 1
 
 
-# --- small reports go to the writer without a thread; what may happen to their connections meanwhile ---
+# --- what may happen to connections ---
 
 
 def raw_report(token: str, seq: int, *, run: str = "raw", version: str = "1.1", more: bytes = b"", pad: int = 0,
@@ -406,8 +407,10 @@ def test_a_sender_that_is_gone_before_its_answer_harms_nobody(live_server):
         if seq % 2:  # a reset instead of an end
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         wire.close()
-    assert live_server.post(token, build_report(at=time.time(), run_id="after", seq=1)).status == 200
-    wait_for(lambda: len(stored(live_server)) >= 25)  # a reset may come before the report has been read
+    again = [build_report(at=time.time(), seq=seq, run_id="raw") for seq in range(1, 31)]
+    answer = live_server.post(token, again, message_id="again").json()
+    assert answer["accepted"] + answer["duplicates"] == 30  # taken or not, none is there twice
+    assert sorted(row["seq"] for row in stored(live_server)) == list(range(1, 31))
     assert "Traceback" not in live_server.log.read_text()
 
 
@@ -419,7 +422,7 @@ def test_a_connection_is_kept_as_the_sender_wants_it(live_server, version, more,
     with socket.create_connection(("127.0.0.1", live_server.port), timeout=20) as wire:
         for seq in (1, 2) if kept else (1,):
             wire.sendall(raw_report(token, seq, version=version, more=more))
-            answer = wire.recv(65536)
+            answer = read_answer(wire)
             assert status_of(answer) == 200 and b'"accepted": 1' in answer
             assert answer.startswith(f"HTTP/{version} ".encode()) and b"\r\nContent-Security-Policy: " in answer
         assert kept or wire.recv(10) == b""
@@ -436,7 +439,7 @@ def test_refused_reports_get_their_code_and_keep_the_connection(live_server):
                 (raw_report(token, 1).replace(b"application/json", b"text/html"), 415, b"unsupported_media_type"),
                 (raw_report(token, 1), 200, b"accepted")):
             wire.sendall(sent)
-            answer = wire.recv(65536)
+            answer = read_answer(wire)
             assert (status_of(answer), code in answer) == (status, True), answer
 
 
@@ -448,8 +451,8 @@ def test_large_reports_and_small_ones_take_turns_on_one_connection(live_server):
             assert b'"accepted": 1' in read_answer(wire)
 
 
-def test_a_report_that_unpacks_to_much_keeps_the_writer_from_nobody(live_server):
-    """8 MB of JSON in a few kB: read by a thread; small reports of others are answered meanwhile."""
+def test_a_report_that_unpacks_to_much_keeps_nobody_waiting(live_server):
+    """8 MB of JSON in a few kB: small reports of others are answered meanwhile."""
     token, other = live_server.register("pve1"), live_server.register("pve2")
     report = build_report(at=time.time(), run_id="large", seq=1, gpu=[{"n": n % 10} for n in range(900_000)])
     body = gzip.compress(encode(report), 9)
@@ -473,10 +476,10 @@ def test_a_stop_under_load_answers_or_hangs_up_and_loses_nothing(live_server):
             for seq in range(1, 100_000):
                 try:
                     wire.sendall(raw_report(token, seq, run=run))
-                    answer = wire.recv(65536)
+                    answer = read_answer(wire)
                 except OSError:
                     return
-                if not answer:
+                if b"(closed)" in answer:
                     return
                 assert status_of(answer) in (200, 503), answer
                 if status_of(answer) == 200:

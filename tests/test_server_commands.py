@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import stat
 import sys
@@ -321,57 +320,3 @@ def test_a_first_start_makes_schema_and_secret_and_says_how_to_log_in(tmp_path):
         assert set(modes.values()) == {0o600}, modes
     finally:
         assert first.stop() == 0
-
-
-# --- many connections ---
-
-
-class Asked(server.HTTPChannel):
-    """One end of a connection, that counts how often it is asked what it waits for."""
-
-    def __init__(self, end, sockets):  # nothing of waitress's own is needed
-        self.end, self.sockets, self.asked, self.got, self.at_work = end, sockets, 0, [], False
-        self.accepting, self.connected = False, True
-        sockets[end.fileno()] = self
-
-    def readable(self):
-        self.asked += 1
-        return not self.at_work
-
-    def writable(self):
-        return False
-
-    def handle_read_event(self):
-        self.got.append(self.end.recv(100))
-        self.at_work = True
-
-
-def test_idle_connections_cost_nothing_while_others_are_served():
-    sockets = server.Sockets()
-    pairs = [socket.socketpair() for _ in range(50)]
-    ends = [Asked(mine, sockets) for mine, _ in pairs]
-    try:
-        sockets.turn(0)
-        sockets.all_due = float("inf")
-        before = [end.asked for end in ends]
-        for number in range(20):
-            pairs[7][1].send(b"%d" % number)
-            sockets.turn(1)
-            ends[7].at_work = False  # the answer is out
-        assert ends[7].got == [b"%d" % number for number in range(20)]
-        assert [end.asked for end in ends[:7] + ends[8:]] == before[:7] + before[8:]
-        pairs[7][1].send(b"more")
-        sockets.turn(1)
-        pairs[7][1].close()  # gone while its request is at work: no news until that is done
-        pairs[8][1].send(b"other")
-        sockets.turn(1)
-        sockets.turn(0)
-        assert ends[7].got[-1] == b"more" and ends[8].got == [b"other"]
-        del sockets[ends[9].end.fileno()]
-        pairs[9][1].send(b"nobody is there")
-        sockets.turn(0)
-        assert not ends[9].got
-    finally:
-        for mine, other in pairs:
-            mine.close()
-            other.close()

@@ -6,7 +6,10 @@ import os
 import sqlite3
 import stat
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,6 +84,36 @@ def test_the_database_and_the_secret_are_for_their_owner_alone(monitor, config):
 # --- the writer ---
 
 
+def write_together(store: server.Store, *works: Callable[[sqlite3.Connection], Any]) -> list[Any]:
+    """What each of several writes of one group gives back or raises."""
+    holding, results = threading.Event(), [None] * len(works)
+
+    def attempt(number: int, work: Callable[[sqlite3.Connection], Any]) -> None:
+        try:
+            results[number] = store.write(work)
+        except Exception as error:
+            results[number] = error
+
+    def hold(db: sqlite3.Connection) -> None:
+        holding.set()
+        deadline = time.monotonic() + 10
+        while len(store._waiting) < len(works) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    first = threading.Thread(target=store.write, args=(hold,))
+    first.start()
+    holding.wait(10)
+    threads = []
+    for number, work in enumerate(works):  # each waits before the next comes: the group has their order
+        threads.append(threading.Thread(target=attempt, args=(number, work)))
+        threads[-1].start()
+        while len(store._waiting) <= number and first.is_alive():
+            time.sleep(0.001)
+    for thread in [first, *threads]:
+        thread.join(10)
+    return results
+
+
 def test_a_write_that_is_refused_leaves_its_neighbours_alone(store):
     def refused(db):
         db.execute("INSERT INTO meta VALUES ('half', '1')")
@@ -120,16 +153,11 @@ def test_a_failed_commit_is_told_to_the_one_who_wrote_and_the_next_works(store):
 @pytest.mark.parametrize("sql", ["INSERT INTO meta VALUES ('same', '2')", "INSERT INTO meta VALUES ('x', :missing)"])
 def test_a_write_that_breaks_a_rule_of_the_database_fails_alone(store, sql):
     store.write(lambda db: server.set_meta(db, "same", 1))
-    group = [server.Write(work, True) for work in (
-        lambda db: server.set_meta(db, "before", 1), lambda db: db.execute(sql, {}),
-        lambda db: server.set_meta(db, "after", 1))]  # fmt: skip
     told = []
     store.on_failure = lambda: told.append(server.get_meta(store.db, "before"))
-    for write in group:
-        store._queue.put(write)
-    assert group[0].result() is None and group[2].result() is None
-    with pytest.raises(sqlite3.Error):
-        group[1].result()
+    before, broken, after = write_together(store, lambda db: server.set_meta(db, "before", 1),
+                                           lambda db: db.execute(sql, {}), lambda db: server.set_meta(db, "after", 1))
+    assert before is None and after is None and isinstance(broken, sqlite3.Error)
     assert server.get_meta(store.reader(), "before") == server.get_meta(store.reader(), "after") == "1"
     assert told == ["1"]  # memory is built again at once, from what is left
 

@@ -1049,7 +1049,7 @@ def test_a_day_of_200_healthy_noisy_hosts_notifies_nobody(tmp_path):
 
     import unittest.mock
     with unittest.mock.patch.object(server, "insert_report", lambda *_: 1), \
-            unittest.mock.patch.object(server, "keep_state", lambda *_: None):
+            unittest.mock.patch.object(server, "write_state", lambda *_: None):
         sim.write(play)
     assert sim.told() == []
     assert not [row for row in sim.alerts() if row["severity"] != "info"]
