@@ -30,15 +30,18 @@ can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 apt_install() {
     say "Installing from Debian: $*"
     # Debian starts services on installation (Caddy takes port 80): not wanted from a test run. 101 means "not allowed".
-    local policy=/usr/sbin/policy-rc.d ours=no code=0
-    if [ ! -e "$policy" ]; then
-        printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod 755 "$policy" && ours=yes
-    fi
-    { DEBIAN_FRONTEND=noninteractive apt-get -qq update \
-        && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
-            -o Dpkg::Use-Pty=0 install "$@" >/dev/null; } </dev/null || code=$?
-    [ "$ours" = no ] || rm -f "$policy"
-    return "$code"
+    # In a shell of its own, whose end takes that back whatever ends it: else no service of this machine would start again.
+    (
+        policy=/usr/sbin/policy-rc.d
+        if [ ! -e "$policy" ]; then
+            trap 'rm -f "$policy"' EXIT
+            trap 'exit 130' INT TERM HUP
+            printf '#!/bin/sh\nexit 101\n' > "$policy"
+            chmod 755 "$policy"
+        fi
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get -qq update && apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 install "$@" >/dev/null
+    ) </dev/null
 }
 
 install_test_programs() {
@@ -102,174 +105,14 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$requirement
 
 # --- demo: server, agent and a played fleet on this machine ---
 
-DEMO=$PWD/.demo
-demo_children=""    # process ids, the last started first
-demo_owner=no       # is .demo/pid ours?
-
-demo_usage() {
-    say "Usage: ./build.sh demo [--fleet N] [--interval SECONDS] [--port PORT]"
-    say "  --fleet N            also play N recorded Proxmox hosts (1-2000)"
-    say "  --interval SECONDS   how often the played hosts report (default 30)"
-    say "  --port PORT          this port and no other (default: 4000, or the next free one)"
-}
-
-# A whole number from $2 to $3, or the usage's exit code.
-demo_number() {
-    case $4 in ''|*[!0-9]*|??????*) ;; *) [ "$4" -lt "$2" ] || [ "$4" -gt "$3" ] || return 0 ;; esac
-    printf 'build.sh: %s needs a number from %s to %s\n' "$1" "$2" "$3" >&2
-    demo_usage >&2
-    exit 2
-}
-
-demo_options() {
-    fleet=0 interval=30 port=""
-    while [ $# -gt 0 ]; do
-        case $1 in
-            --fleet)    demo_number "$1" 1 2000 "${2:-}";  fleet=$2; shift 2 ;;
-            --interval) demo_number "$1" 1 3600 "${2:-}";  interval=$2; shift 2 ;;
-            --port)     demo_number "$1" 1 65535 "${2:-}"; port=$2; shift 2 ;;
-            -h|--help)  demo_usage; exit 0 ;;
-            *)          demo_usage >&2; exit 2 ;;
-        esac
-    done
-}
-
-# The first free port from 4000 on; a port that was asked for has to be free.
-demo_port() {
-    "$python" - "$port" <<'PYTHON' || fail "port ${port:-4000} is taken; name another with --port"
-import socket, sys
-for port in [int(sys.argv[1])] if sys.argv[1] else range(4000, 4050):
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-    print(port)
-    sys.exit(0)
-sys.exit(1)
-PYTHON
-}
-
-# demo_start NAME COMMAND…: in the background, its output in .demo/NAME.log. (Ctrl-C reaches this script alone:
-# the shell starts background jobs with SIGINT ignored, and demo_stop ends them in order.)
-demo_start() {
-    local name=$1
-    shift
-    "$@" >> "$DEMO/$name.log" 2>&1 < /dev/null &
-    demo_children="$! $demo_children"
-}
-
-demo_stop() {
-    local code=$? child
-    trap - EXIT
-    trap '' INT TERM HUP
-    for child in $demo_children; do
-        kill "$child" 2>/dev/null || continue
-        wait "$child" 2>/dev/null || true
-    done
-    [ "$demo_owner" = no ] || rm -f "$DEMO/pid"
-    [ -z "$demo_children" ] || say "" "Stopped. What was collected is kept in .demo/ for the next time."
-    exit "$code"
-}
-
-# Until one of them ends by itself, which none of them should.
-demo_watch() {
-    local child
-    while true; do
-        for child in $demo_children; do
-            kill -0 "$child" 2>/dev/null || return 0
-        done
-        sleep 1 &
-        wait $! || true     # a trap runs at once during wait, but only after a sleep in the foreground
-    done
-}
-
-demo_wait_for_server() {
-    "$python" - "$url" "$1" <<'PYTHON' || { tail -n 5 "$DEMO/server.log" >&2; fail "the server did not start; see .demo/server.log"; }
-import os, sys, time, urllib.request
-url, server = sys.argv[1], int(sys.argv[2])
-for _ in range(300):
-    try:
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/healthz", timeout=2)
-        sys.exit(0)
-    except OSError:
-        time.sleep(0.1)
-    try:
-        os.kill(server, 0)
-    except ProcessLookupError:
-        break
-sys.exit(1)
-PYTHON
-}
-
-# A token for NAME: kept from the last time, else from register-host (or rotate-token, when only the token was lost).
-demo_host_token() {
-    local name=$1 file=$DEMO/host-token
-    if [ "$(sed -n 1p "$file" 2>/dev/null)" != "$name" ]; then
-        { say "$name"
-          { "$python" server.py register-host "$name" 2>/dev/null || "$python" server.py rotate-token "$name"; } \
-            | sed -n 's/^TOKEN: //p'; } > "$file.new"
-        mv "$file.new" "$file"
-    fi
-    sed -n 2p "$file"
-}
-
-demo_agent_config() {
-    printf 'server_url = "%s"\ntoken = "%s"\nhost_id = "%s"\n\n[intervals]\nfast_seconds = 10\nmedium_seconds = 60\n' \
-        "$url" "$2" "$1" > "$DEMO/agent.toml"
-}
-
-# A new admin token for the fleet's player in each run; it registers the hosts it plays.
-demo_fleet_token() {
-    "$python" server.py revoke-api-token demo-fleet >/dev/null 2>&1 || true
-    "$python" server.py create-api-token demo-fleet --admin | sed -n 's/^TOKEN: //p'
-}
-
-demo_prepare() {
-    umask 077
-    mkdir -p "$DEMO/agent-state"
-    if [ -s "$DEMO/pid" ] && kill -0 "$(cat "$DEMO/pid")" 2>/dev/null; then
-        fail "a demo of this folder runs already (process $(cat "$DEMO/pid"))"
-    fi
-    say $$ > "$DEMO/pid"
-    demo_owner=yes
-    make_venv "$DEMO/venv" requirements.txt
-    python=$DEMO/venv/bin/python
-    port=$(demo_port)
-    url=http://127.0.0.1:$port
-    [ -s "$DEMO/password" ] || "$python" -c 'import secrets; print(secrets.token_urlsafe(9))' > "$DEMO/password"
-    export DATABASE_PATH=$DEMO/monitor.db LISTEN=127.0.0.1 PORT=$port PUBLIC_URL=$url PYTHONUNBUFFERED=1
-    unset SECRET_KEY_BASE SERVER_CONFIG HISTORY_URL TRUSTED_PROXY AGENT_CONFIG NOTIFY_SOCKET
-    DASHBOARD_PASSWORD_HASH=$("$python" server.py hash-password < "$DEMO/password")
-    export DASHBOARD_PASSWORD_HASH
-    "$python" server.py migrate >> "$DEMO/server.log" 2>&1 || fail "$(tail -n 1 "$DEMO/server.log")"
-}
-
 command_demo() {  # start server and agent here, with data in .demo/ (--fleet N: and N played Proxmox hosts)
-    local fleet interval port url python name token server
-    demo_options "$@"
-    trap demo_stop EXIT
-    trap 'exit 0' INT TERM HUP      # the way a demo ends
-    demo_prepare
-    name=$("$python" -c 'import re, socket
-name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().split(".")[0]).lstrip("._-")
-print(name[:63] or "this-machine")')
-    demo_start server "$python" server.py serve
-    server=${demo_children%% *}
-    demo_wait_for_server "$server"
-    token=$(demo_host_token "$name")
-    [ -n "$token" ] || fail "could not register this machine"
-    demo_agent_config "$name" "$token"
-    STATE_DIRECTORY=$DEMO/agent-state demo_start agent "$python" agent.py start --config "$DEMO/agent.toml"
-    if [ "$fleet" -gt 0 ]; then
-        FLEET_API_TOKEN=$(demo_fleet_token) demo_start fleet "$python" tests/fleet.py --server "$url" \
-            --state "$DEMO/fleet.json" --count "$fleet" --interval "$interval"
-    fi
-    say "" "  URL:      $url" "  Password: $(cat "$DEMO/password")" "" \
-        "This machine reports as '$name'. Logs and data are in .demo/. Ctrl-C stops everything."
-    demo_watch
-    fail "one of the processes has ended; see the logs in .demo/"
+    local python
+    python=$(find_python)
+    exec "$python" tests/demo.py "$@"
+}
+
+command_venv() {
+    make_venv "$@"      # tests/demo.py asks for it
 }
 
 # --- test ---
