@@ -2,7 +2,7 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> rules
-        -> notifications -> columns -> history -> remote -> jobs -> api -> page -> serving -> commands
+        -> notifications -> columns -> history -> remote -> jobs -> resources -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
 transaction (database) with all that follows from it: the latest state (fleet), alerts (rules) and history. Whoever
@@ -800,40 +800,24 @@ def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, 
 AUDIT = "audit"  # in the place of a kind: all that somebody did or was refused
 
 
-def list_events(db: sqlite3.Connection, *, since: float, limit: int, kind: str | None = None) -> list[dict[str, Any]]:
+def each_event(db: sqlite3.Connection, *, since: float, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """What changed since then, newest first; of one kind, or of all that people, tokens and commands did."""
-    return [dict(row) for row in db.execute("""
-        SELECT id, at, kind, host, object, message, "by", address FROM event
-        WHERE at >= :since AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR
-              address IS NOT NULL))
-        ORDER BY id DESC LIMIT :limit""", {"since": since, "limit": limit, "kind": kind})]
+    for row in db.execute("""
+            SELECT id, at, kind, host, object, message, "by", address FROM event
+            WHERE at >= :since AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR
+                  address IS NOT NULL))
+            ORDER BY id DESC""", {"since": since, "kind": kind}):
+        yield dict(row)
+
+
+def list_events(db: sqlite3.Connection, *, since: float, limit: int, kind: str | None = None) -> list[dict[str, Any]]:
+    return list(islice(each_event(db, since=since, kind=kind), limit))
 
 
 def failed_logins(db: sqlite3.Connection, since: float) -> int:
     """How many log-ins have failed since then: what a rule can tell of."""
     return db.execute("SELECT count(*) FROM event WHERE kind = 'login-failed' AND at >= :since",
                       {"since": since}).fetchone()[0]
-
-
-def list_alerts(db: sqlite3.Connection, state: str = "firing", *, limit: int = LIST_MOST) -> list[dict[str, Any]]:
-    """Alerts worst first, then newest; `state`: pending, firing, resolved or all. Clusters and sites have no host."""
-    order = "CASE severity WHEN 'critical' THEN 0 WHEN 'warning' THEN 1 ELSE 2 END, since DESC, alert.id"
-    if state == "resolved":
-        order = "resolved_at DESC"
-    return [to_alert_row(row) for row in db.execute(f"""
-        SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id
-        WHERE :state IN ('all', alert.state) ORDER BY {order} LIMIT :limit""", {"state": state, "limit": limit})]
-
-
-def to_alert_row(row: sqlite3.Row) -> dict[str, Any]:
-    acknowledged = None
-    if row["acknowledged_at"] is not None:
-        acknowledged = {"at": row["acknowledged_at"], "by": row["acknowledged_by"],
-                        "until": row["acknowledged_until"], "note": row["acknowledged_note"]}
-    return {"id": row["id"], "rule": row["rule"], "severity": row["severity"], "state": row["state"],
-            "host": row["host"], "object": row["object"] or None, "message": row["message"], "value": row["value"],
-            "since": row["since"], "resolved_at": row["resolved_at"], "acknowledged": acknowledged,
-            "because_of": row["because_of"]}
 
 
 SILENCE_MATCHERS = ("tag", "site", "host", "object", "rule")
@@ -1418,7 +1402,7 @@ def misfit(value: Any, *, strict: bool, depth: int = 0) -> list[Any] | None:
     return None
 
 
-# --- fleet: the latest state of every host, in memory, and the rows made from it ---
+# --- fleet: the latest state of every host, in memory ---
 
 
 class Stamp(NamedTuple):
@@ -1766,138 +1750,12 @@ def is_stale(state: HostState, section: str, now: float) -> bool:
     return time_of_value is not None and now - time_of_value > SECTION_TICKS.get(section, 2 * HOUR)
 
 
-def object_verdict(state: HostState, section: str, object: str, now: float) -> tuple[str, str | None]:
-    """Verdict of a pool, storage, guest or disk: its worst alert; else stale, or ok."""
-    name = f"{section}/{object}"
-    alerts = (a for a in state.alerts.values() if a.object == name or a.object.startswith(name + "/"))
-    worst, reason = worst_alert(alerts)
-    if worst:
-        return worst, reason
-    if is_stale(state, section, now):
-        return "stale", "What is shown is old."
-    return "ok", None
-
-
-HOST_COLUMNS = (
-    "name", "verdict", "reason", "site", "tags", "note", "maintenance_until", "last_seen_at", "pve_version",
-    "agent_version", "cluster", "pools_total", "pools_worst_state", "pools_max_capacity_ratio", "days_until_full",
-    "guests_running", "guests_total", "cpu_ratio", "memory_free_ratio", "io_pressure_ratio", "root_used_ratio", "load1",
-    "uptime_seconds", "storages_inactive", "disks_suspect", "backups_worst", "updates_pending", "reboot_needed",
-    "clock_offset_seconds", "alerts_critical", "alerts_warning",
-)
-
-
-def host_row(fleet: Fleet, state: HostState, now: float) -> dict[str, Any]:
-    """One line of the host table; what is not known is None."""
-    verdict, reason = fleet.verdict(state, now)
-    node = state.body("node", {})
-    firing = [alert.severity for alert in state.alerts.values() if alert.state == "firing"]
-    root = [number(node, "root_used_bytes"), number(node, "root_available_bytes")]
-    return {
-        "name": state.name, "verdict": verdict, "reason": reason, "site": state.site, "tags": state.tags,
-        "note": state.note, "maintenance_until": state.maintenance_until, "last_seen_at": state.last_seen_at,
-        "pve_version": text(node, "pve_version"), "agent_version": text(state.agent, "version"),
-        "cluster": text(state.body("cluster"), "name"), **pool_columns(state),
-        "days_until_full": worst_days_until_full(state, now),
-        "guests_running": state.guest_counts[0], "guests_total": state.guest_counts[1],
-        "cpu_ratio": number(node, "cpu_ratio"),
-        "memory_free_ratio": number(node, "memory_free_ratio"),
-        "io_pressure_ratio": number(node, "pressure_io_full_avg10_ratio"),
-        "root_used_ratio": None if None in root else ratio(root[0], sum_known(root)),
-        "load1": number(node, "load1"), "uptime_seconds": number(node, "uptime_seconds"),
-        "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state),
-        "backups_worst": worst_backup(state, fleet, now),
-        "updates_pending": number(state.body("updates"), "pending"),
-        "reboot_needed": node.get("reboot_needed") if isinstance(node.get("reboot_needed"), bool) else None,
-        "clock_offset_seconds": state.clock_ahead or number(state.agent, "clock_offset"),
-        "alerts_critical": firing.count("critical"), "alerts_warning": firing.count("warning"),
-    }
-
-
-POOL_STATES = ("SUSPENDED", "UNAVAIL", "FAULTED", "REMOVED", "OFFLINE", "DEGRADED", "UNKNOWN", "ONLINE")  # worst first
-
-
-def pool_columns(state: HostState) -> dict[str, Any]:
-    states = [text(pool, "state") or "UNKNOWN" for pool in state.body("pool_states") or state.body("pools") or ()]
-    full = [number(pool, "capacity_ratio") for pool in state.body("pools") or ()]
-    return {
-        "pools_total": None if state.body("pool_states") is None and state.body("pools") is None else len(states),
-        "pools_worst_state": min(states, key=state_rank, default=None),
-        "pools_max_capacity_ratio": max((one for one in full if one is not None), default=None),
-    }
-
-
-def state_rank(word: str) -> int:
-    return POOL_STATES.index(word) if word in POOL_STATES else POOL_STATES.index("UNKNOWN")
-
-
 def count_guests(guests: list[dict[str, Any]] | None) -> tuple[int | None, int | None, int]:
     """How many run, how many are no templates, how many there are; None: not known."""
     if guests is None:
         return None, None, 0
     real = [guest for guest in guests if not guest.get("template")]
     return sum(guest.get("status") == "running" for guest in real), len(real), len(guests)
-
-
-def count_inactive(state: HostState) -> int | None:
-    storages = state.body("storages")
-    if storages is None:
-        return None
-    return sum(one.get("active") in (False, 0) and one.get("enabled") not in (False, 0) for one in storages)
-
-
-def count_suspect(state: HostState) -> int | None:
-    """Disks that something is wrong with, as the alerts have it; None if no disk could be looked at."""
-    if not state.has("disks"):
-        return None
-    return len({alert.object for alert in state.alerts.values()
-                if alert.object.startswith("disks/") and alert.state == "firing" and alert.severity != "info"})
-
-
-GUEST_FIELDS = (
-    "vmid", "type", "name", "status", "template", "lock", "tags", "cpu_count", "cpu_ratio", "memory_used_bytes",
-    "memory_max_bytes", "disk_used_bytes", "disk_max_bytes", "uptime_seconds", "onboot", "ha_state",
-)
-GUEST_COLUMNS = ("host", "vmid", "type", "name", "status", "verdict", *GUEST_FIELDS[4:], "as_of")
-
-
-def guest_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
-    """A host's guests as the fleet's list shows them."""
-    as_of = state.sections.get("guests", NOTHING).time
-    usual = None if state.alerts else object_verdict(state, "guests", "", now)[0]  # the same for all, mostly
-    for guest in state.body("guests", ()):
-        verdict = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)[0]
-        if verdict == "ok" and guest.get("status") in (None, "unknown"):
-            verdict = "unknown"
-        yield {"host": state.name, **{key: guest.get(key) for key in GUEST_FIELDS}, "verdict": verdict,
-               "as_of": number(guest, "as_of") or as_of}
-
-
-POOL_COLUMNS = (
-    "host", "name", "guid", "state", "verdict", "reason", "layout", "size_bytes", "allocated_bytes", "free_bytes",
-    "usable_used_bytes", "usable_available_bytes", "capacity_ratio", "fragmentation_ratio", "dedup_ratio",
-    "redundancy_margin", "data_errors", "read_errors", "write_errors", "checksum_errors", "scan_function",
-    "scan_state", "scan_progress_ratio", "last_scrub_at", "as_of",
-)
-
-
-def pool_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
-    """A host's pools: the state from the kernel's files, all else from `pools`."""
-    section = state.sections.get("pools", NOTHING)
-    full = {pool["name"]: pool for pool in state.body("pools", ())}
-    brief = {pool["name"]: pool for pool in state.body("pool_states", ())}
-    for name in {**brief, **full}:
-        pool = {**full.get(name, {}), **{k: v for k, v in brief.get(name, {}).items() if v is not None}}
-        verdict, reason = object_verdict(state, "pools", name, now)
-        if verdict == "ok" and pool.get("state") is None:
-            verdict, reason = "unknown", "The pool's state could not be read."
-        scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else {}
-        yield {"host": state.name, **{key: pool.get(key) for key in POOL_COLUMNS[1:16]}, "verdict": verdict,
-               "reason": reason, **vdev_errors(pool), "data_errors": pool.get("data_errors"),
-               "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
-               "scan_progress_ratio": number(scan, "progress_ratio"),
-               "last_scrub_at": number(pool.get("last_scrub"), "ended_at"),
-               "as_of": section.time}
 
 
 def vdev_errors(pool: dict[str, Any]) -> dict[str, Any]:
@@ -1923,93 +1781,8 @@ def sum_known(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-STORAGE_FIELDS = ("storage", "type", "content", "shared", "enabled", "active")
-STORAGE_COLUMNS = ("host", *STORAGE_FIELDS, "verdict", "reason", "total_bytes", "used_bytes", "available_bytes",
-                   "used_ratio", "dataset", "as_of")
-
-
-def storage_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
-    """A host's storages, inactive and disabled ones too."""
-    as_of = state.sections.get("storages", NOTHING).time
-    for one in state.body("storages", ()):
-        verdict, reason = object_verdict(state, "storages", one["storage"], now)
-        if verdict == "ok" and one.get("active") is None:
-            verdict, reason = "unknown", "Proxmox does not say whether it is active."
-        yield {"host": state.name, **{key: one.get(key) for key in STORAGE_FIELDS}, "verdict": verdict,
-               "reason": reason, "total_bytes": one.get("total_bytes"), "used_bytes": one.get("used_bytes"),
-               "available_bytes": one.get("available_bytes"), "used_ratio": storage_used_ratio(one),
-               "dataset": one.get("dataset"), "as_of": as_of}
-
-
-BACKUP_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "covered", "late_seconds", "newest_ok_at",
-                  "duration_seconds", "size_bytes", "storage", "newest_failed_at", "error", "as_of")
-
-
-def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[dict[str, Any]]:
-    """The backup of each guest of a host; nothing where the host does not tell of backups."""
-    body = state.body("backups")
-    if body is None:
-        return
-    known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
-    alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
-    for one in coverage(state, fleet, now):
-        guest = known.get(int(one.vmid), {})
-        worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{one.vmid}")
-        verdict, reason = worst or "ok", message or None
-        if verdict == "ok" and one.late_seconds is None:
-            verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
-        elif verdict == "ok" and is_stale(state, "backups", now):
-            verdict, reason = "stale", "What is shown is old."
-        good, failed = guest.get("newest_ok"), guest.get("newest_failed")
-        yield {"host": state.name, "vmid": int(one.vmid), "name": one.name, "verdict": verdict, "reason": reason,
-               "covered": one.covered, "late_seconds": one.late_seconds, "newest_ok_at": number(good, "ended_at"),
-               "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
-               "storage": text(good, "storage"), "newest_failed_at": number(failed, "ended_at"),
-               "error": text(failed, "error"), "as_of": state.sections["backups"].time}
-
-
-DISK_FIELDS = (
-    "name", "by_id", "model", "serial", "firmware", "kind", "size_bytes", "pool", "vdev", "passed", "standby",
-    "temperature_celsius", "power_on_hours", "wear_ratio", "spare_ratio", "reallocated_sectors", "pending_sectors",
-    "uncorrectable_errors", "crc_errors", "media_errors",
-)
-DISK_COLUMNS = ("host", "name", "verdict", "reason", *DISK_FIELDS[1:], "as_of")
-
-
-def disk_rows(state: HostState, now: float) -> Iterator[dict[str, Any]]:
-    """A host's disks, with their place in a pool and what SMART says of them."""
-    for disk in state.body("disks", ()):
-        verdict, reason = object_verdict(state, "disks", disk["name"], now)
-        if verdict == "ok" and disk.get("passed") is None:
-            verdict, reason = "unknown", "The disk tells nothing about its health."
-        yield {"host": state.name, **{key: disk.get(key) for key in DISK_FIELDS}, "verdict": verdict,
-               "reason": reason, "as_of": state.sections["disks"].time}
-
-
 def storage_used_ratio(storage: dict[str, Any]) -> float | None:
     return ratio(number(storage, "used_bytes"), number(storage, "total_bytes"))
-
-
-def build_overview(fleet: Fleet, now: float) -> dict[str, Any]:
-    """The fleet in a few numbers, of the same size for 1 host and 10,000."""
-    silences = [fleet.silent_seconds(state, now) for state in fleet.hosts.values()]
-    known = [silent for silent in silences if silent is not None]
-    reporting = [state for state in fleet.hosts.values()
-                 if (silent := fleet.silent_seconds(state, now)) is not None and silent < STALE_SECONDS]
-    firing = [alert.severity for state in fleet.everything() for alert in state.alerts.values()
-              if alert.state == "firing" and alert.acknowledged_at is None]
-    return {
-        "server_time": now,
-        "hosts": {
-            "total": len(silences), "reporting": len(reporting),
-            "stale": sum(STALE_SECONDS <= silent < OFFLINE_SECONDS for silent in known),
-            "offline": sum(silent >= OFFLINE_SECONDS for silent in known),
-        },
-        "problems": {"critical": firing.count("critical"), "warning": firing.count("warning")},
-        "oldest_verified_at": min((state.last_seen_at or 0.0 for state in reporting), default=None),
-        "last_notification_at": fleet.told_at,
-        "version": VERSION,
-    }
 
 
 def format_duration(seconds: float) -> str:
@@ -2040,7 +1813,6 @@ class Monitor:
         self.logins = LoginLimiter()
         self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
-        self.boot = secrets.token_hex(4)  # makes ETags of another start of the server invalid
         self.reports_accepted = self.reports_duplicate = 0
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
@@ -7568,14 +7340,512 @@ class Scheduler:
             self.turn()
 
 
-# --- api: read the request, ask, answer ---
+# --- resources: every list of the fleet: rows, columns, search words, metrics, and its place on the page ---
+
+Row = dict[str, Any]
+Rows = list[Row]
 
 
-class Listing(NamedTuple):
-    """Rows that the caller gets as json, csv or text."""
+def object_verdict(state: HostState, section: str, object: str, now: float) -> tuple[str, str | None]:
+    """Verdict of a pool, storage, guest or disk: its worst alert; else stale, or ok."""
+    name = f"{section}/{object}"
+    alerts = (a for a in state.alerts.values() if a.object == name or a.object.startswith(name + "/"))
+    worst, reason = worst_alert(alerts)
+    if worst:
+        return worst, reason
+    if is_stale(state, section, now):
+        return "stale", "What is shown is old."
+    return "ok", None
 
-    rows: list[dict[str, Any]]
+
+def pick(fields: Row, columns: Iterable[str]) -> Row:
+    return {column: fields.get(column) for column in columns}
+
+
+HOST_COLUMNS = tuple("""
+    name verdict reason site tags note maintenance_until last_seen_at pve_version agent_version cluster pools_total
+    pools_worst_state pools_max_capacity_ratio days_until_full guests_running guests_total cpu_ratio memory_free_ratio
+    io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect backups_worst
+    updates_pending reboot_needed clock_offset_seconds alerts_critical alerts_warning""".split())
+
+
+def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
+    """One line of the host table; what is not known is None."""
+    verdict, reason = fleet.verdict(state, now)
+    node = state.body("node", {})
+    firing = [alert.severity for alert in state.alerts.values() if alert.state == "firing"]
+    root = [number(node, "root_used_bytes"), number(node, "root_available_bytes")]
+    return {
+        "name": state.name, "verdict": verdict, "reason": reason, "site": state.site, "tags": state.tags,
+        "note": state.note, "maintenance_until": state.maintenance_until, "last_seen_at": state.last_seen_at,
+        "pve_version": text(node, "pve_version"), "agent_version": text(state.agent, "version"),
+        "cluster": text(state.body("cluster"), "name"), **pool_columns(state),
+        "days_until_full": worst_days_until_full(state, now),
+        "guests_running": state.guest_counts[0], "guests_total": state.guest_counts[1],
+        "cpu_ratio": number(node, "cpu_ratio"),
+        "memory_free_ratio": number(node, "memory_free_ratio"),
+        "io_pressure_ratio": number(node, "pressure_io_full_avg10_ratio"),
+        "root_used_ratio": None if None in root else ratio(root[0], sum_known(root)),
+        "load1": number(node, "load1"), "uptime_seconds": number(node, "uptime_seconds"),
+        "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state),
+        "backups_worst": worst_backup(state, fleet, now),
+        "updates_pending": number(state.body("updates"), "pending"),
+        "reboot_needed": node.get("reboot_needed") if isinstance(node.get("reboot_needed"), bool) else None,
+        "clock_offset_seconds": state.clock_ahead or number(state.agent, "clock_offset"),
+        "alerts_critical": firing.count("critical"), "alerts_warning": firing.count("warning"),
+    }
+
+
+POOL_STATES = ("SUSPENDED", "UNAVAIL", "FAULTED", "REMOVED", "OFFLINE", "DEGRADED", "UNKNOWN", "ONLINE")  # worst first
+
+
+def pool_columns(state: HostState) -> Row:
+    states = [text(pool, "state") or "UNKNOWN" for pool in state.body("pool_states") or state.body("pools") or ()]
+    full = [number(pool, "capacity_ratio") for pool in state.body("pools") or ()]
+    return {
+        "pools_total": None if state.body("pool_states") is None and state.body("pools") is None else len(states),
+        "pools_worst_state": min(states, key=state_rank, default=None),
+        "pools_max_capacity_ratio": max((used for used in full if used is not None), default=None),
+    }
+
+
+def state_rank(word: str) -> int:
+    return POOL_STATES.index(word if word in POOL_STATES else "UNKNOWN")
+
+
+def count_inactive(state: HostState) -> int | None:
+    storages = state.body("storages")
+    if storages is None:
+        return None
+    return sum(storage.get("active") in (False, 0) and storage.get("enabled") not in (False, 0)
+               for storage in storages)
+
+
+def count_suspect(state: HostState) -> int | None:
+    """Disks that something is wrong with, as the alerts have it; None if no disk could be looked at."""
+    if not state.has("disks"):
+        return None
+    return len({alert.object for alert in state.alerts.values()
+                if alert.object.startswith("disks/") and alert.state == "firing" and alert.severity != "info"})
+
+
+GUEST_COLUMNS = tuple("""
+    host vmid type name status verdict template lock tags cpu_count cpu_ratio memory_used_bytes memory_max_bytes
+    disk_used_bytes disk_max_bytes uptime_seconds onboot ha_state as_of""".split())
+
+
+def guest_rows(state: HostState, now: float) -> Iterator[Row]:
+    """A host's guests as the fleet's list shows them."""
+    as_of = state.sections.get("guests", NOTHING).time
+    usual = None if state.alerts else object_verdict(state, "guests", "", now)[0]  # the same for all, mostly
+    for guest in state.body("guests", ()):
+        verdict = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)[0]
+        if verdict == "ok" and guest.get("status") in (None, "unknown"):
+            verdict = "unknown"
+        own = number(guest, "as_of")  # pvestatd's time; a clock that is ahead makes nothing fresher than its report
+        yield {**pick(guest, GUEST_COLUMNS), "host": state.name, "verdict": verdict,
+               "as_of": as_of if own is None or as_of is None else min(own, as_of)}
+
+
+VOLUME_COLUMNS = ("host", "vmid", "name", "storage", "dataset", "pool", "size_bytes", "as_of")
+
+
+def volume_rows(state: HostState, now: float) -> Iterator[Row]:
+    """What the disks of a host's guests lie on: storage, dataset, pool."""
+    as_of = state.sections.get("guests", NOTHING).time
+    for guest in state.body("guests", ()):
+        for volume in dicts(guest.get("volumes")):
+            dataset = text(volume, "dataset")
+            yield {**pick(volume, VOLUME_COLUMNS), "host": state.name, "vmid": guest.get("vmid"),
+                   "name": guest.get("name"), "pool": dataset and dataset.partition("/")[0], "as_of": as_of}
+
+
+POOL_COLUMNS = tuple("""
+    host name guid state verdict reason layout size_bytes allocated_bytes free_bytes usable_used_bytes
+    usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin data_errors read_errors
+    write_errors checksum_errors scan_function scan_state scan_progress_ratio last_scrub_at as_of""".split())
+
+
+def pool_rows(state: HostState, now: float) -> Iterator[Row]:
+    """A host's pools: the state from the kernel's files, all else from `pools`."""
+    full = {pool["name"]: pool for pool in state.body("pools", ())}
+    brief = {pool["name"]: pool for pool in state.body("pool_states", ())}
+    for name in {**brief, **full}:
+        pool = {**full.get(name, {}), **{k: v for k, v in brief.get(name, {}).items() if v is not None}}
+        verdict, reason = object_verdict(state, "pools", name, now)
+        if verdict == "ok" and pool.get("state") is None:
+            verdict, reason = "unknown", "The pool's state could not be read."
+        scan = pool.get("scan")
+        yield {**pick(pool, POOL_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
+               **vdev_errors(pool), "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
+               "scan_progress_ratio": number(scan, "progress_ratio"),
+               "last_scrub_at": number(pool.get("last_scrub"), "ended_at"),
+               "as_of": state.sections.get("pools", NOTHING).time}
+
+
+STORAGE_COLUMNS = tuple("""
+    host storage type content shared enabled active verdict reason total_bytes used_bytes available_bytes used_ratio
+    dataset as_of""".split())
+
+
+def storage_rows(state: HostState, now: float) -> Iterator[Row]:
+    """A host's storages, inactive and disabled ones too."""
+    as_of = state.sections.get("storages", NOTHING).time
+    for storage in state.body("storages", ()):
+        verdict, reason = object_verdict(state, "storages", storage["storage"], now)
+        if verdict == "ok" and storage.get("active") is None:
+            verdict, reason = "unknown", "Proxmox does not say whether it is active."
+        yield {**pick(storage, STORAGE_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
+               "used_ratio": storage_used_ratio(storage), "as_of": as_of}
+
+
+BACKUP_COLUMNS = tuple("""
+    host vmid name verdict reason covered late_seconds newest_ok_at duration_seconds size_bytes storage
+    newest_failed_at error as_of""".split())
+
+
+def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
+    """The backup of each guest of a host; nothing where the host does not tell of backups."""
+    body = state.body("backups")
+    if body is None:
+        return
+    known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
+    alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
+    for cover in coverage(state, fleet, now):
+        guest = known.get(int(cover.vmid), {})
+        worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{cover.vmid}")
+        verdict, reason = worst or "ok", message or None
+        if verdict == "ok" and cover.late_seconds is None:
+            verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
+        elif verdict == "ok" and is_stale(state, "backups", now):
+            verdict, reason = "stale", "What is shown is old."
+        good, failed = guest.get("newest_ok"), guest.get("newest_failed")
+        yield {"host": state.name, "vmid": int(cover.vmid), "name": cover.name, "verdict": verdict, "reason": reason,
+               "covered": cover.covered, "late_seconds": cover.late_seconds, "newest_ok_at": number(good, "ended_at"),
+               "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
+               "storage": text(good, "storage"), "newest_failed_at": number(failed, "ended_at"),
+               "error": text(failed, "error"), "as_of": state.sections["backups"].time}
+
+
+DISK_COLUMNS = tuple("""
+    host name verdict reason by_id model serial firmware kind size_bytes pool vdev passed standby temperature_celsius
+    power_on_hours wear_ratio spare_ratio reallocated_sectors pending_sectors uncorrectable_errors crc_errors
+    media_errors as_of""".split())
+
+
+def disk_rows(state: HostState, now: float) -> Iterator[Row]:
+    """A host's disks, with their place in a pool and what SMART says of them."""
+    for disk in state.body("disks", ()):
+        verdict, reason = object_verdict(state, "disks", disk["name"], now)
+        if verdict == "ok" and disk.get("passed") is None:
+            verdict, reason = "unknown", "The disk tells nothing about its health."
+        yield {**pick(disk, DISK_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
+               "as_of": state.sections["disks"].time}
+
+
+ALERT_COLUMNS = ("id", "rule", "severity", "state", "host", "object", "message", "value", "since", "resolved_at",
+                 "acknowledged", "because_of")
+
+
+def alert_row(alert: Alert, host: str | None) -> Row:
+    """An alert as the API and the page have it; clusters, sites and the server itself have no host."""
+    acknowledged = None
+    if alert.acknowledged_at is not None:
+        acknowledged = {"at": alert.acknowledged_at, "by": alert.acknowledged_by, "until": alert.acknowledged_until,
+                        "note": alert.acknowledged_note}
+    return {**{column: getattr(alert, column) for column in ALERT_COLUMNS if hasattr(alert, column)}, "host": host,
+            "object": alert.object or None, "acknowledged": acknowledged}
+
+
+def alert_order(row: Row) -> tuple[Any, ...]:
+    """Firing first, then the worst, then the newest."""
+    return row["state"] != "firing", SEVERITIES.index(row["severity"]), -row["since"], row["id"] or 0
+
+
+def open_alerts(owners: Iterable[Any], state: str = "firing") -> Rows:
+    """The alerts of hosts and of what they share, from memory. `state`: firing, pending or all."""
+    return sorted((alert_row(alert, owner.name) for owner in owners for alert in owner.alerts.values()
+                   if state in ("all", alert.state)), key=alert_order)
+
+
+def stored_alerts(db: sqlite3.Connection, where: str, **values: Any) -> Iterator[Row]:
+    """Alerts from the database, those that are over too, one at a time."""
+    for row in db.execute(f"""
+            SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id WHERE {where}
+            ORDER BY alert.state = 'resolved', alert.state <> 'firing', alert.resolved_at DESC,
+                     CASE severity WHEN 'critical' THEN 0 WHEN 'warning' THEN 1 ELSE 2 END, since DESC, alert.id""",
+            values):
+        yield alert_row(Alert(**{field: row[field] for field in Alert.__slots__}), row["host"])
+
+
+def list_alerts(db: sqlite3.Connection, state: str = "firing", *, limit: int = LIST_MOST) -> Rows:
+    """Alerts as they are on the disk, firing before resolved. `state`: pending, firing, resolved or all."""
+    return list(islice(stored_alerts(db, ":state IN ('all', alert.state)", state=state), limit))
+
+
+def asked_alerts(call: Call) -> Iterator[Row]:
+    """The alerts of the hosts asked for, and with `site` or `tag` those of their clusters and sites."""
+    wanted, states = call.query.get("state", "firing"), call.states()
+    if wanted not in ("firing", "pending", "resolved", "all"):
+        raise Problem("invalid_request", "state: firing, pending, resolved or all", parameter="state")
+    places = {"sites", *(f"sites/{state.site}".lower() for state in states if state.site)}  # sites: across them all
+    places |= {f"clusters/{text(state.body('cluster'), 'name')}".lower() for state in states}
+    everything = not call.query.keys() & {"host", "site", "tag"}
+    hosts = {state.name for state in states}
+
+    def meant(row: Row) -> bool:
+        place = "/".join((row["object"] or "").lower().split("/")[:2])
+        return everything or row["host"] in hosts or (
+            row["host"] is None and "host" not in call.query and place in places)
+
+    yield from filter(meant, open_alerts(call.fleet.everything(), wanted))
+    if wanted in ("resolved", "all"):
+        yield from filter(meant, stored_alerts(call.db, "alert.state = 'resolved'"))
+
+
+def asked_events(call: Call) -> Iterator[Row]:
+    """What changed since then, newest first, of the hosts asked for."""
+    everything = not call.query.keys() & {"host", "site", "tag"}
+    hosts = {state.name for state in call.states()}
+    events = each_event(call.db, since=call.number("since", 0), kind=call.query.get("kind"))
+    return (event for event in events if everything or event["host"] in hosts)
+
+
+def asked_rules(call: Call) -> Rows:
+    host = call.query.get("host")
+    state = call.fleet.find(host) if host else call.fleet.shared
+    return [rule_row(call.fleet, state, rule, call.query.get("object", "")) for rule in RULES]
+
+
+def build_overview(fleet: Fleet, now: float) -> Row:
+    """The fleet in a few numbers, of the same size for 1 host and 10,000."""
+    silences = [fleet.silent_seconds(state, now) for state in fleet.hosts.values()]
+    known = [silent for silent in silences if silent is not None]
+    reporting = [state for state in fleet.hosts.values()
+                 if (silent := fleet.silent_seconds(state, now)) is not None and silent < STALE_SECONDS]
+    firing = [alert.severity for state in fleet.everything() for alert in state.alerts.values()
+              if alert.state == "firing" and alert.acknowledged_at is None]
+    return {
+        "server_time": now,
+        "hosts": {
+            "total": len(silences), "reporting": len(reporting),
+            "stale": sum(STALE_SECONDS <= silent < OFFLINE_SECONDS for silent in known),
+            "offline": sum(silent >= OFFLINE_SECONDS for silent in known),
+        },
+        "problems": {"critical": firing.count("critical"), "warning": firing.count("warning")},
+        "oldest_verified_at": min((state.last_seen_at or 0.0 for state in reporting), default=None),
+        "last_notification_at": fleet.told_at,
+        "version": VERSION,
+    }
+
+
+class Metric(NamedTuple):
+    """A gauge of /metrics: a column of the list, or what `value` makes of a row."""
+
+    name: str
+    help: str
+    value: Callable[[Row], Any] | None = None
+
+    def of(self, row: Row) -> Any:
+        return row[self.name] if self.value is None else self.value(row)
+
+
+class Resource(NamedTuple):
+    """One list: what GET /api/v1/NAME answers, the page shows as a tab, the search box finds and /metrics counts."""
+
+    name: str
+    summary: str
     columns: tuple[str, ...]
+    of_host: Callable[[Fleet, HostState, float], Iterable[Row]] | None = None  # the rows of one host
+    of_fleet: Callable[[Any], Iterable[Row]] | None = None  # or all that a Call asks for
+    auth: str = "read"
+    queries: tuple[str, ...] = ("host", "site", "tag")  # parameters with a meaning of their own
+    words: dict[str, tuple[str, ...]] = {}  # of the search box: the columns meant, the first that is known
+    labels: dict[str, str] = {}  # of the metrics: label -> column
+    metrics: tuple[Metric, ...] = ()
+    heads: tuple[tuple[str, str, str], ...] = ()  # on the page: label, column with its first direction, classes
+
+    @property
+    def one(self) -> str:
+        return self.name.removesuffix("s")
+
+
+def is_running(guest: Row) -> bool | None:
+    return None if guest["status"] in (None, "unknown") else guest["status"] == "running"
+
+
+RESOURCES = {resource.name: resource for resource in (
+    Resource(
+        "hosts", "Every host, worst first.", HOST_COLUMNS,
+        of_host=lambda fleet, state, now: [host_row(fleet, state, now)],
+        words={"host": ("name",), "version": ("pve_version",), "pool": ("pools_max_capacity_ratio",),
+               "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",), "io": ("io_pressure_ratio",),
+               "root": ("root_used_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
+               "load": ("load1",)},
+        labels={"host": "name"},
+        metrics=(
+            Metric("cpu_ratio", "CPU in use, 0-1."),
+            Metric("memory_free_ratio", "Memory that is free or can be freed, ARC included, 0-1."),
+            Metric("io_pressure_ratio", "PSI io full, average of 10 s, 0-1."),
+            Metric("root_used_ratio", "Root file system in use, 0-1."),
+            Metric("load1", "Load average of one minute."),
+            Metric("uptime_seconds", "Time since the host started."),
+            Metric("guests_running", "Guests that run."),
+            Metric("guests", "Guests, templates left out.", lambda row: row["guests_total"]),
+            Metric("clock_offset_seconds", "How far the host's clock is off."),
+            Metric("last_seen_timestamp_seconds", "When the last report came.", lambda row: row["last_seen_at"])),
+        heads=(("State", "verdict", "c-state"), ("Host", "name", "c-name"), ("Last seen", "last_seen_at", "c-num"),
+               ("Pools", "-pools_max_capacity_ratio", "c-meter"), ("Guests", "-guests_running", "c-num"),
+               ("CPU", "-cpu_ratio", "c-meter"), ("RAM free", "memory_free_ratio", "c-meter opt-2"),
+               ("IO pressure", "-io_pressure_ratio", "c-num opt-3"), ("Backups", "-backups_worst", "c-num opt-3"),
+               ("Disks", "-disks_suspect", "c-num opt-3"), ("Updates", "-updates_pending", "c-num opt-2"))),
+    Resource(
+        "guests", "Every guest of the fleet.", GUEST_COLUMNS,
+        of_host=lambda fleet, state, now: guest_rows(state, now),
+        words={"cpu": ("cpu_ratio",)},
+        labels={"host": "host", "vmid": "vmid", "name": "name"},
+        metrics=(
+            Metric("running", "Whether it runs.", is_running),
+            Metric("cpus", "Virtual CPUs.", lambda row: row["cpu_count"]),
+            Metric("cpu_ratio", "Of its own CPUs, 0-1."),
+            Metric("memory_used_bytes", "Memory in use."), Metric("memory_max_bytes", "Memory it may use.")),
+        heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("Host", "host", "c-text"),
+               ("CPU", "-cpu_ratio", "c-meter"), ("Memory", "-memory_used_bytes", "c-meter"),
+               ("Disk", "-disk_max_bytes", "c-num opt-2"), ("Uptime", "-uptime_seconds", "c-num opt-2"),
+               ("As of", "-as_of", "c-num opt-3"))),
+    Resource(
+        "pools", "Every ZFS pool of the fleet.", POOL_COLUMNS,
+        of_host=lambda fleet, state, now: pool_rows(state, now),
+        words={"pool": ("capacity_ratio", "name"), "used": ("capacity_ratio",), "frag": ("fragmentation_ratio",),
+               "margin": ("redundancy_margin",)},
+        labels={"host": "host", "pool": "name"},
+        metrics=(
+            Metric("size_bytes", "Raw size."), Metric("allocated_bytes", "Raw space in use."),
+            Metric("capacity_ratio", "Raw space in use, 0-1."),
+            Metric("usable_available_bytes", "Space left for data sets."),
+            Metric("fragmentation_ratio", "Fragmentation of free space, 0-1."),
+            Metric("redundancy_margin", "Disks that may still fail before data is lost."),
+            Metric("data_errors", "Damaged objects."), Metric("read_errors", "Read errors of all disks."),
+            Metric("write_errors", "Write errors of all disks."),
+            Metric("checksum_errors", "Checksum errors of all disks."),
+            Metric("online", "Whether the pool's state is ONLINE.",
+                   lambda row: None if row["state"] is None else row["state"] == "ONLINE")),
+        heads=(("State", "verdict", "c-state"), ("Pool", "name", "c-name"), ("Host", "host", "c-text"),
+               ("Capacity", "-capacity_ratio", "c-meter"), ("Free", "usable_available_bytes", "c-num opt-2"),
+               ("Frag.", "-fragmentation_ratio", "c-num opt-3"), ("Can lose", "redundancy_margin", "c-num"),
+               ("Errors", "-checksum_errors", "c-num opt-2"), ("Scan", "scan_function", "c-text opt-2"),
+               ("Last scrub", "last_scrub_at", "c-num opt-3"))),
+    Resource(
+        "storages", "Every Proxmox storage of the fleet, inactive and disabled ones too.", STORAGE_COLUMNS,
+        of_host=lambda fleet, state, now: storage_rows(state, now),
+        words={"name": ("storage",), "used": ("used_ratio",)},
+        labels={"host": "host", "storage": "storage"},
+        metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),
+                 Metric("active", "Whether it is active.")),
+        heads=(("State", "verdict", "c-state"), ("Storage", "storage", "c-name"), ("Host", "host", "c-text"),
+               ("Type", "type", "c-text opt-2"), ("Used", "-used_ratio", "c-meter"),
+               ("Free", "available_bytes", "c-num"), ("Size", "-total_bytes", "c-num opt-2"),
+               ("Content", "content", "c-text opt-3"), ("As of", "-as_of", "c-num opt-3"))),
+    Resource(
+        "disks", "Every disk of the fleet, with its place in a pool and what SMART says of it.", DISK_COLUMNS,
+        of_host=lambda fleet, state, now: disk_rows(state, now),
+        words={"wear": ("wear_ratio",), "temp": ("temperature_celsius",), "hours": ("power_on_hours",)},
+        labels={"host": "host", "disk": "name"},
+        metrics=(Metric("temperature_celsius", "Temperature."), Metric("wear_ratio", "Worn, 0-1."),
+                 Metric("passed", "Whether SMART says that it is well.")),
+        heads=(("State", "verdict", "c-state"), ("Disk", "name", "c-name"), ("Host", "host", "c-text"),
+               ("Model", "model", "c-text opt-2"), ("Serial", "serial", "c-text"),
+               ("Size", "-size_bytes", "c-num opt-2"),
+               ("Pool", "pool", "c-text"), ("Temperature", "-temperature_celsius", "c-num"),
+               ("Worn", "-wear_ratio", "c-num"), ("Power-on hours", "-power_on_hours", "c-num opt-3"))),
+    Resource(
+        "backups", "The backup of every guest of the fleet: the newest good and failed run, and how late it is.",
+        BACKUP_COLUMNS, of_host=lambda fleet, state, now: backup_rows(state, fleet, now),
+        words={"late": ("late_seconds",)},
+        labels={"host": "host", "vmid": "vmid"},
+        metrics=(Metric("late_seconds", "Seconds since the run that was missed; below 0: until the next."),
+                 Metric("newest_ok_timestamp_seconds", "End of the newest good backup.",
+                        lambda row: row["newest_ok_at"])),
+        heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
+               ("Host", "host", "c-text"), ("Newest good", "newest_ok_at", "c-num"),
+               ("Late", "-late_seconds", "c-num"), ("Size", "-size_bytes", "c-num opt-2"),
+               ("Took", "-duration_seconds", "c-num opt-3"), ("Where", "storage", "c-text opt-2"),
+               ("Last failed", "-newest_failed_at", "c-num opt-3"))),
+    Resource(
+        "volumes", "What the disks of every guest lie on.", VOLUME_COLUMNS,
+        of_host=lambda fleet, state, now: volume_rows(state, now),
+        heads=(("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"), ("Host", "host", "c-text"),
+               ("Storage", "storage", "c-text"), ("Dataset", "dataset", "c-text"), ("Pool", "pool", "c-text"),
+               ("Size", "-size_bytes", "c-num"))),
+    Resource(
+        "alerts", "Alerts, worst first: ?state=firing (default), pending, resolved or all.", ALERT_COLUMNS,
+        of_fleet=asked_alerts, queries=("state", "host", "site", "tag"),
+        words={"name": ("object",)},
+        heads=(("Severity", "severity", "c-state"), ("Problem", "message", "c-name"), ("Host", "host", "c-text"),
+               ("Object", "object", "c-text opt-2"), ("Since", "-since", "c-num"),
+               ("Ended", "-resolved_at", "c-num"), ("Rule", "rule", "c-text opt-3"))),
+    Resource(
+        "events",
+        "What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did.",
+        ("id", "at", "kind", "host", "object", "message", "by", "address"),
+        of_fleet=asked_events, queries=("since", "kind", "host", "site", "tag"),
+        words={"name": ("object",)},
+        heads=(("When", "-at", "c-num"), ("What", "message", "c-name"), ("Kind", "kind", "c-text"),
+               ("Host", "host", "c-text"), ("Object", "object", "c-text opt-2"))),
+    Resource(
+        "silences", "The silences that have not ended.",
+        ("id", *SILENCE_MATCHERS, "until", "note", "created_by", "created_at"),
+        of_fleet=lambda call: active_silences(call.db, call.now), queries=()),
+    Resource(
+        "rules", "Every rule with its thresholds, for one host or object too, and the layer that set them.",
+        ("rule", "of", "enabled", "warn", "crit", "clear_by", "hold_seconds", "layer", "why", "todo"),
+        of_fleet=asked_rules, queries=("host", "object")),
+    Resource(
+        "channels", "Where notifications go, and the last delivery of each.",
+        ("name", "kind", "last_sent_at", "last_error", "last_error_at", "waiting", "given_up"),
+        of_fleet=lambda call: channel_rows(call.db, call.fleet), queries=()),
+    Resource(
+        "tokens", "The API tokens' names.", ("name", "kind", "admin", "created_at", "expires_at"),
+        of_fleet=lambda call: list_api_tokens(call.db), auth="admin", queries=()),
+    Resource(
+        "sessions", "Who is logged in; `current` is the session that asks.",
+        ("id", "user", "created_at", "used_at", "address", "user_agent", "current"),
+        of_fleet=lambda call: [{**row, "current": row["id"] == call.session_key.hex()[:16]}
+                               for row in list_sessions(call.db, call.now)], auth="admin", queries=()),
+    Resource(
+        "users", "Who may log in, and as what: viewer, operator (acknowledges and mutes), admin.",
+        ("name", "role", "created_at", "last_login_at"),
+        of_fleet=lambda call: list_users(call.db, call.monitor.config.password_hash), auth="admin", queries=()),
+)}
+
+# What a report of odd types makes our own code raise: it costs that host's rows, never the list of all hosts.
+ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState], now: float) -> tuple[Rows, list[str]]:
+    """The rows of these hosts, and the names of the hosts whose rows could not be made."""
+    assert resource.of_host is not None
+    rows: Rows = []
+    failed: list[str] = []
+    for state in states:
+        try:
+            rows += resource.of_host(fleet, state, now)
+        except ODD as error:
+            failed.append(state.name)
+            log_once(f"server: {resource.name} of {state.name} left out: {type(error).__name__}: {error}")
+            if resource.name == "hosts":  # the list of hosts is complete, whatever else is not
+                rows.append({**dict.fromkeys(resource.columns), "name": state.name, "tags": state.tags,
+                             "verdict": "unknown", "reason": "What it has sent cannot be shown."})
+    return rows, failed
+
+
+@lru_cache(1000)
+def log_once(line: str) -> None:
+    """What would be said again with each poll of a page."""
+    log(line)
+
+
+# --- api: read the request, ask, answer ---
 
 
 class Call:
@@ -7655,6 +7925,16 @@ class Call:
                 and wanted.get("site", (state.site or "").lower()) == (state.site or "").lower()
                 and ("tag" not in wanted or wanted["tag"] in (tag.lower() for tag in state.tags))]
 
+    def number(self, key: str, default: float) -> float:
+        """A number of the query. `Problem('invalid_request')`."""
+        try:
+            value = float(self.query.get(key, default))
+        except ValueError:
+            value = math.nan
+        if not -NUMBER_MOST < value < NUMBER_MOST:
+            raise Problem("invalid_request", f"{key} should be a number", parameter=key)
+        return value
+
 
 def is_trusted(address: str, config: Config) -> bool:
     try:
@@ -7683,40 +7963,82 @@ class Route(NamedTuple):
     auth: str  # none, page (a session or a kiosk; else to the log-in), read, operate, admin
     handler: Callable[[Call], Any]
     summary: str
-    live: bool  # depends on nothing but the fleet's state: can be answered 304 without work
-    columns: tuple[str, ...]
+    queries: tuple[str, ...]
+    makes: bool  # answers 201
+    resource: Resource | None
 
 
 ROUTES: list[Route] = []
 MAY = {"read": ROLES, "operate": ROLES[1:], "admin": ROLES[2:]}  # who is let to such a route
 
 
-def route(method: str, path: str, *, auth: str, live: bool = False,
-          columns: tuple[str, ...] = ()) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+def route(method: str, path: str, *, auth: str, queries: tuple[str, ...] = (),
+          makes: bool = False) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register a handler; its docstring's first line is the summary in the API's description."""
     assert auth in ("none", "page", *MAY)
 
     def register(handler: Callable[[Call], Any]) -> Callable[[Call], Any]:
         summary = (handler.__doc__ or "").partition("\n")[0]
-        ROUTES.append(Route(method, path, auth, handler, summary, live, columns))
+        ROUTES.append(Route(method, path, auth, handler, summary, queries, makes, None))
         return handler
 
     return register
 
 
-@route("GET", "/api/v1/overview", auth="read", live=True)
+LIST_QUERIES = ("format", "q", "sort", "limit", "offset")
+
+
+def get_list(resource: Resource, call: Call) -> Answer:
+    """A resource's rows: filtered, sorted, cut, and written in the format the caller asks for."""
+    form, sort = call.query.get("format", "json"), call.query.get("sort", "")
+    limit, offset = int(call.number("limit", LIST_LIMIT)), int(call.number("offset", 0))
+    if form not in ("json", "csv", "text"):
+        raise Problem("invalid_request", "format: json, csv or text", parameter="format")
+    if sort and sort.removeprefix("-") not in resource.columns:
+        raise Problem("invalid_request", f"sort: one of {', '.join(resource.columns)}", parameter="sort")
+    if not (0 <= limit <= LIST_MOST and offset >= 0):
+        raise Problem("invalid_request", f"limit: 0 to {LIST_MOST}; offset: from 0", parameter="limit")
+    rows, failed = list_rows(resource, call)
+    rows = filter_rows(resource, rows, call.query)
+    rows = iter(sort_rows(list(rows), sort) if sort else rows)
+    before, page = sum(1 for _ in islice(rows, offset)), list(islice(rows, limit))
+    total = before + len(page) + sum(1 for _ in rows)
+    if form == "json":
+        told = {"items": page, "total": total, "limit": limit, "offset": offset}
+        return Answer(200, json.dumps({**told, "failed": failed} if failed else told).encode())
+    headers = {"X-Total-Count": str(total), **({"X-Failed-Hosts": ", ".join(failed)} if failed else {})}
+    if form == "csv":
+        return csv_answer(to_csv(page, resource.columns), resource.name, headers)
+    return Answer(200, to_text(page, resource.columns).encode("utf-8", "replace"),
+                  {"Content-Type": "text/plain; charset=utf-8", **headers})
+
+
+def list_rows(resource: Resource, call: Call) -> tuple[Iterable[Row], list[str]]:
+    """All rows a call asks for, and the hosts whose rows could not be made."""
+    if resource.of_fleet is not None:
+        return resource.of_fleet(call), []
+    return rows_of_hosts(resource, call.fleet, call.states(), call.now)
+
+
+def csv_answer(text: str, name: str, headers: dict[str, str] | None = None) -> Answer:
+    """CSV for a file: a browser saves it, whatever it holds."""
+    return Answer(200, text.encode("utf-8", "replace"), {
+        "Content-Type": "text/csv; charset=utf-8",
+        "Content-Disposition": f'attachment; filename="{name}.csv"', **(headers or {})})
+
+
+for listed in RESOURCES.values():
+    ROUTES.append(Route("GET", f"/api/v1/{listed.name}", listed.auth, partial(get_list, listed), listed.summary,
+                        (*LIST_QUERIES, *listed.queries), False, listed))
+
+
+@route("GET", "/api/v1/overview", auth="read")
 def get_overview(call: Call) -> Any:
     """The fleet in a few numbers."""
     return build_overview(call.fleet, call.now)
 
 
-@route("GET", "/api/v1/hosts", auth="read", live=True, columns=HOST_COLUMNS)
-def get_hosts(call: Call) -> Any:
-    """Every host, worst first."""
-    return Listing([host_row(call.fleet, state, call.now) for state in call.states()], HOST_COLUMNS)
-
-
-@route("POST", "/api/v1/hosts", auth="admin")
+@route("POST", "/api/v1/hosts", auth="admin", makes=True)
 def post_host(call: Call) -> Any:
     """Register a host; its token is in the answer and never again."""
     wanted = host_changes(call.json(), {"name", "site", "tags"})
@@ -7725,7 +8047,7 @@ def post_host(call: Call) -> Any:
     return token_answer(call, row, 201)
 
 
-@route("GET", "/api/v1/hosts/<id>", auth="read", live=True)
+@route("GET", "/api/v1/hosts/<id>", auth="read")
 def get_host(call: Call) -> Any:
     """All that is known of a host: the latest of each section as sent, alerts, missing reports."""
     return host_detail(call, call.fleet.find(call.params["id"]))
@@ -7753,7 +8075,7 @@ def post_rotate_token(call: Call) -> Any:
     return token_answer(call, row, 200)
 
 
-@route("GET", "/api/v1/hosts/<id>/history", auth="read")
+@route("GET", "/api/v1/hosts/<id>/history", auth="read", queries=("series", "from", "to", "step", "format"))
 def get_history(call: Call) -> Any:
     """Points [time, average, minimum, maximum] of the series named: section.field or section/object.field."""
     state = call.fleet.find(call.params["id"])
@@ -7764,8 +8086,7 @@ def get_history(call: Call) -> Any:
     if call.query.get("format", "json") == "csv":
         rows = [dict(zip(HISTORY_COLUMNS, (point[0], question.step, name, *point[1:])))
                 for name, points in zip(question.names, answers) for point in points]
-        return Answer(200, to_csv(rows, HISTORY_COLUMNS).encode("utf-8", "replace"),
-                      csv_headers(call))
+        return csv_answer(to_csv(rows, HISTORY_COLUMNS), f"{state.name}-history")
     return {"series": [{"name": name, "step": question.step, "points": points}
                        for name, points in zip(question.names, answers)]}
 
@@ -7779,9 +8100,9 @@ def read_question(call: Call, state: HostState) -> Question:
     names = urllib.parse.parse_qs(call.environ.get("QUERY_STRING", ""), errors="replace").get("series", [])
     if len(names) > SERIES_MOST:
         raise Problem("invalid_request", f"at most {SERIES_MOST} series in one question", parameter="series")
-    until = min(query_number(call, "to", call.now), call.now + DAY)
-    since = query_number(call, "from", until - DAY)
-    wanted = query_number(call, "step", 0) or None
+    until = min(call.number("to", call.now), call.now + DAY)
+    since = call.number("from", until - DAY)
+    wanted = call.number("step", 0) or None
     if wanted is not None and not 1 <= wanted <= 366 * DAY:
         raise Problem("invalid_request", "step: 1 to 31622400 seconds; 30 = as received", parameter="step")
     begin = call.monitor.keeper.begin(call.db, state.id)
@@ -7790,17 +8111,17 @@ def read_question(call: Call, state: HostState) -> Question:
     return Question(names, since, until, choose_step(since, until, wanted, oldest_raw, call.now))
 
 
-@route("GET", "/api/v1/hosts/<id>/gaps", auth="read")
+@route("GET", "/api/v1/hosts/<id>/gaps", auth="read", queries=("from",))
 def get_gaps(call: Call) -> Any:
     """What never came of a host, and when: reports lost by their sequence numbers, and times of silence."""
     state = call.fleet.find(call.params["id"])
-    since = query_number(call, "from", call.now - KEPT[RAW])
+    since = call.number("from", call.now - KEPT[RAW])
     keys = call.monitor.keeper.keys(call.db, state.id, since, call.now)
     return {"missing_reports": missing_reports(call.db, state.id), "from": since,
             "lost": list_lost(keys), "silences": list_silences(keys)}
 
 
-@route("GET", "/api/v1/hosts/<id>/export", auth="read")
+@route("GET", "/api/v1/hosts/<id>/export", auth="read", queries=("format",))
 def get_export(call: Call) -> Any:
     """The whole history of a host: ?format=jsonl (default) or csv."""
     state = call.fleet.find(call.params["id"])
@@ -7827,53 +8148,6 @@ def write_export(rows: Iterator[list[Any]], form: str) -> Iterator[bytes]:
             yield to_csv(dicts, EXPORT_COLUMNS).partition("\r\n")[2].encode("utf-8", "replace")
         else:
             yield "".join(json.dumps(one) + "\n" for one in dicts).encode("utf-8", "replace")
-
-
-@route("GET", "/api/v1/guests", auth="read", live=True, columns=GUEST_COLUMNS)
-def get_guests(call: Call) -> Any:
-    """Every guest of the fleet."""
-    return Listing([row for state in call.states() for row in guest_rows(state, call.now)], GUEST_COLUMNS)
-
-
-@route("GET", "/api/v1/pools", auth="read", live=True, columns=POOL_COLUMNS)
-def get_pools(call: Call) -> Any:
-    """Every ZFS pool of the fleet."""
-    return Listing([row for state in call.states() for row in pool_rows(state, call.now)], POOL_COLUMNS)
-
-
-@route("GET", "/api/v1/storages", auth="read", live=True, columns=STORAGE_COLUMNS)
-def get_storages(call: Call) -> Any:
-    """Every Proxmox storage of the fleet, inactive and disabled ones too."""
-    return Listing([row for state in call.states() for row in storage_rows(state, call.now)], STORAGE_COLUMNS)
-
-
-@route("GET", "/api/v1/backups", auth="read", live=True, columns=BACKUP_COLUMNS)
-def get_backups(call: Call) -> Any:
-    """The backup of every guest of the fleet: the newest good and failed run, and how late it is."""
-    return Listing([row for state in call.states() for row in backup_rows(state, call.fleet, call.now)], BACKUP_COLUMNS)
-
-
-@route("GET", "/api/v1/disks", auth="read", live=True, columns=DISK_COLUMNS)
-def get_disks(call: Call) -> Any:
-    """Every disk of the fleet, with its place in a pool and what SMART says of it."""
-    return Listing([row for state in call.states() for row in disk_rows(state, call.now)], DISK_COLUMNS)
-
-
-ALERT_COLUMNS = ("id", "rule", "severity", "state", "host", "object", "message", "value", "since", "resolved_at",
-                 "acknowledged", "because_of")
-
-
-@route("GET", "/api/v1/alerts", auth="read", live=True, columns=ALERT_COLUMNS)
-def get_alerts(call: Call) -> Any:
-    """Alerts, worst first: ?state=firing (default), pending, resolved or all."""
-    state = call.query.pop("state", "firing")
-    if state not in ("firing", "pending", "resolved", "all"):
-        raise Problem("invalid_request", "state: firing, pending, resolved or all", parameter="state")
-    hosts: set[str | None] = {one.name for one in call.states()}
-    if not call.query.keys() & {"host", "site", "tag"}:
-        hosts.add(None)  # of clusters, sites and the server itself
-    call.query.pop("site", None)
-    return Listing([row for row in list_alerts(call.db, state) if row["host"] in hosts], ALERT_COLUMNS)
 
 
 def alert_number(call: Call) -> int:
@@ -7903,13 +8177,11 @@ def until_of(call: Call, wanted: dict[str, Any]) -> float | None:
     return until
 
 
-def shown_alert(call: Call, number: int) -> dict[str, Any]:
-    row = call.db.execute("""
-        SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id
-        WHERE alert.id = :id""", {"id": number}).fetchone()
+def shown_alert(call: Call, number: int) -> Row:
+    row = next(stored_alerts(call.db, "alert.id = :id", id=number), None)
     if row is None:
         raise Problem("not_found", f"no alert {number}")
-    return to_alert_row(row)
+    return row
 
 
 @route("POST", "/api/v1/alerts/<id>/acknowledge", auth="operate")
@@ -7944,16 +8216,7 @@ def post_accept(call: Call) -> Any:
     return shown_alert(call, number)
 
 
-SILENCE_COLUMNS = ("id", *SILENCE_MATCHERS, "until", "note", "created_by", "created_at")
-
-
-@route("GET", "/api/v1/silences", auth="read", columns=SILENCE_COLUMNS)
-def get_silences(call: Call) -> Any:
-    """The silences that have not ended."""
-    return Listing(active_silences(call.db, call.now), SILENCE_COLUMNS)
-
-
-@route("POST", "/api/v1/silences", auth="operate")
+@route("POST", "/api/v1/silences", auth="operate", makes=True)
 def post_silence(call: Call) -> Any:
     """No notification for what fits all of tag, site, host, object, rule that are given, until a time: until, note."""
     wanted = call.json()
@@ -7978,26 +8241,6 @@ def remove_silence(call: Call) -> Any:
     number, by = call.params["id"], call.actor or ""
     call.write(lambda db: delete_silence(db, call.fleet, number, call.now, by=by))
     return Answer(204)
-
-
-RULE_COLUMNS = ("rule", "of", "enabled", "warn", "crit", "clear_by", "hold_seconds", "layer", "why", "todo")
-
-
-@route("GET", "/api/v1/rules", auth="read", columns=RULE_COLUMNS)
-def get_rules(call: Call) -> Any:
-    """Every rule with its thresholds, for one host or object too (?host=, ?object=), and the layer that set them."""
-    host, object = call.query.pop("host", None), call.query.pop("object", "")
-    state = call.fleet.find(host) if host else call.fleet.shared
-    return Listing([rule_row(call.fleet, state, rule, object) for rule in RULES], RULE_COLUMNS)
-
-
-CHANNEL_COLUMNS = ("name", "kind", "last_sent_at", "last_error", "last_error_at", "waiting", "given_up")
-
-
-@route("GET", "/api/v1/channels", auth="read", columns=CHANNEL_COLUMNS)
-def get_channels(call: Call) -> Any:
-    """Where notifications go, and the last delivery of each."""
-    return Listing(channel_rows(call.db, call.fleet), CHANNEL_COLUMNS)
 
 
 @route("POST", "/api/v1/channels/<name>/test", auth="admin")
@@ -8060,26 +8303,7 @@ def run_replay(monitor: Monitor, source: str, since: float) -> dict[str, Any]:
             "complete": told["complete"]}
 
 
-EVENT_COLUMNS = ("id", "at", "kind", "host", "object", "message", "by", "address")
-
-
-@route("GET", "/api/v1/events", auth="read", columns=EVENT_COLUMNS)
-def get_events(call: Call) -> Any:
-    """What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did."""
-    since, kind = query_number(call, "since", 0), call.query.pop("kind", None)
-    return Listing(list_events(call.db, since=since, limit=LIST_MOST, kind=kind), EVENT_COLUMNS)
-
-
-TOKEN_COLUMNS = ("name", "kind", "admin", "created_at", "expires_at")
-
-
-@route("GET", "/api/v1/tokens", auth="admin", columns=TOKEN_COLUMNS)
-def get_tokens(call: Call) -> Any:
-    """The API tokens' names."""
-    return Listing(list_api_tokens(call.db), TOKEN_COLUMNS)
-
-
-@route("POST", "/api/v1/tokens", auth="admin")
+@route("POST", "/api/v1/tokens", auth="admin", makes=True)
 def post_token(call: Call) -> Any:
     """Create an API token: name, kind (token, kiosk), admin (false), expires_days (never); told this once."""
     wanted = call.json()
@@ -8111,16 +8335,6 @@ def remove_token(call: Call) -> Any:
     return Answer(204)
 
 
-SESSION_COLUMNS = ("id", "user", "created_at", "used_at", "address", "user_agent", "current")
-
-
-@route("GET", "/api/v1/sessions", auth="admin", columns=SESSION_COLUMNS)
-def get_sessions(call: Call) -> Any:
-    """Who is logged in; `current` is the session that asks."""
-    own = call.session_key.hex()[:16]
-    return Listing([{**row, "current": row["id"] == own} for row in list_sessions(call.db, call.now)], SESSION_COLUMNS)
-
-
 @route("DELETE", "/api/v1/sessions", auth="admin")
 def remove_sessions(call: Call) -> Any:
     """End all sessions but the one that asks."""
@@ -8136,16 +8350,7 @@ def remove_session(call: Call) -> Any:
     return Answer(204)
 
 
-USER_COLUMNS = ("name", "role", "created_at", "last_login_at")
-
-
-@route("GET", "/api/v1/users", auth="admin", columns=USER_COLUMNS)
-def get_users(call: Call) -> Any:
-    """Who may log in, and as what: viewer, operator (acknowledges and mutes), admin."""
-    return Listing(list_users(call.db, call.monitor.config.password_hash), USER_COLUMNS)
-
-
-@route("POST", "/api/v1/users", auth="admin")
+@route("POST", "/api/v1/users", auth="admin", makes=True)
 def post_user(call: Call) -> Any:
     """Let somebody log in: name, role (viewer, operator, admin), password."""
     wanted = call.json()
@@ -8253,11 +8458,11 @@ def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
     """A host with its token and the commands that install its agent: for this once."""
     token = host_token(call.monitor.secret, record["nonce"])
     document = {"host": shown_host(call, record), "token": token,
-                "install": install_commands(call.monitor.config, record["name"], token)}
+                "install": install_commands(call.monitor.config, record["name"])}
     return Answer(status, json.dumps(document).encode(), {"Cache-Control": "no-store"})
 
 
-def install_commands(config: Config, name: str, token: str) -> list[str]:
+def install_commands(config: Config, name: str) -> list[str]:
     """What to type as root on the host. It asks for the token, which so stays out of the shell's history."""
     only = " --proto =https --proto-redir =https" if config.https else ""  # no redirect to plain http
     return [f"curl -fsSL{only} {config.public_url}/install/install.sh | sh -s -- --host {name}"]
@@ -8317,55 +8522,18 @@ def host_detail(call: Call, state: HostState) -> dict[str, Any]:
                           "stale": is_stale(state, name, call.now), "absent": section.absent,
                           "error": section.error, "body": section.body}
     return {**host_row(call.fleet, state, call.now), "sections": sections, "agent": state.agent,
-            "alerts": [row for row in list_alerts(call.db) if row["host"] == state.name],
+            "alerts": open_alerts([state]),
             "missing_reports": missing_reports(call.db, state.id)}
 
 
-def query_number(call: Call, key: str, default: float) -> float:
-    try:
-        value = float(call.query.get(key, default))
-    except ValueError:
-        value = math.nan
-    if not -NUMBER_MOST < value < NUMBER_MOST:
-        raise Problem("invalid_request", f"{key} should be a number", parameter=key)
-    return value
-
-
-def render_listing(call: Call, listing: Listing) -> Answer:
-    """Filter, sort, cut and write a list in the format the caller asks for."""
-    rows = sort_rows(filter_rows(listing, call.query), call.query.get("sort"), listing.columns)
-    limit = int(query_number(call, "limit", LIST_LIMIT))
-    offset = int(query_number(call, "offset", 0))
-    if not (0 <= limit <= LIST_MOST and offset >= 0):
-        raise Problem("invalid_request", f"limit: 0 to {LIST_MOST}; offset: from 0", parameter="limit")
-    page = rows[offset : offset + limit]
-    form = call.query.get("format", "json")
-    if form == "json":
-        return Answer(200, json.dumps({"items": page, "total": len(rows), "limit": limit, "offset": offset}).encode())
-    if form == "csv":
-        return Answer(200, to_csv(page, listing.columns).encode("utf-8", "replace"),
-                      {**csv_headers(call), "X-Total-Count": str(len(rows))})
-    if form == "text":
-        return Answer(200, to_text(page, listing.columns).encode("utf-8", "replace"),
-                      {"Content-Type": "text/plain; charset=utf-8", "X-Total-Count": str(len(rows))})
-    raise Problem("invalid_request", "format: json, csv or text", parameter="format")
-
-
-def csv_headers(call: Call) -> dict[str, str]:
-    """CSV is saved, not shown, under the name of what was asked for."""
-    name = call.environ.get("PATH_INFO", "").rpartition("/")[2]
-    return {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
-
-
-def filter_rows(listing: Listing, query: dict[str, str]) -> list[dict[str, Any]]:
+def filter_rows(resource: Resource, rows: Iterable[Row], query: dict[str, str]) -> Iterator[Row]:
     """Rows whose columns equal what the query says of them; `q` is found anywhere in a row's texts."""
-    rows = listing.rows
-    for column in query.keys() & set(listing.columns):
-        rows = [row for row in rows if to_cell(row[column]).lower() == query[column].lower()]
+    wanted = {column: query[column].lower() for column in resource.columns
+              if column in query and column not in resource.queries}
     words = query.get("q", "").lower().split()
-    if words:
-        rows = [row for row in rows if matches(row, words)]
-    return rows
+    for row in rows:
+        if all(to_cell(row[column]).lower() == value for column, value in wanted.items()) and matches(row, words):
+            yield row
 
 
 def matches(row: dict[str, Any], words: list[str]) -> bool:
@@ -8375,18 +8543,23 @@ def matches(row: dict[str, Any], words: list[str]) -> bool:
     return all(word in found for word in words)
 
 
-def sort_rows(rows: list[dict[str, Any]], by: str | None, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """By one column, '-' in front for downwards; what is not known comes last."""
-    if not by:
-        return rows
-    column, down = by.lstrip("-"), by.startswith("-")
-    if column not in columns:
-        raise Problem("invalid_request", f"sort: one of {', '.join(columns)}", parameter="sort")
+def sort_rows(rows: Rows, by: str) -> Rows:
+    """By one column, '-' in front for downwards, verdicts worst first; what is not known comes last."""
+    column = by.removeprefix("-")
     known = [row for row in rows if row[column] is not None]
-    known.sort(key=lambda row: (isinstance(row[column], str), row[column] if is_number(row[column])
-                                else to_cell(row[column]).lower()) if not isinstance(row[column], bool)
-               else (False, int(row[column])), reverse=down)
+    known.sort(key=lambda row: sort_key(column, row[column]), reverse=by.startswith("-"))
     return known + [row for row in rows if row[column] is None]
+
+
+def sort_key(column: str, value: Any) -> tuple[int, float, str]:
+    """Numbers before texts: two hosts may send one field as different types."""
+    if column in ("verdict", "severity"):
+        return 0, verdict_rank(value), ""
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, to_cell(value).lower())
+
+
+def verdict_rank(word: Any) -> int:
+    return VERDICTS.index(word) if word in VERDICTS else len(VERDICTS)
 
 
 def to_cell(value: Any) -> str:
@@ -8407,12 +8580,12 @@ def to_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     writer.writerow(columns)
     for row in rows:
         cells = [to_cell(row[column]) for column in columns]
-        writer.writerow(["'" + cell if cell[:1] in FORMULA and cell and not is_number(row[column]) else cell
+        writer.writerow(["'" + cell if cell[:1] in FORMULA and not is_number(row[column]) else cell
                          for cell, column in zip(cells, columns, strict=True)])
     return out.getvalue()
 
 
-FORMULA = "=+-@\t\r\n＝＋－＠"  # what a spreadsheet takes for the beginning of one, full-width signs too
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet may take for one, in full width too (OWASP, CSV Injection)
 
 
 def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -8435,68 +8608,46 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-HOST_METRICS = (
-    ("cpu_ratio", "CPU in use, 0-1."),
-    ("memory_free_ratio", "Memory that is free or can be freed, ARC included, 0-1."),
-    ("io_pressure_ratio", "PSI io full, average of 10 s, 0-1."),
-    ("root_used_ratio", "Root file system in use, 0-1."),
-    ("load1", "Load average of one minute."),
-    ("uptime_seconds", "Time since the host started."),
-    ("guests_running", "Guests that run."),
-    ("guests", "Guests, templates left out."),
-    ("clock_offset_seconds", "How far the host's clock is off."),
-    ("last_seen_timestamp_seconds", "When the last report came."),
-)
-
-
 def render_metrics(monitor: Monitor, now: float) -> Iterator[str]:
     """Prometheus text; a value that is not known has no line."""
     fleet = monitor.fleet
     states = fleet.sorted(now)
-    rows = [{**row, "up": int(row["verdict"] not in ("offline", "stale", "unknown")), "guests": row["guests_total"],
-             "last_seen_timestamp_seconds": row["last_seen_at"]}
-            for row in (host_row(fleet, state, now) for state in states)]
-    yield from object_metrics("proxmon_host", rows, {"host": "name", "site": "site"}, (
-        ("up", "Whether the host reports."),))
-    yield from object_metrics("proxmon_host", rows, {"host": "name"}, HOST_METRICS)
-    alerts = ({"host": row["name"], "severity": severity, "alerts": row[f"alerts_{severity}"]}
-              for row in rows for severity in ("critical", "warning"))
-    yield from object_metrics("proxmon_host", alerts, {"host": "host", "severity": "severity"}, (
-        ("alerts", "Alerts that fire."),))
-    pools = ({**row, "online": None if row["state"] is None else int(row["state"] == "ONLINE")}
-             for state in states for row in pool_rows(state, now))
-    yield from object_metrics("proxmon_pool", pools, {"host": "host", "pool": "name"}, (
-        ("size_bytes", "Raw size."), ("allocated_bytes", "Raw space in use."),
-        ("capacity_ratio", "Raw space in use, 0-1."),
-        ("usable_available_bytes", "Space left for data sets."),
-        ("fragmentation_ratio", "Fragmentation of free space, 0-1."),
-        ("redundancy_margin", "Disks that may still fail before data is lost."),
-        ("data_errors", "Damaged objects."), ("read_errors", "Read errors of all disks."),
-        ("write_errors", "Write errors of all disks."), ("checksum_errors", "Checksum errors of all disks."),
-        ("online", "Whether the pool's state is ONLINE.")))
-    storages = (row for state in states for row in storage_rows(state, now))
-    yield from object_metrics("proxmon_storage", storages, {"host": "host", "storage": "storage"}, (
-        ("total_bytes", "Size."), ("used_bytes", "In use."), ("active", "Whether it is active.")))
-    guests = ({**guest, "host": state.name, "cpus": guest.get("cpu_count"), "running": None if guest.get("status") in (
-               None, "unknown") else guest["status"] == "running"}
-              for state in states for guest in state.body("guests", ()))
-    yield from object_metrics("proxmon_guest", guests, {"host": "host", "vmid": "vmid", "name": "name"}, (
-        ("running", "Whether it runs."), ("cpus", "Virtual CPUs."), ("cpu_ratio", "Of its own CPUs, 0-1."),
-        ("memory_used_bytes", "Memory in use."), ("memory_max_bytes", "Memory it may use.")))
+    hosts, _ = rows_of_hosts(RESOURCES["hosts"], fleet, states, now)
+    yield from object_metrics("proxmon_host", hosts, {"host": "name", "site": "site"}, (
+        Metric("up", "Whether the host reports.", lambda row: row["verdict"] not in ("offline", "stale", "unknown")),))
+    yield from object_metrics("proxmon_host", count_alerts(fleet.hosts.values()), {
+        "host": "host", "severity": "severity"}, (Metric("alerts", "Alerts that fire."),))
+    yield from object_metrics("proxmon_shared", count_alerts([fleet.shared]), {
+        "object": "place", "severity": "severity"}, (Metric("alerts", "Alerts of clusters and sites that fire."),))
+    for resource in RESOURCES.values():
+        if resource.metrics:
+            rows = hosts if resource.name == "hosts" else rows_of_hosts(resource, fleet, states, now)[0]
+            yield from object_metrics(f"proxmon_{resource.one}", rows, resource.labels, resource.metrics)
     yield from object_metrics("proxmon", [{"reports_total": monitor.reports_accepted}], {}, (
-        ("reports_total", "Reports taken since the server started."),), kind="counter")
+        Metric("reports_total", "Reports taken since the server started."),), kind="counter")
+
+
+def count_alerts(owners: Iterable[Any]) -> Iterator[Row]:
+    """How many fire, by host or by what the fleet shares (clusters/NAME, sites/NAME), critical ones and warnings."""
+    for owner in owners:
+        firing = [alert for alert in owner.alerts.values() if alert.state == "firing"]
+        places = {"/".join(alert.object.split("/")[:2]) for alert in firing} if owner.name is None else {None}
+        for place in sorted(places, key=str):
+            here = [alert.severity for alert in firing if place is None or f"{alert.object}/".startswith(f"{place}/")]
+            for severity in ("critical", "warning"):
+                yield {"host": owner.name, "place": place, "severity": severity, "alerts": here.count(severity)}
 
 
 def object_metrics(prefix: str, rows: Iterable[dict[str, Any]], labels: dict[str, str],
-                   columns: tuple[tuple[str, str], ...], *, kind: str = "gauge") -> Iterator[str]:
-    """Metric families, one for each column; of rows with the same labels the first counts, as Prometheus wants it."""
+                   metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
+    """Metric families; of rows with the same labels the first counts, as Prometheus wants it."""
     samples: dict[str, tuple[Any, ...]] = {}
     for row in rows:
         shown = ",".join(f'{label}="{escape_label(to_cell(row.get(key)))}"' for label, key in labels.items())
-        samples.setdefault(f"{{{shown}}}" if shown else "", tuple(row.get(column) for column, _ in columns))
-    for place, (column, help_text) in enumerate(columns):
-        name = f"{prefix}_{column}"
-        yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+        samples.setdefault(f"{{{shown}}}" if shown else "", tuple(metric.of(row) for metric in metrics))
+    for place, metric in enumerate(metrics):
+        name = f"{prefix}_{metric.name}"
+        yield f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
         for shown, values in samples.items():
             value = values[place]
             if isinstance(value, bool) or is_number(value):
@@ -8537,35 +8688,23 @@ PROBLEM_RESPONSE = {"description": "What went wrong", "content": {
 
 
 def describe_route(one: Route) -> dict[str, Any]:
-    steps = re.findall(r"<(\w+)>", one.path)
-    parameters = [{"name": step, "in": "path", "required": True, "schema": {"type": "string"}} for step in steps]
+    parameters = [{"name": step, "in": "path", "required": True, "schema": {"type": "string"}}
+                  for step in re.findall(r"<(\w+)>", one.path)]
+    parameters += [query_parameter(name) for name in one.queries]
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    if one.columns:
-        names = ("format", "q", "sort", "limit", "offset")
-        parameters += [query_parameter(name) for name in names]
-        row = {"type": "object", "properties": {column: {} for column in one.columns}}
-        listing = {"type": "object", "properties": {"items": {"type": "array", "items": row}, **{
-            key: {"type": "integer"} for key in ("total", "limit", "offset")}}}
+    if one.resource:
+        row = {"type": "object", "properties": {column: {} for column in one.resource.columns}}
+        listing = {"type": "object", "properties": {
+            "items": {"type": "array", "items": row}, "failed": {"type": "array", "items": {"type": "string"}},
+            **{key: {"type": "integer"} for key in ("total", "limit", "offset")}}}
         content = {"application/json": {"schema": listing}, "text/csv": {}, "text/plain": {}}
-    parameters += [query_parameter(name) for name in QUERIES.get(one.path, ())]
-    made = one.method == "POST" and one.path in MAKES
-    status = "204" if one.method == "DELETE" else "201" if made else "200"
+    status = "204" if one.method == "DELETE" else "201" if one.makes else "200"
     answer = {"description": "Done"} if status == "204" else {"description": one.summary, "content": content}
     responses = {status: answer, "default": PROBLEM_RESPONSE}
     described = {"summary": one.summary, "parameters": parameters, "responses": responses}
     if one.method in ("POST", "PATCH"):
         described["requestBody"] = {"content": {"application/json": {"schema": {"type": "object"}}}}
     return described
-
-
-MAKES = ("/api/v1/hosts", "/api/v1/silences", "/api/v1/tokens", "/api/v1/users")
-QUERIES = {
-    **dict.fromkeys((f"/api/v1/{name}" for name in ("hosts", "guests", "pools", "storages", "backups", "disks")),
-                    ("host", "site", "tag")),
-    "/api/v1/alerts": ("state", "host", "site", "tag"), "/api/v1/events": ("since", "kind"),
-    "/api/v1/rules": ("host", "object"), "/api/v1/hosts/<id>/history": ("series", "from", "to", "step", "format"),
-    "/api/v1/hosts/<id>/gaps": ("from",), "/api/v1/hosts/<id>/export": ("format",),
-}
 
 
 def query_parameter(name: str) -> dict[str, Any]:
@@ -8594,21 +8733,7 @@ STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; char
 PAGE_LIMIT = 200
 SCRUB_DUE = 40 * DAY  # Debian scrubs monthly; the gap between two is 35 days at most
 
-# Each tab: its columns, and where its rows come from.
-Rows = list[dict[str, Any]]
-
-
-def rows_of(list_rows: Callable[[HostState, float], Iterable[dict[str, Any]]]) -> Callable[[Call], Rows]:
-    return lambda call: [row for state in call.fleet.hosts.values() for row in list_rows(state, call.now)]
-
-
-TABS: dict[str, tuple[tuple[str, ...], Callable[[Call], Rows]]] = {
-    "hosts": (HOST_COLUMNS, lambda call: [host_row(call.fleet, one, call.now) for one in call.fleet.sorted(call.now)]),
-    "guests": (GUEST_COLUMNS, rows_of(guest_rows)),
-    "pools": (POOL_COLUMNS, rows_of(pool_rows)),
-    "storages": (STORAGE_COLUMNS, rows_of(storage_rows)),
-    "alerts": (ALERT_COLUMNS, lambda call: [row for row in list_alerts(call.db, "all") if row["state"] != "pending"]),
-}
+TABS = {name: resource for name, resource in RESOURCES.items() if resource.heads}
 
 # What a guest, pool, vdev or alert calls its own state -> the verdict whose shape and colour it is shown with.
 STATE_LOOKS = {
@@ -8621,13 +8746,13 @@ STATE_LOOKS = {
 }
 
 
-@route("GET", "/", auth="page", live=True)
+@route("GET", "/", auth="page")
 def get_page(call: Call) -> Any:
     """The page: posture, problems, lists, and one host opened."""
     return page_answer(call, managing=False)
 
 
-@route("GET", "/admin/hosts", auth="page", live=True)
+@route("GET", "/admin/hosts", auth="page")
 def get_host_administration(call: Call) -> Any:
     """The page, opened at host administration."""
     return page_answer(call, managing=True)
@@ -8644,12 +8769,12 @@ def page_answer(call: Call, *, managing: bool) -> Answer:
 def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
-    tab = query["tab"] if query.get("tab") in TABS else "hosts"
-    columns, list_rows = TABS[tab]
-    everything = list_rows(call)
-    rows = order_rows(tab, find_rows(call, everything, terms), query.get("sort", ""))
+    resource = TABS.get(query.get("tab", ""), TABS["hosts"])
+    tab = resource.name
+    everything, failed = tab_rows(call, resource)
+    rows = order_rows(resource, find_rows(call, resource, everything, terms), query.get("sort", ""))
     offset = page_offset(query.get("offset", ""), len(rows))
-    overview, alerts = build_overview(call.fleet, call.now), list_alerts(call.db)
+    overview, alerts = build_overview(call.fleet, call.now), open_alerts(call.fleet.everything())
     posture, sentence = describe_posture(overview, alerts)
     shown = rows[offset : offset + PAGE_LIMIT]
     if tab == "hosts":
@@ -8660,17 +8785,38 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
         "user": call.actor, "kiosk": call.kind == "kiosk",
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
-        "url": page_url(query), "tab": tab, "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
+        "url": page_url(query), "level": partial(level_of, call.fleet), "tabs": TABS, "tab": tab, "failed": failed,
+        "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(everything), "counts": {**count_tabs(call, terms, tab), tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
         "host": page_host(call, alerts), "pool": query.get("pool", ""),
-        "admin_hosts": TABS["hosts"][1](call) if managing else None,
+        "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
         "silences": active_silences(call.db, call.now),
-        "install": install_commands(call.monitor.config, "pve-host-01", "whsec_…"),
+        "install": install_commands(call.monitor.config, "pve-host-01"),
     }
+
+
+def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
+    """What a tab shows, of the whole fleet whatever the address says, and the hosts whose rows could not be made."""
+    if resource.name == "alerts":
+        over = islice(stored_alerts(call.db, "alert.state = 'resolved'"), LIST_MOST)
+        return [*open_alerts(call.fleet.everything()), *over], []
+    if resource.name == "events":
+        return list_events(call.db, since=0, limit=LIST_MOST), []
+    return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
+
+
+def level_of(fleet: Fleet, rule: str, host: str | None, value: Any, object: str = "") -> str:
+    """'warning' or 'critical' where a value reaches what the rule is set to for this host and object, else ''."""
+    state = fleet.names.get((host or "").lower(), fleet.shared)
+    limits = (fleet.layers.object_limits(state, RULE[rule], object) if object else None) or fleet.layers.limits(
+        state, RULE[rule])
+    if not (is_number(value) and limits.enabled):
+        return ""
+    return reached(value, limits.crit, limits.warn, limits.low) or ""
 
 
 def add_sparks(call: Call, rows: Rows) -> Rows:
@@ -8716,8 +8862,8 @@ def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
         "alerts": [{**alert, "silence": silence_of(call, state, alert)} for alert in alerts
                    if alert["host"] == state.name],
         "missing_reports": missing_reports(call.db, state.id),
-        "pools": order_rows("pools", list(pool_rows(state, call.now)), ""),
-        "guests": list(guest_rows(state, call.now)), "storages": list(storage_rows(state, call.now)),
+        **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")
+           for name in ("pools", "guests", "storages")},
     }
 
 
@@ -8819,7 +8965,7 @@ def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
 def find_next_due(call: Call) -> dict[str, Any] | None:
     """What will need somebody next, told while nothing does: a scrub that falls due."""
     scrubs = [{"at": row["last_scrub_at"] + SCRUB_DUE, "text": f"the scrub of {row['name']} on {row['host']} falls due"}
-              for row in TABS["pools"][1](call) if row["last_scrub_at"] is not None]
+              for row in tab_rows(call, TABS["pools"])[0] if row["last_scrub_at"] is not None]
     return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
 
 
@@ -8832,48 +8978,33 @@ def count_states(rows: Rows) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
 
 
-def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int]:
-    """How many rows each other tab would show. Without a search that is cheap: nothing is judged."""
+def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int | None]:
+    """How many rows each other tab would show; without a search only what is cheap to count."""
     if terms:
-        return {tab: len(find_rows(call, list_rows(call), terms)) if tab != shown else 0
-                for tab, (_, list_rows) in TABS.items()}
+        return {name: len(find_rows(call, resource, tab_rows(call, resource)[0], terms))
+                for name, resource in TABS.items() if name != shown}
     states = call.fleet.hosts.values()
-    counts = {"guests": sum(state.guest_counts[2] for state in states),
-              "storages": sum(len(state.body("storages", ())) for state in states)}
-    pools = sum(len({pool["name"] for section in ("pools", "pool_states") for pool in state.body(section, ())})
-                for state in states)
-    return {"hosts": len(states), **counts, "pools": pools, "alerts": len(TABS["alerts"][1](call))}
+    firing = sum(alert.state == "firing" for owner in call.fleet.everything() for alert in owner.alerts.values())
+    return {"hosts": len(states), "guests": sum(state.guest_counts[2] for state in states),
+            "storages": sum(len(state.body("storages", ())) for state in states), "alerts": firing,
+            "pools": sum(len({pool["name"] for section in ("pools", "pool_states")
+                              for pool in state.body(section, ())}) for state in states)}
 
 
-def verdict_rank(word: Any) -> int:
-    return VERDICTS.index(word) if word in VERDICTS else len(VERDICTS)
+def order_rows(resource: Resource, rows: Rows, sort: str) -> Rows:
+    """By a column (`-cpu_ratio`: downwards), else worst first where there is a verdict."""
+    if sort.removeprefix("-") in resource.columns:
+        return sort_rows(rows, sort)
+    if resource.name == "hosts" or "verdict" not in resource.columns:
+        return rows
+    return sorted(rows, key=lambda row: (verdict_rank(row["verdict"]), row["host"].lower()))
 
 
-def order_rows(tab: str, rows: Rows, sort: str) -> Rows:
-    """By a column (`-cpu_ratio`: downwards), else worst first; alerts: firing, worst, newest."""
-    column = sort.lstrip("-")
-    if column in ("verdict", "severity"):
-        return sorted(rows, key=lambda row: verdict_rank(row.get(column)), reverse=sort.startswith("-"))
-    if column in TABS[tab][0]:
-        return sort_rows(rows, sort, TABS[tab][0])
-    if tab == "alerts":
-        return sorted(rows, key=lambda row: (row["state"] == "resolved", verdict_rank(row["severity"]), -row["since"]))
-    return rows if tab == "hosts" else sorted(rows, key=lambda row: (verdict_rank(row["verdict"]), row["host"].lower()))
-
-
-# The search box: `site:par -tag:test state:crit pool>80 "two words"`, all of which must hold. The first of the
-# fields that a row has is meant; ratios are written as percent.
-TERM_FIELDS = {
-    "host": ("host", "name"), "name": ("name", "storage", "object"), "tag": ("tags",), "type": ("type",),
-    "rule": ("rule",), "state": ("verdict", "severity", "state", "status"), "version": ("pve_version",),
-    "cluster": ("cluster",), "vmid": ("vmid",), "storage": ("storage",),
-}
-TERM_NUMBERS = {
-    "pool": ("pools_max_capacity_ratio", "capacity_ratio"), "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",),
-    "io": ("io_pressure_ratio",), "root": ("root_used_ratio",), "used": ("used_ratio", "capacity_ratio"),
-    "frag": ("fragmentation_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
-    "load": ("load1",), "vmid": ("vmid",), "margin": ("redundancy_margin",),
-}
+# The search box: `site:par -tag:test state:crit pool>80 "two words"`, all of which must hold. A word before the sign is
+# one of a resource's own, one of these, or a column; the first of its columns that a row has is meant. Ratios are
+# written as percent.
+WORDS = {"tag": ("tags",), "state": ("verdict", "severity", "state", "status")}
+KNOWN_WORDS = {"site", *WORDS, *(word for resource in TABS.values() for word in (*resource.words, *resource.columns))}
 
 
 class Term(NamedTuple):
@@ -8896,46 +9027,47 @@ def parse_term(word: str) -> Term:
     bare = word if wanted else word[1:]
     for operator in ":<>":
         field, _, value = bare.partition(operator)
-        if operator == ":" and value and (field == "site" or field in TERM_FIELDS):
-            return Term(wanted, field, operator, value)
-        if operator != ":" and field in TERM_NUMBERS and re.fullmatch(r"-?\d{1,15}(\.\d{1,9})?%?", value, re.ASCII):
+        fits = value if operator == ":" else re.fullmatch(r"-?\d{1,15}(\.\d{1,9})?%?", value, re.ASCII)
+        if field in KNOWN_WORDS and fits:
             return Term(wanted, field, operator, value)
     return Term(wanted, "", "", bare)
 
 
-def find_rows(call: Call, rows: Rows, terms: list[Term]) -> Rows:
+def find_rows(call: Call, resource: Resource, rows: Rows, terms: list[Term]) -> Rows:
     """The rows for which every term holds."""
-    if not terms:
-        return rows
-    sites = {state.name: (state.site or "").lower() for state in call.fleet.hosts.values()}
-    return [row for row in rows if all(term_holds(term, row, sites) == term.wanted for term in terms)]
+    return [row for row in rows if all(term_holds(call.fleet, resource, term, row) == term.wanted for term in terms)]
 
 
-def term_holds(term: Term, row: dict[str, Any], sites: dict[str, str]) -> bool:
+def term_holds(fleet: Fleet, resource: Resource, term: Term, row: Row) -> bool:
     if term.operator == "":
         return matches(row, [term.value])
+    host = fleet.names.get((row.get("host") or row.get("name") or "").lower())
     if term.field == "site":
-        return term.value in sites.get(row.get("host") or row.get("name", ""), "")
+        return term.value in ((host and host.site) or "").lower()
+    if term.field == "tag" and host and term.value in (tag.lower() for tag in host.tags):
+        return True
+    columns = [column for column in resource.words.get(term.field) or WORDS.get(term.field) or (term.field,)
+               if column in row]
     if term.operator == ":":
-        return any(field_holds(row[field], field, term.value) for field in TERM_FIELDS[term.field] if field in row)
-    return number_holds(term, row)
+        return any(field_holds(row[column], column, term.value) for column in columns)
+    return number_holds(term, row, columns)
 
 
-def field_holds(value: Any, field: str, wanted: str) -> bool:
+def field_holds(value: Any, column: str, wanted: str) -> bool:
     """Tags and vmids as a whole, states from their beginning, other texts anywhere."""
     found = to_cell(value).lower()
-    if field in ("tags", "vmid"):
+    if column in ("tags", "vmid"):
         return wanted in re.split("[;, ]+", found)
-    return found.startswith(wanted) if field in TERM_FIELDS["state"] else wanted in found
+    return found.startswith(wanted) if column in WORDS["state"] else wanted in found
 
 
-def number_holds(term: Term, row: dict[str, Any]) -> bool:
+def number_holds(term: Term, row: Row, columns: list[str]) -> bool:
     """A comparison; what is not known is neither more nor less."""
-    field = next((field for field in TERM_NUMBERS[term.field] if is_number(row.get(field))), None)
-    if field is None:
+    column = next((column for column in columns if is_number(row[column])), None)
+    if column is None:
         return False
-    limit = float(term.value.rstrip("%")) / (100 if field.endswith("_ratio") else 1)
-    return row[field] > limit if term.operator == ">" else row[field] < limit
+    limit = float(term.value.rstrip("%")) / (100 if column.endswith("_ratio") else 1)
+    return row[column] > limit if term.operator == ">" else row[column] < limit
 
 
 # How the page writes values: what is not known is a dash, never 0, and so is what an agent sent in its place.
@@ -8951,6 +9083,21 @@ def entries(body: Any) -> Rows:
 
 def fields(body: Any) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
+
+
+def show_cell(column: str, value: Any, now: float) -> str:
+    """A value by what its column's name says it is; ages are written by age() in the templates."""
+    if column.endswith("_bytes"):
+        return show_bytes(value)
+    if column.endswith("_ratio"):
+        return show_ratio(value)
+    if column.endswith("_seconds"):
+        return f"in {show_duration(-value)}" if is_number(value) and value < 0 else show_duration(value)
+    if column.endswith("_celsius"):
+        return f"{show_number(value)} °C" if is_number(value) else "–"
+    if column != "vmid" and is_number(value):
+        return show_number(value)
+    return to_cell(value) or "–"
 
 
 def show_bytes(value: Any) -> str:
@@ -9033,14 +9180,28 @@ def can_accept(rule: str) -> bool:
 
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    can_accept, known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time, look,
-    anchor, spark_points, why_unknown)}
+    can_accept, known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time,
+    show_cell, look, anchor, spark_points, why_unknown)}
+
+
+class Template(bottle.SimpleTemplate):
+    """Everything a template prints is escaped, and what would turn or hide other text is shown as a mark."""
+
+    def prepare(self, **settings: Any) -> None:
+        super().prepare(escape_func=lambda text: bottle.html_escape(visible(text)), **settings)
+
+
+def visible(text: str) -> str:
+    """Without control characters: an override like U+202E would let 'gnp.exe' be read as 'exe.png'."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in "\n\t\u00a0" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 @lru_cache(64)
-def template(name: str) -> bottle.SimpleTemplate:
-    """A template of the page, read once; everything a template prints is escaped."""
-    return bottle.SimpleTemplate(name=name, lookup=[resource("templates")])
+def template(name: str) -> Template:
+    """A template of the page, read once."""
+    return Template(name=name, lookup=[resource("templates")])
 
 
 def render(name: str, **model: Any) -> bytes:
@@ -9136,7 +9297,7 @@ def login_page(call: Call, status: int, *, error: str | None = None, wait_second
     headers = {"Retry-After": str(wait_seconds)} if wait_seconds else {}
     users = call.db.execute("SELECT count(*) FROM user").fetchone()[0]
     body = render("login.html", version=VERSION, error=error, wait_seconds=wait_seconds, named=users > 0,
-                  password_set=bool(call.monitor.config.password_hash or users), csrf=None, next=next)
+                  password_set=bool(call.monitor.config.password_hash or users), next=next)
     return html(body, status, {**headers, "Cache-Control": "no-store"})
 
 
@@ -9296,11 +9457,7 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
         except Problem as problem:
             note_refusal(call, problem)
             raise
-        tag = live_etag(call) if one.live else ""
-        if tag and call.header("if-none-match") == tag:
-            answer = Answer(304, b"", {"ETag": tag})
-        else:
-            answer = finish(call, one.handler(call), tag)
+        answer = finish(call, one.handler(call))
         if call.set_cookie:
             answer.headers.setdefault("Set-Cookie", call.set_cookie)
         return answer
@@ -9310,24 +9467,13 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
         return error_answer(error)
 
 
-def live_etag(call: Call) -> str:
-    """Names a state of the fleet as one asker sees it, before any work is done."""
-    environ = call.environ
-    asked = (f"{environ.get('PATH_INFO')}?{environ.get('QUERY_STRING')} "
-             f"{call.kind} {call.role} {call.cookie} {call.header('x-fragment')}")
-    tag = f'W/"{call.monitor.boot}-{call.fleet.generation}-{zlib.crc32(asked.encode("utf-8", "replace")):x}"'
-    return "" if call.monitor.store.writing_since else tag  # asked last: half of a new state is not the new state
-
-
-def finish(call: Call, result: Any, tag: str) -> Answer:
+def finish(call: Call, result: Any) -> Answer:
     """What a handler gave back, as bytes with their headers."""
-    if isinstance(result, Listing):
-        result = render_listing(call, result)
-    elif not isinstance(result, Answer):
+    if not isinstance(result, Answer):
         result = Answer(200, json.dumps(result).encode())
     reads = call.environ["REQUEST_METHOD"] in ("GET", "HEAD")
     if reads and result.status == 200 and "Cache-Control" not in result.headers:
-        tag = tag or f'W/"{hashlib.sha256(result.body).hexdigest()[:16]}"'
+        tag = f'W/"{hashlib.sha256(result.body).hexdigest()[:16]}"'
         result.headers.update({"ETag": tag, "Cache-Control": "private, no-cache"})
         if call.header("if-none-match") == tag:
             return Answer(304, b"", {"ETag": tag})
@@ -9598,7 +9744,7 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
     show_token(config, record, f"registered (id={record['id']}).")
     sys.stdout.flush()
     if sys.stderr.isatty():  # for people: scripts get the three lines and nothing else
-        for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"], "")):
+        for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"])):
             print(line and f"  {line}", file=sys.stderr)
     return OK
 
@@ -9737,14 +9883,14 @@ def command_revoke_api_token(config: Config, args: argparse.Namespace) -> int:
 @command("list-api-tokens", JSON_ARGUMENT)
 def command_list_api_tokens(config: Config, args: argparse.Namespace) -> int:
     """List the API tokens' names."""
-    return print_list(list_api_tokens(open_database(config, readonly=True)), TOKEN_COLUMNS, args.json)
+    return print_list(list_api_tokens(open_database(config, readonly=True)), RESOURCES["tokens"].columns, args.json)
 
 
 @command("list-sessions", JSON_ARGUMENT)
 def command_list_sessions(config: Config, args: argparse.Namespace) -> int:
     """List who is logged in."""
     rows = list_sessions(open_database(config, readonly=True), time.time())
-    return print_list(rows, SESSION_COLUMNS[:-1], args.json)
+    return print_list(rows, RESOURCES["sessions"].columns[:-1], args.json)
 
 
 @command("end-sessions", ("id", {"nargs": "?", "metavar": "ID", "help": "only this one, as list-sessions has it"}))
@@ -9803,7 +9949,7 @@ def command_remove_user(config: Config, args: argparse.Namespace) -> int:
 def command_list_users(config: Config, args: argparse.Namespace) -> int:
     """List who may log in, and as what."""
     db = open_database(config, readonly=True)
-    return print_list(list_users(db, config.password_hash), USER_COLUMNS, args.json)
+    return print_list(list_users(db, config.password_hash), RESOURCES["users"].columns, args.json)
 
 
 @command("backup", ("file", {"help": "where to write the copy"}))

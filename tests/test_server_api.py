@@ -12,7 +12,7 @@ from conftest import START, build_disk, build_guest, build_pool, build_report, b
 
 import server
 
-LISTS = ("hosts", "guests", "pools", "storages", "backups", "disks", "alerts", "events", "tokens", "sessions")
+LISTS = tuple(server.RESOURCES)
 
 
 def items(answer) -> list[dict]:
@@ -257,6 +257,14 @@ def test_a_formula_in_a_name_stays_a_text_in_csv(register, post, admin):
         assert shown[0] not in "=+-@\t\r"
 
 
+@pytest.mark.parametrize("sign", ["\n", "\r", "\t", "＝", "＋", "－", "＠"])
+def test_whatever_a_spreadsheet_takes_for_the_begin_of_a_formula_is_quoted(register, post, admin, sign):
+    post(register("pve1"), build_report(guests=[build_guest(100, name=f"{sign}=1+1")]))
+    answer = admin.get("/api/v1/guests?format=csv")
+    assert next(csv.DictReader(io.StringIO(answer.text, newline="")))["name"] == f"'{sign}=1+1"
+    assert answer.headers["content-disposition"] == 'attachment; filename="guests.csv"'
+
+
 def test_a_newline_or_an_escape_in_a_name_does_not_break_a_line_of_text(register, post, admin):
     post(register("pve1"), build_report(guests=[build_guest(100, name="a\nb\x1b[31m"), build_guest(101)]))
     text = admin.get("/api/v1/guests?format=text").text
@@ -278,14 +286,16 @@ def test_what_was_asked_while_a_report_was_written_is_not_taken_for_the_new_stat
     during = []
 
     def work(db):
-        db.execute("UPDATE alert SET message = 'new'")
-        monitor.fleet.generation += 1
-        during.append(admin.get("/api/v1/alerts?state=all"))
+        during.append(admin.get("/api/v1/alerts"))
+        state = monitor.fleet.find("pve2")
+        state.alerts = {key: alert.changed(message="new") for key, alert in state.alerts.items()}
+        during.append(admin.get("/api/v1/alerts"))
 
     store.write(work)
-    assert '"new"' not in during[0].text
-    after = admin.get("/api/v1/alerts?state=all", If_None_Match=during[0].headers["etag"])
-    assert after.status == 200 and '"new"' in after.text
+    before, amidst = during
+    assert '"new"' not in before.text and '"new"' in amidst.text
+    assert admin.get("/api/v1/alerts", If_None_Match=before.headers["etag"]).status == 200
+    assert admin.get("/api/v1/alerts", If_None_Match=amidst.headers["etag"]).status == 304
 
 
 def test_an_etag_of_one_list_is_not_good_for_another(fleet, admin):
@@ -318,6 +328,113 @@ def test_a_write_that_is_no_json_object_is_a_400(admin, body):
     answer = admin.request("POST", "/api/v1/hosts", body, {"Content-Type": "application/json"})
     assert answer.status == 400
     assert answer.code in ("invalid_json", "invalid_request")
+
+
+# --- one host's values are its own affair ---
+
+
+def test_a_host_with_odd_values_costs_the_others_no_row_and_is_named(register, post, admin, capsys):
+    jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all", "exclude": 5}]
+    post(register("odd"), build_report("odd", backups={"jobs": jobs, "guests": []}), host="odd")
+    jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}]
+    post(register("well"), build_report("well", backups={"jobs": jobs, "guests": []}), host="well")
+    answer = admin.get("/api/v1/backups").json()
+    assert [row["host"] for row in answer["items"]] == ["well", "well"]
+    assert answer["failed"] == ["odd"]
+    assert admin.get("/api/v1/backups?format=csv").headers["x-failed-hosts"] == "odd"
+    assert admin.get("/metrics").status == 200
+    assert "backups of odd left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name, resource in server.RESOURCES.items() if resource.of_host])
+def test_every_list_is_answered_whatever_the_types_of_a_host(register, post, admin, name):
+    sections = {"guests": [build_guest(100, name=7, status=[], tags=5, template="x", ha_state={}, volumes=7)],
+                "storages": [build_storage("a", active=[], enabled="no", content=5, dataset=[])],
+                "pools": [build_pool(layout=5, scan=7, last_scrub="x", vdevs="x", state=5)],
+                "disks": [{"name": "sda", "passed": "x", "model": [], "pool": {}, "kind": 7}],
+                "backups": {"jobs": [{"exclude": 5, "guests": 7, "schedule": []}], "guests": [{"vmid": 100}, 7]}}  # fmt: skip
+    assert post(register("odd"), build_report("odd", **sections), host="odd").status == 200
+    post(register("well"), build_report("well"), host="well")
+    for column in server.RESOURCES[name].columns:
+        for sign in ("", "-"):
+            assert admin.get(f"/api/v1/{name}?sort={sign}{column}").status == 200, column
+    hosts = {row.get("host") or row.get("name") for row in items(admin.get(f"/api/v1/{name}"))}
+    assert "well" in hosts or name in ("disks", "backups", "volumes")
+
+
+def test_numbers_and_texts_of_one_column_are_sorted_each_by_its_kind(register, post, admin):
+    names = ["b", 10, ["x"], 9, "A"]
+    post(register("pve1"), build_report(guests=[build_guest(100 + n, name=name) for n, name in enumerate(names)]))
+    assert [row["name"] for row in items(admin.get("/api/v1/guests?sort=name"))] == [9, 10, "A", "b", ["x"]]
+    assert [row["name"] for row in items(admin.get("/api/v1/guests?sort=-name"))] == [["x"], "b", "A", 10, 9]
+
+
+# --- alerts and events: filtered before they are cut ---
+
+
+def insert_resolved(store, count: int, host_id: int | None = None) -> None:
+    def work(db):
+        db.executemany(
+            "INSERT INTO alert (host_id, rule, object, severity, state, message, since, fired_at, resolved_at)"
+            " VALUES (?, 'pool-state', 'pools/tank', 'critical', 'resolved', 'old', ?, ?, ?)",
+            [(host_id, START - 9, START - 9, START - n) for n in range(count)])  # fmt: skip
+    store.write(work)
+
+
+def test_what_fires_comes_before_any_number_of_resolved(register, post, admin, store, monitor):
+    post(register("pve1"), build_report(disks=[{"name": "sda", "passed": None}]))  # info: the least of all severities
+    insert_resolved(store, server.LIST_MOST + 1, monitor.fleet.find("pve1").id)
+    answer = admin.get("/api/v1/alerts?state=all&limit=1").json()
+    assert (answer["items"][0]["state"], answer["total"]) == ("firing", server.LIST_MOST + 2)
+    assert server.list_alerts(store.reader(), "all")[0]["state"] == "firing"
+
+
+def test_the_alerts_of_one_host_are_found_behind_those_of_another(register, post, admin, store, monitor):
+    register("noisy"), register("quiet")
+    admin.get("/api/v1/hosts")
+    insert_resolved(store, server.LIST_MOST + 1, monitor.fleet.find("noisy").id)
+    insert_resolved(store, 3, monitor.fleet.find("quiet").id)
+    for query, total in (("host=quiet", 3), ("host=noisy", server.LIST_MOST + 1), ("q=quiet", 3)):
+        assert admin.get(f"/api/v1/alerts?state=resolved&{query}&limit=1").json()["total"] == total, query
+
+
+def test_events_are_filtered_before_they_are_cut(register, admin, store):
+    register("pve1", site="berlin")
+    store.write(lambda db: [server.insert_event(db, START, "test", "x", host="other") for _ in range(300)])
+    assert [row["kind"] for row in items(admin.get("/api/v1/events?host=pve1"))] == ["host-registered"]
+    assert [row["kind"] for row in items(admin.get("/api/v1/events?site=berlin"))] == ["host-registered"]
+    assert admin.get("/api/v1/events?kind=test&limit=5").json()["total"] == 300
+
+
+def test_a_site_that_goes_dark_is_among_its_alerts_and_the_metrics(register, post, admin, monitor, clock):
+    tokens = {name: register(name, site="berlin" if name < "b" else "paris")
+              for name in ("a1", "a2", "a3", "a4", "a5", "b1")}
+    for name, token in tokens.items():
+        post(token, build_report(name), host=name)
+    for seq in range(2, 42):
+        clock.advance(10)
+        post(tokens["b1"], build_report("b1", seq=seq, at=clock()), host="b1")
+        monitor.store.write(lambda db: server.judge_fleet(monitor, clock(), db))
+    rules = {row["rule"] for row in items(admin.get("/api/v1/alerts?site=berlin"))}
+    assert "site-offline" in rules
+    assert items(admin.get("/api/v1/alerts?site=paris")) == []
+    assert "site-offline" not in {row["rule"] for row in items(admin.get("/api/v1/alerts?host=a1"))}
+    metrics = admin.get("/metrics").text
+    assert 'proxmon_shared_alerts{object="sites/berlin",severity="critical"} 1.0' in metrics
+
+
+def test_an_alert_is_the_same_from_memory_and_from_the_disk(fleet, admin, store):
+    alert = items(admin.get("/api/v1/alerts"))[0]
+    admin.send("POST", f"/api/v1/alerts/{alert['id']}/acknowledge", {"note": "ordered"})
+    assert items(admin.get("/api/v1/alerts?state=all")) == server.list_alerts(store.reader(), "all")
+
+
+def test_volumes_tell_where_the_disks_of_guests_lie(register, post, admin):
+    volumes = [{"storage": "tank-vm", "dataset": "tank/vm/vm-100-disk-0", "size_bytes": 5}, {"storage": "nfs"}]
+    post(register("pve1"), build_report(guests=[build_guest(100, name="mail", volumes=volumes)]))
+    rows = items(admin.get("/api/v1/volumes"))
+    assert [(row["vmid"], row["name"], row["storage"], row["pool"], row["size_bytes"]) for row in rows] == [
+        (100, "mail", "tank-vm", "tank", 5), (100, "mail", "nfs", None, None)]  # fmt: skip
 
 
 # --- what the rows say ---

@@ -4,6 +4,7 @@ becomes a part of the page."""
 from __future__ import annotations
 
 import re
+import urllib.parse
 from html.parser import HTMLParser
 
 import pytest
@@ -68,7 +69,8 @@ def shown(browser, query: str) -> list[str]:
 @pytest.mark.parametrize("path", ["/", "/admin/hosts", "/?host=pve1", "/?tab=guests&q=x"])
 def test_without_a_session_there_is_only_the_log_in(client, path):
     answer = client.get(path)
-    assert (answer.status, answer.headers["location"]) == (303, "/login")
+    back = "" if path == "/" else "?next=" + urllib.parse.quote(path, safe="")
+    assert (answer.status, answer.headers["location"]) == (303, "/login" + back)
 
 
 def test_an_api_token_opens_no_page(admin):
