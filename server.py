@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> rules
+    constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> answers -> rules
         -> notifications -> columns -> history -> remote -> jobs -> resources -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
@@ -50,7 +50,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -2003,6 +2003,612 @@ def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
                {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
+
+
+# --- answers: what an operator would otherwise work out by hand, pure functions over the latest states ---
+
+
+class Copy(NamedTuple):
+    """One copy of a guest's data that would survive the loss of its host."""
+
+    at: float  # the guest as it was then
+    kind: str  # backup, replication or snapshot
+    where: str  # a storage or a host
+    sure: bool  # False: the same volume by name and time, not by guid
+
+
+# On the host's own disks, unless Proxmox calls the storage shared.
+OWN_STORAGE = frozenset(("dir", "zfspool", "lvm", "lvmthin", "btrfs"))
+
+
+def is_unseen(host: HostState, section: str) -> bool:
+    """Whether a section may hold what we have not seen: it failed, or has not come yet. An absent one holds nothing."""
+    latest = host.sections.get(section, NOTHING)
+    return latest.error is not None or (latest.status is None and not latest.absent)
+
+
+def storages_of(host: HostState) -> dict[str, dict[str, Any]]:
+    return {str(storage.get("storage")): storage for storage in dicts(host.body("storages"))}
+
+
+def is_elsewhere(storage: dict[str, Any] | None, host: HostState) -> bool | None:
+    """Whether what lies on a storage survives the host; None if the storage is not known."""
+    if storage is None:
+        return None
+    if text(storage, "type") in OWN_STORAGE:
+        return bool(storage.get("shared"))
+    server = text(storage, "server")
+    return not (server and server.lower() in own_addresses(host))
+
+
+def own_addresses(host: HostState) -> set[str]:
+    """The names and addresses by which a storage may point back at its own host."""
+    node = (text(host.body("node"), "name") or host.name).lower()
+    members = dicts((host.body("cluster") or {}).get("members"))
+    own = {text(member, "address") for member in members if (text(member, "name") or "").lower() == node}
+    return {"localhost", "127.0.0.1", "::1", node, host.name.lower()} | {address for address in own if address}
+
+
+def volumes_of(guest: dict[str, Any]) -> list[str]:
+    return [dataset for volume in dicts(guest.get("volumes")) if (dataset := text(volume, "dataset"))]
+
+
+class SnapshotIndex:
+    """The newest snapshots of all hosts, by guid (send/receive keeps it) and by the last part of the dataset's name."""
+
+    def __init__(self, hosts: Iterable[HostState]):
+        self.by_guid: dict[str, list[tuple[HostState, float]]] = {}
+        self.by_volume: dict[str, list[tuple[HostState, dict[str, Any]]]] = {}
+        for host in hosts:
+            for entry in dicts(host.body("snapshots")):
+                self._add(host, entry)
+
+    def _add(self, host: HostState, entry: dict[str, Any]) -> None:
+        guid, at, dataset = text(entry, "newest_guid"), number(entry, "newest_at"), text(entry, "dataset")
+        if at is None or dataset is None:
+            return
+        if guid:
+            self.by_guid.setdefault(guid, []).append((host, at))
+        self.by_volume.setdefault(dataset.rpartition("/")[2], []).append((host, entry))
+
+    def copies(self, host: HostState, dataset: str) -> Iterator[Copy]:
+        """Copies of one dataset of `host` on other hosts. A snapshot that is no longer the newest here is known by
+        name only: same volume, same class, made while snapshots of that class were made here."""
+        own = [entry for entry in dicts(host.body("snapshots")) if entry.get("dataset") == dataset]
+        for entry in own:
+            for other, at in self.by_guid.get(text(entry, "newest_guid") or "", ()):
+                if other is not host:
+                    yield Copy(at, "snapshot", other.name, True)
+        for other, theirs in self.by_volume.get(dataset.rpartition("/")[2], ()):
+            if other is not host and any(is_of_series(theirs, entry) for entry in own):
+                yield Copy(number(theirs, "newest_at") or 0.0, "snapshot", other.name, False)
+
+
+def is_of_series(theirs: dict[str, Any], own: dict[str, Any]) -> bool:
+    at, first, last = number(theirs, "newest_at"), number(own, "oldest_at"), number(own, "newest_at")
+    return theirs.get("class") == own.get("class") and at is not None and first is not None and last is not None \
+        and first <= at <= last
+
+
+def backup_copies(host: HostState, vmid: Any, created: float | None) -> Iterator[Copy | None]:
+    """The newest backup if it lies elsewhere; None for one whose storage is not known."""
+    storages = storages_of(host)
+    for run in dicts((host.body("backups") or {}).get("guests")):
+        good = run.get("newest_ok")
+        ended = number(good, "ended_at")
+        if run.get("vmid") != vmid or ended is None or (created is not None and ended < created):
+            continue
+        elsewhere = is_elsewhere(storages.get(text(good, "storage") or ""), host)
+        if elsewhere is None:
+            yield None
+        elif elsewhere:
+            yield Copy(ended - (number(good, "duration_seconds") or 0), "backup", text(good, "storage") or "?", True)
+
+
+def replication_copies(host: HostState, vmid: Any) -> Iterator[Copy]:
+    node = text(host.body("node"), "name") or host.name
+    for job in dicts(host.body("replication")):
+        synced = number(job, "last_sync_at")
+        if job.get("vmid") == vmid and synced and text(job, "target") not in (None, node):
+            yield Copy(synced, "replication", text(job, "target") or "?", True)
+
+
+def snapshot_copy(index: SnapshotIndex, host: HostState, guest: dict[str, Any]) -> Copy | None:
+    """The newest state of which every volume of the guest has a copy: the oldest of the volumes' newest copies."""
+    newest = [max(index.copies(host, dataset), key=lambda copy: (copy.at, copy.sure), default=None)
+              for dataset in volumes_of(guest)]
+    known = [copy for copy in newest if copy]
+    return min(known, key=lambda copy: copy.at) if newest and len(known) == len(newest) else None
+
+
+RISK_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "copy_at", "copy_kind", "copy_where",
+                "sure", "tags")
+
+
+def risk_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[dict[str, Any]]:
+    """If this host burned now: for each guest what would be lost, and from which copy it would come back."""
+    for guest in dicts(host.body("guests")):
+        if not guest.get("template"):
+            yield guest_risk(host, guest, index, now)
+
+
+def guest_risk(host: HostState, guest: dict[str, Any], index: SnapshotIndex, now: float) -> dict[str, Any]:
+    vmid = guest.get("vmid")
+    found = [*backup_copies(host, vmid, number(guest, "created_at")), *replication_copies(host, vmid),
+             snapshot_copy(index, host, guest)]
+    copies = [copy for copy in found if copy]
+    best = max(copies, key=lambda copy: (copy.at, copy.sure), default=None)
+    unknown = [section for section in ("backups", "snapshots") if is_unseen(host, section)]
+    row = {"host": host.name, "vmid": vmid, "name": text(guest, "name"), "tags": guest.get("tags"),
+           "lost_seconds": None, "copy_at": None, "copy_kind": None, "copy_where": None, "sure": None}
+    if best:
+        row.update(lost_seconds=max(0.0, now - best.at), copy_at=best.at, copy_kind=best.kind, copy_where=best.where,
+                   sure=best.sure and not unknown, verdict="ok", reason=describe_copy(best, now))
+    elif unknown or None in found[:-1]:
+        row.update(verdict="unknown", reason=f"no copy is known, but {' and '.join(unknown) or 'a storage'} "
+                                             "could not be looked at")
+    else:
+        row.update(verdict="warning", reason=only_copy(host, guest))
+    return row
+
+
+def describe_copy(copy: Copy, now: float) -> str:
+    likely = "" if copy.sure else " (by its name; no common snapshot seen)"
+    return f"{format_duration(max(0.0, now - copy.at))} of work would be lost: {copy.kind} on {copy.where}{likely}"
+
+
+def only_copy(host: HostState, guest: dict[str, Any]) -> str:
+    """Why there is no copy: none at all, or one that burns with the host."""
+    pools = {dataset.partition("/")[0] for dataset in volumes_of(guest)}
+    for run in dicts((host.body("backups") or {}).get("guests")):
+        storage = text(run.get("newest_ok"), "storage")
+        if run.get("vmid") == guest.get("vmid") and storage:
+            dataset = text(storages_of(host).get(storage) or {}, "dataset") or ""
+            same = dataset.partition("/")[0] in pools
+            return f"its only copy lies on the same {'pool' if same else 'host'} (backup on {storage})"
+    return "all of it would be lost: no copy elsewhere"
+
+
+# Margins: how many more disks each top-level vdev survives.
+
+
+SPARE_WORDS = frozenset(("AVAIL", "INUSE"))
+
+
+def suspicions(disk: dict[str, Any] | None, leaf: dict[str, Any]) -> list[str]:
+    """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev."""
+    disk = disk or {}
+    warning, pending = number(disk, "critical_warning"), number(disk, "pending_sectors")
+    wear, spare, least = number(disk, "wear_ratio"), number(disk, "spare_ratio"), number(disk, "spare_threshold_ratio")
+    errors = sum_known(number(leaf, key) for key in VDEV_COUNTERS)
+    test = disk.get("selftest")
+    reasons = [
+        (disk.get("passed") is False, "SMART: failing"),
+        (bool(warning), f"critical warning 0x{int(warning or 0):02x}"),
+        (spare is not None and least is not None and spare < least, "spare blocks used up"),
+        (wear is not None and wear >= 1, f"{wear or 0:.0%} worn"),
+        (bool(pending), f"{int(pending or 0)} pending sectors"),
+        (isinstance(test, dict) and test.get("passed") is False, "self-test failed"),
+        (bool(errors), f"{int(errors or 0)} I/O errors in ZFS"),
+    ]
+    return [reason for holds, reason in reasons if holds]
+
+
+class VdevMargin(NamedTuple):
+    """One top-level vdev: how many more members may fail, and how many if the suspects fail first."""
+
+    pool: str
+    vdev: str
+    margin: int
+    suspects: tuple[tuple[dict[str, Any], dict[str, Any] | None, list[str]], ...]  # (leaf, disk, reasons)
+
+    @property
+    def with_suspects(self) -> int:
+        return self.margin - len(self.suspects)
+
+
+def tolerance(vdev: dict[str, Any]) -> int:
+    """Members a healthy vdev may lose: copies − 1 of a mirror, the parity of a raidz or draid, else none."""
+    kind, children = text(vdev, "type") or "", dicts(vdev.get("children"))
+    parity = re.match(r"(?:raidz|draid)(\d?)", kind) or re.match(r"(?:raidz|draid)(\d?)", text(vdev, "name") or "")
+    if parity:
+        return int(parity[1] or 1)
+    return max(0, len(children) - 1) if kind in ("mirror", "replacing", "spare") else 0
+
+
+def is_whole(member: dict[str, Any]) -> bool:
+    """Whether a member counts as redundancy now: ONLINE, or a spare or replacement with a member that is."""
+    children = dicts(member.get("children"))
+    return any(is_whole(child) for child in children) if children else text(member, "state") == "ONLINE"
+
+
+def pool_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
+    """Each top-level vdev that holds data (special and dedup too: their loss is the pool's loss)."""
+    disks = {str(disk.get("name")): disk for disk in dicts(host.body("disks"))}
+    told = number(pool, "redundancy_margin")  # counts resilvering members as the agent sees them
+    found = []
+    for vdev in dicts(pool.get("vdevs")):
+        if text(vdev, "class") in ("log", "cache", "spare"):
+            continue
+        members = dicts(vdev.get("children")) or [vdev]
+        missing = sum(not is_whole(member) for member in members)
+        margin = tolerance(vdev) - missing
+        suspects = tuple((leaf, disks.get(str(leaf.get("disk"))), why) for leaf in walk_vdevs([vdev])
+                         if not leaf.get("children") and text(leaf, "state") == "ONLINE"
+                         and (why := suspicions(disks.get(str(leaf.get("disk"))), leaf)))
+        found.append(VdevMargin(str(pool.get("name")), str(vdev.get("name")), margin, suspects))
+    least = min((vdev.margin for vdev in found), default=None)
+    if told is not None and least is not None and told < least:  # the worst one is worse than its words
+        found = [vdev._replace(margin=int(told)) if vdev.margin == least else vdev for vdev in found]
+    return found
+
+
+REPLACE_COLUMNS = ("host", "disk", "verdict", "reason", "serial", "model", "size_bytes", "by_id", "bay", "pool", "vdev",
+                   "margin", "margin_with_suspects", "guests", "power_on_hours")
+
+
+def replacement_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
+    """The disks to replace, over the fleet, in order: least margin left first, then the more suspect, the older."""
+    rows = [row for host in hosts for row in host_replacements(host)]
+    return sorted(rows, key=lambda row: (row["margin_with_suspects"], -row["reason"].count(";"),
+                                         -(row["power_on_hours"] or 0)))
+
+
+def host_replacements(host: HostState) -> Iterator[dict[str, Any]]:
+    for pool in dicts(host.body("pools")):
+        guests = len(guests_on(host, str(pool.get("name"))))
+        for vdev in pool_margins(host, pool):
+            for leaf, disk, reasons in vdev.suspects:
+                known = disk or {}
+                yield {"host": host.name, "disk": text(leaf, "disk") or text(leaf, "name"),
+                       "verdict": "critical" if vdev.with_suspects < 0 else "warning", "reason": "; ".join(reasons),
+                       **{key: known.get(key) for key in ("serial", "model", "size_bytes", "by_id", "bay",
+                                                          "power_on_hours")},
+                       "pool": vdev.pool, "vdev": vdev.vdev, "margin": vdev.margin,
+                       "margin_with_suspects": vdev.with_suspects, "guests": guests}
+
+
+# Blast radius: disk → vdev → pool → storage → guests → whom they serve.
+
+
+def guests_on(host: HostState, pool: str) -> list[dict[str, Any]]:
+    return [guest for guest in dicts(host.body("guests")) if not guest.get("template")
+            and any(dataset.partition("/")[0] == pool for dataset in volumes_of(guest))]
+
+
+CRITICAL_TAGS = frozenset(("critical", "prod", "production"))
+
+
+def is_critical(host: HostState, guest: dict[str, Any]) -> bool:
+    """Whom a guest serves is not in the data; a tag that says so, or HA, is the nearest to it."""
+    tags = {str(tag).lower() for tag in guest.get("tags") or ()} if isinstance(guest.get("tags"), list) else set()
+    managed = {text(service, "id") for service in dicts((host.body("ha") or {}).get("services"))}
+    name = f"{'ct' if guest.get('type') == 'lxc' else 'vm'}:{guest.get('vmid')}"
+    return bool(tags & CRITICAL_TAGS) or name in managed
+
+
+def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
+    """What depends on a pool, a disk or a storage: {pool, vdev, margin, guests, critical, sentence}; None for else."""
+    kind, _, name = object.partition("/")
+    if kind == "pools":
+        return describe_blast(host, name.partition("/")[0], None)
+    if kind == "disks":
+        for pool in dicts(host.body("pools")):
+            for vdev in dicts(pool.get("vdevs")):
+                if any(text(leaf, "disk") == name for leaf in walk_vdevs([vdev])):
+                    return describe_blast(host, str(pool.get("name")), str(vdev.get("name")))
+    if kind == "storages":
+        guests = [guest for guest in dicts(host.body("guests"))
+                  if any(volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
+        return {"pool": None, "vdev": None, "margin": None, **count_guests_hit(host, guests, name)}
+    return None
+
+
+def describe_blast(host: HostState, name: str, vdev: str | None) -> dict[str, Any] | None:
+    pool = next((pool for pool in dicts(host.body("pools")) if pool.get("name") == name), None)
+    if pool is None:
+        return None
+    margins = [margin for margin in pool_margins(host, pool) if vdev in (None, margin.vdev)]
+    margin = min((margin.margin for margin in margins), default=None)
+    return {"pool": name, "vdev": vdev, "margin": margin, **count_guests_hit(host, guests_on(host, name), name, margin)}
+
+
+def count_guests_hit(host: HostState, guests: list[dict[str, Any]], place: str,
+                     margin: int | None = None) -> dict[str, Any]:
+    critical = sum(is_critical(host, guest) for guest in guests)
+    parts = [] if margin is None else [may_fail(margin)]
+    if guests:
+        parts.append(f"{len(guests)} guest{'' if len(guests) == 1 else 's'} on {place}"
+                     + (f", {critical} of them critical" if critical else ""))
+    return {"guests": [guest.get("vmid") for guest in guests], "critical": critical, "sentence": "; ".join(parts)}
+
+
+def may_fail(margin: int) -> str:
+    if margin < 0:
+        return "data are lost"
+    return "no more disk may fail" if margin == 0 else f"{margin} more disk{'' if margin == 1 else 's'} may fail"
+
+
+def lives_on(host: HostState, guest: dict[str, Any]) -> list[str]:
+    """For a guest: each pool it lives on, in a sentence, with the suspects under it."""
+    sentences = []
+    for name in dict.fromkeys(dataset.partition("/")[0] for dataset in volumes_of(guest)):
+        pool = next((pool for pool in dicts(host.body("pools")) if pool.get("name") == name), None)
+        if pool is None:
+            sentences.append(f"lives on {name}, of which nothing is known")
+            continue
+        margins = pool_margins(host, pool)
+        suspects = [str(leaf.get("disk") or leaf.get("name")) for vdev in margins for leaf, _, _ in vdev.suspects]
+        margin = min((vdev.margin for vdev in margins), default=None)
+        words = [text(pool, "layout") or "", "" if margin is None else may_fail(margin)]
+        sentences.append(f"lives on {name} ({', '.join(word for word in words if word)})"
+                         + (f"; suspect: {', '.join(suspects)}" if suspects else ""))
+    return sentences
+
+
+# Silent failures: what would not be heard of when it is needed.
+
+
+def silent_failures(host: HostState) -> Iterator[tuple[str, str, str]]:
+    """(what, why it is silent, what to do) of one host; nothing for what the agent could not look at."""
+    told, services = host.body("safeguards"), {str(unit.get("unit")): unit for unit in dicts(host.body("services"))}
+    told = told if isinstance(told, dict) else {}
+    has_zfs = bool(dicts(host.body("pools")))
+    for what, bad, why, todo in (
+        ("zed", has_zfs and is_off(services.get("zfs-zed.service")), "zfs-zed does not run: ZFS's own mails and "
+         "automatic spares do not work", "systemctl enable --now zfs-zed"),
+        ("zed-mail", has_zfs and told.get("zed_mail") is False, "zed has no mail address (ZED_EMAIL_ADDR)",
+         "set ZED_EMAIL_ADDR in /etc/zfs/zed.d/zed.rc; systemctl restart zfs-zed"),
+        ("smartd", is_off(services.get("smartmontools.service")), "smartd does not run: no self-tests, no mails",
+         "systemctl enable --now smartmontools"),
+        ("scrub-timer", has_zfs and told.get("scrub_scheduled") is False, "no scrub is scheduled",
+         "apt-get install --reinstall zfsutils-linux, or systemctl enable --now zfs-scrub-monthly@POOL.timer"),
+        ("root-mail", told.get("root_mail") is False, "root@pam has no mail address: Proxmox's mails go nowhere",
+         "pveum user modify root@pam --email you@example.com"),
+        ("notification-target", bool(told.get("matchers_without_target")), "a notification matcher has no target: "
+         + ", ".join(map(str, told.get("matchers_without_target") or ())), "Datacenter → Notifications"),
+        ("security-source", told.get("security_source") is False, "no source of security updates is configured",
+         "add the Debian security suite to /etc/apt/sources.list.d/debian.sources"),
+        ("enterprise-source", told.get("enterprise_source") is True and no_subscription(host),
+         "the enterprise repository is on without a subscription: apt-get update fails, no updates are seen",
+         "disable pve-enterprise or enter a subscription; enable pve-no-subscription"),
+        ("fencing", needs_fencing(host) and is_off(services.get("watchdog-mux.service")), "HA guests, but "
+         "watchdog-mux does not run: this node cannot fence itself", "systemctl start watchdog-mux"),
+    ):
+        if bad:
+            yield what, why, todo
+    yield from empty_jobs(host)
+
+
+def is_off(unit: dict[str, Any] | None) -> bool:
+    """A unit that is installed and does not run."""
+    return unit is not None and text(unit, "load") == "loaded" and text(unit, "active") in ("inactive", "failed")
+
+
+def no_subscription(host: HostState) -> bool:
+    status = text(host.body("subscription"), "status")
+    return status is not None and status.lower() not in ("active", "new")
+
+
+def needs_fencing(host: HostState) -> bool:
+    return bool(dicts((host.body("ha") or {}).get("services")))
+
+
+def empty_jobs(host: HostState) -> Iterator[tuple[str, str, str]]:
+    """Enabled backup jobs that name guests of which none exists on any node this host knows of."""
+    guests = {guest.get("vmid") for guest in dicts(host.body("guests"))}
+    alone = host.body("cluster") is None
+    for job in dicts((host.body("backups") or {}).get("jobs")):
+        chosen = job.get("guests")
+        if not (alone and guests and job.get("enabled") and isinstance(chosen, list)) or text(job, "pool"):
+            continue
+        if not guests & set(map(to_vmid, chosen)):
+            yield f"backup-job-{job.get('id')}", f"backup job {job.get('id')} covers no guest of this host", \
+                "Datacenter → Backup: choose guests, or remove the job"
+
+
+def to_vmid(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value if isinstance(value, int) else None
+
+
+# Drift: the odd ones out.
+
+
+DRIFT_FACTS: dict[str, Callable[[HostState], Any]] = {
+    "PVE": lambda host: text(host.body("node"), "pve_version"),
+    "kernel": lambda host: text(host.body("node"), "kernel"),
+    "ZFS module": lambda host: text(host.body("versions"), "zfs_module"),
+    "ZFS userland": lambda host: text(host.body("versions"), "zfs_userland"),
+    "QEMU": lambda host: text(host.body("versions"), "qemu"),
+    "microcode": lambda host: text(host.body("versions"), "microcode"),
+    "ARC limit": lambda host: share_of_memory(host, "arc_max_bytes"),
+    "storage.cfg": lambda host: text(host.body("versions"), "storage_cfg_digest"),
+    "agent": lambda host: text(host.agent, "version"),
+    "features off": lambda host: any(pool.get("features_disabled") for pool in dicts(host.body("pools"))) or None,
+}
+
+
+def share_of_memory(host: HostState, field: str) -> str | None:
+    share = ratio(number(host.body("node"), field), number(host.body("node"), "memory_total_bytes"))
+    return None if share is None else f"{share:.0%} of memory"
+
+
+def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[dict[str, Any]]:
+    """Per fact that at least two thirds of the hosts share: who differs. Rows {fact, usual, share, host, value}."""
+    rows: list[dict[str, Any]] = []
+    for fact, read in DRIFT_FACTS.items():
+        values = {host.name: value for host in hosts if (value := read(host)) is not None}
+        counted = Counter(map(str, values.values())).most_common(1)
+        if len(values) < 3 or counted[0][1] * 3 < len(values) * 2:
+            continue  # no usual value: a fleet that is being upgraded, or too few to say
+        usual, count = counted[0]
+        rows += [{"fact": fact, "usual": usual, "share": count / len(values), "host": name, "value": str(value)}
+                 for name, value in values.items() if str(value) != usual]
+    return rows[:most]
+
+
+def cohort_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
+    """Disks of one model and firmware: how many, how worn per year of power-on, how many are suspect, and where."""
+    cohorts: dict[tuple[str, str], list[tuple[HostState, dict[str, Any]]]] = {}
+    for host in hosts:
+        for disk in dicts(host.body("disks")):
+            if model := text(disk, "model"):
+                cohorts.setdefault((model, text(disk, "firmware") or ""), []).append((host, disk))
+    return sorted((describe_cohort(key, members) for key, members in cohorts.items()),
+                  key=lambda row: (-row["suspect"], -(row["wear_per_year"] or 0)))
+
+
+def describe_cohort(key: tuple[str, str], members: list[tuple[HostState, dict[str, Any]]]) -> dict[str, Any]:
+    yearly = sorted(wear * 8766 / hours for _, disk in members
+                    if (wear := number(disk, "wear_ratio")) is not None and (hours := number(disk, "power_on_hours")))
+    suspect = [disk for _, disk in members if suspicions(disk, {})]
+    return {"model": key[0], "firmware": key[1], "disks": len(members), "suspect": len(suspect),
+            "wear_per_year": yearly[len(yearly) // 2] if yearly else None,
+            "hosts": sorted({host.name for host, _ in members})[:50]}
+
+
+# Space traps.
+
+
+def padding_ratio(block: int, ashift: int, width: int, parity: int) -> float:
+    """Share of a zvol's used space that is raidz padding. A block takes its data, its parity, and is rounded up to a
+    multiple of parity + 1 sectors (vdev_raidz_asize in OpenZFS); `used` is told as if blocks had 128 KiB."""
+    def sectors(size: int) -> int:
+        data = -(-size // (1 << ashift))
+        total = data + parity * -(-data // (width - parity))
+        return -(-total // (parity + 1)) * (parity + 1)
+
+    told = sectors(block) * ((128 << 10) / (1 << ashift) / sectors(128 << 10)) * (1 << ashift)
+    return max(0.0, 1 - block / told)
+
+
+def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
+    """{host, object, trap, bytes, reason}: what takes space that nobody expects it to take."""
+    for pool in dicts(host.body("pools")):
+        yield from raidz_padding(host, pool)
+        yield from special_full(host, pool)
+    for dataset in dicts(host.body("datasets")):
+        used, held = number(dataset, "refreservation_bytes"), number(dataset, "used_by_dataset_bytes")
+        if used and held is not None and used > held + GIB and text(dataset, "type") == "volume":
+            yield trap(host, dataset, "refreservation", used - held, "thick volume: reserved and not written")
+        if text(dataset, "origin"):
+            yield trap(host, dataset, "clone", None, f"holds its origin {dataset['origin']}: that cannot be destroyed")
+    yield from volumes_without_guest(host)
+
+
+GIB = 1 << 30
+
+
+def trap(host: HostState, dataset: dict[str, Any], kind: str, bytes: float | None, reason: str) -> dict[str, Any]:
+    return {"host": host.name, "object": f"datasets/{dataset.get('name')}", "trap": kind, "bytes": bytes,
+            "reason": reason}
+
+
+def raidz_padding(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    ashift, name = number(pool, "ashift"), text(pool, "name") or ""
+    raidz = [(len(dicts(vdev.get("children"))), tolerance(vdev)) for vdev in dicts(pool.get("vdevs"))
+             if (text(vdev, "type") or "").startswith("raidz") and text(vdev, "class") in (None, "normal")]
+    if ashift is None or not raidz:
+        return
+    width, parity = max(raidz)
+    for dataset in dicts(host.body("datasets")):
+        block, used = number(dataset, "volblock_bytes"), number(dataset, "used_by_dataset_bytes")
+        if (text(dataset, "name") or "").partition("/")[0] != name or not block or not used or width <= parity:
+            continue
+        share = padding_ratio(int(block), int(ashift), width, parity)
+        if share > 0.1 and used * share > GIB:
+            yield trap(host, dataset, "padding", used * share, f"{share:.0%} of it is padding: volblocksize "
+                       f"{int(block) >> 10}K on raidz{parity} of {width} disks with {1 << int(ashift)}-byte sectors")
+
+
+def special_full(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for vdev in dicts(pool.get("vdevs")):
+        share = ratio(number(vdev, "allocated_bytes"), number(vdev, "size_bytes"))
+        if text(vdev, "class") == "special" and share is not None and share > SPECIAL_FULL:
+            yield {"host": host.name, "object": f"pools/{pool.get('name')}", "trap": "special", "bytes": None,
+                   "reason": f"special vdev {vdev.get('name')} is {share:.0%} full: small blocks go to the slow disks"}
+
+
+SPECIAL_FULL = 0.75  # zfs_special_class_metadata_reserve_pct is 25: beyond it only metadata go there (zfs(4))
+
+
+def volumes_without_guest(host: HostState) -> Iterator[dict[str, Any]]:
+    guests = {guest.get("vmid") for guest in dicts(host.body("guests"))}
+    if host.body("guests") is None or host.body("cluster") is not None:
+        return  # of a cluster the volume may belong to a guest of another node (replication)
+    for dataset in dicts(host.body("datasets")):
+        if isinstance(dataset.get("vmid"), int) and dataset["vmid"] not in guests:
+            yield trap(host, dataset, "orphan", number(dataset, "used_bytes"), f"there is no guest {dataset['vmid']}")
+
+
+# What changed: facts of a report that belong on the time line.
+
+
+def chronicle(host: HostState, report: dict[str, Any], now: float) -> Iterator[tuple[float, str, str, str]]:
+    """(at, kind, object, message) for what a report tells beyond the one before it; called before it is applied."""
+    at = min(number(report, "time") or now, now)
+    for task in dicts(report.get("tasks")):
+        ended = number(task, "ended_at")
+        if ended is not None:
+            yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
+    yield from node_changes(host.body("node"), report.get("node"), at)
+    yield from version_changes(host.body("versions"), report.get("versions"), at)
+    yield from scrub_ends(host.body("pools"), report.get("pools"), now)
+    yield from guest_changes(host.body("guests"), report.get("guests"), at)
+    yield from config_changes(host.body("versions"), report.get("versions"), at)
+
+
+def describe_task(task: dict[str, Any]) -> str:
+    result = text(task, "status") or text(task, "result") or "unknown"
+    of = f" of {task['vmid']}" if task.get("vmid") else ""
+    return f"Task {text(task, 'type') or '?'}{of} by {text(task, 'user') or '?'}: {result}"[:500]
+
+
+def node_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+    before, after = text(old, "boot_id"), text(new, "boot_id")
+    if before and after and before != after:
+        uptime = number(new, "uptime_seconds")
+        yield at - (uptime or 0), "reboot", "", f"Host started, kernel {text(new, 'kernel') or '?'}"
+
+
+def version_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+    for name in ("pve", "zfs_module", "zfs_userland", "qemu"):
+        before, after = text(old, name), text(new, name)
+        if before and after and before != after:
+            yield at, "update", "", f"{name.replace('_', ' ')} {before} → {after}"
+
+
+def scrub_ends(old: Any, new: Any, now: float) -> Iterator[tuple[float, str, str, str]]:
+    known = {pool.get("guid"): pool for pool in dicts(old)}
+    for pool in dicts(new):
+        scrub = pool.get("last_scrub")
+        ended = number(scrub, "ended_at")
+        before = known.get(pool.get("guid"))
+        if ended and before is not None and number(before.get("last_scrub"), "ended_at") != ended:
+            took, repaired = number(scrub, "duration_seconds"), number(scrub, "repaired_bytes")
+            yield min(ended, now), "scrub", f"pools/{pool.get('name')}", \
+                f"Scrub of {pool.get('name')} ended" + (f" after {format_duration(took)}" if took else "") \
+                + (f", {int(repaired)} bytes repaired" if repaired else "")
+
+
+def guest_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+    if not isinstance(old, list) or not isinstance(new, list):
+        return
+    before = {guest.get("vmid"): guest for guest in dicts(old)}
+    after = {guest.get("vmid"): guest for guest in dicts(new)}
+    for vmid in after.keys() | before.keys():
+        was, now_is = before.get(vmid), after.get(vmid)
+        name = text(now_is or was, "name") or ""
+        if was is None or now_is is None:
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} {'appeared' if was is None else 'is gone'}"
+        elif text(was, "status") and text(now_is, "status") and was["status"] != now_is["status"]:
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was['status']} → {now_is['status']}"
+
+
+def config_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+    before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
+    if before and after and before != after:
+        yield at, "config", "", "storage.cfg changed"
 
 
 # --- rules: what is wrong, from when on, and until when ---

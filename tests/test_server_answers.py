@@ -1,0 +1,381 @@
+"""What an operator would otherwise work out by hand: each answer right, rightly silent, and unknown where data are
+missing.
+
+    copies -> margins -> blast radius -> silent failures -> drift -> space traps -> chronicle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulation import START, Simulation
+
+import server
+
+HOUR, DAY, GIB = 3600, 86400, 1 << 30
+
+
+@pytest.fixture
+def sim(tmp_path: Path) -> Iterator[Simulation]:
+    simulation = Simulation(tmp_path)
+    yield simulation
+    simulation.close()
+
+
+def state(sim: Simulation, name: str = "pve1", **sections: Any) -> server.HostState:
+    """A host that has reported these sections; everything not named is told absent."""
+    if name not in [host.name for host in sim.fleet.hosts.values()]:
+        sim.host(name)
+    usual = {"guests": [guest()], "backups": {"jobs": [], "guests": []}, "snapshots": [], "storages": STORAGES}
+    body = {key: value for key, value in {**usual, **sections}.items() if value is not None}
+    sim.send(name, tick="slow", **body)
+    return sim.fleet.find(name)
+
+
+def guest(vmid: int = 104, **fields: Any) -> dict[str, Any]:
+    return {"vmid": vmid, "type": "qemu", "name": f"vm{vmid}", "status": "running", "created_at": START - 90 * DAY,
+            "volumes": [{"storage": "local-zfs", "dataset": f"rpool/data/vm-{vmid}-disk-0"}], **fields}
+
+
+STORAGES = [
+    {"storage": "local", "type": "dir", "shared": False, "content": "backup"},
+    {"storage": "local-zfs", "type": "zfspool", "dataset": "rpool/data", "shared": False},
+    {"storage": "pbs", "type": "pbs", "content": "backup", "shared": True, "server": "192.0.2.9"},
+    {"storage": "own-nfs", "type": "nfs", "content": "backup", "shared": True, "server": "192.0.2.1"},
+    {"storage": "san", "type": "dir", "content": "backup", "shared": True},
+]
+
+
+def backup(storage: str, age: float, vmid: int = 104) -> dict[str, Any]:
+    good = {"ended_at": START - age, "duration_seconds": 600, "storage": storage}
+    return {"jobs": [], "guests": [{"vmid": vmid, "newest_ok": good}]}
+
+
+def snapshot(guid: str, age: float, dataset: str = "rpool/data/vm-104-disk-0", **fields: Any) -> dict[str, Any]:
+    return {"dataset": dataset, "class": "autosnap_hourly", "count": 24, "newest_guid": guid, "newest_at": START - age,
+            "oldest_at": START - 10 * DAY, **fields}
+
+
+def risk(sim: Simulation, host: server.HostState) -> dict[str, Any]:
+    index = server.SnapshotIndex(sim.fleet.hosts.values())
+    return next(iter(server.risk_rows(host, index, START)))
+
+
+# copies: if this host burned now
+
+
+@pytest.mark.parametrize(("storage", "verdict", "word"), [
+    ("pbs", "ok", "26 h of work"),
+    ("san", "ok", "backup on san"),          # a dir that PVE calls shared is mounted from somewhere
+    ("local", "warning", "same host"),
+    ("own-nfs", "warning", "same host"),     # this host is its own NFS server
+    ("local-zfs", "warning", "same pool"),
+])
+def test_a_backup_counts_where_it_survives_the_host(sim: Simulation, storage: str, verdict: str, word: str) -> None:
+    members = [{"name": "pve1", "address": "192.0.2.1", "online": True}]
+    host = state(sim, backups=backup(storage, 26 * HOUR - 600), cluster={"name": "c", "members": members})
+    row = risk(sim, host)
+    assert (row["verdict"], word in row["reason"]) == (verdict, True), row
+
+
+def test_a_backup_began_before_it_ended(sim: Simulation) -> None:
+    row = risk(sim, state(sim, backups=backup("pbs", HOUR)))
+    assert row["lost_seconds"] == pytest.approx(HOUR + 600)
+
+
+def test_a_backup_of_the_guest_that_had_the_number_before_is_no_copy(sim: Simulation) -> None:
+    row = risk(sim, state(sim, guests=[guest(created_at=START - HOUR)], backups=backup("pbs", DAY)))
+    assert row["verdict"] == "warning"
+
+
+def test_a_snapshot_of_the_same_guid_on_another_host_is_a_copy(sim: Simulation) -> None:
+    state(sim, "pve2", guests=[], snapshots=[snapshot("777", HOUR, "tank/copies/vm-104-disk-0")])
+    row = risk(sim, state(sim, snapshots=[snapshot("777", HOUR)]))
+    assert (row["copy_kind"], row["copy_where"], row["sure"], row["lost_seconds"]) == ("snapshot", "pve2", True, HOUR)
+
+
+def test_an_older_snapshot_elsewhere_is_a_likely_copy(sim: Simulation) -> None:
+    state(sim, "pve2", guests=[], snapshots=[snapshot("111", 20 * HOUR, "tank/copies/vm-104-disk-0")])
+    row = risk(sim, state(sim, snapshots=[snapshot("777", HOUR)]))
+    assert (row["verdict"], row["sure"]) == ("ok", False) and "by its name" in row["reason"]
+
+
+def test_a_snapshot_of_another_guest_with_the_same_number_is_none(sim: Simulation) -> None:
+    state(sim, "pve2", guests=[], snapshots=[snapshot("111", 400 * DAY, "rpool/data/vm-104-disk-0")])
+    assert risk(sim, state(sim, snapshots=[snapshot("777", HOUR)]))["verdict"] == "warning"
+
+
+def test_all_volumes_must_have_a_copy_and_the_oldest_counts(sim: Simulation) -> None:
+    two = [{"storage": "local-zfs", "dataset": f"rpool/data/vm-104-disk-{number}"} for number in (0, 1)]
+    own = [snapshot("1", HOUR), snapshot("2", HOUR, "rpool/data/vm-104-disk-1")]
+    state(sim, "pve2", guests=[], snapshots=[snapshot("1", HOUR, "tank/vm-104-disk-0")])
+    host = state(sim, guests=[guest(volumes=two)], snapshots=own)
+    assert risk(sim, host)["verdict"] == "warning"
+    sim.now += 60
+    state(sim, "pve2", guests=[], snapshots=[snapshot("1", HOUR, "tank/vm-104-disk-0"),
+                                             snapshot("2", 3 * HOUR, "tank/vm-104-disk-1")])
+    assert risk(sim, host)["lost_seconds"] == 3 * HOUR
+
+
+def test_pve_replication_is_a_copy(sim: Simulation) -> None:
+    job = {"id": "104-0", "vmid": 104, "target": "pve3", "enabled": True, "last_sync_at": START - 900}
+    row = risk(sim, state(sim, replication=[job]))
+    assert (row["copy_kind"], row["copy_where"], row["lost_seconds"]) == ("replication", "pve3", 900)
+
+
+def test_a_template_loses_nothing(sim: Simulation) -> None:
+    host = state(sim, guests=[guest(template=True)])
+    assert list(server.risk_rows(host, server.SnapshotIndex([host]), START)) == []
+
+
+@pytest.mark.parametrize("missing", ["backups", "snapshots"])
+def test_what_could_not_be_looked_at_makes_no_certain_loss(sim: Simulation, missing: str) -> None:
+    host = state(sim, **{missing: None}, errors={missing: {"code": "timeout", "detail": "no answer"}})
+    row = risk(sim, host)
+    assert row["verdict"] == "unknown" and missing in row["reason"]
+
+
+def test_a_backup_on_a_storage_that_is_not_listed_is_unknown(sim: Simulation) -> None:
+    assert risk(sim, state(sim, backups=backup("gone", DAY)))["verdict"] == "unknown"
+
+
+# margins: how many more disks each vdev survives, with suspects
+
+
+def pool(*vdevs: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"name": "tank", "guid": "1", "state": "ONLINE", "layout": "raidz2", "vdevs": list(vdevs), **fields}
+
+
+def vdev(kind: str, *leaves: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"name": f"{kind}-0", "type": kind, "class": "normal", "state": "ONLINE", "children": list(leaves), **fields}
+
+
+def leaf(disk: str, state: str = "ONLINE", **fields: Any) -> dict[str, Any]:
+    return {"name": disk, "type": "disk", "class": "normal", "state": state, "disk": disk, **fields}
+
+
+def disk(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "serial": f"S-{name}", "model": "M", "power_on_hours": 1000, "passed": True, **fields}
+
+
+def margins(sim: Simulation, one: dict[str, Any], disks: list[dict[str, Any]] | None = None) -> list[tuple[int, int]]:
+    host = state(sim, pools=[one], disks=disks or [])
+    return [(found.margin, found.with_suspects) for found in server.pool_margins(host, one)]
+
+
+@pytest.mark.parametrize(("one", "expected"), [
+    (pool(vdev("mirror", leaf("a"), leaf("b"))), [(1, 1)]),
+    (pool(vdev("mirror", leaf("a"), leaf("b"), leaf("c"))), [(2, 2)]),
+    (pool(vdev("raidz2", leaf("a"), leaf("b"), leaf("c", "FAULTED"), leaf("d"))), [(1, 1)]),
+    (pool(vdev("raidz", leaf("a"), leaf("b"), leaf("c"))), [(1, 1)]),
+    (pool({**leaf("a"), "children": []}), [(0, 0)]),                                    # a stripe of one
+    (pool(vdev("mirror", leaf("a"), leaf("b", "UNAVAIL"))), [(0, 0)]),
+    (pool(vdev("mirror", leaf("a"), vdev("spare", leaf("b", "FAULTED"), leaf("s")))), [(1, 1)]),
+    (pool(vdev("mirror", leaf("a"), leaf("b"), **{"class": "log"})), []),               # losing a log loses no pool
+])
+def test_margin_of_a_vdev(sim: Simulation, one: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+    assert margins(sim, one) == expected
+
+
+def test_a_suspect_is_counted_as_if_it_had_failed(sim: Simulation) -> None:
+    one = pool(vdev("mirror", leaf("a"), leaf("b")))
+    assert margins(sim, one, [disk("a", passed=False), disk("b")]) == [(1, 0)]
+
+
+def test_a_suspect_that_has_failed_already_is_counted_once(sim: Simulation) -> None:
+    one = pool(vdev("raidz2", leaf("a", "FAULTED"), leaf("b"), leaf("c"), leaf("d")))
+    assert margins(sim, one, [disk("a", passed=False)]) == [(1, 1)]
+
+
+def test_the_agent_knows_of_a_member_that_is_still_resilvering(sim: Simulation) -> None:
+    one = pool(vdev("mirror", leaf("a"), leaf("b")), redundancy_margin=0)
+    assert margins(sim, one) == [(0, 0)]
+
+
+@pytest.mark.parametrize(("fields", "word"), [
+    ({"passed": False}, "failing"), ({"critical_warning": 1}, "0x01"), ({"wear_ratio": 1.04}, "104% worn"),
+    ({"spare_ratio": 0.05, "spare_threshold_ratio": 0.1}, "spare"), ({"pending_sectors": 8}, "8 pending"),
+    ({"selftest": {"passed": False}}, "self-test"),
+])
+def test_what_makes_a_disk_suspect(fields: dict[str, Any], word: str) -> None:
+    assert word in "; ".join(server.suspicions(disk("a", **fields), {}))
+
+
+def test_a_disk_of_which_nothing_is_known_is_no_suspect() -> None:
+    assert server.suspicions(None, {}) == [] and server.suspicions({"passed": None, "wear_ratio": None}, {}) == []
+
+
+def test_disks_are_replaced_in_the_order_of_what_is_left(sim: Simulation) -> None:
+    first = pool(vdev("raidz2", leaf("a"), leaf("b"), leaf("c"), leaf("d")))
+    second = pool(vdev("mirror", leaf("x"), leaf("y")))
+    safe = state(sim, "safe", pools=[first], disks=[disk("a", passed=False)])
+    close = state(sim, "close", pools=[second], disks=[disk("x", pending_sectors=3)])
+    rows = server.replacement_rows([safe, close])
+    assert [(row["host"], row["disk"], row["margin_with_suspects"], row["serial"]) for row in rows] == [
+        ("close", "x", 0, "S-x"), ("safe", "a", 1, "S-a")]
+
+
+# blast radius, both ways
+
+
+def tank_host(sim: Simulation, **fields: Any) -> server.HostState:
+    on_tank = [{"storage": "tank-vm", "dataset": "tank/vm/vm-1-disk-0"}]
+    guests = [guest(1, volumes=on_tank, tags=["critical"]), guest(2, volumes=on_tank), guest(3)]
+    return state(sim, guests=guests, pools=[pool(vdev("mirror", leaf("sdf"), leaf("sdg", "FAULTED")))], **fields)
+
+
+@pytest.mark.parametrize("object", ["pools/tank", "pools/tank/mirror-0", "disks/sdf"])
+def test_a_disk_a_vdev_and_a_pool_tell_who_depends_on_them(sim: Simulation, object: str) -> None:
+    told = server.blast_radius(tank_host(sim), object)
+    assert told is not None and (told["guests"], told["critical"], told["margin"]) == ([1, 2], 1, 0)
+    assert told["sentence"] == "no more disk may fail; 2 guests on tank, 1 of them critical"
+
+
+def test_a_guest_under_ha_is_critical_without_a_tag(sim: Simulation) -> None:
+    host = tank_host(sim, ha={"services": [{"id": "vm:2", "state": "started"}]})
+    assert (server.blast_radius(host, "pools/tank") or {})["critical"] == 2
+
+
+@pytest.mark.parametrize("object", ["disks/nope", "pools/nope", "guests/1", ""])
+def test_nothing_is_said_of_what_is_not_there(sim: Simulation, object: str) -> None:
+    assert server.blast_radius(tank_host(sim), object) is None
+
+
+def test_a_guest_tells_where_it_lives(sim: Simulation) -> None:
+    host = tank_host(sim, disks=[disk("sdf", pending_sectors=1)])
+    assert server.lives_on(host, host.body("guests")[0]) == [
+        "lives on tank (raidz2, no more disk may fail); suspect: sdf"]
+    assert server.lives_on(host, host.body("guests")[2]) == ["lives on rpool, of which nothing is known"]
+
+
+# silent failures
+
+
+def silent(sim: Simulation, **sections: Any) -> list[str]:
+    usual = {"pools": [pool(vdev("mirror", leaf("a"), leaf("b")))]}
+    return [what for what, _, _ in server.silent_failures(state(sim, **{**usual, **sections}))]
+
+
+LOUD = {"zed_mail": True, "root_mail": True, "scrub_scheduled": True, "matchers_without_target": [],
+        "security_source": True, "enterprise_source": False}
+
+
+def test_a_host_that_would_be_heard_is_not_listed(sim: Simulation) -> None:
+    assert silent(sim, safeguards=LOUD) == []
+
+
+@pytest.mark.parametrize(("fields", "what"), [
+    ({"zed_mail": False}, "zed-mail"), ({"root_mail": False}, "root-mail"), ({"scrub_scheduled": False}, "scrub-timer"),
+    ({"matchers_without_target": ["night"]}, "notification-target"), ({"security_source": False}, "security-source"),
+])
+def test_what_would_stay_silent_is_named(sim: Simulation, fields: dict[str, Any], what: str) -> None:
+    assert silent(sim, safeguards={**LOUD, **fields}) == [what]
+
+
+def test_of_what_is_not_known_nothing_is_said(sim: Simulation) -> None:
+    assert silent(sim, safeguards={}) == [] and silent(sim) == []
+
+
+def test_the_enterprise_source_is_right_with_a_subscription(sim: Simulation) -> None:
+    on = {**LOUD, "enterprise_source": True}
+    assert silent(sim, safeguards=on, subscription={"status": "active"}) == []
+    sim.now += 60
+    assert silent(sim, safeguards=on, subscription={"status": "notfound"}) == ["enterprise-source"]
+
+
+def test_zed_that_does_not_run_matters_where_there_is_zfs(sim: Simulation) -> None:
+    unit = {"unit": "zfs-zed.service", "load": "loaded", "active": "inactive"}
+    assert silent(sim, services=[unit]) == ["zed"]
+    sim.now += 60
+    assert silent(sim, services=[unit], pools=[]) == []
+
+
+def test_a_job_that_covers_nobody(sim: Simulation) -> None:
+    job = {"id": "old", "enabled": True, "guests": [999], "schedule": "02:00"}
+    assert silent(sim, backups={"jobs": [job], "guests": []}) == ["backup-job-old"]
+    sim.now += 60
+    assert silent(sim, backups={"jobs": [{**job, "guests": "all"}], "guests": []}) == []
+
+
+# drift and cohorts
+
+
+def test_the_odd_one_out_is_told_and_a_fleet_without_a_usual_value_is_not(sim: Simulation) -> None:
+    hosts = [state(sim, f"pve{number}", node={"pve_version": "9.1.2" if number < 4 else "8.4.1", "kernel": str(number)})
+             for number in range(5)]
+    told = [(row["fact"], row["host"], row["value"]) for row in server.drift_rows(hosts)]
+    assert told == [("PVE", "pve4", "8.4.1")]
+
+
+def test_disks_of_one_model_are_compared(sim: Simulation) -> None:
+    worn = [disk(name, model="QLC", firmware="1", wear_ratio=0.5, power_on_hours=4383) for name in ("a", "b")]
+    host = state(sim, disks=[*worn, disk("c", model="MLC", wear_ratio=0.02, power_on_hours=8766, pending_sectors=1)])
+    rows = server.cohort_rows([host])
+    assert [(row["model"], row["disks"], row["suspect"]) for row in rows] == [("MLC", 1, 1), ("QLC", 2, 0)]
+    assert rows[1]["wear_per_year"] == pytest.approx(1.0)
+
+
+# space traps
+
+
+@pytest.mark.parametrize(("block", "ashift", "width", "parity", "least", "most"), [
+    (8192, 12, 6, 2, 0.3, 0.6),        # the well known trap: 8K on raidz2 with 4K sectors
+    (65536, 12, 6, 2, 0.0, 0.12),
+    (8192, 12, 2, 1, 0.0, 0.05),       # a raidz1 of two is a mirror
+])
+def test_padding_of_a_zvol(block: int, ashift: int, width: int, parity: int, least: float, most: float) -> None:
+    assert least <= server.padding_ratio(block, ashift, width, parity) <= most
+
+
+def traps(sim: Simulation, **sections: Any) -> list[str]:
+    return [row["trap"] for row in server.space_traps(state(sim, **sections))]
+
+
+def test_padding_is_told_only_where_block_and_sectors_are_known(sim: Simulation) -> None:
+    six = pool(vdev("raidz2", *(leaf(name) for name in "abcdef")), ashift=12)
+    volume = {"name": "tank/vm-104-disk-0", "type": "volume", "vmid": 104, "used_by_dataset_bytes": 100 * GIB,
+              "volblock_bytes": 8192}
+    assert traps(sim, pools=[six], datasets=[volume]) == ["padding"]
+    sim.now += 60
+    assert traps(sim, pools=[{**six, "ashift": None}], datasets=[volume]) == []
+
+
+def test_a_thick_volume_a_clone_and_an_orphan(sim: Simulation) -> None:
+    thick = {"name": "rpool/a", "type": "volume", "refreservation_bytes": 50 * GIB, "used_by_dataset_bytes": GIB}
+    clone = {"name": "rpool/b", "type": "volume", "origin": "rpool/base@x"}
+    orphan = {"name": "rpool/vm-999-disk-0", "type": "volume", "vmid": 999, "used_bytes": GIB}
+    assert traps(sim, datasets=[thick, clone, orphan]) == ["refreservation", "clone", "orphan"]
+    sim.now += 60
+    assert traps(sim, datasets=[orphan], guests=None, errors={"guests": {"code": "stale"}}) == ["orphan"]
+    sim.now += 60
+    assert traps(sim, datasets=[orphan], cluster={"name": "c", "members": []}) == []      # may be a replica
+
+
+# chronicle: what a report tells beyond the one before
+
+
+def chronicle(sim: Simulation, before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str]]:
+    host = state(sim, **before)
+    return [(kind, message) for _, kind, _, message in server.chronicle(host, {"time": sim.now, **after}, sim.now)]
+
+
+@pytest.mark.parametrize(("before", "after", "kind", "word"), [
+    ({"node": {"boot_id": "a"}}, {"node": {"boot_id": "b", "kernel": "6.14"}}, "reboot", "6.14"),
+    ({"versions": {"pve": "8.4"}}, {"versions": {"pve": "9.1"}}, "update", "8.4 → 9.1"),
+    ({"guests": [guest()]}, {"guests": [guest(status="stopped")]}, "guest", "running → stopped"),
+    ({"guests": [guest()]}, {"guests": []}, "guest", "is gone"),
+    ({}, {"tasks": [{"type": "vzdump", "vmid": "104", "user": "root@pam", "ended_at": START, "status": "OK"}]}, "task",
+     "vzdump of 104 by root@pam: OK"),
+    ({"pools": [pool()]}, {"pools": [pool(last_scrub={"ended_at": START, "duration_seconds": 7200})]}, "scrub", "2 h"),
+])
+def test_a_change_is_told(sim: Simulation, before: Any, after: Any, kind: str, word: str) -> None:
+    told = chronicle(sim, before, after)
+    assert [entry[0] for entry in told] == [kind] and word in told[0][1]
+
+
+def test_the_first_report_is_no_change(sim: Simulation) -> None:
+    assert chronicle(sim, {"guests": None}, {"node": {"boot_id": "b"}, "versions": {"pve": "9"}, "guests": [guest()],
+                                             "pools": [pool(last_scrub={"ended_at": START})]}) == []
