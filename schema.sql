@@ -314,3 +314,76 @@ DELETE FROM session;
 ALTER TABLE session DROP COLUMN user;
 ALTER TABLE event DROP COLUMN address;
 ALTER TABLE event DROP COLUMN "by";
+
+-- +migrate Up
+-- What each channel was told of an alert, instead of what anybody was: JSON {channel: [severity, at]}. Of a resolved
+-- one: who has still to be told that it is over.
+ALTER TABLE alert ADD COLUMN told TEXT NOT NULL DEFAULT '{}';
+DELETE FROM notification WHERE message_id IS NULL AND not_before > created_at AND body ->> '$.kind' <> 'resolved';
+UPDATE alert SET told = (
+    SELECT json_group_object(channel, json_array(severity, at)) FROM (
+        SELECT channel, body ->> '$.severity' AS severity, max(created_at) AS at FROM notification
+        WHERE alert_id = alert.id AND body ->> '$.kind' <> 'resolved' GROUP BY channel))
+WHERE told_severity IS NOT NULL AND state <> 'resolved';
+ALTER TABLE alert DROP COLUMN told_severity;
+ALTER TABLE alert DROP COLUMN told_at;
+CREATE INDEX alert_untold_end ON alert (ifnull(host_id, 0)) WHERE state = 'resolved' AND told <> '{}';
+DROP INDEX notification_waiting;
+ALTER TABLE notification DROP COLUMN not_before;
+CREATE INDEX notification_waiting ON notification (channel) WHERE message_id IS NULL;
+CREATE INDEX notification_message ON notification (message_id);
+CREATE INDEX message_made ON message (channel, created_at);
+
+-- +migrate Down
+DROP INDEX message_made;
+DROP INDEX notification_message;
+CREATE TABLE notification_kept AS SELECT * FROM notification;
+DROP TABLE notification;
+CREATE TABLE notification (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    channel    TEXT NOT NULL,
+    alert_id   INTEGER,
+    body       TEXT NOT NULL,                             -- JSON: kind, what, where, since, why, what to do, link
+    created_at REAL NOT NULL,
+    not_before REAL NOT NULL,
+    message_id TEXT                                       -- NULL: waits; '-': over before it was told
+) STRICT;
+INSERT INTO notification SELECT id, channel, alert_id, body, created_at, created_at, message_id FROM notification_kept;
+DROP TABLE notification_kept;
+CREATE INDEX notification_waiting ON notification (channel, not_before) WHERE message_id IS NULL;
+CREATE TABLE alert_kept AS SELECT * FROM alert;
+DROP TABLE alert;
+CREATE TABLE alert (
+    id                    INTEGER PRIMARY KEY AUTOINCREMENT,
+    rule                  TEXT NOT NULL,
+    host_id               INTEGER REFERENCES host(id) ON DELETE CASCADE,  -- NULL: of a cluster, a site, the server
+    object                TEXT NOT NULL,                  -- '' = the host itself
+    severity              TEXT NOT NULL,
+    state                 TEXT NOT NULL,
+    message               TEXT NOT NULL,
+    value                 REAL,
+    since                 REAL NOT NULL,                  -- when the condition was first seen
+    worse_since           REAL,                           -- when it was first seen to be critical
+    fired_at              REAL,
+    resolved_at           REAL,
+    because_of            INTEGER,
+    acknowledged_at       REAL,
+    acknowledged_by       TEXT,
+    acknowledged_until    REAL,
+    acknowledged_note     TEXT,
+    acknowledged_severity TEXT,                           -- it holds until the alert is worse than this
+    acknowledged_value    REAL,                           -- or its value is, for rules that say so
+    told_severity         TEXT,                           -- what people were last told of it; NULL: nothing yet
+    told_at               REAL,
+    CHECK (severity IN ('info', 'warning', 'critical')),
+    CHECK (state IN ('pending', 'firing', 'resolved'))
+) STRICT;
+INSERT INTO alert
+    SELECT id, rule, host_id, object, severity, state, message, value, since, worse_since, fired_at, resolved_at,
+           because_of, acknowledged_at, acknowledged_by, acknowledged_until, acknowledged_note, acknowledged_severity,
+           acknowledged_value,
+           iif(told <> '{}' AND state <> 'resolved', severity, NULL), (SELECT max(value ->> '$[1]') FROM json_each(told))
+    FROM alert_kept;
+DROP TABLE alert_kept;
+CREATE UNIQUE INDEX alert_open ON alert (ifnull(host_id, 0), rule, object) WHERE state <> 'resolved';
+CREATE INDEX alert_resolved ON alert (resolved_at) WHERE state = 'resolved';

@@ -161,6 +161,7 @@ def checked(given: Any, spec: Any, path: Path = ()) -> Any:
         {"name": spec, "port?": spec}      a table (JSON: object) of these fields and no others; one with `?` may be
                                            missing or null and is left out then; "*" is the spec of all other fields
         function                           gives back the value as it is used from then on, or raises ValueError(why)
+                                           or a Mistake of its own
     """
     if isinstance(spec, dict):
         return checked_table(given, spec, path)
@@ -174,6 +175,8 @@ def checked(given: Any, spec: Any, path: Path = ()) -> Any:
         return checked_value(given, *(spec if isinstance(spec, tuple) else (spec,)), path=path)
     try:
         return spec(given)
+    except Mistake as mistake:
+        raise Mistake((*path, *mistake.path), mistake.reason) from None
     except ValueError as error:
         raise Mistake(path, str(error)) from None
 
@@ -1462,7 +1465,7 @@ class Alert:
 
     __slots__ = ("id", "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at",
                  "resolved_at", "because_of", "acknowledged_at", "acknowledged_by", "acknowledged_until",
-                 "acknowledged_note", "acknowledged_severity", "acknowledged_value", "told_severity", "told_at")
+                 "acknowledged_note", "acknowledged_severity", "acknowledged_value", "told")
 
     def __init__(self, object: str, severity: str, message: str, value: float | None, since: float, **fields: Any):
         self.object, self.severity, self.message, self.value, self.since = object, severity, message, value, since
@@ -1479,8 +1482,7 @@ class Alert:
         self.acknowledged_note: str | None = fields.get("acknowledged_note")
         self.acknowledged_severity: str | None = fields.get("acknowledged_severity")
         self.acknowledged_value: float | None = fields.get("acknowledged_value")
-        self.told_severity: str | None = fields.get("told_severity")
-        self.told_at: float | None = fields.get("told_at")
+        self.told: dict[str, tuple[str, float]] = fields.get("told", {})  # by channel: as how severe, and when
 
     def changed(self, **fields: Any) -> Alert:
         """A copy with some fields changed; the same alert if nothing does."""
@@ -1502,6 +1504,7 @@ class HostState:
         self.memory: dict[str, Any] = {}  # what rules remember, kept in the database
         self.memory_changed = False
         self.scratch: dict[str, Any] = {}  # what they remember until the next start
+        self.over: dict[int, Alert] = {}  # ended alerts, by id, whose end somebody has still to be told
         self.limits: tuple[Any, dict[str, Any]] | None = None
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
@@ -1588,6 +1591,7 @@ class Shared:
         self.memory: dict[str, Any] = {}
         self.memory_changed = False
         self.scratch: dict[str, Any] = {"views": {}, "silent": {}, "concerns": {}}
+        self.over: dict[int, Alert] = {}
         self.limits: tuple[Any, dict[str, Any]] | None = None
         self.sections: dict[str, Section] = {}
 
@@ -1611,7 +1615,8 @@ class Fleet:
         self.channels: list[Channel] = []
         self.silences: list[dict[str, Any]] = []
         self.told_at: float | None = None  # when a channel last took a message
-        self.outbox_changed = threading.Event()
+        self.outbox_changed: Callable[[str], None] = lambda channel: None  # something was queued for it
+        self.freed: dict[int, float] = {}  # alerts whose cause has just ended, and when: they may be about to end too
         self.public_url = ""
         self.certificate_ends_at: float | None = None  # of this server itself
 
@@ -1702,9 +1707,17 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
 def load_alerts(db: sqlite3.Connection, state: HostState | Shared) -> None:
     owner = {"id": state.id or 0}
     rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state <> 'resolved'", owner)
-    state.alerts = {(row["rule"], row["object"]): Alert(**{key: row[key] for key in Alert.__slots__}) for row in rows}
+    state.alerts = {(row["rule"], row["object"]): read_alert(row) for row in rows}
+    rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state = 'resolved' AND told <> '{}'",
+                      owner)
+    state.over = {row["id"]: read_alert(row) for row in rows}
     memory = db.execute("SELECT memory FROM rule_memory WHERE host_id = :id", {"id": state.id or 0}).fetchone()
     state.memory = json.loads(memory[0]) if memory else {}
+
+
+def read_alert(row: sqlite3.Row) -> Alert:
+    told = {channel: (severity, at) for channel, (severity, at) in json.loads(row["told"]).items()}
+    return Alert(**{**{key: row[key] for key in Alert.__slots__}, "told": told})
 
 
 def worst_alert(alerts: Iterable[Alert]) -> tuple[str | None, str]:
@@ -2732,7 +2745,8 @@ def evaluate(limits: Limits, alert: Alert | None, reading: Reading, now: float) 
     new = old.changed(severity=severity, message=reading.message, value=reading.value, worse_since=worse_since,
                       state="firing" if fires else "pending", fired_at=old.fired_at or (now if fires else None))
     if new.acknowledged_at is not None and is_worse(new, limits):
-        new = new.changed(**NOT_ACKNOWLEDGED, told_severity=None)
+        told = {channel: ("", at) for channel, (_, at) in new.told.items()}  # of it, but of nothing as bad as this
+        new = new.changed(**NOT_ACKNOWLEDGED, told=told)
     return new
 
 
@@ -4669,8 +4683,6 @@ class Layers:
     """The thresholds as set: [rules.NAME], [tags.TAG.rules.NAME], [hosts.HOST.rules.NAME], and for single objects
     [objects."pools/tank".rules.NAME] and [hosts.HOST.objects."pools/tank".rules.NAME]."""
 
-    FIELDS = ("enabled", "warn", "crit", "clear_by", "hold_seconds", "hold_crit_seconds")
-
     def __init__(self, document: dict[str, Any] | None = None):
         document = document or {}
         self.fleet: dict[str, Any] = document.get("rules", {})
@@ -4728,42 +4740,25 @@ def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
 
 def check_layers(document: dict[str, Any]) -> None:
     """`Mistake` unless every threshold is one of a rule that exists, and a number."""
-    check_rules(document.get("rules", {}), ("rules",))
-    for group in ("tags", "hosts", "objects"):
-        for name, one in expect_table(document.get(group, {}), (group,)).items():
-            expect_keys(one, ("rules", "objects") if group == "hosts" else ("rules",), (group, name))
-            check_rules(one.get("rules", {}), (group, name, "rules"))
-            for object, own in expect_table(one.get("objects", {}), (group, name, "objects")).items():
-                expect_keys(own, ("rules",), (group, name, "objects", object))
-                check_rules(own.get("rules", {}), (group, name, "objects", object, "rules"))
+    rules = {"rules?": check_rules}
+    objects = {"*": rules}
+    layers = {"rules?": check_rules, "tags?": {"*": rules}, "hosts?": {"*": {**rules, "objects?": objects}},
+              "objects?": objects}
+    checked(document, {**layers, "*": lambda value: value})
 
 
-def check_rules(rules: Any, path: tuple[Any, ...]) -> None:
-    for name, given in expect_table(rules, path).items():
+LIMITS_FIELDS = {"enabled?": bool, "warn?": float, "crit?": float, "clear_by?": (float, 0, 1e15),
+                 "hold_seconds?": (float, 0, 1e9), "hold_crit_seconds?": (float, 0, 1e9)}
+
+
+def check_rules(rules: Any) -> None:
+    for name, given in checked(rules, dict).items():
         if name not in RULE:
-            raise Mistake((*path, name), f"there is no rule {name!r}; see docs/alerts.md")
-        expect_keys(given, Layers.FIELDS, (*path, name))
-        for key, value in given.items():
-            if key == "enabled":
-                if not isinstance(value, bool):
-                    raise Mistake((*path, name, key), "should be true or false")
-            elif not is_number(value) or (key != "warn" and key != "crit" and value < 0):
-                raise Mistake((*path, name, key), "should be a number")
-        warn, crit = given.get("warn", RULE[name].warn), given.get("crit", RULE[name].crit)
+            raise Mistake((name,), f"there is no rule {name!r}; see docs/alerts.md")
+        fields = checked(given, LIMITS_FIELDS, (name,))
+        warn, crit = fields.get("warn", RULE[name].warn), fields.get("crit", RULE[name].crit)
         if warn is not None and crit is not None and (warn < crit) == RULE[name].low and warn != crit:
-            raise Mistake((*path, name), f"warn {warn} is beyond crit {crit}")
-
-
-def expect_table(value: Any, path: tuple[Any, ...]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Mistake(path, "should be a table")
-    return value
-
-
-def expect_keys(value: Any, allowed: Iterable[str], path: tuple[Any, ...]) -> None:
-    for key in expect_table(value, path):
-        if key not in allowed:
-            raise Mistake((*path, key), f"unknown; here belong: {', '.join(allowed)}")
+            raise Mistake((name,), f"warn {warn} is beyond crit {crit}")
 
 
 # Judging and writing: by the writer, in the transaction of the report
@@ -4806,14 +4801,24 @@ def concerned_hosts(shared: Any) -> dict[int, list[Alert]]:
     return found
 
 
-def find_cause(fleet: Fleet, state: Any, alert: Alert) -> int | None:
-    """The open alert that this one follows from."""
+def find_causes(fleet: Fleet, state: Any, alert: Alert) -> list[Alert]:
+    """The open alerts that this one follows from: its cause, the cause of that one, and so on."""
+    found: list[Alert] = []
+    while (cause := find_cause(fleet, state, alert)) is not None and cause[1].state == "firing":
+        state, alert = cause
+        found.append(alert)
+    return found
+
+
+def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | None:
+    """The open alert that this one follows from at once, after whose it is."""
     kind, _, name = alert.object.partition("/")
     cause: Alert | None = None
     if alert.rule == "host-offline":
-        cause = next((one for one in fleet.concerned.get(state.id, ()) if one.rule == "site-offline"), None)
+        state, cause = fleet.shared, next((other for other in fleet.concerned.get(state.id, ())
+                                           if other.rule == "site-offline"), None)
     elif kind == "storages":
-        dataset = next((text(one, "dataset") for one in state.body("storages", ()) if one["storage"] == name), None)
+        dataset = next((text(row, "dataset") for row in state.body("storages", ()) if row["storage"] == name), None)
         cause = broken_pool(state, [pool_of(dataset)])
     elif kind == "guests" and alert.rule == "guest-down":
         cause = cause_of_guest(state, name)
@@ -4821,9 +4826,9 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> int | None:
         cause = broken_pool(state, [name.partition("/")[0]])
     elif kind == "replication":
         target = next((text(job, "target") for job in state.body("replication", ()) if job["id"] == name), None) or ""
-        other = next((one for one in fleet.hosts.values() if one.name.lower() == target.lower()), None)
-        cause = other.alerts.get(("host-offline", "")) if other else None
-    return cause.id if cause is not None and cause.state == "firing" and cause is not alert else None
+        state = fleet.names.get(target.lower())
+        cause = state.alerts.get(("host-offline", "")) if state else None
+    return None if cause is None else (state, cause)
 
 
 def broken_pool(state: Any, pools: Iterable[str | None]) -> Alert | None:
@@ -4850,15 +4855,14 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
         if old is not None and old.id is not None:
             db.execute("DELETE FROM alert WHERE id = :id", {"id": old.id})
         return
-    fields = {key: getattr(new, key) for key in ALERT_FIELDS}
-    for key in ("value", "acknowledged_value"):  # a counter of 64 bits is too much for an INTEGER of SQLite
-        fields[key] = None if fields[key] is None else float(fields[key])
     if new.id is None:
-        new.id = db.execute(INSERT_ALERT, {**fields, "host_id": state.id}).lastrowid
-    elif old is None or any(getattr(old, key) != fields[key] for key in ALERT_FIELDS):
-        db.execute(UPDATE_ALERT, {**fields, "id": new.id})
-    if new.state == "resolved" and new.told_severity is not None:
-        state.scratch.setdefault("over", []).append(new)
+        new.id = db.execute(INSERT_ALERT, {**alert_columns(new), "host_id": state.id}).lastrowid
+    elif old is None or alert_columns(old) != alert_columns(new):
+        db.execute(UPDATE_ALERT, {**alert_columns(new), "id": new.id})
+    if new.state == "resolved" and new.id is not None:
+        state.over.pop(new.id, None)
+        if new.told:
+            state.over[new.id] = new
     if new.state != "pending" and (old is None or (old.state, old.severity) != (new.state, new.severity)):
         message = new.message if new.state == "firing" else f"Over: {new.message}"
         insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None)
@@ -4868,8 +4872,18 @@ ALERT_FIELDS = (
     "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at", "resolved_at",
     "because_of",
     "acknowledged_at", "acknowledged_by", "acknowledged_until", "acknowledged_note", "acknowledged_severity",
-    "acknowledged_value", "told_severity", "told_at",
+    "acknowledged_value", "told",
 )
+
+
+def alert_columns(alert: Alert) -> dict[str, Any]:
+    """An alert as its row has it. A counter of 64 bits is too much for an INTEGER of SQLite."""
+    fields = {key: getattr(alert, key) for key in ALERT_FIELDS}
+    for key in ("value", "acknowledged_value"):
+        fields[key] = None if fields[key] is None else float(fields[key])
+    return {**fields, "told": json.dumps(alert.told, separators=(",", ":"))}
+
+
 INSERT_ALERT = (f"INSERT INTO alert (host_id, {', '.join(ALERT_FIELDS)}) "
                 f"VALUES (:host_id, {', '.join(':' + key for key in ALERT_FIELDS)})")
 UPDATE_ALERT = f"UPDATE alert SET {', '.join(f'{key} = :{key}' for key in ALERT_FIELDS)} WHERE id = :id"
@@ -4888,7 +4902,7 @@ def update_alert(db: sqlite3.Connection, fleet: Fleet, alert_id: int, **fields: 
     state.alerts = {**state.alerts, (new.rule, new.object): new}
     if state is fleet.shared:
         fleet.concerned = concerned_hosts(state)
-    db.execute(UPDATE_ALERT, {**{key: getattr(new, key) for key in ALERT_FIELDS}, "id": new.id})
+    db.execute(UPDATE_ALERT, {**alert_columns(new), "id": new.id})
     fleet.generation += 1
     return new
 
@@ -4999,25 +5013,30 @@ def forget_backlog(state: HostState, now: float) -> None:
 
 # --- notifications: what is told, through which channel, and until it has arrived ---
 #
-# A change of an alert becomes a `notification` row per channel, in the same transaction. A channel's thread makes a
-# `message` of what waits (grouped, at most 20 an hour), writes it down, sends it, and writes down that it was sent:
-# a crash at any point loses nothing, and what is sent twice has the same id.
+# What a channel was told of an alert is kept with the alert (`told`). Whenever alerts are judged, dispatch() holds what
+# is there against what each channel was told, and the difference becomes a `notification` row for it, in the same
+# transaction. A channel's loop makes a `message` of what waits, writes it down, sends it, and writes down that it was
+# sent: a crash at any point loses nothing, and what is sent twice has the same id. docs/alerts.md has the table of who
+# hears what, and when.
 
-GROUP_SECONDS, HOURLY_LIMIT = 30, 20
+GROUP_SECONDS = 30  # between two messages of a channel
+MESSAGES_AT_ONCE, MESSAGE_EVERY = 20, 3 * MINUTE  # so many when it was quiet for an hour, then one each 3 minutes
+HOST_ITEMS, HOST_ITEMS_HOURLY = 5, 20  # of one host in a message at least, and in an hour; the rest is one line
+ITEMS_SHOWN = 20
 BACKOFF = (5, 10, 30, 60, 120, 300)  # seconds before the next try; the last one from then on
 GIVE_UP_SECONDS = DAY
-REFUSED_LIMIT = 5  # tries of a message that the far end calls wrong (400, 413, 422)
+REFUSED_TRIES, FORBIDDEN_TRIES = 3, 6  # of a message that the far end finds fault with, or may have (HTTP 403)
 SEND_TIMEOUT = 10
-ITEMS_SHOWN = 20
 REMINDER_SECONDS = DAY
+AFTER_CAUSE_SECONDS = MINUTE  # what followed from a cause that is over gets this long to be over too
 
 
 class Undelivered(Exception):
-    """A message was not taken. `refused`: the far end finds fault with the message itself."""
+    """A message was not taken. `tries`: after how many the message itself is held to be the reason; None: never."""
 
-    def __init__(self, detail: str, *, refused: bool = False):
+    def __init__(self, detail: str, *, tries: int | None = None):
         super().__init__(detail)
-        self.refused = refused
+        self.tries = tries
 
 
 class Quiet(NamedTuple):
@@ -5027,14 +5046,12 @@ class Quiet(NamedTuple):
     end: int
     severities: frozenset[str]
 
-    def until(self, severity: str, now: float) -> float:
-        """When this may be told: now, or at the end of the quiet hours."""
+    def holds(self, severity: str, now: float) -> bool:
+        """Whether this has to wait now."""
         local = time.localtime(now)
         minute = local.tm_hour * 60 + local.tm_min
         inside = self.begin <= minute < self.end if self.begin < self.end else not self.end <= minute < self.begin
-        if severity not in self.severities or not inside or self.begin == self.end:
-            return now
-        return now + ((self.end - minute) % 1440) * MINUTE - local.tm_sec
+        return severity in self.severities and inside and self.begin != self.end
 
 
 class Channel(NamedTuple):
@@ -5049,11 +5066,14 @@ class Channel(NamedTuple):
     reminders: bool
     recoveries: bool
 
-    def wants(self, state: Any, rule: str, severity: str) -> bool:
-        """Whether it is to hear of an alert."""
-        have = {"sites": {(state.site or "").lower()}, "hosts": {(state.name or "").lower()}, "rules": {rule},
-                "tags": {tag.lower() for tag in state.tags}}
-        return severity in self.severities and all(have[key] & wanted for key, wanted in self.only.items())
+    def wants(self, fleet: Fleet, state: Any, alert: Alert) -> bool:
+        """Whether it is to hear of an alert, as severe as it is now."""
+        if alert.severity not in self.severities:
+            return False
+        return all(wanted & routed_by(fleet, state, alert, key) for key, wanted in self.only.items())
+
+    def is_quiet(self, severity: str, now: float) -> bool:
+        return self.quiet is not None and self.quiet.holds(severity, now)
 
 
 class Digest(NamedTuple):
@@ -5113,145 +5133,113 @@ def parse_settings(source: str) -> Settings:
         raise BadSettings(line, f"{where}: {mistake.reason}") from None
 
 
+def line_of(source: str, path: Path) -> int:
+    """The line of a TOML file that names the last step of a path; steps that it does not name are passed over."""
+    start, end = 0, len(source)
+    for step in path:
+        if isinstance(step, int):  # of several [[channels]]
+            tables = [found.start() for found in re.finditer(r"(?m)^\s*\[\[", source)]
+            start, end = (*tables, end, end)[step:step + 2] if step < len(tables) else (start, end)
+            continue
+        named = re.compile(rf"(?m)^[^#\n]*?(?<![\w-]){re.escape(str(step))}(?![\w-])").search(source, start, end)
+        start = named.start() if named else start
+    return source.count("\n", 0, start + len(source[start:]) - len(source[start:].lstrip())) + 1
+
+
 def build_settings(document: dict[str, Any]) -> Settings:
-    expect_keys(document, ("rules", "tags", "hosts", "objects", "channels", "digest"), ())
+    tables = checked(document, {"rules?": dict, "tags?": dict, "hosts?": dict, "objects?": dict,
+                                "channels?": list, "digest?": dict})
     check_layers(document)
-    channels = document.get("channels", [])
-    if not isinstance(channels, list):
-        raise Mistake(("channels",), "write [[channels]], with two brackets")
-    built = [build_channel(one, ("channels", number)) for number, one in enumerate(channels)]
-    for number, channel in enumerate(built):
-        if channel.name in [other.name for other in built[:number]]:
-            raise Mistake(("channels", number, "name"), f"there is another channel {channel.name!r}")
-    digest = document.get("digest")
-    return Settings(Layers(document), built, None if digest is None else build_digest(digest, built))
-
-
-COMMON: dict[str, type] = {"name": str, "kind": str, "severities": list, "sites": list, "tags": list, "hosts": list,
-                           "rules": list,
-          "quiet": dict, "reminders": bool, "recoveries": bool}
+    channels: list[Channel] = []
+    for place, given in enumerate(tables.get("channels", ())):
+        channels.append(build_channel(given, ("channels", place)))
+        if channels[-1].name in [other.name for other in channels[:-1]]:
+            raise Mistake(("channels", place, "name"), f"there is another channel {channels[-1].name!r}")
+    digest = None
+    if "digest" in tables:
+        names = tuple(channel.name for channel in channels) or ("",)
+        given = checked(tables["digest"], {"weekday?": weekday_of, "at?": minute_of, "channels?": [names]}, ("digest",))
+        chosen = frozenset(given["channels"]) if "channels" in given else None
+        digest = Digest(given.get("weekday", 0), given.get("at", 8 * 60), chosen)
+    return Settings(Layers(document), channels, digest)
 
 
 def build_channel(given: Any, path: Path) -> Channel:
     """`Mistake` unless this is a channel of a known kind with what that needs."""
-    kind = expect_table(given, path).get("kind")
-    if kind not in KINDS:
-        raise Mistake((*path, "kind"), f"one of: {', '.join(KINDS)}")
-    fields: dict[str, type] = {**COMMON, **KINDS[kind].required, **KINDS[kind].optional}
-    expect_keys(given, fields, path)
-    needed: tuple[str, ...] = ("name", *KINDS[kind].required)
-    for key in needed:
-        if key not in given:
-            raise Mistake((*path, key), f"a channel of kind {kind} needs {key}")
-    for key, value in given.items():
-        texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
-        if type(value) is not fields[key] or not texts:
-            raise Mistake((*path, key), f"should be {TOML_WORDS[fields[key]]}")
-    if not HOST_NAME.fullmatch(given["name"]):
-        raise Mistake((*path, "name"), "1-63 of a-z A-Z 0-9 . _ -")
-    for key in ("url", "secret", "security"):
-        check_option(given, key, path)
-    severities = checked_severities(given.get("severities", ["critical", "warning"]), (*path, "severities"))
-    only = {key: frozenset(one.lower() for one in given[key]) for key in ("sites", "tags", "hosts", "rules")
-            if given.get(key)}
-    for rule in only.get("rules", ()):
-        if rule not in RULE:
-            raise Mistake((*path, "rules"), f"there is no rule {rule!r}")
-    quiet = build_quiet(given["quiet"], (*path, "quiet")) if "quiet" in given else None
-    options = {key: value for key, value in given.items() if key not in COMMON}
-    return Channel(given["name"], kind, options, severities, only, quiet, given.get("reminders", True),
-                   given.get("recoveries", True))
+    kind = checked(given, {"kind": tuple(KINDS), "*": lambda value: value}, path)["kind"]
+    fields = checked(given, {**CHANNEL_FIELDS, **KINDS[kind].fields}, path)
+    if fields.get("security") == "plain" and fields["host"] not in ("localhost", "127.0.0.1", "::1"):
+        raise Mistake((*path, "security"), "plain only to this machine: mails would travel in the open")
+    only = {key: frozenset(name.lower() for name in fields[key]) for key in ("sites", "tags", "hosts", "rules")
+            if fields.get(key)}
+    quiet = fields.get("quiet")
+    if quiet is not None:
+        quiet = Quiet(quiet["from"], quiet["to"], frozenset(quiet.get("severities", ["warning"])))
+    return Channel(fields["name"], kind, {key: value for key, value in fields.items() if key in KINDS[kind].options},
+                   frozenset(fields.get("severities", ["critical", "warning"])), only, quiet,
+                   fields.get("reminders", True), fields.get("recoveries", True))
 
 
-TOML_WORDS: dict[type, str] = {str: "text", list: "a list of texts", bool: "true or false", int: "a whole number",
-                               dict: "a table"}
+def channel_name(value: Any) -> str:
+    if not isinstance(value, str) or not HOST_NAME.fullmatch(value):
+        raise ValueError("should be 1-63 of a-z A-Z 0-9 . _ -")
+    return value
 
 
-def check_option(given: dict[str, Any], key: str, path: Path) -> None:
-    value = given.get(key)
-    if value is None:
-        return
-    if key == "url" and (urllib.parse.urlsplit(value).scheme not in ("http", "https")
-                         or not urllib.parse.urlsplit(value).hostname):
-        raise Mistake((*path, key), "should be an http(s) address")
-    if key == "secret":
-        try:
-            base64.b64decode(value.removeprefix("whsec_"), validate=True)
-        except ValueError:
-            raise Mistake((*path, key), "should be whsec_ and base64, as Standard Webhooks has it") from None
-    if key == "security":
-        if value not in ("starttls", "tls", "plain"):
-            raise Mistake((*path, key), "one of: starttls, tls, plain")
-        if value == "plain" and given.get("host") not in ("localhost", "127.0.0.1", "::1"):
-            raise Mistake((*path, key), "plain only to this machine: mails would travel in the open")
+def rule_name(value: Any) -> str:
+    if value not in list(RULE):
+        raise ValueError(f"there is no rule {value!r}; see docs/alerts.md")
+    return str(value)
 
 
-def checked_severities(given: list[str], path: Path) -> frozenset[str]:
-    for one in given:
-        if one not in SEVERITIES:
-            raise Mistake(path, f"of: {', '.join(SEVERITIES)}")
-    return frozenset(given)
-
-
-def build_quiet(given: dict[str, Any], path: Path) -> Quiet:
-    expect_keys(given, ("from", "to", "severities"), path)
-    severities = given.get("severities", ["warning"])
-    if not isinstance(severities, list):
-        raise Mistake((*path, "severities"), "should be a list of texts")
-    return Quiet(minute_of(given.get("from"), (*path, "from")), minute_of(given.get("to"), (*path, "to")),
-                 checked_severities(severities, (*path, "severities")))
-
-
-def minute_of(clock: Any, path: Path) -> int:
+def minute_of(value: Any) -> int:
     """'22:30' -> 1350"""
-    found = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock) if isinstance(clock, str) else None
+    found = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", value) if isinstance(value, str) else None
     if found is None:
-        raise Mistake(path, 'should be a time like "22:30"')
+        raise ValueError('should be a time like "22:30"')
     return int(found[1]) * 60 + int(found[2])
 
 
-def build_digest(given: Any, channels: list[Channel]) -> Digest:
-    expect_keys(given, ("weekday", "at", "channels"), ("digest",))
-    weekday = str(given.get("weekday", "mon")).lower()[:3]
-    if weekday not in WEEKDAYS:
-        raise Mistake(("digest", "weekday"), f"one of: {', '.join(WEEKDAYS)}")
-    names = given.get("channels")
-    for name in names if isinstance(names, list) else ():
-        if name not in [channel.name for channel in channels]:
-            raise Mistake(("digest", "channels"), f"there is no channel {name!r}")
-    return Digest(WEEKDAYS.index(weekday), minute_of(given.get("at", "08:00"), ("digest", "at")),
-                  frozenset(names) if isinstance(names, list) else None)
+def weekday_of(value: Any) -> int:
+    """'Monday' -> 0"""
+    if str(value).lower()[:3] not in WEEKDAYS:
+        raise ValueError(f"should be one of: {', '.join(WEEKDAYS)}")
+    return WEEKDAYS.index(str(value).lower()[:3])
 
 
-def line_of(source: str, path: Path) -> int:
-    """The line of a TOML file that comes nearest to a key."""
-    here: Path = ()
-    best, depth, tables = 1, 0, 0
-    for count, line in enumerate(source.splitlines(), 1):
-        bare = line.strip()
-        try:
-            if bare.startswith("[["):
-                here, tables = (*key_path(tomllib.loads(bare)), tables), tables + 1
-                found = here
-            elif bare.startswith("["):
-                found = here = key_path(tomllib.loads(bare))
-            elif "=" in bare and not bare.startswith("#"):
-                found = (*here, *key_path(tomllib.loads(bare.partition("=")[0] + "= 0")))
-            else:
-                continue
-        except tomllib.TOMLDecodeError:
-            continue
-        if len(found) > depth and found == path[:len(found)]:
-            best, depth = count, len(found)
-    return best
+def http_url(value: Any) -> str:
+    if not (isinstance(value, str) and is_http_address(value) and re.fullmatch(r"[!-~]+", value)):
+        raise ValueError("should be an http(s) address")
+    return value
 
 
-def key_path(document: Any) -> Path:
-    """{'a': {'b': {}}} -> ('a', 'b')"""
-    if isinstance(document, dict) and document:
-        key, value = next(iter(document.items()))
-        return (key, *key_path(value))
-    return ()
+def mail_address(value: Any) -> str:
+    """An address as a header takes it, with or without a name: 'Ops <ops@example.com>'."""
+    if not (isinstance(value, str) and value.isprintable() and email.utils.parseaddr(value)[1].isascii()
+            and email.utils.parseaddr(value)[1]):
+        raise ValueError("should be a mail address")
+    return value
+
+
+def mail_addresses(value: Any) -> list[str]:
+    if not value:
+        raise ValueError("should be a list of mail addresses")
+    return [mail_address(item) for item in checked(value, [str])]
+
+
+def webhook_key(value: Any) -> bytes:
+    """'whsec_…' -> the key itself"""
+    try:
+        return base64.b64decode(checked(value, str).removeprefix("whsec_"), validate=True)
+    except ValueError:
+        raise ValueError("should be whsec_ and base64, as Standard Webhooks has it") from None
+
+
+CHANNEL_FIELDS: dict[str, Any] = {
+    "name": channel_name, "kind": str, "severities?": [SEVERITIES], "sites?": [str], "tags?": [str], "hosts?": [str],
+    "rules?": [rule_name], "quiet?": {"from": minute_of, "to": minute_of, "severities?": [SEVERITIES]},
+    "reminders?": bool, "recoveries?": bool,
+}
 
 
 # What is told: from alerts to notifications
@@ -5268,7 +5256,7 @@ def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any],
     what = ", ".join(f"{key} {fields[key]}" for key in SILENCE_MATCHERS if fields[key])
     insert_event(db, now, "silence-created", f"{by} silenced {what}", host=fields["host"], object=fields["object"])
     fleet.generation += 1
-    return next(one for one in fleet.silences if one["id"] == made)
+    return next(silence for silence in fleet.silences if silence["id"] == made)
 
 
 def delete_silence(db: sqlite3.Connection, fleet: Fleet, silence_id: str, now: float, *, by: str) -> None:
@@ -5280,124 +5268,173 @@ def delete_silence(db: sqlite3.Connection, fleet: Fleet, silence_id: str, now: f
     fleet.generation += 1
 
 
+def concerned_by(fleet: Fleet, state: Any, alert: Alert) -> list[HostState]:
+    """The hosts that an alert is about: its own, or those that a shared one concerns (a cluster's, a site's)."""
+    if state is not fleet.shared:
+        return [state]
+    concerned = state.scratch["concerns"].get(alert.object, ())
+    return [fleet.hosts[host_id] for host_id in concerned if host_id in fleet.hosts]
+
+
+def routed_by(fleet: Fleet, state: Any, alert: Alert, key: str) -> set[str]:
+    """What an alert has under `key` (sites, tags, hosts, rules), in lower case."""
+    if key == "rules":
+        return {alert.rule}
+    hosts = concerned_by(fleet, state, alert)
+    if key == "tags":
+        return guest_tags(state, alert).union(*({tag.lower() for tag in host.tags} for host in hosts))
+    return {((host.site if key == "sites" else host.name) or "").lower() for host in hosts}
+
+
+def guest_tags(state: Any, alert: Alert) -> set[str]:
+    """The tags of the guest that an alert is about."""
+    kind, _, vmid = alert.object.partition("/")
+    guests = state.body("guests", ()) if kind == "guests" else ()
+    return set().union(*(tags_of(guest) for guest in guests if str(guest["vmid"]) == vmid))
+
+
 def is_silenced(fleet: Fleet, state: Any, alert: Alert, now: float) -> bool:
-    """Whether a silence or a maintenance window covers an alert."""
-    if state.maintenance_until and state.maintenance_until > now:
+    """Whether a silence covers an alert, or maintenance all hosts that it is about."""
+    hosts = concerned_by(fleet, state, alert)
+    if hosts and all((host.maintenance_until or 0) > now for host in hosts):
         return True
-    return any(one["until"] > now and silence_fits(one, state, alert) for one in fleet.silences)
+    return any(silence["until"] > now and silence_fits(silence, fleet, state, alert) for silence in fleet.silences)
 
 
-def silence_fits(silence: dict[str, Any], state: Any, alert: Alert) -> bool:
-    """All that a silence names has to fit; a guest's own tags count as well as its host's."""
+def silence_fits(silence: dict[str, Any], fleet: Fleet, state: Any, alert: Alert) -> bool:
+    """All that a silence names has to fit, and fit all hosts that the alert is about; a guest's own tags count as well
+    as its host's."""
     if silence["rule"] and silence["rule"] != alert.rule:
-        return False
-    if silence["host"] and silence["host"].lower() != (state.name or "").lower():
-        return False
-    own_site = state.site or (alert.object.partition("/")[2] if alert.object.startswith("sites/") else "")
-    if silence["site"] and silence["site"].lower() != own_site.lower():
         return False
     if silence["object"] and not (alert.object + "/").startswith(silence["object"] + "/"):
         return False
-    return not silence["tag"] or silence["tag"].lower() in alert_tags(state, alert)
+    hosts = concerned_by(fleet, state, alert)
+    name, site, tag = ((silence[key] or "").lower() for key in ("host", "site", "tag"))
+    if name and not (hosts and all(host.name.lower() == name for host in hosts)):
+        return False
+    if site and alert.object.lower() != f"sites/{site}" and not (
+            hosts and all((host.site or "").lower() == site for host in hosts)):
+        return False
+    return not tag or tag in guest_tags(state, alert) or bool(hosts) and all(
+        tag in [own.lower() for own in host.tags] for host in hosts)
 
 
-def alert_tags(state: Any, alert: Alert) -> set[str]:
-    tags = {tag.lower() for tag in state.tags}
-    kind, _, vmid = alert.object.partition("/")
-    if kind == "guests":
-        for guest in state.body("guests", ()):
-            if str(guest["vmid"]) == vmid:
-                tags.update(tags_of(guest))
-    return tags
+CAUSES = ("site-offline", "host-offline", "pool-state", "pool-vanished", "storage-inactive")  # told before what follows
 
 
 def dispatch(db: sqlite3.Connection, fleet: Fleet, states: Iterable[Any], now: float) -> None:
     """Queue what people have to be told of the alerts as they are now. Looking at the state, not at its changes,
-    makes the end of a silence, of a maintenance window or of a cause bring the news that was held back."""
+    makes the end of a silence, of quiet hours or of a cause bring the news that was held back."""
+    states = list(states)
+    fleet.freed = {alert_id: at for alert_id, at in fleet.freed.items() if 0 <= now - at < AFTER_CAUSE_SECONDS}
+    firing = [(state, alert) for state in states for alert in state.alerts.values() if alert.state == "firing"]
+    firing.sort(key=lambda pair: CAUSES.index(pair[1].rule) if pair[1].rule in CAUSES else len(CAUSES))
+    for state, alert in firing:
+        tell(db, fleet, state, alert, now)
     for state in states:
-        for alert in list(state.alerts.values()):
-            if alert.state == "firing":
-                tell(db, fleet, state, alert, now)
-        for alert in state.scratch.pop("over", ()):
-            if not is_silenced(fleet, state, alert, now):
-                queue_notification(db, fleet, state, alert, "resolved", now)
+        for alert in list(state.over.values()):
+            tell_end(db, fleet, state, alert, now)
 
 
 def tell(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
     """One firing alert: find its cause, end an acknowledgement that has run out, queue what is to be said."""
-    new = alert.changed(because_of=find_cause(fleet, state, alert))
+    causes = find_causes(fleet, state, alert)
+    new = alert.changed(because_of=causes[0].id if causes else None)
+    if alert.because_of is not None and new.because_of is None and alert.id is not None:
+        fleet.freed[alert.id] = now
     if alert.acknowledged_until is not None and alert.acknowledged_until <= now:
         new = new.changed(**NOT_ACKNOWLEDGED)
-    kind = news_of(new, now)
-    if kind == "less":
-        new = new.changed(told_severity=new.severity)
-    elif kind and new.because_of is None and new.acknowledged_at is None and not is_silenced(fleet, state, new, now):
-        if queue_notification(db, fleet, state, new, kind, now):
-            new = new.changed(told_severity=new.severity, told_at=now)
+    for earlier in [old for old in state.over.values() if (old.rule, old.object) == (alert.rule, alert.object)]:
+        new = new.changed(told={**earlier.told, **new.told})  # it was not over for those who have not heard of its end
+        write_alert(db, state, earlier, earlier.changed(told={}), now)
+    new = new.changed(told=tell_channels(db, fleet, state, new, causes, now))
     if new is not alert:
         state.alerts = {**state.alerts, (new.rule, new.object): new}
         write_alert(db, state, alert, new, now)
 
 
-def news_of(alert: Alert, now: float) -> str | None:
-    """What is new about a firing alert for those who were told of it."""
-    if alert.told_severity is None:
-        return "firing"
-    rank, told = SEVERITIES.index(alert.severity), SEVERITIES.index(alert.told_severity)
-    if rank < told:
-        return "worse"
-    long_ago = now - (alert.told_at or now)
-    if rank > told and long_ago > HOUR:
-        return "less"  # nothing to say; the next rise is one again
-    rule = RULE.get(alert.rule)
-    return "reminder" if rule is not None and rule.data_risk and long_ago >= REMINDER_SECONDS else None
-
-
-def queue_notification(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> int:
-    """A row for each channel that wants to hear of it; gives back how many."""
-    body = None
-    count = 0
+def tell_channels(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, causes: list[Alert],
+                  now: float) -> dict[str, tuple[str, float]]:
+    """Queue the news of a firing alert for each channel that wants it and was not told of its cause; gives back what
+    each has been told by then."""
+    told, held = dict(alert.told), alert.acknowledged_at is not None or alert.id in fleet.freed
     for channel in fleet.channels:
-        told_as = alert.told_severity or alert.severity
-        if not channel.wants(state, alert.rule, told_as if kind == "resolved" else alert.severity):
-            continue
-        if (kind == "resolved" and not channel.recoveries) or (kind == "reminder" and not channel.reminders):
-            continue
-        body = body or json.dumps(notification_body(fleet, state, alert, kind, now))
-        not_before = channel.quiet.until(alert.severity, now) if channel.quiet else now
-        insert_notification(db, channel.name, alert.id, body, now, not_before)
-        count += 1
-    if count:
-        fleet.outbox_changed.set()
-    return count
+        kind = news_of(alert, told.get(channel.name), now)
+        if kind == "less":  # nothing to say; the next rise is one again
+            told[channel.name] = alert.severity, told[channel.name][1]
+        elif (kind and not held and not any(channel.name in cause.told for cause in causes)
+              and channel.wants(fleet, state, alert) and not channel.is_quiet(alert.severity, now)
+              and (channel.reminders or kind != "reminder") and not is_silenced(fleet, state, alert, now)):
+            queue_notification(db, fleet, channel, alert.id, notification_body(fleet, state, alert, kind, now), now)
+            told[channel.name] = alert.severity, now
+    return told
 
 
-def insert_notification(db: sqlite3.Connection, channel: str, alert_id: int | None, body: str, now: float,
-                        not_before: float) -> None:
+def tell_end(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
+    """Tell each channel that was told of an alert that it is over, once its silence or quiet hours are."""
+    left = dict(alert.told)
+    channels = {channel.name: channel for channel in fleet.channels}
+    silenced = is_silenced(fleet, state, alert, now)
+    for name, (severity, _) in alert.told.items():
+        if name not in channels or not channels[name].recoveries:
+            del left[name]
+        elif not silenced and not channels[name].is_quiet(severity or alert.severity, now):
+            body = notification_body(fleet, state, alert, "resolved", now)
+            queue_notification(db, fleet, channels[name], alert.id, body, now)
+            del left[name]
+    if left != alert.told:
+        write_alert(db, state, alert, alert.changed(told=left), now)
+
+
+def news_of(alert: Alert, told: tuple[str, float] | None, now: float) -> str | None:
+    """What is new about a firing alert for somebody who was told of it like this."""
+    if told is None:
+        return "firing"
+    severity, told_at = told
+    rank, told_rank = SEVERITIES.index(alert.severity), (*SEVERITIES, "").index(severity)
+    if rank < told_rank:
+        return "worse"
+    if rank > told_rank and now - told_at > HOUR:
+        return "less"
+    rule = RULE.get(alert.rule)
+    return "reminder" if rule is not None and rule.data_risk and now - told_at >= REMINDER_SECONDS else None
+
+
+def queue_notification(db: sqlite3.Connection, fleet: Fleet, channel: Channel, alert_id: int | None,
+                       body: dict[str, Any], now: float) -> None:
+    """Have something told through a channel. By the writer."""
     db.execute("""
-        INSERT INTO notification (channel, alert_id, body, created_at, not_before)
-        VALUES (:channel, :alert, :body, :now, :not_before)""",
-        {"channel": channel, "alert": alert_id, "body": body, "now": now, "not_before": not_before})
+        INSERT INTO notification (channel, alert_id, body, created_at) VALUES (:channel, :alert, :body, :now)""",
+        {"channel": channel.name, "alert": alert_id, "body": json.dumps(body), "now": now})
+    fleet.outbox_changed(channel.name)
 
 
 def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> dict[str, Any]:
     """What, where, since, why, what to do, link."""
     rule = RULE.get(alert.rule)
     limits = fleet.layers.limits(state, rule) if rule else None
-    followers = sum(one.because_of == alert.id for other in fleet.everything()
-                    for one in other.alerts.values()) if alert.id else 0
+    followers = sum(other.because_of == alert.id for owner in fleet.everything()
+                    for other in owner.alerts.values()) if alert.rule in CAUSES else 0
+    sites = {host.site for host in concerned_by(fleet, state, alert)}
     link = fleet.public_url + ("/?host=" + urllib.parse.quote(state.name) if state.name else "/")
     return {"kind": kind, "alert_id": alert.id, "rule": alert.rule, "severity": alert.severity, "host": state.name,
-            "site": state.site, "object": alert.object or None, "message": alert.message, "value": alert.value,
-            "since": alert.since, "at": now, "why": rule.why if rule else "", "todo": rule.todo if rule else "",
-            "threshold": threshold_text(limits), "children": followers, "link": link}
+            "site": sites.pop() if len(sites) == 1 else None, "object": alert.object or None, "message": alert.message,
+            "value": alert.value, "since": alert.since, "at": now, "why": rule.why if rule else "",
+            "todo": rule.todo if rule else "", "threshold": threshold_text(limits), "children": followers, "link": link}
+
+
+def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> dict[str, Any]:
+    """What is told and is no alert, in the shape of one: test, digest, many (of a host), lost (a message)."""
+    return {"kind": kind, "alert_id": None, "rule": "", "severity": severity, "host": None, "site": None,
+            "object": None, "message": message, "value": None, "since": now, "at": now, "why": "", "todo": "",
+            "threshold": "", "children": 0, "link": link, **fields}
 
 
 def threshold_text(limits: Limits | None) -> str:
     """'0.8/0.9, set for the host'"""
     if limits is None or (limits.warn is None and limits.crit is None):
         return ""
-    shown = "/".join("–" if one is None else f"{one:g}" for one in (limits.warn, limits.crit))
+    shown = "/".join("–" if threshold is None else f"{threshold:g}" for threshold in (limits.warn, limits.crit))
     return shown + (f", set for {limits.layer}" if limits.layer else ", as shipped")
 
 
@@ -5413,46 +5450,114 @@ def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> dict[str, Any
 
 def make_message(db: sqlite3.Connection, channel: Channel, now: float) -> str | None:
     """Put what waits into one message, unless it is too soon for one; gives back its id. By the writer."""
-    made = db.execute("""
-        SELECT count(*) FILTER (WHERE created_at > :hour) AS hourly, max(created_at) AS last FROM message
-        WHERE channel = :channel AND created_at > :hour""", {"channel": channel.name, "hour": now - HOUR}).fetchone()
-    if made["hourly"] >= HOURLY_LIMIT or (made["last"] is not None and now - made["last"] < GROUP_SECONDS):
+    made = [at for (at,) in db.execute(
+        "SELECT created_at FROM message WHERE channel = :channel AND created_at > :day ORDER BY created_at",
+        {"channel": channel.name, "day": now - DAY}) if at <= now]
+    untried = db.execute("SELECT 1 FROM message WHERE channel = :channel AND attempts = 0 AND sent_at IS NULL AND "
+                         "given_up_at IS NULL", {"channel": channel.name}).fetchone()
+    if untried or (made and now - made[-1] < GROUP_SECONDS):
         return None
-    rows = db.execute("""
-        SELECT id, alert_id, body FROM notification
-        WHERE channel = :channel AND message_id IS NULL AND not_before <= :now ORDER BY id""",
-        {"channel": channel.name, "now": now}).fetchall()
-    items = {row["id"]: json.loads(row["body"]) for row in rows}
-    over = over_before_told({row["id"]: row["alert_id"] for row in rows}, items)
-    db.executemany("UPDATE notification SET message_id = '-' WHERE id = ?", [(one,) for one in over])
-    kept = {number: item for number, item in items.items() if number not in over}
-    if not kept:
+    items = waiting_items(db, channel)
+    heard = dict(db.execute("""
+        SELECT body ->> '$.host', count(*) FROM notification WHERE message_id IN
+            (SELECT id FROM message WHERE channel = :channel AND created_at > :hour) GROUP BY 1""",
+        {"channel": channel.name, "hour": now - HOUR}).fetchall())
+    whole = KINDS[channel.kind].whole
+    urgent = any(item["severity"] == "critical" and item["kind"] in ("firing", "worse") and item["host"] not in heard
+                 for item in items.values())
+    if not items or not (whole or urgent or has_token(made, now)):
         return None
     message_id = "msg_" + secrets.token_hex(12)
-    body = json.dumps(build_message(list(kept.values())))
+    body = build_message(list(items.values()), heard, whole=whole)
     db.execute("INSERT INTO message (id, channel, body, created_at, due_at) VALUES (:id, :channel, :body, :now, :now)",
-               {"id": message_id, "channel": channel.name, "body": body, "now": now})
-    db.executemany("UPDATE notification SET message_id = ? WHERE id = ?", [(message_id, one) for one in kept])
+               {"id": message_id, "channel": channel.name, "body": json.dumps(body), "now": now})
+    db.executemany("UPDATE notification SET message_id = ? WHERE id = ?", [(message_id, row_id) for row_id in items])
     return message_id
 
 
-def over_before_told(alerts: dict[int, int | None], items: dict[int, dict[str, Any]]) -> set[int]:
-    """Rows of alerts that fired and ended while they waited: nothing to say."""
-    fired = {alerts[number] for number, item in items.items() if item["kind"] == "firing" and alerts[number]}
-    ended = {alerts[number] for number, item in items.items() if item["kind"] == "resolved" and alerts[number]}
-    return {number for number in items if alerts[number] in fired & ended}
+def has_token(made: list[float], now: float) -> bool:
+    """Whether a channel that made messages at these times may make one more: 20 at once, then one each 3 minutes."""
+    empty_until = 0.0  # when the bucket will be full again
+    for at in made:
+        empty_until = min(max(empty_until, at) + MESSAGE_EVERY, at + MESSAGES_AT_ONCE * MESSAGE_EVERY)
+    return empty_until - now <= (MESSAGES_AT_ONCE - 1) * MESSAGE_EVERY
 
 
-def build_message(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Worst first; the rest is counted."""
-    order = {"test": 0, "digest": 0, "firing": 1, "worse": 1, "reminder": 2, "resolved": 3}
-    items = sorted(items, key=lambda one: (order.get(one["kind"], 1), SEVERITIES.index(one["severity"]), one["at"]))
-    shown = items[:ITEMS_SHOWN]
-    left: dict[str, int] = {}
-    for one in items[ITEMS_SHOWN:]:
-        key = "over" if one["kind"] == "resolved" else one["severity"]
-        left[key] = left.get(key, 0) + 1
-    return {"subject": subject_of(items), "items": shown, "left_out": left}
+def waiting_items(db: sqlite3.Connection, channel: Channel) -> dict[int, dict[str, Any]]:
+    """What waits for a channel, by row. Of what happened to one object meanwhile only the last counts, and nothing if
+    it began and ended."""
+    groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
+    for row in db.execute("SELECT id, body FROM notification WHERE channel = :channel AND message_id IS NULL "
+                          "ORDER BY id", {"channel": channel.name}):
+        item = json.loads(row["body"])
+        key = (item["host"], item["rule"], item["object"]) if item["rule"] else row["id"]
+        groups.setdefault(key, []).append((row["id"], item))
+    kept, dropped = {}, []
+    for rows in groups.values():
+        (_, first), (last_id, last) = rows[0], rows[-1]
+        dropped += [row_id for row_id, _ in rows[:-1]]
+        if first["kind"] == "firing" and last["kind"] == "resolved":
+            dropped.append(last_id)
+        else:
+            begins = first["kind"] == "firing" and last["kind"] in ("worse", "reminder")
+            kept[last_id] = {**last, "kind": "firing"} if begins else last
+    db.executemany("UPDATE notification SET message_id = '-' WHERE id = ?", [(row_id,) for row_id in dropped])
+    return dict(sorted(kept.items()))
+
+
+MESSAGE_ORDER = {"test": 0, "digest": 0, "firing": 1, "worse": 1, "many": 1, "lost": 1, "reminder": 2, "resolved": 3}
+
+
+def build_message(items: list[dict[str, Any]], heard: dict[str | None, int] | None = None, *,
+                  whole: bool = False) -> dict[str, Any]:
+    """Worst first; the rest is counted. `heard`: how many items of a host were told in this hour."""
+    items = sorted(items, key=message_order)
+    shown = items
+    if not whole:
+        shown = sorted(summed_up(items, heard or {}), key=message_order)
+    if not whole and len(shown) > ITEMS_SHOWN:  # each host's worst before any host's second
+        nth: dict[str | None, int] = {}
+        ranks = []
+        for place, item in enumerate(shown):
+            nth[item["host"]] = nth.get(item["host"], -1) + 1
+            ranks.append((nth[item["host"]] > 0, nth[item["host"]] // HOST_ITEMS, place))
+        chosen = {place for _, _, place in sorted(ranks)[:ITEMS_SHOWN]}
+        left = [item for place, item in enumerate(shown) if place not in chosen]
+        shown = [item for place, item in enumerate(shown) if place in chosen]
+    else:
+        left = []
+    return {"subject": subject_of(items), "items": shown, "left_out": count_items(left)}
+
+
+def message_order(item: dict[str, Any]) -> tuple[int, int, float]:
+    return MESSAGE_ORDER[item["kind"]], SEVERITIES.index(item["severity"]), item["at"]
+
+
+def count_items(items: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many of each severity, and how many that are over."""
+    counts: dict[str, int] = {}
+    for item in items:
+        key = "over" if item["kind"] == "resolved" else item["severity"]
+        counts[key] = counts.get(key, 0) + item["children"] * (item["kind"] == "many") + (item["kind"] != "many")
+    return counts
+
+
+def summed_up(items: list[dict[str, Any]], heard: dict[str | None, int]) -> list[dict[str, Any]]:
+    """What one host has more than its share of an hour, but never its worst, becomes one line."""
+    by_host: dict[str | None, list[dict[str, Any]]] = {}
+    for item in items:
+        by_host.setdefault(item["host"], []).append(item)
+    result = []
+    for host, own in by_host.items():
+        room = max(HOST_ITEMS, HOST_ITEMS_HOURLY - heard.get(host, 0))
+        result += own if host is None else own[:room]
+        rest = own[room:] if host is not None else []
+        if rest:
+            counts = ", ".join(f"{count} {word}" for word, count in count_items(rest).items())
+            message = f"{len(rest)} more alert{'s' if len(rest) > 1 else ''}: {counts}. See the page."
+            result.append(notice("many", rest[0]["severity"], message, rest[0]["link"], rest[0]["at"], host=host,
+                                 site=rest[0]["site"], children=len(rest)))
+    return result
 
 
 def subject_of(items: list[dict[str, Any]]) -> str:
@@ -5461,23 +5566,29 @@ def subject_of(items: list[dict[str, Any]]) -> str:
         word = {"resolved": "OK", "test": "TEST", "digest": "DIGEST"}.get(first["kind"], first["severity"].upper())
         where = f"{first['host']}: " if first.get("host") else ""
         return one_line(f"[{word}] {where}{first['message']}")[:200]
-    standing = [one for one in items if one["kind"] != "resolved"]
-    critical = sum(one["severity"] == "critical" for one in standing)
-    counts = [f"{critical} critical" if critical else "", f"{len(standing) - critical} more"
-              if len(standing) > critical else "",
+    standing = [item for item in items if item["kind"] != "resolved"]
+    critical = sum(item["severity"] == "critical" for item in standing)
+    counts = [f"{critical} critical" if critical else "",
+              f"{len(standing) - critical} more" if len(standing) > critical else "",
               f"{len(items) - len(standing)} over" if len(items) > len(standing) else ""]
     word = (standing[0]["severity"] if standing else "OK").upper()
     return one_line(f"[{word}] {', '.join(filter(None, counts))}: {first['message']}")[:200]
 
 
 def one_line(text: str) -> str:
-    """Text for a header or a subject: nothing that breaks the line."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """Text for a header or a subject: nothing that breaks the line, and nothing that Python's email package would read
+    as an encoded word (RFC 2047) and decode into what does."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("=?", "= ?")
 
 
-def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
-    """A message as plain text: what, where, since, why, what to do, link."""
-    parts = [item_text(one) for one in body["items"]]
+def as_it_is(text: str) -> str:
+    return text
+
+
+def message_text(body: dict[str, Any], limit: int = 100_000, escape: Callable[[str], str] = as_it_is) -> str:
+    """A message as plain text: what, where, since, why, what to do, link. `escape`: what the far end would take for
+    markup; names come from agents."""
+    parts = [item_text(item, escape) for item in body["items"]]
     if body["left_out"]:
         counts = ", ".join(f"{count} {key}" for key, count in body["left_out"].items())
         parts.append(f"And {counts} more: see the page.")
@@ -5485,39 +5596,65 @@ def message_text(body: dict[str, Any], limit: int = 100_000) -> str:
     return whole if len(whole) <= limit else whole[:limit - 20] + "\n… (cut)"
 
 
-def item_text(one: dict[str, Any]) -> str:
-    if one["kind"] in ("test", "digest"):
-        return one["message"]
-    word = {"resolved": "OVER", "reminder": "STILL {}", "worse": "NOW {}"}.get(one["kind"], "{}")
-    word = word.format(one["severity"].upper())
-    where = " ".join(filter(None, (one["host"], f"({one['site']})" if one["site"] else "", one["object"] or "")))
-    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(one["since"]))
-    lines = [f"{word}: {one_line(one['message'])}", f"Where: {one_line(where) or 'the monitor'}",
-             f"Since: {since} ({format_duration(one['at'] - one['since'])})"]
-    if one["children"]:
-        lines.append(f"With it: {one['children']} other alert(s) that follow from this one")
-    if one["kind"] != "resolved":
-        limit = f" (rule {one['rule']}{', ' + one['threshold'] if one['threshold'] else ''})"
-        lines += [f"Why: {one['why']}{limit}", f"Do: {one['todo']}"]
-    return "\n".join([*lines, one["link"]])
+def item_text(item: dict[str, Any], escape: Callable[[str], str]) -> str:
+    if item["kind"] in ("test", "digest"):
+        return escape(item["message"])
+    if not item["rule"]:
+        return "\n".join((escape(f"{item['host'] or 'The monitor'}: {one_line(item['message'])}"), item["link"]))
+    word = {"resolved": "OVER", "reminder": "STILL {}", "worse": "NOW {}"}.get(item["kind"], "{}")
+    word = word.format(item["severity"].upper())
+    where = " ".join(filter(None, (item["host"], f"({item['site']})" if item["site"] else "", item["object"] or "")))
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(item["since"]))
+    lines = [f"{word}: {one_line(item['message'])}", f"Where: {one_line(where) or 'the monitor'}",
+             f"Since: {since} ({format_duration(item['at'] - item['since'])})"]
+    if item["children"]:
+        lines.append(f"With it: {item['children']} other alert(s) that follow from this one")
+    if item["kind"] != "resolved":
+        limit = f" (rule {item['rule']}{', ' + item['threshold'] if item['threshold'] else ''})"
+        lines += [f"Why: {item['why']}{limit}", f"Do: {item['todo']}"]
+    return "\n".join([*map(escape, lines), item["link"]])
+
+
+def safe_message(body: dict[str, Any]) -> dict[str, Any]:
+    """The same message without any text that an agent sent: rule, severity, host and link."""
+    items = [{**item, "object": None, "value": None, "site": None,
+              "message": f"{item['rule'] or item['kind']} ({item['severity']}); its text was not taken, see the page"}
+             for item in body["items"]]
+    return {**build_message(items, whole=True), "left_out": body["left_out"], "safe": True}
 
 
 # Senders: one per kind of channel
 
 
 def post(url: str, payload: Any, headers: dict[str, str] | None = None) -> None:
-    """POST JSON; anything but 2xx is `Undelivered`."""
+    """POST JSON; anything but 2xx is `Undelivered`, in words that never hold the address: some are secret."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json", "User-Agent": f"proxmon/{VERSION}",
-                                                 **(headers or {})}, method="POST")
     try:
-        with OPENER.open(request, timeout=SEND_TIMEOUT) as answer:
-            answer.read(1 << 16)
+        request = urllib.request.Request(url, body, {
+            "Content-Type": "application/json", "User-Agent": f"proxmon/{VERSION}", **(headers or {})}, method="POST")
+        OPENER.open(request, timeout=SEND_TIMEOUT).close()  # the status is all that counts
     except urllib.error.HTTPError as error:
-        detail = one_line(error.read(300).decode("utf-8", "replace"))
-        raise Undelivered(f"HTTP {error.code} {detail}", refused=error.code in (400, 413, 422)) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Undelivered(f"HTTP {error.code} {beginning_of(error)}", tries=patience_with(error.code)) from None
+    except OSError as error:
         raise Undelivered(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise Undelivered(type(error).__name__) from None
+
+
+def beginning_of(answer: Any) -> str:
+    """The first words of an answer, as far as they come at once."""
+    try:
+        return one_line(answer.fp.read1(300).decode("utf-8", "replace"))
+    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        return ""
+
+
+def patience_with(status: int) -> int | None:
+    """After how many answers of this status the message is held to be wrong, and not the channel (401, 404), the load
+    (429) or the far end (5xx)."""
+    if status == 403:  # a web application firewall in front of it, or a token that is not good any more
+        return FORBIDDEN_TRIES
+    return REFUSED_TRIES if 400 <= status < 500 and status not in (401, 404, 408, 425, 429) else None
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -5533,11 +5670,8 @@ OPENER = urllib.request.build_opener(NoRedirects)
 def send_email(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
     security = options.get("security", "starttls")
     port = options.get("port", {"starttls": 587, "tls": 465, "plain": 25}[security])
-    mail = email.message.EmailMessage()
-    mail["Subject"], mail["From"], mail["To"] = body["subject"], options["from"], ", ".join(options["to"])
-    mail["Date"], mail["Message-ID"] = email.utils.formatdate(), f"<{message_id}@proxmon>"
-    mail["Auto-Submitted"] = "auto-generated"
-    mail.set_content(message_text(body))
+    mail = write_mail(options, message_id, body)
+    sender, *receivers = (email.utils.parseaddr(address)[1] for address in (options["from"], *options["to"]))
     try:
         context = ssl.create_default_context(cafile=options.get("ca_file"))
         made = (smtplib.SMTP_SSL(options["host"], port, timeout=SEND_TIMEOUT, context=context) if security == "tls"
@@ -5547,17 +5681,34 @@ def send_email(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
                 smtp.starttls(context=context)
             if "username" in options:
                 smtp.login(options["username"], options.get("password", ""))
-            refused = smtp.send_message(mail)
+            refused = smtp.sendmail(sender, receivers, mail)
         if refused:
             log(f"notifications: mail refused for {', '.join(refused)}")
     except smtplib.SMTPResponseException as error:
-        raise Undelivered(f"SMTP {error.smtp_code} {one_line(str(error.smtp_error))}") from None
+        wrong = isinstance(error, smtplib.SMTPDataError) and 500 <= error.smtp_code < 600
+        raise Undelivered(f"SMTP {error.smtp_code} {one_line(str(error.smtp_error))}",
+                          tries=REFUSED_TRIES if wrong else None) from None
     except (OSError, smtplib.SMTPException, ValueError) as error:
         raise Undelivered(f"{type(error).__name__}: {error}") from None
 
 
+def write_mail(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> bytes:
+    """The mail as it travels. `Undelivered` if its head is not, line by line, what is written here: Python before the
+    fix of CVE-2024-6923 (3.11.10, 3.12.5) lets an encoded word in a header break the line."""
+    mail = email.message.EmailMessage()
+    mail["Subject"], mail["From"], mail["To"] = body["subject"], options["from"], ", ".join(options["to"])
+    mail["Date"], mail["Message-ID"] = email.utils.formatdate(), f"<{message_id}@proxmon>"
+    mail["Auto-Submitted"] = "auto-generated"
+    mail.set_content(message_text(body))
+    written = mail.as_bytes(policy=mail.policy.clone(linesep="\r\n"))
+    head = written.partition(b"\r\n\r\n")[0].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    if [line.partition(b":")[0].decode() for line in head if line[:1] not in (b" ", b"\t")] != list(mail.keys()):
+        raise Undelivered("the mail's head would not be as it was written", tries=1)
+    return written
+
+
 def worst_of(body: dict[str, Any]) -> str:
-    standing = [one["severity"] for one in body["items"] if one["kind"] not in ("resolved", "test", "digest")]
+    standing = [item["severity"] for item in body["items"] if item["kind"] not in ("resolved", "test", "digest")]
     return min(standing, key=SEVERITIES.index, default="info")
 
 
@@ -5582,7 +5733,7 @@ def send_telegram(options: dict[str, Any], message_id: str, body: dict[str, Any]
             "chat_id": options["chat_id"], "text": f"{body['subject']}\n\n{message_text(body, 3500)}",
             "disable_web_page_preview": True})
     except Undelivered as error:  # the address holds the token
-        raise Undelivered(str(error).replace(options["token"], "…"), refused=error.refused) from None
+        raise Undelivered(str(error).replace(options["token"], "…"), tries=error.tries) from None
 
 
 def send_slack(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
@@ -5590,23 +5741,30 @@ def send_slack(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
     post(options["url"], {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")})
 
 
+def without_markdown(text: str) -> str:
+    """Text that stays text where Markdown is read: no link under other words, no picture that is loaded, nobody called
+    by a guest whose name is @all."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|~!])", r"\\\1", text).replace("@", "@\N{ZERO WIDTH SPACE}")
+
+
 def send_discord(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    post(options["url"], {"content": f"{body['subject']}\n{message_text(body, 1700)}",
-                          "allowed_mentions": {"parse": []}})
+    text = f"{without_markdown(body['subject'])}\n{message_text(body, 1500, without_markdown)}"
+    post(options["url"], {"content": text[:2000], "allowed_mentions": {"parse": []}})
 
 
 def send_mattermost(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    text = f"{body['subject']}\n{message_text(body, 12_000)}"
-    post(options["url"], {"text": text.replace("@", "@\N{ZERO WIDTH SPACE}")})  # a guest named @all calls nobody
+    text = f"{without_markdown(body['subject'])}\n{message_text(body, 12_000, without_markdown)}"
+    post(options["url"], {"text": text})
 
 
 def send_teams(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    """An Adaptive Card, as Teams' workflows take it."""
-    blocks = [{"type": "TextBlock", "text": body["subject"], "weight": "Bolder", "wrap": True}]
-    blocks += [{"type": "TextBlock", "text": line, "wrap": True} for line in message_text(body, 18_000).split("\n")
-               if line]
+    """An Adaptive Card, as Teams' workflows take it. A TextRun knows no Markdown."""
+    lines = [body["subject"], *filter(None, message_text(body, 18_000).split("\n"))]
+    blocks = [{"type": "RichTextBlock", "inlines": [
+        {"type": "TextRun", "text": line, "weight": "Default" if place else "Bolder"}]}
+        for place, line in enumerate(lines)]
     card = {"$schema": "http://adaptivecards.io/schemas/adaptive-card.json", "type": "AdaptiveCard", "version": "1.4",
-            "body": blocks}
+            "body": blocks, "actions": [{"type": "Action.OpenUrl", "title": "Open", "url": body["items"][0]["link"]}]}
     post(options["url"], {"type": "message", "attachments": [
         {"contentType": "application/vnd.microsoft.card.adaptive", "content": card}]})
 
@@ -5618,19 +5776,21 @@ def send_alertmanager(options: dict[str, Any], message_id: str, body: dict[str, 
     elif "username" in options:
         pair = f"{options['username']}:{options.get('password', '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    post(options["url"].rstrip("/") + "/api/v2/alerts", [to_alertmanager(one) for one in body["items"]], headers)
+    post(options["url"].rstrip("/") + "/api/v2/alerts", [to_alertmanager(item) for item in body["items"]], headers)
 
 
-def to_alertmanager(one: dict[str, Any]) -> dict[str, Any]:
-    """An alert as Alertmanager knows it. It forgets what has no end after 5 minutes, so a firing one ends in a day;
-    the channel says it again every few minutes while it fires."""
-    over = one["kind"] in ("resolved", "test", "digest")
-    labels = {"alertname": one["rule"] or one["kind"], "severity": one["severity"], "host": one["host"] or "",
-              "site": one["site"] or "", "object": one["object"] or ""}
-    ends = one["at"] + (MINUTE if one["kind"] == "test" else 0 if over else DAY)
-    return {"labels": {key: value for key, value in labels.items() if value}, "generatorURL": one["link"],
-            "annotations": {"summary": one["message"], "why": one["why"], "todo": one["todo"]},
-            "startsAt": iso_time(one["since"]), "endsAt": iso_time(ends)}
+def to_alertmanager(item: dict[str, Any]) -> dict[str, Any]:
+    """An alert as Alertmanager knows it: by its labels, so that these hold what it is and nothing that changes. It
+    forgets what has no end after 5 minutes, so a firing one ends in a day; the channel says it again every few minutes
+    while it fires."""
+    over = item["kind"] in ("resolved", "test", "digest", "lost")
+    labels = {"alertname": item["rule"] or item["kind"], "host": item["host"] or "", "site": item["site"] or "",
+              "object": item["object"] or ""}
+    ends = item["at"] + (0 if item["kind"] == "resolved" else MINUTE if over else DAY)
+    return {"labels": {key: value for key, value in labels.items() if value}, "generatorURL": item["link"],
+            "annotations": {"summary": item["message"], "severity": item["severity"], "why": item["why"],
+                            "todo": item["todo"]},
+            "startsAt": iso_time(item["since"]), "endsAt": iso_time(ends)}
 
 
 def iso_time(at: float) -> str:
@@ -5639,35 +5799,40 @@ def iso_time(at: float) -> str:
 
 def send_webhook(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
     """Standard Webhooks: the same scheme by which agents sign their reports."""
-    key = base64.b64decode(options["secret"].removeprefix("whsec_"))
     content = json.dumps({"type": "alerts", "subject": body["subject"], "text": message_text(body),
                           "alerts": body["items"], "left_out": body["left_out"]}).encode()
     stamp = str(int(time.time()))
-    digest = hmac.digest(key, f"{message_id}.{stamp}.".encode() + content, "sha256")
+    digest = hmac.digest(options["secret"], f"{message_id}.{stamp}.".encode() + content, "sha256")
     post(options["url"], content, {"webhook-id": message_id, "webhook-timestamp": stamp,
                                    "webhook-signature": "v1," + base64.b64encode(digest).decode()})
 
 
 class Kind(NamedTuple):
-    """A kind of channel: what it needs, what it may have, how it sends."""
+    """A kind of channel: how it sends, what fields it has, whether it takes all there is at any pace (a machine)."""
 
     send: Callable[[dict[str, Any], str, dict[str, Any]], None]
-    required: dict[str, type]
-    optional: dict[str, type] = {}
+    fields: dict[str, Any]
+    whole: bool = False
+
+    @property
+    def options(self) -> set[str]:
+        return {name.removesuffix("?") for name in self.fields}
 
 
 KINDS = {
-    "email": Kind(send_email, {"host": str, "from": str, "to": list},
-                  {"port": int, "security": str, "username": str, "password": str, "ca_file": str}),
-    "ntfy": Kind(send_ntfy, {"url": str}, {"token": str}),
-    "gotify": Kind(send_gotify, {"url": str, "token": str}),
-    "telegram": Kind(send_telegram, {"token": str, "chat_id": str}, {"url": str}),
-    "slack": Kind(send_slack, {"url": str}),
-    "discord": Kind(send_discord, {"url": str}),
-    "mattermost": Kind(send_mattermost, {"url": str}),
-    "teams": Kind(send_teams, {"url": str}),
-    "alertmanager": Kind(send_alertmanager, {"url": str}, {"username": str, "password": str, "token": str}),
-    "webhook": Kind(send_webhook, {"url": str, "secret": str}),
+    "email": Kind(send_email, {"host": str, "from": mail_address, "to": mail_addresses, "port?": (int, 1, 65535),
+                               "security?": ("starttls", "tls", "plain"), "username?": str, "password?": str,
+                               "ca_file?": str}),
+    "ntfy": Kind(send_ntfy, {"url": http_url, "token?": str}),
+    "gotify": Kind(send_gotify, {"url": http_url, "token": str}),
+    "telegram": Kind(send_telegram, {"token": str, "chat_id": str, "url?": http_url}),
+    "slack": Kind(send_slack, {"url": http_url}),
+    "discord": Kind(send_discord, {"url": http_url}),
+    "mattermost": Kind(send_mattermost, {"url": http_url}),
+    "teams": Kind(send_teams, {"url": http_url}),
+    "alertmanager": Kind(send_alertmanager, {"url": http_url, "username?": str, "password?": str, "token?": str},
+                         whole=True),
+    "webhook": Kind(send_webhook, {"url": http_url, "secret": webhook_key}),
 }
 
 
@@ -5691,7 +5856,7 @@ def channel_rows(db: sqlite3.Connection, fleet: Fleet) -> list[dict[str, Any]]:
     return rows
 
 
-# The threads that send: one for each channel, so that one that hangs holds up nobody else
+# The loops that send: one for each channel, so that one that hangs holds up nobody else
 
 
 class Notifier:
@@ -5702,8 +5867,10 @@ class Notifier:
     def __init__(self, store: Store, fleet: Fleet, clock: Callable[[], float], stop: Stop):
         self.store, self.fleet, self.clock, self.stop = store, fleet, clock, stop
         self._loops: dict[str, Loop] = {}
+        self._news: set[str] = set()  # channels for which something was queued that may not be committed yet
         self._refreshed: dict[str, float] = {}
         self._testing = threading.Lock()
+        fleet.outbox_changed = self.wake
 
     def start(self) -> None:
         """Have a loop for every channel there is; called again after the settings changed."""
@@ -5711,39 +5878,61 @@ class Notifier:
         for name in self._loops.keys() - names:
             self._loops.pop(name).end()
         for name in names - self._loops.keys():
-            self._loops[name] = every(0.5, f"to {name}", partial(self._work, name), self.stop)
+            self._loops[name] = every(MINUTE, f"to {name}", partial(self._work, name), self.stop)
+
+    def wake(self, name: str) -> None:
+        """Something was queued for a channel; it is committed when the transaction that says so is."""
+        self._news.add(name)
+        if name in self._loops:
+            self._loops[name].wake()
 
     def _work(self, name: str) -> float | None:
         channel = next((channel for channel in self.fleet.channels if channel.name == name), None)
-        return 0.0 if channel is not None and self.turn(channel) else None
+        if channel is None:
+            return None
+        if self.turn(channel):
+            return 0.0
+        due, waits = self.store.reader().execute("""
+            SELECT (SELECT min(due_at) FROM message
+                    WHERE channel = :name AND sent_at IS NULL AND given_up_at IS NULL),
+                   EXISTS (SELECT 1 FROM notification WHERE channel = :name AND message_id IS NULL)""",
+            {"name": name}).fetchone()
+        return min(MINUTE, 5 if waits else MINUTE, max(0.0, due - self.clock()) if due is not None else MINUTE)
 
     def turn(self, channel: Channel) -> bool:
-        """Send what is due, or make a message of what waits; whether there was anything to do."""
+        """Send what is due, or make a message of what waits; whether there was anything to do. A message that failed
+        never stands before one that was tried less often."""
         now, db = self.clock(), self.store.reader()
-        open_message = db.execute("""
-            SELECT * FROM message WHERE channel = :channel AND sent_at IS NULL AND given_up_at IS NULL
-            ORDER BY created_at LIMIT 1""", {"channel": channel.name}).fetchone()
-        if open_message is not None:
-            if open_message["due_at"] > now:
-                return False
-            self.deliver(channel, open_message)
+        message = db.execute("""
+            SELECT * FROM message
+            WHERE channel = :channel AND sent_at IS NULL AND given_up_at IS NULL AND due_at <= :now
+            ORDER BY attempts, created_at LIMIT 1""", {"channel": channel.name, "now": now}).fetchone()
+        if message is not None and message["attempts"] == 0:
+            self.deliver(channel, message)
             return True
         if channel.kind == "alertmanager":
             self._refresh(channel, now)
-        waits = db.execute("SELECT 1 FROM notification WHERE channel = :channel AND message_id IS NULL AND not_before "
-                           "<= :now "
-                           "LIMIT 1", {"channel": channel.name, "now": now}).fetchone()
-        return waits is not None and self.store.write(lambda write: make_message(write, channel, now)) is not None
+        waits = db.execute("SELECT 1 FROM notification WHERE channel = :channel AND message_id IS NULL LIMIT 1",
+                           {"channel": channel.name}).fetchone()
+        if waits or channel.name in self._news:  # the writer sees also what is not committed yet
+            self._news.discard(channel.name)
+            if self.store.write(lambda write: make_message(write, channel, now)) is not None:
+                return True
+        if message is not None:
+            self.deliver(channel, message)
+        return message is not None
 
     def deliver(self, channel: Channel, message: sqlite3.Row) -> None:
-        """Send one message and write down what came of it."""
+        """Send one message and write down what came of it, whatever that is."""
         error: Undelivered | None = None
         try:
             KINDS[channel.kind].send(channel.options, message["id"], json.loads(message["body"]))
         except Undelivered as undelivered:
             error = undelivered
+        except Exception as fault:  # what cannot even be written as a mail or sent as a request
+            error = Undelivered(f"{type(fault).__name__}: {fault}", tries=1)
         now = self.clock()
-        self.store.write(lambda db: record_delivery(db, channel, message, error, now))
+        self.store.write(lambda db: record_delivery(db, self.fleet, channel, message, error, now))
         if error is None:
             self.fleet.told_at = now
             self.fleet.generation += 1
@@ -5764,13 +5953,12 @@ class Notifier:
         return now
 
     def _refresh(self, channel: Channel, now: float) -> None:
-        if now - self._refreshed.setdefault(channel.name, now) < self.REFRESH_SECONDS:
+        if 0 <= now - self._refreshed.setdefault(channel.name, now) < self.REFRESH_SECONDS:
             return
         self._refreshed[channel.name] = now
         items = [notification_body(self.fleet, state, alert, "firing", now)
                  for state in self.fleet.everything() for alert in state.alerts.values()
-                 if alert.state == "firing" and alert.told_severity
-                 and channel.wants(state, alert.rule, alert.severity)]
+                 if alert.state == "firing" and channel.name in alert.told]
         if items:
             try:
                 send_alertmanager(channel.options, "", {"items": items})
@@ -5778,45 +5966,64 @@ class Notifier:
                 log(f"notifications: {channel.name}: {error}")
 
 
-def record_delivery(db: sqlite3.Connection, channel: Channel, message: sqlite3.Row, error: Undelivered | None,
-                    now: float) -> None:
-    """Sent, to be tried again, or given up: the last is told on the page and in the log."""
+def record_delivery(db: sqlite3.Connection, fleet: Fleet, channel: Channel, message: sqlite3.Row,
+                    error: Undelivered | None, now: float) -> None:
+    """Sent, to be tried again, to be tried in a safe form, or given up: the last is told on the page, in the log and
+    through the other channels."""
+    body = json.loads(message["body"])
     if error is None:
         db.execute("UPDATE message SET sent_at = :now, attempts = attempts + 1, error = NULL WHERE id = :id",
                    {"now": now, "id": message["id"]})
-        insert_event(db, now, "notification-sent", f"Told {channel.name}: {json.loads(message['body'])['subject']}")
+        insert_event(db, now, "notification-sent", f"Told {channel.name}: {body['subject']}")
         return
-    attempts = message["attempts"] + 1
-    lost = (error.refused and attempts >= REFUSED_LIMIT) or now - message["created_at"] > GIVE_UP_SECONDS
+    attempts, lost = message["attempts"] + 1, now - message["created_at"] > GIVE_UP_SECONDS
+    if not lost and error.tries is not None and body.get("tries", 0) + 1 >= error.tries:
+        lost = body.get("safe", False)
+        body = body if lost else safe_message(body)
+    elif error.tries is not None:
+        body["tries"] = body.get("tries", 0) + 1  # in a row that say that the message is wrong
     due = now + BACKOFF[min(attempts, len(BACKOFF)) - 1]
     db.execute("""
-        UPDATE message SET attempts = :attempts, error = :error, due_at = :due, given_up_at = :lost WHERE id = :id""",
-        {"attempts": attempts, "error": str(error)[:500], "due": due, "lost": now if lost else None,
-         "id": message["id"]})
+        UPDATE message SET attempts = :attempts, error = :error, due_at = :due, given_up_at = :lost, body = :body
+        WHERE id = :id""", {"attempts": attempts, "error": str(error)[:500], "due": due, "lost": now if lost else None,
+                            "body": json.dumps(body), "id": message["id"]})
     log(f"notifications: {channel.name}: {error}{'; given up' if lost else ''}")
     if lost:
-        insert_event(db, now, "notification-given-up", f"Could not tell {channel.name}: {error}; given up: "
-                     f"{json.loads(message['body'])['subject']}")
+        insert_event(db, now, "notification-given-up",
+                     f"Could not tell {channel.name}: {error}; given up: {body['subject']}")
+        tell_of_loss(db, fleet, channel, body, error, now)
+
+
+def tell_of_loss(db: sqlite3.Connection, fleet: Fleet, channel: Channel, body: dict[str, Any], error: Undelivered,
+                 now: float) -> None:
+    """Have the other channels say that this one did not take a message, unless it was about just that."""
+    items = [item for item in body["items"] if item["kind"] != "lost"]
+    if not items:
+        return
+    counts = ", ".join(f"{count} {word}" for word, count in count_items(items).items())
+    item = notice("lost", worst_of({"items": items}), f"Channel {channel.name} did not take a message ({counts}): "
+                  f"{str(error)[:200]}. See the page.", fleet.public_url + "/", now)
+    for other in fleet.channels:
+        if other.name != channel.name:
+            queue_notification(db, fleet, other, None, item, now)
 
 
 def record_test(db: sqlite3.Connection, channel: Channel, message_id: str, body: dict[str, Any], now: float) -> None:
-    """A test that was taken. As if made an hour ago: it neither delays nor counts against what is to be told."""
+    """A test that was taken. As if made a day ago: it neither delays nor counts against what is to be told."""
     db.execute("""
         INSERT INTO message (id, channel, body, created_at, due_at, attempts, sent_at)
         VALUES (:id, :channel, :body, :made, :now, 1, :now)""",
-        {"id": message_id, "channel": channel.name, "body": json.dumps(body), "made": now - HOUR, "now": now})
+        {"id": message_id, "channel": channel.name, "body": json.dumps(body), "made": now - DAY, "now": now})
     insert_event(db, now, "notification-sent", f"Told {channel.name}: {body['subject']}")
 
 
 def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
     """What waits for a channel that is not there any more is given up, and that is told."""
-    names = json.dumps([channel.name for channel in fleet.channels])
-    gone = db.execute("SELECT DISTINCT channel FROM notification WHERE message_id IS NULL AND channel NOT IN "
-                      "(SELECT value FROM json_each(:names)) UNION SELECT DISTINCT channel FROM message WHERE sent_at "
-                      "IS NULL "
-                      "AND given_up_at IS NULL AND channel NOT IN (SELECT value FROM json_each(:names))",
-                      {"names": names}).fetchall()
-    for (name,) in gone:
+    names = {channel.name for channel in fleet.channels}
+    waiting = {name for (name,) in db.execute("""
+        SELECT DISTINCT channel FROM notification WHERE message_id IS NULL
+        UNION SELECT DISTINCT channel FROM message WHERE sent_at IS NULL AND given_up_at IS NULL""")}
+    for name in sorted(waiting - names):
         db.execute("UPDATE notification SET message_id = '-' WHERE message_id IS NULL AND channel = :name",
                    {"name": name})
         db.execute("UPDATE message SET given_up_at = :now, error = 'the channel is not set up any more' "
@@ -5828,12 +6035,7 @@ def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
 def canary(public_url: str, now: float) -> dict[str, Any]:
     """The message of test-notification."""
     words = f"This is a test of proxmon at {public_url}. If you read it, this channel works."
-    item = {"kind": "test", "alert_id": None, "rule": "", "severity": "info", "host": None, "site": None,
-            "object": None,
-            "message": words, "value": None, "since": now, "at": now, "why": "", "todo": "", "threshold": "",
-            "children": 0,
-            "link": public_url + "/"}
-    return build_message([item])
+    return build_message([notice("test", "info", words, public_url + "/", now)])
 
 
 # The weekly digest, and the sign of life to the outside
@@ -5852,42 +6054,49 @@ def run_digest(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
         return
     set_meta(db, "digest_at", now)
     fleet = monitor.fleet
-    item = {**canary(fleet.public_url, now)["items"][0], "kind": "digest", "message": digest_text(db, fleet, now)}
+    item = notice("digest", "info", digest_text(db, fleet, now), fleet.public_url + "/", now)
     for channel in fleet.channels:
         if digest.channels is None or channel.name in digest.channels:
-            insert_notification(db, channel.name, None, json.dumps(item), now, now)
+            queue_notification(db, fleet, channel, None, item, now)
 
 
 def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
     """The week: opened and closed, nearest to full, worst backups, most worn disks, silent hosts, noisiest rules."""
-    week = now - 7 * DAY
-    opened = db.execute("SELECT count(*) FROM alert WHERE fired_at > :week", {"week": week}).fetchone()[0]
-    closed = db.execute("SELECT count(*) FROM alert WHERE state = 'resolved' AND resolved_at > :week AND fired_at IS "
-                        "NOT NULL",
-                        {"week": week}).fetchone()[0]
-    noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week GROUP BY rule ORDER BY n DESC "
-                       "LIMIT 5",
-                       {"week": week}).fetchall()
-    states = list(fleet.hosts.values())
-    full = [(row["capacity_ratio"], row["host"], row["name"]) for state in states for row in pool_rows(state, now)
-            if row["capacity_ratio"] is not None]
-    late = [(late, state.name) for state in states if (late := worst_backup(state, fleet, now)) is not None
-            and late > 0]
-    worn = [(number(disk, "wear_ratio") or 0, state.name, disk["name"]) for state in states
-            for disk in state.body("disks", ())]
-    silent = [state.name for state in states if (fleet.silent_seconds(state, now) or 0) >= OFFLINE_SECONDS]
-    lines = [f"The week until {time.strftime('%Y-%m-%d', time.localtime(now))}: {opened} alerts opened, {closed} "
-             f"closed."]
+    week = {"week": now - 7 * DAY}
+    opened = db.execute("SELECT count(*) FROM alert WHERE fired_at > :week", week).fetchone()[0]
+    closed = db.execute("SELECT count(*) FROM alert WHERE state = 'resolved' AND resolved_at > :week "
+                        "AND fired_at IS NOT NULL", week).fetchone()[0]
+    noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week "
+                       "GROUP BY rule ORDER BY n DESC LIMIT 5", week).fetchall()
+    full, late, worn = digest_numbers(fleet, now)
+    silent = [host.name for host in fleet.hosts.values() if (fleet.silent_seconds(host, now) or 0) >= OFFLINE_SECONDS]
+    day = time.strftime("%Y-%m-%d", time.localtime(now))
     parts = (
         ("Nearest to full", [f"{percent(used)} {host} {pool}" for used, host, pool in sorted(full, reverse=True)[:5]]),
-        ("Latest backups", [f"{format_duration(one)} late on {host}" for one, host in sorted(late, reverse=True)[:5]]),
-        ("Most worn disks", [f"{percent(used)} {host} {disk}" for used, host, disk in sorted(worn, reverse=True)[:5]
-                             if used]),
+        ("Latest backups", [f"{format_duration(by)} late on {host}" for by, host in sorted(late, reverse=True)[:5]]),
+        ("Most worn disks", [f"{percent(used)} {host} {disk}" for used, host, disk in sorted(worn, reverse=True)[:5]]),
         ("Silent hosts", sorted(silent)[:20]),
         ("Noisiest rules", [f"{row['rule']} {row['n']}×" for row in noisy]),
     )
+    lines = [f"The week until {day}: {opened} alerts opened, {closed} closed."]
     lines += [f"{title}: {'; '.join(found) or 'none'}." for title, found in parts]
     return "\n".join(one_line(line) for line in lines)
+
+
+def digest_numbers(fleet: Fleet, now: float) -> tuple[list[Any], list[Any], list[Any]]:
+    """How full the pools are, how late the backups, how worn the disks. A host that sends nonsense is left out."""
+    full, late, worn = [], [], []
+    for host in fleet.hosts.values():
+        try:
+            full += [(used, host.name, str(row["name"])) for row in pool_rows(host, now)
+                     if (used := number(row, "capacity_ratio")) is not None]
+            worn += [(used, host.name, str(disk["name"])) for disk in host.body("disks", ())
+                     if (used := number(disk, "wear_ratio"))]
+            overdue = worst_backup(host, fleet, now)
+            late += [(overdue, host.name)] if overdue is not None and overdue > 0 else []
+        except Exception as error:
+            log(f"digest: {host.name} is left out: {type(error).__name__}: {error}")
+    return full, late, worn
 
 
 def certificate_ends_at(url: str) -> float | None:
@@ -9535,7 +9744,7 @@ def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] 
     """The silence that covers an alert; of several the one that ends last."""
     known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
     covering = [one for one in call.fleet.silences
-                if known is not None and one["until"] > call.now and silence_fits(one, state, known)]
+                if known is not None and one["until"] > call.now and silence_fits(one, call.fleet, state, known)]
     return max(covering, key=lambda one: one["until"], default=None)
 
 

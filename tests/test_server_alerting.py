@@ -38,7 +38,7 @@ def test_a_test_goes_out_at_once_and_is_on_record(make, sink):  # noqa: F811
 def test_tests_neither_delay_an_alert_nor_use_up_its_hour(make, sink):  # noqa: F811
     sim = make(hook(sink.url))
     client = client_of(sim)
-    for _ in range(server.HOURLY_LIMIT + 1):
+    for _ in range(server.MESSAGES_AT_ONCE + 1):
         assert client.send("POST", "/api/v1/channels/hook/test", {}).status == 200
     degraded(sim)
     deliver(sim)
