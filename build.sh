@@ -36,8 +36,7 @@ apt_install() {
         if [ ! -e "$policy" ]; then
             trap 'rm -f "$policy"' EXIT
             trap 'exit 130' INT TERM HUP
-            printf '#!/bin/sh\nexit 101\n' > "$policy"
-            chmod 755 "$policy"
+            printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod 755 "$policy"
         fi
         export DEBIAN_FRONTEND=noninteractive
         apt-get -qq update && apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 install "$@" >/dev/null
@@ -111,9 +110,7 @@ command_demo() {  # start server and agent here, with data in .demo/ (--fleet N:
     exec "$python" tests/demo.py "$@"
 }
 
-command_venv() {
-    make_venv "$@"      # tests/demo.py asks for it
-}
+command_venv() { make_venv "$@"; }      # tests/demo.py asks for it
 
 # --- test ---
 
@@ -358,17 +355,29 @@ command_release() {  # make dist/proxmon-VERSION.tar.gz: binaries, units, docs, 
     mkdir -p "$stage"
     for arch in $arches; do cp -p dist/proxmox-monitor-*_linux_"$arch"* dist/build-environment_"$arch".txt "$stage/"; done
     cp -R agent.py server.py schema.sql templates systemd packaging Caddyfile.example docs build.sh requirements.txt \
-        README.md CHANGELOG.md LICENSE pyproject.toml "$stage/"
+        README.md CHANGELOG.md SECURITY.md LICENSE pyproject.toml "$stage/"
     cp -R dist/LICENSES "$stage/LICENSES"
     cp packaging/install.sh "$stage/install.sh"
     printf '# proxmon %s\n%s\n' "$version" "$notes" > "$stage/NOTES.md"
     find "$stage" -name __pycache__ -prune -exec rm -rf {} +
+    # The private key that SIGNING_KEY names: what the hosts check (install.sh), and what no server has.
+    [ -z "${SIGNING_KEY:-}" ] || ssh-keygen -y -f "$SIGNING_KEY" > "$stage/release-key" || fail "SIGNING_KEY: not an OpenSSH key"
     (cd "$stage" && find . -type f ! -name SHA256SUMS | sed 's|^\./||' | LC_ALL=C sort | xargs -d '\n' sha256sum > SHA256SUMS)
+    [ -n "${SIGNING_KEY:-}" ] || say "Not signed: SIGNING_KEY names no OpenSSH key."
+    [ -z "${SIGNING_KEY:-}" ] || ssh-keygen -q -Y sign -f "$SIGNING_KEY" -n proxmon "$stage/SHA256SUMS"
     tar --create --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
         --directory .build/release "$name" | gzip -9n > "dist/$name.tar.gz.partial"
     mv "dist/$name.tar.gz.partial" "dist/$name.tar.gz"
     cp "$stage/NOTES.md" "dist/$name-NOTES.md"
     say "dist/$name.tar.gz ($(stat -c %s "dist/$name.tar.gz") bytes, sha256 $(sha256sum "dist/$name.tar.gz" | cut -d' ' -f1))"
+}
+
+# --- audit ---
+
+command_audit() {  # ask the advisory database about the pinned packages (needs the network; not a part of the tests)
+    [ -x .build/audit/bin/pip-audit ] || { "$(find_python)" -m venv .build/audit && .build/audit/bin/pip install -qq pip-audit; } \
+        || fail "pip could not install pip-audit"
+    .build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements.txt -r packaging/requirements-build.txt
 }
 
 # --- dispatch ---

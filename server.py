@@ -256,12 +256,12 @@ class Config:
         if self.given_secret:
             return self.given_secret.encode()
         try:
-            with open(self.secret_path, encoding="ascii") as handle:
+            with open(self.secret_path, encoding="utf-8") as handle:
                 text = handle.read().strip()
         except FileNotFoundError:
             text = create_secret_file(self.secret_path)
-        except OSError as error:
-            raise Failure(f"{self.secret_path}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(f"{self.secret_path}: {getattr(error, 'strerror', None) or error}") from None
         if len(text) < 32:
             raise Failure(f"{self.secret_path}: shorter than 32 characters; restore it from a backup")
         return text.encode()
@@ -316,7 +316,7 @@ def create_secret_file(path: str) -> str:
         pass
     finally:
         os.unlink(partial_path)
-    with open(path, encoding="ascii") as handle:
+    with open(path, encoding="utf-8") as handle:
         return handle.read().strip()
 
 
@@ -339,6 +339,8 @@ def become_owner(path: str) -> None:
         os.setgroups([owner.st_gid])
     os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
     os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+    if not os.access(os.path.dirname(path), os.X_OK):
+        raise Failure(f"{os.path.dirname(path)}: its owner, uid {owner.st_uid}, cannot reach it: see the folders above")
 
 
 def default_install_dir() -> str:
@@ -9285,6 +9287,7 @@ def install_commands(config: Config, name: str) -> list[str]:
 
 INSTALL_FILES: dict[str, tuple[str, ...]] = {  # name -> where it lies in the program; () = in INSTALL_DIR
     "install.sh": ("packaging", "install.sh"),
+    "install.sh.in": ("packaging", "install.sh"),  # as released: what a host keeps, to upgrade without trusting us
     "agent.py": ("agent.py",),
     "proxmox-monitor-agent.service": ("systemd", "proxmox-monitor-agent.service"),
     "proxmox-monitor-agent_linux_amd64": (),
@@ -9292,10 +9295,18 @@ INSTALL_FILES: dict[str, tuple[str, ...]] = {  # name -> where it lies in the pr
 }
 
 
+# What a release is signed with, beside the binaries in INSTALL_DIR; it is passed on as it is and checked on the host.
+SIGNED = ("SHA256SUMS.sig", "release-key")
+
+
 @route("GET", "/install/<name>", auth="none")
 def get_install(call: Call) -> Any:
     """What installs an agent of this server's version: install.sh, agent.py, unit, binaries, SHA256SUMS. No secrets."""
     name, config = call.params["name"], call.monitor.config
+    signed = os.path.exists(os.path.join(config.install_dir, "SHA256SUMS.sig"))
+    if signed and name in ("SHA256SUMS", *SIGNED):
+        with open(os.path.join(config.install_dir, name), "rb") as handle:
+            return Answer(200, handle.read(), {"Content-Type": "text/plain; charset=utf-8"})
     if name == "SHA256SUMS":
         bodies = {one: read_install_file(config, one) for one in INSTALL_FILES}
         body = "".join(f"{hashlib.sha256(found).hexdigest()}  {one}\n" for one, found in bodies.items() if found)
@@ -10469,8 +10480,12 @@ def open_database(config: Config, *, create: bool = False, readonly: bool = Fals
 @contextmanager
 def database(config: Config, *, create: bool = False) -> Iterator[sqlite3.Connection]:
     """The database for a command that writes: all of it or nothing, and its events say who typed it."""
-    with done_by(f"command:{typist()}"), transaction(open_database(config, create=create)) as db:
-        yield db
+    db = open_database(config, create=create)
+    try:
+        with done_by(f"command:{typist()}"), transaction(db):
+            yield db
+    finally:
+        db.close()
 
 
 def typist() -> str:

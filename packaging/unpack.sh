@@ -16,11 +16,14 @@ main() {
     esac
     [ "$arch" = "@ARCH@" ] || complain "this file is for @ARCH@, this machine is $arch"
     # The first place that holds it whole; else the first place where it can be unpacked.
-    for place in "/var/cache/@NAME@" "${HOME:-/nonexistent}/.cache/@NAME@"; do
+    # Not in root's HOME, which may be another user's (sudo -E, su -m), who could then put his program there.
+    own=${HOME:+$HOME/.cache/@NAME@}
+    [ "$(id -u)" != 0 ] || own=
+    for place in "/var/cache/@NAME@" ${own:+"$own"}; do
         tree=$place/@VERSION@/$digest
         if is_trusted "$place" && [ -e "$tree/complete" ]; then run "$@"; fi
     done
-    for place in "/var/cache/@NAME@" "${HOME:-/nonexistent}/.cache/@NAME@"; do
+    for place in "/var/cache/@NAME@" ${own:+"$own"}; do
         tree=$place/@VERSION@/$digest
         if (umask 022 && mkdir -p "$place/@VERSION@") 2>/dev/null && [ -w "$place/@VERSION@" ] && is_trusted "$place"
         then

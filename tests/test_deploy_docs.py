@@ -314,7 +314,7 @@ def check_running_unit(host: Container, token: str) -> None:
 
 def check_plain_ways(host: Container) -> None:
     """agent.py under the same unit: in the binary's place, and elsewhere by the guide's override."""
-    line = "curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01 --plain"
+    line = "curl -fsSL --proto =https --proto-redir =https https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01 --plain"
     assert "reporter: accepted host:pve-host-01" in typed(host, line)
     program = "readlink /proc/$(systemctl show -p MainPID --value proxmox-monitor-agent)/exe"
     assert "/python3" in host.run(program).stdout

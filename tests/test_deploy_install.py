@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Client
@@ -87,6 +89,17 @@ def test_a_new_host_comes_with_the_line_that_installs_it(admin):
 # --- commands ---
 
 
+@pytest.fixture
+def state_directory():
+    """A directory of another user's that he can reach, as /var/lib/proxmox-monitor is."""
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o755)
+        folder = Path(above) / "state"
+        folder.mkdir(mode=0o700)
+        os.chown(folder, NOBODY, NOBODY)
+        yield folder
+
+
 def run_command(folder, *argv, **settings):
     env = {"PATH": os.environ["PATH"], "DATABASE_PATH": str(folder / "monitor.db"), **settings}
     return subprocess.run([sys.executable, ROOT / "server.py", *argv], env=env, capture_output=True, text=True)
@@ -106,17 +119,16 @@ def test_register_host_shows_a_person_the_way_on(tmp_path):
            "PUBLIC_URL": "https://monitor.example.com"}  # fmt: skip
     command = [sys.executable, ROOT / "server.py", "register-host", "pve-host-01"]
     told = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=theirs, text=True)
-    line = b"curl -fsSL https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01"
+    line = b"curl -fsSL --proto =https --proto-redir =https https://monitor.example.com/install/install.sh | sh -s -- --host pve-host-01"
     assert line in os.read(ours, 4096)
     assert told.stdout.count("\n") == 3
 
 
 @needs_root
 @pytest.mark.parametrize("command", [("register-host", "pve1"), ("migrate",), ("create-api-token", "one")])
-def test_what_root_makes_in_the_service_directory_is_the_services(command, tmp_path):
-    os.chown(tmp_path, NOBODY, NOBODY)
-    assert run_command(tmp_path, *command).returncode == 0
-    made = list(tmp_path.iterdir())
+def test_what_root_makes_in_the_service_directory_is_the_services(command, state_directory):
+    assert run_command(state_directory, *command).returncode == 0
+    made = list(state_directory.iterdir())
     assert made and all(path.stat().st_uid == NOBODY for path in made)
     assert all(path.stat().st_mode & 0o077 == 0 for path in made)
 
