@@ -56,7 +56,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import accumulate, chain, compress, islice
-from operator import mul, sub
+from operator import lt, mul, sub
 from typing import IO, Any, NamedTuple
 
 import argon2
@@ -1831,8 +1831,8 @@ class Monitor:
         self.reports_accepted = self.reports_duplicate = 0
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
-        self.keeper = open_keeper(config, self.store, self.history, self.fleet)
         self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
+        self.keeper = open_keeper(config, self.store, self.history, self.fleet, self.stop)
         self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
         self.replaying = threading.Lock()
 
@@ -6154,6 +6154,7 @@ def start_watches(monitor: Monitor) -> None:
 CONSTANT, PLAIN, DELTA, DOUBLES, HOLES = 0, 1, 2, 3, 8
 COLUMN = struct.Struct("<BBI")  # how it is packed (with HOLES: not every row has a value), decimals, bytes that follow
 SCALES = tuple(10**decimals for decimals in range(7))
+CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
 NAN = math.nan
 
 
@@ -6176,17 +6177,9 @@ def pack_column(values: Sequence[float]) -> bytes:
     return COLUMN.pack(how | kind, decimals, len(holes) + len(packed)) + holes + packed
 
 
-def pack_whole_column(whole: list[int]) -> bytes:
-    """The same for numbers that are known to be whole, each exact as a double."""
-    if whole.count(whole[0]) == len(whole):
-        return COLUMN.pack(CONSTANT, 0, 8) + struct.pack("<d", whole[0])
-    kind, decimals, packed = pack_whole(0, whole)
-    return COLUMN.pack(kind, decimals, len(packed)) + packed
-
-
 def pack_whole(decimals: int, whole: list[int]) -> tuple[int, int, bytes]:
     """How, decimals and bytes of whole numbers that are not all the same; DOUBLES if they are too large."""
-    steps = [one << 1 if one >= 0 else ~(one << 1) for one in map(sub, whole[1:], whole)]  # zig-zag
+    steps = [step << 1 if step >= 0 else ~(step << 1) for step in map(sub, whole[1:], whole)]  # zig-zag
     if min(whole) >= 0 and max(whole) < 1 << 64 and sum(whole) <= sum(steps):
         return PLAIN, decimals, pack_planes(whole)
     if max(steps) < 1 << 63 and abs(whole[0]) < 1 << 63:
@@ -6200,12 +6193,8 @@ def scale(values: Sequence[float]) -> tuple[int, list[int]] | None:
     decimals = need_decimals(wanted[:: len(wanted) // 8 + 1], 0)  # by some of them, so that mostly one try is enough
     while decimals < len(SCALES):
         by = SCALES[decimals]
-        if decimals:
-            whole = list(map(round, [value * by for value in wanted]))
-            again = [one / by for one in whole]
-        else:
-            whole = list(map(int, wanted))
-            again = list(map(float, whole))
+        whole = list(map(round, [value * by for value in wanted])) if decimals else list(map(int, wanted))
+        again = [number / by for number in whole] if decimals else list(map(float, whole))
         if again == wanted:
             return decimals, whole
         decimals = need_decimals([value for value, other in zip(wanted, again) if value != other], decimals)
@@ -6246,6 +6235,12 @@ def unpack_bits(packed: bytes, count: int) -> list[bool]:
     return [digit == "1" for digit in bin(int.from_bytes(packed, "big"))[3:]] if count else []
 
 
+def place(values: Iterable[Any], there: Sequence[bool]) -> list[Any]:
+    """Values at the rows that have one, NaN at the others."""
+    given = iter(values)
+    return [next(given) if is_there else NAN for is_there in there]
+
+
 def unpack_column(packed: bytes, at: int, rows: int) -> list[float]:
     """The values of the column that begins at a byte."""
     how, decimals, size = COLUMN.unpack_from(packed, at)
@@ -6254,8 +6249,7 @@ def unpack_column(packed: bytes, at: int, rows: int) -> list[float]:
         return unpack_numbers(how, decimals, packed[at:end], rows)
     width = (rows + 8) // 8
     there = unpack_bits(packed[at : at + width], rows)
-    known = iter(unpack_numbers(how & ~HOLES, decimals, packed[at + width : end], sum(there)))
-    return [next(known) if one else NAN for one in there]
+    return place(unpack_numbers(how & ~HOLES, decimals, packed[at + width : end], sum(there)), there)
 
 
 def unpack_numbers(how: int, decimals: int, packed: bytes, count: int) -> list[float]:
@@ -6266,10 +6260,10 @@ def unpack_numbers(how: int, decimals: int, packed: bytes, count: int) -> list[f
     if how == PLAIN:
         whole: Iterable[int] = unpack_planes(packed, count)
     else:
-        steps = [(one >> 1) ^ -(one & 1) for one in unpack_planes(packed[8:], count - 1)]
+        steps = [(step >> 1) ^ -(step & 1) for step in unpack_planes(packed[8:], count - 1)]
         whole = accumulate(steps, initial=struct.unpack_from("<q", packed)[0])
     by = SCALES[decimals]
-    return list(map(float, whole)) if by == 1 else [one / by for one in whole]
+    return list(map(float, whole)) if by == 1 else [number / by for number in whole]
 
 
 def skip_columns(packed: bytes, at: int, columns: int) -> int:
@@ -6286,14 +6280,9 @@ def pack_chunk(segments: list[tuple[int, int, bytes]]) -> bytes:
     for _, _, segment in segments:
         packer = zlib.compressobj(CHUNK_LEVEL, zlib.DEFLATED, -15)
         packed.append(packer.compress(segment) + packer.flush())
-    directory = array("I", [len(segments)])
-    directory.extend(one[0] for one in segments)
-    directory.extend(one[1] for one in segments)
-    directory.extend(accumulate(map(len, packed)))
+    objects, layouts = [segment[0] for segment in segments], [segment[1] for segment in segments]
+    directory = array("I", [len(segments), *objects, *layouts, *accumulate(map(len, packed))])
     return directory.tobytes() + b"".join(packed)
-
-
-CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
 
 
 def open_chunk(body: bytes) -> dict[int, tuple[int, slice]]:
@@ -6352,18 +6341,24 @@ def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: 
 
 # The steps of history: how long each is kept, and what span of time one chunk of it holds.
 RAW, FINE, COARSE = 30, 5 * MINUTE, HOUR
-KEPT = {RAW: 2 * DAY, FINE: 90 * DAY, COARSE: 730 * DAY}
+KEPT = {RAW: 8 * DAY, FINE: 90 * DAY, COARSE: 730 * DAY}  # RAW: longer than an agent's spool, so no day is made twice
 SPANS = {RAW: HOUR, FINE: DAY, COARSE: 10 * DAY}
 STEP_CODES = {RAW: 0, FINE: 1, COARSE: 2}
 ON_REQUEST = (6 * HOUR, DAY, 10 * DAY)  # made from hours when years are asked for
 POINTS_MOST = 2000
 RATE_MOST = HOUR  # a counter's values that are farther apart make no rate
-OBJECTS_MOST = 5000  # of one report
 HISTORY_MEMORY = 16 << 20  # bytes of numbers not yet in chunks that are kept at hand
 
+OBJECTS_MOST = 5000  # of one section of a report
+FIELDS_MOST = 300  # of one object
+OBJECTS_KEPT, LAYOUTS_KEPT = 20_000, 2000  # of one host; what is beyond has no history
+
 ObjectKey = tuple[str, str]  # section, object ('' = the section itself)
+Wanted = dict[ObjectKey, set[str]] | None  # fields by object; None: everything
+ObjectIds = dict[ObjectKey, int]
+LayoutIds = dict[tuple[str, ...], int]  # names of fields -> number
+TickKey = tuple[int, int, int]  # milliseconds, run, seq
 Point = tuple[float, float, float, float]  # average, minimum, maximum, count
-Points = dict[ObjectKey, dict[str, dict[int, Point]]]  # object -> field -> beginning of the step -> point
 
 NODE_PARTS = (("interfaces", ("name",)), ("block_devices", ("name",)), ("temperatures", ("sensor", "label")))
 ONLY = {"datasets": frozenset(("used_bytes", "available_bytes", "referenced_bytes", "used_by_snapshots_bytes"))}
@@ -6376,22 +6371,7 @@ NOT_NUMBERS = frozenset((
 ))
 BOOT = "~boot"  # a number that is another after each boot: counters begin anew then
 
-
-class Shape:
-    """Which numbers a report has, and where in its row: shared by all reports that look alike."""
-
-    __slots__ = ("parts", "where")
-
-    def __init__(self, parts: tuple[tuple[str, str, tuple[str, ...]], ...]):
-        self.parts = parts
-        self.where: dict[ObjectKey, tuple[int, tuple[str, ...]]] = {}
-        start = 0
-        for section, object, names in parts:
-            self.where[section, object] = start, names
-            start += len(names)
-
-
-SHAPES: dict[tuple[Any, ...], Shape] = {}
+Parts = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]  # sections, names of objects, fields of each of them
 
 
 class Tick(NamedTuple):
@@ -6400,37 +6380,32 @@ class Tick(NamedTuple):
     ms: int
     run: int  # crc32 of run_id
     seq: int
-    shape: Shape
+    parts: Parts  # what the values are
     values: array[float]
 
 
 def build_tick(report: dict[str, Any], received_at: float) -> Tick:
     """Every number of the sections that have a history; NaN where something else stands."""
-    parts: list[tuple[str, str, tuple[str, ...]]] = []
+    parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     cells: list[Any] = []
-    for section, objects, found in history_sections(report):
-        fields = tuple(found[0])
-        if all(tuple(one) == fields for one in found):  # most look alike: all at once
-            names, mask = kept_fields(section, *fields)
-            parts += [(section, object, names) for object in objects]
-            cells += compress(chain.from_iterable([one.values() for one in found]), mask * len(found))
+    for section, names, objects in history_sections(report):
+        fields = tuple(objects[0])
+        if all(tuple(object) == fields for object in objects):  # most look alike: all at once
+            kept, mask = kept_fields(section, fields)
+            parts.append((section, tuple(names), kept))
+            cells += compress(chain.from_iterable([object.values() for object in objects]), mask * len(objects))
             continue
-        for object, one in zip(objects, found):
-            names, mask = kept_fields(section, *one)
-            parts.append((section, object, names))
-            cells += compress(one.values(), mask)
+        for name, object in zip(names, objects):
+            kept, mask = kept_fields(section, tuple(object))
+            parts.append((section, (name,), kept))
+            cells += compress(object.values(), mask)
     try:
         values = array("d", cells)
     except TypeError:
-        values = array("d", [cell if (kind := type(cell)) is float or kind is int else NAN for cell in cells])
-    key = tuple(parts)
-    shape = SHAPES.get(key)
-    if shape is None:
-        if len(SHAPES) > 10_000:
-            SHAPES.clear()
-        shape = SHAPES[key] = Shape(key)
+        values = array("d", [cell if type(cell) in (float, int, bool) else NAN for cell in cells])
     at = min(report["time"], received_at)
-    return Tick(int(at * 1000), zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"], shape, values)
+    run = zlib.crc32(report["run_id"].encode("utf-8", "replace"))
+    return Tick(int(at * 1000), run, report["seq"], tuple(parts), values)
 
 
 def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
@@ -6438,12 +6413,12 @@ def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], l
     if isinstance(report.get("node"), dict):
         yield "node", *history_of_node(report["node"])
     for section in ("guests", "storages", "datasets", "disks"):
-        found = (report.get(section) or [])[:OBJECTS_MOST]
-        if found:
+        objects = (report.get(section) or [])[:OBJECTS_MOST]
+        if objects:
             key = KEY_FIELDS[section][0]
-            yield section, [str(one[key])[:200] for one in found], found
+            yield section, [str(object[key])[:200] for object in objects], objects
     pools = []
-    for pool in report.get("pools") or ():
+    for pool in (report.get("pools") or [])[:OBJECTS_MOST]:
         more = {**vdev_errors(pool), "scan_progress_ratio": number(pool.get("scan"), "progress_ratio")}
         pools.append({**pool, **{name: NAN if value is None else value for name, value in more.items()}})
     if pools:
@@ -6453,39 +6428,47 @@ def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], l
 def history_of_node(node: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """The host itself, and its interfaces, disks and sensors."""
     boot = {BOOT: zlib.crc32(node["boot_id"].encode("utf-8", "replace"))} if text(node, "boot_id") else {}
-    names, found = [""], [{**node, **boot}]
+    names, objects = [""], [{**node, **boot}]
     for part, keys in NODE_PARTS:
-        for one in dicts(node.get(part))[:OBJECTS_MOST]:
-            name = " ".join(one[key] for key in keys if text(one, key))
+        for device in dicts(node.get(part))[:OBJECTS_MOST]:
+            name = " ".join(device[key] for key in keys if text(device, key))
             names.append(f"{part}/{name}"[:200])
-            found.append({**one, **boot})
-    return names, found
+            objects.append({**device, **boot})
+    return names, objects
 
 
-@lru_cache(4096)
-def kept_fields(section: str, *names: str) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """Of an object's fields those that may be numbers with a history: no times, no keys, no texts."""
+def kept_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Of an object's fields those that may be numbers with a history, and which ones of all these are."""
+    wild = len(names) > FIELDS_MOST or max(map(len, names), default=0) > 200  # nothing to remember for long
+    return (choose_fields if wild else remembered_fields)(section, names)
+
+
+def choose_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """No times, no keys, no texts."""
     only = ONLY.get(section)
-    mask = tuple(name in only if only else name not in NOT_NUMBERS and not name.endswith("_at") and len(name) < 100
-                 for name in names)
+    mask = tuple(at < FIELDS_MOST and (name in only if only else name not in NOT_NUMBERS and not name.endswith("_at")
+                                       and len(name) < 100) for at, name in enumerate(names))
     return tuple(compress(names, mask)), mask
+
+
+remembered_fields = lru_cache(1000)(choose_fields)
 
 
 class History:
     """What a running server keeps at hand of the history: the numbers of reports that are in no chunk yet, as far
-    as HISTORY_MEMORY goes, and the names of layouts."""
+    as HISTORY_MEMORY goes, and the names of layouts. Asked by many threads; `_lock` guards what they change."""
 
     def __init__(self) -> None:
-        self.ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
         self.bytes = 0
         self.hours: dict[int, dict[int, tuple[float, int]]] = {}  # host -> hour -> sum and count of CPU in use
         self.layouts: dict[int, tuple[str, ...]] = {}
+        self._ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
+        self._parts: dict[int, dict[Parts, Parts]] = {}  # host -> what its last reports held: one copy for all alike
         self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
-        self._next_host = 0
-        self.written_hours: dict[tuple[int, int], float] = {}
+        self._lock = threading.Lock()
 
     def remember(self, host_id: int, report_id: int, report: dict[str, Any], received_at: float) -> None:
-        """A report has come; called by the writer."""
+        """A report has come; called by who writes it, one at a time."""
         value = number(report.get("node"), "cpu_ratio")
         if value is not None:
             hours, hour = self.hours.setdefault(host_id, {}), int(min(report["time"], received_at)) // HOUR * HOUR
@@ -6495,209 +6478,199 @@ class History:
             hours[hour] = total + value, count + 1
         if self.bytes < HISTORY_MEMORY:
             tick = build_tick(report, received_at)
-            self.ticks.setdefault(host_id, {})[report_id] = tick
-            self.bytes += tick_bytes(tick)
+            with self._lock:
+                same = self._parts.setdefault(host_id, {})
+                if len(same) > 10:
+                    same.clear()
+                tick = tick._replace(parts=same.setdefault(tick.parts, tick.parts))
+                self._ticks.setdefault(host_id, {})[report_id] = tick
+                self.bytes += tick_bytes(tick)
 
     def forget(self, host_id: int, report_ids: Iterable[int]) -> None:
-        """Reports went into a chunk; called by the writer after the commit."""
-        kept = self.ticks.get(host_id, {})
-        for report_id in report_ids:
-            self._parsed.pop(report_id, None)
-            tick = kept.pop(report_id, None)
-            self.bytes -= tick_bytes(tick) if tick else 0
+        """Reports went into a chunk."""
+        with self._lock:
+            ticks = self._ticks.get(host_id, {})
+            for report_id in report_ids:
+                self._parsed.pop(report_id, None)
+                tick = ticks.pop(report_id, None)
+                self.bytes -= tick_bytes(tick) if tick else 0
+
+    def forget_hosts(self, but: Set[int]) -> None:
+        """Hosts were removed: give back what is kept of all others than these."""
+        with self._lock:
+            for host_id in (self._ticks.keys() | self._parts.keys() | self.hours.keys()) - but:
+                self.bytes -= sum(map(tick_bytes, self._ticks.pop(host_id, {}).values()))
+                self._parts.pop(host_id, None)
+                self.hours.pop(host_id, None)
 
     def clear(self) -> None:
-        self.ticks, self._parsed, self.bytes = {}, {}, 0
+        with self._lock:
+            self._ticks, self._parts, self._parsed, self.bytes = {}, {}, {}, 0
 
-    def tail(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> dict[int, Tick]:
+    def tail(self, db: sqlite3.Connection, host_id: int, since: float, until: float | None, *, most: int = -1,
+             without: Set[int] = frozenset()) -> dict[int, Tick]:
         """Reports of a span of time that are in no chunk yet, oldest first."""
         first, last = report_span(host_id, since, until)
-        known = self.ticks.get(host_id, {})
-        found = {}
-        for (report_id,) in db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
-                                       {"first": first, "last": last}).fetchall():
+        rows = db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT :most",
+                          {"first": first, "last": last, "most": most + len(without) if most > 0 else -1}).fetchall()
+        chosen = [row[0] for row in rows if row[0] not in without]
+        known = self._ticks.get(host_id, {})
+        ticks = {}
+        for report_id in chosen[:most] if most > 0 else chosen:
             tick = known.get(report_id) or self._parsed.get(report_id) or self._parse(db, report_id)
             if tick is not None:
-                found[report_id] = tick
-        return found
-
-    def first(self, db: sqlite3.Connection, host_id: int, most: int, without: Set[int]) -> dict[int, Tick]:
-        """The oldest reports of the tail, without some."""
-        first, last = report_span(host_id, 0, None)
-        ids = [row[0] for row in db.execute(
-            "SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT :most",
-            {"first": first, "last": last, "most": most + len(without)}) if row[0] not in without]
-        known = self.ticks.get(host_id, {})
-        ticks = ((one, known.get(one) or self._parsed.get(one) or self._parse(db, one)) for one in ids[:most])
-        return {one: tick for one, tick in ticks if tick is not None}
+                ticks[report_id] = tick
+        return ticks
 
     def _parse(self, db: sqlite3.Connection, report_id: int) -> Tick | None:
         row = find_report(db, report_id)
         if row is None:
             return None
         tick = build_tick(read_body(row["body"]), row["received_at"])
-        if len(self._parsed) > 3000:
-            self._parsed = {}
-        self._parsed[report_id] = tick
+        with self._lock:
+            if len(self._parsed) > 3000:
+                self._parsed = {}
+            self._parsed[report_id] = tick
         return tick
 
     def layout(self, db: sqlite3.Connection, layout_id: int) -> tuple[str, ...]:
         """The names of a layout's fields."""
         if layout_id not in self.layouts:
-            row = db.execute("SELECT fields FROM history_layout WHERE id = :id", {"id": layout_id}).fetchone()
-            self.layouts[layout_id] = tuple(json.loads(row[0]))
+            self.read_layouts(db)
         return self.layouts[layout_id]
+
+    def read_layouts(self, db: sqlite3.Connection) -> LayoutIds:
+        rows = db.execute("SELECT id, fields FROM history_layout").fetchall()
+        self.layouts = {row["id"]: tuple(json.loads(row["fields"])) for row in rows}  # a new one: others read the old
+        return {fields: number for number, fields in self.layouts.items()}
 
 
 def tick_bytes(tick: Tick) -> int:
     return 300 + 8 * len(tick.values)
 
 
-# Blocks: the numbers of some reports of one host, column by column.
-
-TickKey = tuple[int, int, int]  # milliseconds, run, seq
-Columns = tuple[list[int], dict[str, list[float]]]  # which of the block's reports have the object; field -> values
+# Frames: the numbers of one host, column by column.
 
 
-class Block(NamedTuple):
-    keys: list[TickKey]  # rising
-    objects: dict[ObjectKey, Columns]
+class Frame(NamedTuple):
+    """Rows and their keys, rising, and of each field of each object a cell for every row; NaN = not there. Either of
+    reports, whose keys are TickKeys and whose cells are doubles; or of steps: the times they begin at, and Points."""
+
+    keys: list[Any]
+    objects: dict[ObjectKey, dict[str, list[Any]]]
 
 
-Wanted = dict[ObjectKey, set[str]] | None  # None: everything
+def merge(frames: Iterable[Frame]) -> Frame:
+    """Several as one. A row that is in several is there once."""
+    keys: list[Any] = []
+    objects: dict[ObjectKey, dict[str, list[Any]]] = {}
+    frames = sorted((frame for frame in frames if frame.keys), key=lambda frame: frame.keys[0])
+    if len(frames) == 1:
+        return frames[0]
+    for frame in frames:
+        for name, fields in frame.objects.items():
+            columns = objects.setdefault(name, {})
+            for field, column in fields.items():
+                whole = columns.setdefault(field, [])
+                whole += [NAN] * (len(keys) - len(whole))
+                whole += column
+        keys += frame.keys
+    for columns in objects.values():
+        for column in columns.values():
+            column += [NAN] * (len(keys) - len(column))
+    if all(map(lt, keys, keys[1:])):
+        return Frame(keys, objects)
+    order = sorted({key: row for row, key in enumerate(keys)}.values(), key=keys.__getitem__)
+    return Frame([keys[row] for row in order], {
+        name: {field: [column[row] for row in order] for field, column in columns.items()}
+        for name, columns in objects.items()})
 
 
-def block_of(ticks: Iterable[Tick], wanted: Wanted = None) -> Block:
-    """The numbers of reports, in the order of their time. Reports of one shape are turned into columns at once."""
-    rows = sorted(ticks, key=lambda tick: tick[:3])
-    alike: dict[int, list[int]] = {}
-    for place, tick in enumerate(rows):
-        alike.setdefault(id(tick.shape), []).append(place)
-    parts: dict[ObjectKey, list[Columns]] = {}
-    for places in alike.values():
-        where, values = rows[places[0]].shape.where, [rows[place].values for place in places]
-        matrix = list(zip(*values)) if wanted is None else []
-        for key in where if wanted is None else wanted.keys() & where.keys():
-            start, names = where[key]
+def cut(frame: Frame, since: float, until: float) -> Frame:
+    """The rows of a frame of steps from one time to before another."""
+    first, last = bisect.bisect_left(frame.keys, since), bisect.bisect_left(frame.keys, until)
+    return Frame(frame.keys[first:last], {name: {field: column[first:last] for field, column in columns.items()}
+                                          for name, columns in frame.objects.items()})
+
+
+def frame_of(ticks: Iterable[Tick], wanted: Wanted = None) -> Frame:
+    """The numbers of reports, in the order of their time."""
+    alike: dict[Parts, list[Tick]] = {}
+    for tick in sorted(ticks, key=lambda tick: tick[:3]):
+        alike.setdefault(tick.parts, []).append(tick)
+    return merge(frame_of_alike(parts, same, wanted) for parts, same in alike.items())
+
+
+def frame_of_alike(parts: Parts, ticks: list[Tick], wanted: Wanted) -> Frame:
+    """Reports that hold the same are turned into columns at once."""
+    rows, objects, start = [tick.values for tick in ticks], {}, 0
+    matrix = list(map(list, zip(*rows))) if wanted is None else []
+    for section, names, fields in parts:
+        for name in names:
+            key = section, name
             if wanted is None:
-                columns = dict(zip(names, map(list, matrix[start : start + len(names)])))
-            else:
-                columns = {name: [row[start + at] for row in values] for at, name in enumerate(names)
-                           if name in wanted[key]}
-            parts.setdefault(key, []).append((places, columns))
-    return Block([tick[:3] for tick in rows], {key: mix_columns(found) for key, found in parts.items()})
+                objects[key] = dict(zip(fields, matrix[start : start + len(fields)]))
+            elif key in wanted:
+                objects[key] = {field: [row[at] for row in rows] for at, field in enumerate(fields, start)
+                                if field in wanted[key]}
+            start += len(fields)
+    return Frame([tick[:3] for tick in ticks], objects)
 
 
-def mix_columns(parts: list[Columns]) -> Columns:
-    """Rows of one object from reports of several shapes, in order; a field that a row does not have is NaN there."""
-    if len(parts) == 1:
-        return parts[0]
-    every = [place for places, _ in parts for place in places]
-    order = sorted(range(len(every)), key=every.__getitem__)
-    columns = {}
-    for name in {name for _, columns in parts for name in columns}:
-        values: list[float] = []
-        for places, found in parts:
-            values += found.get(name) or [NAN] * len(places)
-        columns[name] = [values[at] for at in order]
-    return sorted(every), columns
+def stored_names(frame: Frame) -> dict[ObjectKey, tuple[str, ...]]:
+    """The columns of each object that hold anything."""
+    names = {key: tuple(sorted(field for field, column in columns.items() if any(cell == cell for cell in column)))
+             for key, columns in frame.objects.items()}
+    return {key: fields for key, fields in names.items() if fields}
 
 
-def merge_blocks(blocks: list[Block]) -> Block:
-    """Several as one; the same report twice is there once."""
-    blocks = sorted((block for block in blocks if block.keys), key=lambda block: block.keys[0])
-    if all(a.keys[-1] < b.keys[0] for a, b in zip(blocks, blocks[1:])):
-        return join_blocks(blocks)
-    keys = sorted({key for block in blocks for key in block.keys})
-    place = {key: at for at, key in enumerate(keys)}
-    rows: dict[ObjectKey, dict[int, tuple[Columns, int]]] = {}
-    for block in blocks:
-        for name, columns in block.objects.items():
-            found = rows.setdefault(name, {})
-            for row, at in enumerate(columns[0]):
-                found[place[block.keys[at]]] = columns, row
-    return Block(keys, {name: merge_columns(found) for name, found in rows.items()})
-
-
-def join_blocks(blocks: list[Block]) -> Block:
-    """Blocks that follow each other, as one."""
-    if len(blocks) == 1:
-        return blocks[0]
-    keys: list[TickKey] = []
-    objects: dict[ObjectKey, Columns] = {}
-    for block in blocks:
-        for name, (places, columns) in block.objects.items():
-            all_places, all_columns = objects.setdefault(name, ([], {}))
-            before = len(all_places)
-            all_places += [len(keys) + at for at in places]
-            for field in columns.keys() - all_columns.keys():
-                all_columns[field] = [NAN] * before
-            for field, values in all_columns.items():
-                values += columns.get(field) or [NAN] * len(places)
-        keys += block.keys
-    return Block(keys, objects)
-
-
-def merge_columns(rows: dict[int, tuple[Columns, int]]) -> Columns:
-    places = sorted(rows)
-    ordered = [rows[at] for at in places]
-    fields = {field for columns, _ in ordered for field in columns[1]}
-    empty: list[float] = []
-    values = {field: [columns[1].get(field, empty)[row] if field in columns[1] else NAN for columns, row in ordered]
-              for field in fields}
-    return places, values
-
-
-def pack_block(block: Block, object_ids: dict[ObjectKey, int], layout_ids: dict[tuple[str, ...], int]) -> bytes:
-    """A block as a chunk: segment 0 has the reports' times and names, then a segment for each object."""
-    heads = [pack_column(column) for column in zip(*block.keys)]
-    segments = [(0, len(block.keys), b"".join(heads))]
-    for key, (places, columns) in block.objects.items():
-        names = stored_names(columns)
-        if names:
-            everywhere = len(places) == len(block.keys)
-            present = set(places)
-            there = b"" if everywhere else pack_bits([at in present for at in range(len(block.keys))])
-            packed = b"".join(pack_column(columns[name]) for name in names)
-            segments.append((object_ids[key], layout_ids[names], bytes([everywhere]) + there + packed))
+def pack_reports(frame: Frame, objects: ObjectIds, layouts: LayoutIds) -> bytes:
+    """A frame of reports as a chunk: segment 0 has their times and names, then a segment for each object, with the
+    rows that have it."""
+    segments = [(0, len(frame.keys), b"".join(map(pack_column, zip(*frame.keys))))]
+    for key, names in stored_names(frame).items():
+        if key in objects and names in layouts:
+            columns = [frame.objects[key][name] for name in names]
+            head = b"\1"
+            if all(math.isnan(sum(column)) for column in columns):  # none is whole
+                there = [any(cell == cell for cell in cells) for cells in zip(*columns)]
+                if not all(there):
+                    head = b"\0" + pack_bits(there)
+                    columns = [list(compress(column, there)) for column in columns]
+            segments.append((objects[key], layouts[names], head + b"".join(map(pack_column, columns))))
     return pack_chunk(segments)
 
 
-def stored_names(columns: dict[str, list[float]]) -> tuple[str, ...]:
-    """The columns that hold any number."""
-    return tuple(sorted(name for name, values in columns.items() if any(value == value for value in values)))
-
-
-def unpack_block(history: History, db: sqlite3.Connection, body: bytes, objects: dict[int, ObjectKey],
-                 wanted: Wanted) -> Block:
+def unpack_reports(history: History, db: sqlite3.Connection, body: bytes, objects: dict[int, ObjectKey],
+                   wanted: Wanted) -> Frame:
     """What is wanted of a chunk of reports."""
     chunk = open_chunk(body)
-    count, head = chunk[0]
-    packed, at, heads = inflate(body[head]), 0, []
+    count, segment = chunk[0]
+    packed, at, heads = inflate(body[segment]), 0, []
     for _ in range(3):
-        heads.append([int(one) for one in unpack_column(packed, at, count)])
+        heads.append(list(map(int, unpack_column(packed, at, count))))
         at = skip_columns(packed, at, 1)
     found = {}
     for object_id in objects.keys() & chunk.keys():
         layout_id, segment = chunk[object_id]
         key = objects[object_id]
         names = history.layout(db, layout_id)
-        found[key] = unpack_columns(inflate(body[segment]), count, names, wanted[key] if wanted else None)
-    return Block(list(zip(*heads)), found)
+        found[key] = unpack_object(inflate(body[segment]), count, names, wanted[key] if wanted else None)
+    return Frame(list(zip(*heads)), found)
 
 
-def unpack_columns(packed: bytes, count: int, names: tuple[str, ...], fields: set[str] | None) -> Columns:
-    places, at = list(range(count)), 1
+def unpack_object(packed: bytes, count: int, names: tuple[str, ...], wanted: set[str] | None) -> dict[str, list[float]]:
+    there, at = [True] * count, 1
     if not packed[0]:
-        width = (count + 8) // 8
-        places = [place for place, there in enumerate(unpack_bits(packed[1 : 1 + width], count)) if there]
-        at += width
-    columns = {}
+        at += (count + 8) // 8
+        there = unpack_bits(packed[1:at], count)
+    rows, columns = sum(there), {}
     for name in names:
-        if fields is None or name in fields:
-            columns[name] = unpack_column(packed, at, len(places))
+        if wanted is None or name in wanted:
+            column = unpack_column(packed, at, rows)
+            columns[name] = column if rows == count else place(column, there)
         at = skip_columns(packed, at, 1)
-    return places, columns
+    return columns
 
 
 # Points: averages, minima and maxima of steps.
@@ -6708,104 +6681,84 @@ def stored_field(field: str) -> str:
     return field.removesuffix("_per_second") + "_total" if field.endswith("_per_second") else field
 
 
-def needed_fields(field: str) -> set[str]:
-    """What has to be read for a field: a rate needs to know of restarts too."""
-    stored = stored_field(field)
-    return {stored, "uptime_seconds", BOOT} if stored.endswith("_total") else {stored}
+def list_values(frame: Frame, key: ObjectKey, field: str) -> list[float]:
+    """The values of a series in a frame of reports; a counter as its rate per second; NaN = none."""
+    columns = frame.objects.get(key, {})
+    if field not in columns:
+        return [NAN] * len(frame.keys)
+    if field.endswith("_total"):
+        return list_rates([row[0] for row in frame.keys], columns, [field])[field]
+    return columns[field]
 
 
-def list_values(block: Block, key: ObjectKey, field: str) -> tuple[list[int], list[float]]:
-    """Milliseconds and values of one series in a block; a counter as its rate per second; NaN = none."""
-    places, columns = block.objects.get(key, ([], {}))
-    stored = stored_field(field)
-    if stored not in columns:
-        return [], []
-    times = [block.keys[at][0] for at in places]
-    if stored.endswith("_total"):
-        return times, list_rates(columns[stored], times, list_waits(times, columns), columns)
-    return times, columns[stored]
+def list_rates(times: list[int], columns: dict[str, list[float]], fields: Iterable[str]) -> dict[str, list[float]]:
+    """Counters' growth per second, at the end of each interval. A restart, a counter that fell and too long a time
+    between make a gap: nobody knows what happened in it."""
+    waits, rates = list_waits(times, columns), {}
+    for field in fields:
+        values = columns[field]
+        if not math.isnan(sum(values)):
+            rates[field] = list_growth(values, waits)
+            continue
+        there = [value == value for value in values]
+        known = {name: list(compress(columns[name], there)) for name in (field, "uptime_seconds", BOOT)
+                 if name in columns}
+        known_waits = list_waits(list(compress(times, there)), known)
+        rates[field] = place(list_growth(known[field], known_waits), there)
+    return rates
 
 
 def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]:
-    """Seconds from each row to the next; 0 where what was counted may have begun anew, or too long ago: what
-    restarted() says of two rows, for all rows at once."""
+    """Seconds from each row to the next; 0 where counters cannot be compared: what was counted may have begun anew
+    (its uptime fell or is shorter than the wait, or another boot), or the wait was too long."""
     waits = [(after - before) / 1000 for before, after in zip(times, times[1:])]
     uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
-    if uptimes is not None:
+    if uptimes:
         waits = [0.0 if after < before or after + 1 < wait else wait
                  for before, after, wait in zip(uptimes, uptimes[1:], waits)]
-    if boots is not None and boots.count(boots[0]) < len(boots):
+    if boots and boots.count(boots[0]) < len(boots):
         waits = [0.0 if abs(after - before) > 0 else wait for before, after, wait in zip(boots, boots[1:], waits)]
     return waits if all(0 <= wait <= RATE_MOST for wait in waits) else [
         wait if 0 < wait <= RATE_MOST else 0.0 for wait in waits]
 
 
-def restarted(times: list[int], columns: dict[str, list[float]], last: int, row: int) -> bool:
-    """Whether counters of two rows cannot be compared: a restart or a boot, or too long a time between."""
-    seconds = (times[row] - times[last]) / 1000
-    uptimes, boots = columns.get("uptime_seconds"), columns.get(BOOT)
-    if not 0 < seconds <= RATE_MOST:
-        return True
-    if uptimes is not None and (uptimes[row] < uptimes[last] or uptimes[row] + 1 < seconds):
-        return True
-    return boots is not None and abs(boots[row] - boots[last]) > 0  # NaN, not known: False
+def list_growth(values: list[float], waits: list[float]) -> list[float]:
+    return [NAN] + [(after - before) / wait if wait and after >= before else NAN
+                    for before, after, wait in zip(values, values[1:], waits)]
 
 
-def list_rates(values: list[float], times: list[int], waits: list[float],
-               columns: dict[str, list[float]]) -> list[float]:
-    """A counter's growth per second, at the end of each interval. A restart, a counter that fell and too long a
-    time between make a gap: nobody knows what happened in it."""
-    total = sum(values)
-    if total == total:
-        return [NAN] + [(after - before) / wait if wait and after >= before else NAN
-                        for before, after, wait in zip(values, values[1:], waits)]
-    rates = [NAN] * len(values)
-    known = [row for row, value in enumerate(values) if value == value]
-    for last, row in zip(known, known[1:]):
-        if values[row] >= values[last] and not restarted(times, columns, last, row):
-            rates[row] = (values[row] - values[last]) / ((times[row] - times[last]) / 1000)
-    return rates
+def fold(frame: Frame, plain: Wanted, day: int) -> Frame:
+    """The points of 5 minutes of a day, from its reports and those of the hour before."""
+    times, grid = [key[0] for key in frame.keys], range(day, day + DAY, FINE)
+    bounds = [bisect.bisect_left(times, at * 1000) for at in (*grid, day + DAY)]
+    spans = list(zip(bounds, bounds[1:]))
+    objects = {}
+    for key, columns in frame.objects.items():
+        fields = columns.keys() - {BOOT} if plain is None else columns.keys() & plain[key]
+        rates = list_rates(times, columns, [field for field in fields if field.endswith("_total")])
+        objects[key] = {field: fold_column(rates.get(field, columns[field]), spans, is_rate=field in rates)
+                        for field in fields}
+    return Frame(list(grid), objects)
 
 
-def fold_object(block: Block, key: ObjectKey, fields: Set[str], since: float, until: float) -> dict[
-        str, dict[int, Point]]:
-    """The points of 5 minutes of an object's fields from since to until, from reports."""
-    places, columns = block.objects.get(key, ([], {}))
-    times = [block.keys[at][0] for at in places]
-    steps = [at // (FINE * 1000) * FINE for at in times]
-    spans = []
-    row, last = bisect.bisect_left(steps, since), bisect.bisect_left(steps, until)
-    while row < last:
-        end = bisect.bisect_right(steps, steps[row], row, last)
-        spans.append((steps[row], row, end))
-        row = end
-    waits = list_waits(times, columns)
-    found = {}
-    for field in fields & columns.keys():
-        is_rate = field.endswith("_total")
-        values = list_rates(columns[field], times, waits, columns) if is_rate else columns[field]
-        found[field] = fold(values, spans, is_rate=is_rate)
-    return found
-
-
-def fold(values: list[float], spans: list[tuple[int, int, int]], *, is_rate: bool) -> dict[int, Point]:
-    """Points of values; a span is the beginning of a step with its first row and the one after its last."""
-    if values[0] == values[0] and values.count(values[0]) == len(values) and not is_rate:
-        return {step: (values[0], values[0], values[0], float(end - row)) for step, row, end in spans}
-    parts = [values[row:end] for _, row, end in spans]
+def fold_column(values: list[float], spans: list[tuple[int, int]], *, is_rate: bool) -> list[Any]:
+    """Points of values; a span is the first row of a step and the one after its last."""
+    first = values[0] if values else NAN
+    if first == first and values.count(first) == len(values) and not is_rate:
+        return [(first, first, first, float(end - row)) if row < end else NAN for row, end in spans]
+    parts = [values[row:end] for row, end in spans]
     sums = list(map(sum, parts))
-    total = sum(sums)
-    steps = [step for step, _, _ in spans]
-    if total != total:  # some have holes
-        known = [(step, [value for value in part if value == value] if one != one else part)
-                 for step, part, one in zip(steps, parts, sums)]
-        steps, parts = [step for step, part in known if part], [part for _, part in known if part]
+    if math.isnan(sum(sums)):  # some have holes
+        parts = [[value for value in part if value == value] if math.isnan(total) else part
+                 for part, total in zip(parts, sums)]
         sums = list(map(sum, parts))
+    there = list(map(bool, parts))
+    parts, sums = list(compress(parts, there)), list(compress(sums, there))
     lows, highs = list(map(min, parts)), list(map(max, parts))
     if is_rate:
         lows, highs = list(map(rough, lows)), list(map(rough, highs))
-    return {step: (low if low == high else tidy(one / len(part), low, high), low, high, float(len(part)))
-            for step, part, one, low, high in zip(steps, parts, sums, lows, highs)}
+    return place(((low if low == high else tidy(total / len(part), low, high), low, high, float(len(part)))
+                  for part, total, low, high in zip(parts, sums, lows, highs)), there)
 
 
 def tidy(average: float, lowest: float, highest: float) -> float:
@@ -6826,174 +6779,138 @@ def rough(rate: float) -> float:
     return math.ldexp(round(part * 2048), bits - 11)
 
 
-def combine(points: Iterable[Point]) -> Point:
-    """Several points as one."""
+def combine(cells: Iterable[Any]) -> Any:
+    """Several points as one; NaN if there is none."""
+    points = [cell for cell in cells if cell == cell]
+    if len(points) < 2:
+        return points[0] if points else NAN
     averages, lows, highs, counts = zip(*points)
     lowest, highest, count = min(lows), max(highs), sum(counts)
     return tidy(sum(map(mul, averages, counts)) / count, lowest, highest), lowest, highest, count
 
 
-def coarsen(points: dict[int, Point], step: int) -> dict[int, Point]:
-    """Points of a longer step."""
-    times, found, row = sorted(points), {}, 0
-    while row < len(times):
-        begin = times[row] // step * step
-        end = bisect.bisect_left(times, begin + step, row)
-        found[begin] = combine([points[at] for at in times[row:end]])
-        row = end
-    return found
+def coarsen(frame: Frame, step: int) -> Frame:
+    """A frame of longer steps."""
+    starts = [at // step * step for at in frame.keys]
+    bounds = [row for row, at in enumerate(starts) if not row or at > starts[row - 1]]
+    spans = list(zip(bounds, [*bounds[1:], len(starts)]))
+    return Frame([starts[row] for row in bounds], {
+        key: {field: [combine(column[row:end]) for row, end in spans] for field, column in columns.items()}
+        for key, columns in frame.objects.items()})
 
 
-def add_points(into: Points, more: Points) -> None:
-    """Put points beside those that are there; two of one step become one."""
-    for key, fields in more.items():
-        for field, points in fields.items():
-            old = into.setdefault(key, {}).setdefault(field, {})
-            if not old:
-                old.update(points)
-                continue
-            for at, point in points.items():
-                old[at] = combine((old[at], point)) if at in old else point
+def pack_points(frame: Frame, objects: ObjectIds, layouts: LayoutIds) -> bytes:
+    """The points of a chunk's whole span as a chunk. Of a field: which steps it has, averages, how far minimum and
+    maximum are from them, and how many values were in each step."""
+    return pack_chunk([
+        (objects[key], layouts[names], b"".join(pack_field(frame.objects[key][name]) for name in names))
+        for key, names in stored_names(frame).items() if key in objects and names in layouts])
 
 
-def pack_points(points: Points, begin: int, step: int, object_ids: dict[ObjectKey, int],
-                layout_ids: dict[tuple[str, ...], int]) -> bytes:
-    """Points as a chunk. Of a field: which steps it has, averages, how far minimum and maximum are from them, and
-    how many values were in each step."""
-    steps = range(begin, begin + SPANS[step], step)
-    segments = []
-    for key, fields in points.items():
-        names = tuple(sorted(name for name in fields if fields[name]))
-        if names:
-            packed = b"".join(pack_field([fields[name].get(at) for at in steps]) for name in names)
-            segments.append((object_ids[key], layout_ids[names], packed))
-    return pack_chunk(segments)
-
-
-def pack_field(points: list[Point | None]) -> bytes:
-    there = pack_bits([point is not None for point in points])
-    averages, lowest, highest, counts = zip(*(point for point in points if point))
+def pack_field(cells: list[Any]) -> bytes:
+    there = [cell == cell for cell in cells]
+    averages, lowest, highest, counts = zip(*compress(cells, there))
     size, scaled = len(averages), scale((*averages, *lowest, *highest))
+    columns: list[Sequence[float]]
     if scaled is None or max(scaled[1]) >= 1 << 52 or min(scaled[1]) <= -(1 << 52):  # differences have to be exact
-        return bytes([NOT_SCALED]) + there + b"".join(map(pack_column, (averages, lowest, highest, counts)))
-    decimals, whole = scaled
-    middle = whole[:size]
-    columns = (middle, list(map(sub, middle, whole[size : 2 * size])), list(map(sub, whole[2 * size :], middle)),
-               list(map(int, counts)))
-    return bytes([decimals]) + there + b"".join(map(pack_whole_column, columns))
+        columns, decimals = [averages, lowest, highest, counts], NOT_SCALED
+    else:
+        decimals, whole = scaled
+        middle, low, high = whole[:size], whole[size : 2 * size], whole[2 * size :]
+        columns = [middle, list(map(sub, middle, low)), list(map(sub, high, middle)), counts]
+    return bytes([decimals]) + pack_bits(there) + b"".join(map(pack_column, columns))
 
 
 NOT_SCALED = 255
 
 
-def unpack_points(history: History, db: sqlite3.Connection, body: bytes, begin: int, step: int,
-                  objects: dict[int, ObjectKey], wanted: Wanted) -> Points:
-    """What is wanted of a chunk of points."""
-    steps = range(begin, begin + SPANS[step], step)
-    chunk = open_chunk(body)
-    found: Points = {}
+def unpack_points(history: History, db: sqlite3.Connection, body: bytes | None, steps: range,
+                  objects: dict[int, ObjectKey], wanted: Wanted) -> Frame:
+    """What is wanted of a chunk of points; every step of its span is a row."""
+    chunk = open_chunk(body) if body else {}
+    frame = Frame(list(steps), {})
     for object_id in objects.keys() & chunk.keys():
         layout_id, segment = chunk[object_id]
-        key, packed, at = objects[object_id], inflate(body[segment]), 0
-        fields = found[key] = {}
+        key, packed, at = objects[object_id], inflate((body or b"")[segment]), 0
+        columns = frame.objects[key] = {}
         for name in history.layout(db, layout_id):
-            body_at = at + 1 + (len(steps) + 8) // 8
+            begin = at + 1 + (len(steps) + 8) // 8
             if wanted is None or name in wanted[key]:
-                fields[name] = unpack_field(packed, at, body_at, steps)
-            at = skip_columns(packed, body_at, 4)
-    return found
+                columns[name] = unpack_field(packed, at, begin, len(steps))
+            at = skip_columns(packed, begin, 4)
+    return frame
 
 
-def unpack_field(packed: bytes, at: int, body_at: int, steps: range) -> dict[int, Point]:
-    head = packed[at]
-    times = [step for step, there in zip(steps, unpack_bits(packed[at + 1 : body_at], len(steps))) if there]
+def unpack_field(packed: bytes, at: int, begin: int, steps: int) -> list[Any]:
+    """The points of a field whose head is at a byte, and whose columns begin at another."""
+    decimals, there = packed[at], unpack_bits(packed[at + 1 : begin], steps)
     columns = []
     for _ in range(4):
-        columns.append(unpack_column(packed, body_at, len(times)))
-        body_at = skip_columns(packed, body_at, 1)
-    if head == NOT_SCALED:
-        return dict(zip(times, zip(*columns)))
-    by, (middle, low, high, counts) = SCALES[head], columns
-    return {time: (a / by, (a - b) / by, (a + c) / by, n)
-            for time, a, b, c, n in zip(times, middle, low, high, counts)}
+        columns.append(unpack_column(packed, begin, sum(there)))
+        begin = skip_columns(packed, begin, 1)
+    if decimals == NOT_SCALED:
+        return place(zip(*columns), there)
+    by = SCALES[decimals]
+    return place(((middle / by, (middle - low) / by, (middle + high) / by, count)
+                  for middle, low, high, count in zip(*columns)), there)
 
 
 # Reading: chunks and tail together, whatever has been packed by now.
 
 
-class Source:
-    """One host's history for one question: `wanted` are the fields asked for, by object; None = everything."""
+class Reader:
+    """One host's history for one question: `asked` are the fields by object; None = everything."""
 
     def __init__(self, history: History, db: sqlite3.Connection, host_id: int, asked: Wanted):
-        self.history, self.db, self.host_id, self.asked = history, db, host_id, asked
+        self.history, self.db, self.host_id = history, db, host_id
         self.objects = find_objects(db, host_id, asked)
-        self.stored: Wanted = asked and {
-            key: {one for field in fields for one in needed_fields(field)} for key, fields in asked.items()}
-        self.plain: Wanted = asked and {key: {stored_field(field) for field in fields} for key, fields in asked.items()}
+        self.plain = asked
+        self.stored: Wanted = asked and {  # to make a rate, one has to know of restarts
+            key: fields | {"uptime_seconds", BOOT} if any(field.endswith("_total") for field in fields) else fields
+            for key, fields in asked.items()}
 
-    def block(self, since: float, until: float, *, tail: bool = True) -> Block:
+    def reports(self, since: float, until: float, *, tail: bool = True) -> Frame:
         """The reports of a span of time. The tail comes first: what leaves it meanwhile is in a chunk by then."""
         ticks = self.history.tail(self.db, self.host_id, since, until) if tail else {}
-        first = int(since) // HOUR * HOUR
-        blocks = [unpack_block(self.history, self.db, row["body"], self.objects, self.stored)
-                  for row in list_chunks(self.db, self.host_id, RAW, first, until)]
-        return merge_blocks([*blocks, block_of(ticks.values(), self.stored)]) if blocks or ticks else Block([], {})
+        return merge([*(unpack_reports(self.history, self.db, row["body"], self.objects, self.stored)
+                        for row in list_chunks(self.db, self.host_id, RAW, int(since) // HOUR * HOUR, until)),
+                      frame_of(ticks.values(), self.stored)])
 
-    def points(self, step: int, since: int, until: int) -> Points:
-        """Points of 5 minutes or an hour, from the beginning of a step on."""
-        found: Points = {}
-        days = day_states(self.db, self.host_id, since, until)
-        first, last = report_span(self.host_id, since // DAY * DAY, until)
+    def points(self, step: int, since: int, until: int) -> Frame:
+        """Points of 5 minutes or an hour, from the beginning of a step on. Those of a day with reports that are not
+        rolled up are made from its reports."""
+        span, frames = SPANS[step], []
+        fresh = self._changed_days(since // DAY * DAY, until)
+        chunks = {chunk_begin(row["id"]): row["body"]
+                  for row in list_chunks(self.db, self.host_id, step, since // span * span, until)}
+        for begin in sorted(chunks.keys() | {day // span * span for day in fresh}):
+            frame = unpack_points(self.history, self.db, chunks.get(begin), range(begin, begin + span, step),
+                                  self.objects, self.plain)
+            for day in fresh:
+                if begin <= day < begin + span:
+                    frame = replace_day(frame, day, self.day_points(day), step)
+            frames.append(frame)
+        return cut(merge(frames), since, until)
+
+    def _changed_days(self, since: int, until: int) -> list[int]:
+        """Days with reports in the tail, and such as have changed since their roll-up. In this order: what leaves
+        the tail changes its day."""
+        first, last = report_span(self.host_id, since, until)
         busy = {int(report_time(row[0])) // DAY * DAY for row in self.db.execute(
             "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
-        for row in list_chunks(self.db, self.host_id, step, since // SPANS[step] * SPANS[step], until):
-            begin = chunk_begin(row["id"])
-            add_points(found, unpack_points(self.history, self.db, row["body"], begin, step, self.objects, self.plain))
-        for day in range(since // DAY * DAY, math.ceil(until), DAY):
-            if day in busy or days.get(day) == CHANGED:
-                self._renew(found, step, day, whole=days.get(day) != SEALED)
-        return {key: {field: {at: point for at, point in points.items() if since <= at < until}
-                      for field, points in fields.items()} for key, fields in found.items()}
+        states = day_states(self.db, self.host_id, since, until)
+        return sorted({day for day in busy if states.get(day) != SEALED} | {
+            day for day, state in states.items() if state == CHANGED})
 
-    def _renew(self, found: Points, step: int, day: int, *, whole: bool) -> None:
-        """Make the points of a day from its reports: it has some that are not rolled up yet. `whole`: all its
-        reports are there; else they are more of what is rolled up."""
-        fresh = self.day_points(day)
-        if whole:
-            for fields in found.values():
-                for points in fields.values():
-                    for at in [at for at in points if day <= at < day + DAY]:
-                        del points[at]
-        elif step == COARSE:  # the day's hours are made from its 5 minutes, as the roll-up will do it
-            fine = self._stored_fine(day)
-            add_points(fine, fresh)
-            self._renew_with(found, step, day, fine)
-            return
-        if step == COARSE:
-            fresh = coarsen_all(fresh, COARSE)
-        add_points(found, fresh)
-
-    def _renew_with(self, found: Points, step: int, day: int, fine: Points) -> None:
-        for key, fields in coarsen_all(fine, step).items():
-            for field, points in fields.items():
-                found.setdefault(key, {}).setdefault(field, {}).update(points)
-
-    def _stored_fine(self, day: int) -> Points:
-        row = find_chunk(self.db, self.host_id, FINE, day)
-        return unpack_points(self.history, self.db, row["body"], day, FINE, self.objects, self.plain) if row else {}
-
-    def day_points(self, day: int, *, tail: bool = True) -> Points:
+    def day_points(self, day: int, *, tail: bool = True) -> Frame:
         """The points of 5 minutes of a day, from its reports."""
-        block = self.block(day - RATE_MOST, day + DAY - 0.001, tail=tail)
-        found: Points = {}
-        for key, (_, columns) in block.objects.items():
-            fields = self.plain[key] if self.plain else columns.keys() - {BOOT}
-            found[key] = fold_object(block, key, fields, day, day + DAY)
-        return found
+        return fold(self.reports(day - RATE_MOST, day + DAY - 0.001, tail=tail), self.plain, day)
 
 
-def coarsen_all(points: Points, step: int) -> Points:
-    return {key: {field: coarsen(one, step) for field, one in fields.items()} for key, fields in points.items()}
+def replace_day(frame: Frame, day: int, fine: Frame, step: int) -> Frame:
+    """A frame of steps with one day made anew from points of 5 minutes."""
+    return merge([cut(frame, 0, day), fine if step == FINE else coarsen(fine, step),
+                  cut(frame, day + DAY, math.inf)])
 
 
 CHANGED, ROLLED, SEALED = 0, 1, 2  # states of a day
@@ -7038,8 +6955,9 @@ def list_chunks(db: sqlite3.Connection, host_id: int, step: int, since: float, u
                        "last": chunk_id(host_id, step, min(until, 1 << CHUNK_SHIFT - 1))})
 
 
-def find_chunk(db: sqlite3.Connection, host_id: int, step: int, begin: int) -> sqlite3.Row | None:
-    return db.execute("SELECT id, body FROM chunk WHERE id = :id", {"id": chunk_id(host_id, step, begin)}).fetchone()
+def find_chunk(db: sqlite3.Connection, host_id: int, step: int, begin: int) -> bytes | None:
+    row = db.execute("SELECT body FROM chunk WHERE id = :id", {"id": chunk_id(host_id, step, begin)}).fetchone()
+    return row and row["body"]
 
 
 class Question(NamedTuple):
@@ -7058,6 +6976,10 @@ def parse_series(name: str) -> tuple[ObjectKey, str]:
     return (section, object), field
 
 
+def series_name(section: str, object: str, field: str) -> str:
+    return f"{section}/{object}.{field}" if object else f"{section}.{field}"
+
+
 def choose_step(since: float, until: float, wanted: float | None, oldest_raw: float, now: float) -> int:
     """The finest step that fits 2,000 points and is still kept; a step that is asked for, if it fits. 30 = as
     received, always as asked."""
@@ -7072,55 +6994,25 @@ def choose_step(since: float, until: float, wanted: float | None, oldest_raw: fl
     return next((step for step in kept if (until - since) / step <= POINTS_MOST), kept[-1])
 
 
-def ask_history(history: History, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Point]]:
-    """Points [time, average, minimum, maximum] of each series. A guest is looked for on all hosts given: it may
-    have been on one and then on another."""
-    answers: list[list[Any]] = [[] for _ in question.names]
-    parsed = [parse_series(name) for name in question.names]
-    for nth, host_id in enumerate(host_ids):
-        asked: dict[ObjectKey, set[str]] = {}
-        for key, field in parsed:
-            if nth == 0 or key[0] == "guests":
-                asked.setdefault(key, set()).add(field)
-        if asked:
-            source = Source(history, db, host_id, asked)
-            answer = answer_raw if question.step == RAW else answer_steps
-            for found, points in zip(answers, answer(source, parsed, question)):
-                found.extend(points)
-    if len(host_ids) > 1:
-        answers = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
-    return [[point[:4] for point in points] for points in answers]
+def list_raw(frame: Frame, key: ObjectKey, field: str, since: float, until: float) -> list[list[Any]]:
+    """A series as it was received: [time, average, minimum, maximum, count] of each value."""
+    first, last = since * 1000, until * 1000
+    return [[row[0] / 1000, value, value, value, 1] for row, value in zip(frame.keys, list_values(frame, key, field))
+            if value == value and first <= row[0] <= last]
 
 
-def answer_raw(source: Source, parsed: list[tuple[ObjectKey, str]], question: Question) -> Iterator[list[Any]]:
-    """Each value as it was received, with its time."""
-    before = RATE_MOST if any(stored_field(field).endswith("_total") for _, field in parsed) else 0
-    block = source.block(question.since - before, question.until + 10)  # places may lie a little after the time
-    first, last = question.since * 1000, question.until * 1000
-    for key, field in parsed:
-        times, values = list_values(block, key, field)
-        yield [[at / 1000, value, value, value, 1] for at, value in zip(times, values)
-               if value == value and first <= at <= last]
-
-
-def answer_steps(source: Source, parsed: list[tuple[ObjectKey, str]], question: Question) -> Iterator[list[Any]]:
-    """Points of the step, from the finer ones that are kept."""
-    base = COARSE if question.step >= COARSE else FINE
-    since = int(question.since // question.step * question.step)
-    found = source.points(base, since, int(question.until) + 1)
-    for key, field in parsed:
-        points = found.get(key, {}).get(stored_field(field), {})
-        if question.step != base:
-            points = coarsen(points, question.step)
-        yield [[at, *points[at]] for at in sorted(points)]
+def list_points(frame: Frame, key: ObjectKey, field: str) -> list[list[Any]]:
+    """A series in steps: [time, average, minimum, maximum, count]."""
+    column = frame.objects.get(key, {}).get(field, [])
+    return [[at, *cell] for at, cell in zip(frame.keys, column) if cell == cell]
 
 
 def join_points(points: list[list[Any]]) -> list[list[Any]]:
     """Points of several hosts: two of one step become one."""
-    groups: dict[float, list[Point]] = {}
+    steps: dict[float, list[Any]] = {}
     for at, *point in points:
-        groups.setdefault(at, []).append((point[0], point[1], point[2], point[3]))
-    return [[at, *(combine(groups[at]) if len(groups[at]) > 1 else groups[at][0])] for at in sorted(groups)]
+        steps.setdefault(at, []).append(point)
+    return [[at, *combine(steps[at])] for at in sorted(steps)]
 
 
 def begin_of_history(db: sqlite3.Connection, host_id: int) -> float | None:
@@ -7156,14 +7048,6 @@ def node_name(state: HostState) -> str:
     return (text(state.body("node", {}), "name") or "").lower()
 
 
-def list_keys(history: History, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
-    """Which reports of a span of time are there, oldest first."""
-    keys = {tick[:3] for tick in history.tail(db, host_id, since, until).values()}
-    for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until):
-        keys.update(unpack_block(history, db, row["body"], {}, {}).keys)
-    return sorted(keys)
-
-
 def list_lost(keys: list[TickKey]) -> list[dict]:
     """When reports of a host did not come: holes in the sequence of a run, with the times around them."""
     lost: list[dict] = []
@@ -7172,7 +7056,7 @@ def list_lost(keys: list[TickKey]) -> list[dict]:
         if run in before and seq - before[run][1] > 1:
             lost.append({"from": before[run][0] / 1000, "to": ms / 1000, "reports": seq - before[run][1] - 1})
         before[run] = ms, seq
-    return sorted(lost, key=lambda one: one["from"])
+    return sorted(lost, key=lambda hole: hole["from"])
 
 
 def list_silences(keys: list[TickKey]) -> list[dict]:
@@ -7182,66 +7066,24 @@ def list_silences(keys: list[TickKey]) -> list[dict]:
             for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
 
 
-def list_sparks(history: History, db: sqlite3.Connection, host_ids: list[int],
-                now: float) -> dict[int, list[float | None]]:
-    """CPU in use of the last 24 hours by host, the hour under way last: one query, and what is at hand."""
-    last = int(now) // HOUR * HOUR
-    rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
-                      {"ids": json.dumps(host_ids)})
-    packed = {row["host_id"]: json.loads(row["hours"]) for row in rows}
-    found = {}
-    for host_id in host_ids:
-        fresh, old = history.hours.get(host_id, {}), packed.get(host_id, {})
-        hours = range(last - 23 * HOUR, last + 1, HOUR)
-        line = [old[str(hour)] if str(hour) in old else fresh[hour][0] / fresh[hour][1] if hour in fresh else None
-                for hour in hours]
-        found[host_id] = line if any(value is not None for value in line) else []
-    return found
+class Span(NamedTuple):
+    """All there is of a host in a span of time, for its export; `asked`: without what is there for rates only."""
+
+    frame: Frame
+    step: int
+    since: float
+    until: float
+    asked: Wanted = None
 
 
-def export_host(history: History, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
-    """Everything there is of a host: [time, step, series, average, minimum, maximum, count], by step, then by
-    chunk. Memory holds one chunk at a time."""
-    for step, begin in export_spans(db, host_id, now):
-        source = Source(history, db, host_id, None)
-        if step == RAW:
-            yield from export_raw(source, begin)
-            continue
-        for (section, object), fields in sorted(source.points(step, begin, begin + SPANS[step]).items()):
-            for field, points in sorted(fields.items()):
-                name = series_name(section, object, field)
-                yield from ([at, step, name, *points[at]] for at in sorted(points))
-
-
-def export_spans(db: sqlite3.Connection, host_id: int, now: float) -> Iterator[tuple[int, int]]:
-    """Step and beginning of each span that may hold anything."""
-    oldest = begin_of_history(db, host_id)
-    if oldest is not None:
-        for step in STEP_CODES:
-            spans = {chunk_begin(row[0]) for row in db.execute(
-                "SELECT id FROM chunk WHERE id BETWEEN :first AND :last",
-                {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)})}
-            if step != RAW:
-                spans |= {day // SPANS[step] * SPANS[step] for day in day_states(db, host_id, 0, now)}
-            first, last = report_span(host_id, 0, None)
-            spans |= {int(report_time(row[0])) // SPANS[step] * SPANS[step] for row in db.execute(
-                "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
-            yield from ((step, span) for span in sorted(spans))
-
-
-def export_raw(source: Source, begin: int) -> Iterator[list[Any]]:
-    """An hour as received."""
-    block = source.block(begin - RATE_MOST, begin + HOUR - 0.001)
-    for key, (_, columns) in sorted(block.objects.items()):
-        for field in sorted(columns.keys() - {BOOT}):
-            times, values = list_values(block, key, field)
+def export_span(span: Span) -> Iterator[list[Any]]:
+    """[time, step, series, average, minimum, maximum, count]"""
+    for key, columns in sorted(span.frame.objects.items()):
+        for field in sorted(columns.keys() - {BOOT} if span.asked is None else span.asked[key] & columns.keys()):
+            points = list_points(span.frame, key, field) if span.step != RAW else list_raw(
+                span.frame, key, field, span.since, span.until)
             name = series_name(*key, field)
-            yield from ([at / 1000, RAW, name, value, value, value, 1] for at, value in zip(times, values)
-                        if value == value and at >= begin * 1000)
-
-
-def series_name(section: str, object: str, field: str) -> str:
-    return f"{section}/{object}.{field}" if object else f"{section}.{field}"
+            yield from ([at, span.step, name, *point] for at, *point in points)
 
 
 # Replay: what the rules would have said of the past
@@ -7277,35 +7119,30 @@ def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
     oldest = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
                         {"first": first, "last": last}).fetchone()[0]
     whole_from = until if oldest is None else report_time(oldest)
-    source = Source(History(), db, host_id, None)
+    reader = Reader(History(), db, host_id, None)
     begin = begin_of_history(db, host_id)
     for day in range(int(max(since, begin or until)) // DAY * DAY, int(whole_from) + 1, DAY):
-        yield from ((at, report, False) for at, report in reports_of_points(source.points(FINE, day, day + DAY))
+        yield from ((at, report, False) for at, report in reports_of_points(reader.points(FINE, day, day + DAY))
                     if since <= at < whole_from)
     for row in db.execute("SELECT id, body FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
                           {"first": first, "last": last}):
         yield report_time(row["id"]), read_body(row["body"]), True
 
 
-def reports_of_points(points: Points) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Averages of 5 minutes in the form of reports; counters are left out, their points are rates."""
-    slots: dict[int, dict[str, Any]] = {}
-    for (section, object), fields in points.items():
-        if "/" in object and section == "node":
-            continue
-        for field, values in fields.items():
-            if field == BOOT or field.endswith("_total"):
-                continue
-            for at, point in values.items():
-                slots.setdefault(at, {}).setdefault(section, {}).setdefault(object, {})[field] = point[0]
-    for at in sorted(slots):
-        report: dict[str, Any] = {"time": at}
-        for section, objects in slots[at].items():
-            key = KEY_FIELDS.get(section, ("", str))[0]
-            named = [{**fields, key: object} for object, fields in objects.items()]
-            report[section] = named if key else objects.get("", {})
-        report.pop("guests", None)  # their status has no history
-        yield at, report
+def reports_of_points(frame: Frame) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Averages of 5 minutes in the form of reports; counters are left out, their points are rates, and so are guests:
+    their status has no history."""
+    for row, at in enumerate(frame.keys):
+        sections: dict[str, dict[str, dict[str, Any]]] = {}
+        for (section, object), columns in frame.objects.items():
+            fields = {field: column[row][0] for field, column in columns.items()
+                      if column[row] == column[row] and not field.endswith("_total")}
+            if fields and section != "guests" and not (section == "node" and object):
+                sections.setdefault(section, {})[object] = fields
+        if sections:
+            yield at, {"time": at, **{
+                section: [{**fields, KEY_FIELDS[section][0]: object} for object, fields in objects.items()]
+                if section in KEY_FIELDS else objects[""] for section, objects in sections.items()}}
 
 
 # Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the
@@ -7324,11 +7161,14 @@ class Keeper:
     def __init__(self, store: Store, history: History, fleet: Fleet):
         self.store, self.history, self.fleet = store, history, fleet
         self._after = 0  # the host whose turn was last
+        self._names = NamesInUse()
 
     def turn(self, now: float, seconds: float = 0.5) -> None:
         """Work for about so long; the next turn goes on with the next host."""
         end = time.monotonic() + seconds
         ids = sorted(self.fleet.hosts)
+        self.history.forget_hosts(but=set(ids))
+        self.prune_names(ids)
         start = bisect.bisect_right(ids, self._after)
         for host_id in [*ids[start:], *ids[:start]]:
             while self._attempt(host_id, now):
@@ -7378,86 +7218,221 @@ class Keeper:
             pass
 
     def pack_hour(self, db: sqlite3.Connection, state: HostState, hour: int, now: float) -> None:
-        """Move an hour's reports from the tail into its chunk; of a sealed day, into its points."""
-        tail = self.history.tail(db, state.id, hour, hour + HOUR - 0.001)
-        ids = list(tail)[:PACK_ROWS]
-        block = block_of(tail[one] for one in ids)
-        day = hour // DAY * DAY
-        if day_states(db, state.id, day, day).get(day) == SEALED:
-            points = {key: fold_object(block, key, columns.keys() - {BOOT}, day, day + DAY)
-                      for key, (_, columns) in block.objects.items()}
-            chunks = self._points_chunks(db, state.id, day, points, now, add=True)
-            self.store.write(partial(put_hour, state, hour, ids, chunks, None, SEALED, now), urgent=False)
+        """Move an hour's reports from the tail into its chunk. What comes for a day whose reports are gone already is
+        older than any agent keeps by itself: it joins nothing."""
+        tail = self.history.tail(db, state.id, hour, hour + HOUR - 0.001, most=PACK_ROWS)
+        if day_states(db, state.id, hour, hour).get(hour // DAY * DAY) == SEALED:
+            log(f"history: {len(tail)} reports of {state.name} came too late for {datetime.date.fromtimestamp(hour)}, "
+                "a day that is closed; they are counted, and not in its history")
+            self.store.write(partial(drop_from_tail, state, tail), urgent=False)
         else:
             old = find_chunk(db, state.id, RAW, hour)
-            if old:
-                objects = find_objects(db, state.id, None)
-                block = merge_blocks([unpack_block(self.history, db, old["body"], objects, None), block])
-            body = pack_block(block, *self.numbers(db, state.id, {
-                key: stored_names(columns) for key, (_, columns) in block.objects.items()}))
-            chunks = [(chunk_id(state.id, RAW, hour), body)]
-            self.store.write(partial(put_hour, state, hour, ids, chunks, spark_of(block), CHANGED, now), urgent=False)
-        self.history.forget(state.id, ids)
+            objects = find_objects(db, state.id, None)
+            frame = merge([*([unpack_reports(self.history, db, old, objects, None)] if old else []),
+                           frame_of(tail.values())])
+            body = pack_reports(frame, *self.numbers(db, state, stored_names(frame)))
+            self.store.write(partial(put_hour, state, hour, tail, body, spark_of(frame), now), urgent=False)
+        self.history.forget(state.id, tail)
 
     def roll_day(self, db: sqlite3.Connection, host_id: int, day: int, now: float) -> None:
-        """Make the points of a day from its reports, one object after the other."""
-        points: Points = {}
-        source = Source(self.history, db, host_id, None)
-        objects = sorted(source.objects.items())
+        """Make the points of a day from its reports, one object after the other; its hours go to those around them."""
+        reader = Reader(self.history, db, host_id, None)
+        fine = Frame(list(range(day, day + DAY, FINE)), {})
+        objects = sorted(reader.objects.items())
         for first in range(0, len(objects), ROLL_OBJECTS):  # a whole day of everything would take much memory
-            source.objects = dict(objects[first : first + ROLL_OBJECTS])
-            points.update(source.day_points(day, tail=False))
-        chunks = self._points_chunks(db, host_id, day, points, now, add=False) if points else []
+            reader.objects = dict(objects[first : first + ROLL_OBJECTS])
+            fine.objects.update(reader.day_points(day, tail=False).objects)
+        begin = day // SPANS[COARSE] * SPANS[COARSE]
+        hours = unpack_points(self.history, db, find_chunk(db, host_id, COARSE, begin),
+                              range(begin, begin + SPANS[COARSE], COARSE), dict(objects), None)
+        state = self.fleet.hosts[host_id]
+        chunks = [(chunk_id(host_id, step, at), pack_points(frame, *self.numbers(db, state, stored_names(frame))))
+                  for step, at, frame in ((FINE, day, fine), (COARSE, begin, replace_day(hours, day, fine, COARSE)))]
         self.store.write(partial(put_day, host_id, day, chunks, now), urgent=False)
 
-    def _points_chunks(self, db: sqlite3.Connection, host_id: int, day: int, points: Points, now: float, *,
-                       add: bool) -> list[tuple[int, bytes]]:
-        """The chunk of a day's 5 minutes, and the one of hours that the day is in."""
+    def numbers(self, db: sqlite3.Connection, state: HostState,
+                names: dict[ObjectKey, tuple[str, ...]]) -> tuple[ObjectIds, LayoutIds]:
+        """The numbers of objects and layouts; what is new gets one, as long as there are not too many."""
+        objects = {key: number for number, key in find_objects(db, state.id, None).items()}
+        layouts = {fields: number for number, fields in self.history.layouts.items()}
+        new_objects = sorted(names.keys() - objects.keys())
+        new_layouts = sorted(set(names.values()) - layouts.keys())
+        if new_objects or new_layouts:
+            room = max(0, OBJECTS_KEPT - len(objects)), self._names.room(state.id)
+            if len(new_objects) > room[0] or len(new_layouts) > room[1]:
+                log(f"history: {state.name} has sent more than {OBJECTS_KEPT} objects or {LAYOUTS_KEPT} kinds of them; "
+                    "new ones have no history until old ones are forgotten")
+            self.store.write(partial(number_names, state.id, new_objects[: room[0]], new_layouts[: room[1]]))
+            objects = {key: number for number, key in find_objects(db, state.id, None).items()}
+            layouts = self.history.read_layouts(db)
+        self._names.use(state.id, {layouts[fields] for fields in names.values() if fields in layouts})
+        return objects, layouts
+
+    def prune_names(self, ids: list[int]) -> None:
+        """Forget the names of what is in no chunk any more: of one host's objects at each turn; of the kinds, which
+        hosts share, after a round through all of them."""
+        host_id = self._names.next_host(ids)
+        db = self.store.reader()
+        if host_id is None:
+            unused = [number for (number,) in db.execute("SELECT id FROM history_layout WHERE id <= :last", {
+                "last": self._names.last_layout}) if number not in self._names.layouts]
+            if unused:
+                self.store.write(partial(delete_names, "history_layout", unused))
+                self.history.read_layouts(db)
+            self._names.begin(db)
+            return
         objects = find_objects(db, host_id, None)
-        if add:
-            row = find_chunk(db, host_id, FINE, day)
-            old = unpack_points(self.history, db, row["body"], day, FINE, objects, None) if row else {}
-            add_points(old, points)
-            points = old
-        begin = day // SPANS[COARSE] * SPANS[COARSE]
-        row = find_chunk(db, host_id, COARSE, begin)
-        hours = unpack_points(self.history, db, row["body"], begin, COARSE, objects, None) if row else {}
-        for key, fields in coarsen_all(points, COARSE).items():
-            for field, one in fields.items():
-                hours.setdefault(key, {}).setdefault(field, {}).update(one)
-        chunks = []
-        for step, first, found in ((FINE, day, points), (COARSE, begin, hours)):
-            names = {key: tuple(sorted(name for name in fields if fields[name])) for key, fields in found.items()}
-            body = pack_points(found, first, step, *self.numbers(db, host_id, names))
-            chunks.append((chunk_id(host_id, step, first), body))
-        return chunks
+        used, layouts = names_in_chunks(db, host_id, len(objects))
+        self._names.found(host_id, layouts)
+        if objects.keys() - used:
+            self.store.write(partial(delete_names, "history_object", sorted(objects.keys() - used)))
 
-    # Questions. Another keeper (see remote) answers the same ones.
-
-    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
-        return begin_of_history(db, host_id)
+    # Questions. What another keeper (see remote) gets from elsewhere: begin, frame, stored_keys, hourly, spans.
 
     def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
-        return ask_history(self.history, db, host_ids, question)
+        """Points [time, average, minimum, maximum] of each series. A guest is looked for on all hosts given: it may
+        have been on one and then on another."""
+        answers: list[list[Any]] = [[] for _ in question.names]
+        parsed = [(key, stored_field(field)) for key, field in map(parse_series, question.names)]
+        for nth, host_id in enumerate(host_ids):
+            wanted: dict[ObjectKey, set[str]] = {}
+            for key, field in parsed:
+                if field != BOOT and (nth == 0 or key[0] == "guests"):
+                    wanted.setdefault(key, set()).add(field)
+            frame = self.frame(db, host_id, wanted, question) if wanted else Frame([], {})
+            for points, (key, field) in zip(answers, parsed):
+                if field in wanted.get(key, ()):
+                    points += list_points(frame, key, field) if question.step != RAW else list_raw(
+                        frame, key, field, question.since, question.until)
+        if len(host_ids) > 1:
+            answers = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
+        return [[point[:4] for point in points] for points in answers]
+
+    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
+        """The oldest time of which anything is known of a host."""
+        return begin_of_history(db, host_id)
+
+    def frame(self, db: sqlite3.Connection, host_id: int, wanted: dict[ObjectKey, set[str]],
+              question: Question) -> Frame:
+        """What is wanted of a host: reports, and of counters those of the hour before too; or points of the step."""
+        reader = Reader(self.history, db, host_id, wanted)
+        if question.step == RAW:
+            counted = any(field.endswith("_total") for fields in wanted.values() for field in fields)
+            since = question.since - (RATE_MOST if counted else 0)
+            return reader.reports(since, question.until + 10)  # a report's id may lie a little after its time
+        base = COARSE if question.step >= COARSE else FINE
+        since = int(question.since // question.step * question.step)
+        frame = reader.points(base, since, int(question.until) + 1)
+        return frame if question.step == base else coarsen(frame, question.step)
 
     def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
-        return list_keys(self.history, db, host_id, since, until)
+        """Which reports of a span of time there are, oldest first."""
+        keys = {tick[:3] for tick in self.history.tail(db, host_id, since, until).values()}
+        return sorted(keys | self.stored_keys(db, host_id, since, until))
+
+    def stored_keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> set[TickKey]:
+        return {key for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until)
+                for key in unpack_reports(self.history, db, row["body"], {}, {}).keys}
 
     def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
-        return list_sparks(self.history, db, host_ids, now)
+        """CPU in use of the last 24 hours by host, the hour under way last; [] where nothing is known."""
+        last = int(now) // HOUR * HOUR
+        known = self.hourly(db, host_ids, now)
+        lines = {host_id: [known[host_id].get(hour) for hour in range(last - 23 * HOUR, last + 1, HOUR)]
+                 for host_id in host_ids}
+        return {host_id: line if any(value is not None for value in line) else [] for host_id, line in lines.items()}
+
+    def hourly(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
+        """CPU in use by host and hour: one query, and what is at hand."""
+        rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
+                          {"ids": json.dumps(host_ids)})
+        packed = {row["host_id"]: json.loads(row["hours"]) for row in rows}
+        return {host_id: {
+            **{hour: total / count for hour, (total, count) in self.history.hours.get(host_id, {}).items()},
+            **{int(hour): value for hour, value in packed.get(host_id, {}).items()}} for host_id in host_ids}
 
     def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
-        return export_host(self.history, db, host_id, now)
+        """Everything there is of a host, by step, then by time: [time, step, series, average, minimum, maximum,
+        count]. Memory holds one span at a time."""
+        return chain.from_iterable(map(export_span, self.spans(db, host_id, now)))
 
-    def numbers(self, db: sqlite3.Connection, host_id: int,
-                names: dict[ObjectKey, tuple[str, ...]]) -> tuple[dict[ObjectKey, int], dict[tuple[str, ...], int]]:
-        """The numbers of objects and layouts; what is new gets one."""
-        objects = {key: number for number, key in find_objects(db, host_id, None).items()}
-        layouts = {names: number for number, names in self.history.layouts.items()}
-        if names.keys() - objects.keys() or set(names.values()) - layouts.keys():
-            objects, layouts = self.store.write(partial(number_names, host_id, names))
-            self.history.layouts.update((number, names) for names, number in layouts.items())
-        return objects, layouts
+    def spans(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[Span]:
+        first, last = report_span(host_id, 0, None)
+        for step, size in SPANS.items():
+            begins = {chunk_begin(row[0]) for row in db.execute(
+                "SELECT id FROM chunk WHERE id BETWEEN :first AND :last",
+                {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)})}
+            if step != RAW:
+                begins |= {day // size * size for day in day_states(db, host_id, 0, now)}
+            begins |= {int(report_time(row[0])) // size * size for row in db.execute(
+                "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
+            for begin in sorted(begins):
+                reader, end = Reader(self.history, db, host_id, None), begin + size - 0.001
+                yield Span(reader.reports(begin - RATE_MOST, end) if step == RAW else
+                           reader.points(step, begin, begin + size), step, begin, end)
+
+
+class NamesInUse:
+    """Which layouts were found in chunks, host after host, since a round through all hosts began. Nothing is deleted
+    that is younger than the round, or was used since."""
+
+    def __init__(self) -> None:
+        self.layouts: set[int] = set()
+        self.last_layout = 0  # the youngest when the round began
+        self._of_host: dict[int, set[int]] = {}
+        self._after = 0
+
+    def begin(self, db: sqlite3.Connection) -> None:
+        self.layouts, self._after = set(), 0
+        self.last_layout = db.execute("SELECT ifnull(max(id), 0) FROM history_layout").fetchone()[0]
+
+    def next_host(self, ids: list[int]) -> int | None:
+        """Whose turn it is; None when the round is over."""
+        at = bisect.bisect_right(ids, self._after)
+        if at == len(ids):
+            return None
+        self._after = ids[at]
+        return self._after
+
+    def found(self, host_id: int, layouts: set[int]) -> None:
+        self._of_host[host_id] = layouts
+        self.layouts |= layouts
+
+    def use(self, host_id: int, layouts: set[int]) -> None:
+        self._of_host.setdefault(host_id, set()).update(layouts)
+        self.layouts |= layouts
+
+    def room(self, host_id: int) -> int:
+        """How many more kinds of objects a host may bring."""
+        return max(0, LAYOUTS_KEPT - len(self._of_host.get(host_id, ())))
+
+
+def names_in_chunks(db: sqlite3.Connection, host_id: int, objects: int) -> tuple[set[int], set[int]]:
+    """Numbers of objects and layouts that a host's chunks have, from their directories."""
+    used: tuple[set[int], set[int]] = set(), set()
+    rows = db.execute("SELECT substr(body, 1, :size) FROM chunk WHERE id BETWEEN :first AND :last", {
+        "size": 4 + 8 * (objects + 1), "first": chunk_id(host_id, RAW, 0), "last": chunk_id(host_id + 1, RAW, 0) - 1})
+    for (head,) in rows:
+        count = int.from_bytes(head[:4], "little")
+        numbers = array("I", head[4 : 4 + 8 * count])
+        used[0].update(numbers[:count])
+        used[1].update(numbers[count:])
+    return used
+
+
+def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str, ...]],
+                 db: sqlite3.Connection) -> None:
+    """Give numbers to objects and layouts that have none. `Problem` if the host is gone."""
+    if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
+        raise Problem("unknown_host", "the host has just been removed")
+    db.executemany("INSERT OR IGNORE INTO history_object (host_id, section, object) VALUES (?, ?, ?)",
+                   [(host_id, *key) for key in objects])
+    db.executemany("INSERT OR IGNORE INTO history_layout (fields) VALUES (?)",
+                   [(json.dumps(names),) for names in layouts])
+
+
+def delete_names(table: str, numbers: list[int], db: sqlite3.Connection) -> None:
+    db.executemany(f"DELETE FROM {table} WHERE id = ?", [(number,) for number in numbers])
 
 
 def find_due_hour(db: sqlite3.Connection, host_id: int, now: float) -> int | None:
@@ -7494,41 +7469,27 @@ def list_due_days(db: sqlite3.Connection, host_id: int, now: float) -> list[tupl
     return due
 
 
-def number_names(host_id: int, names: dict[ObjectKey, tuple[str, ...]],
-                 db: sqlite3.Connection) -> tuple[dict[ObjectKey, int], dict[tuple[str, ...], int]]:
-    """Give numbers to objects and layouts that have none. `Problem` if the host is gone."""
-    if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
-        raise Problem("unknown_host", "the host has just been removed")
-    db.executemany("INSERT OR IGNORE INTO history_object (host_id, section, object) VALUES (?, ?, ?)",
-                   [(host_id, *key) for key in names])
-    db.executemany("INSERT OR IGNORE INTO history_layout (fields) VALUES (?)",
-                   [(json.dumps(one),) for one in sorted(set(names.values()))])
-    layouts = {tuple(json.loads(row["fields"])): row["id"] for row in db.execute("SELECT * FROM history_layout")}
-    return {key: number for number, key in find_objects(db, host_id, None).items()}, layouts
-
-
-def put_hour(state: HostState, hour: int, ids: list[int], chunks: list[tuple[int, bytes]],
-             spark: float | None, day_state: int, now: float, db: sqlite3.Connection) -> None:
+def put_hour(state: HostState, hour: int, ids: Iterable[int], body: bytes, spark: float | None, now: float,
+             db: sqlite3.Connection) -> None:
     """Write an hour's chunk, and take its reports out of the tail; those with a latest state are kept elsewhere."""
-    if not put_chunks(db, state.id, chunks, now):
+    if not put_chunks(db, state.id, [(chunk_id(state.id, RAW, hour), body)], now):
         return
     drop_from_tail(state, ids, db)
     day = hour // DAY * DAY
-    if day_state == CHANGED:
-        db.execute("INSERT INTO history_day VALUES (:host, :day, 0) ON CONFLICT DO UPDATE SET state = 0",
-                   {"host": state.id, "day": day})
-        if hour + HOUR == day + DAY:  # the next day's first rates begin in this hour
-            db.execute("UPDATE history_day SET state = 0 WHERE host_id = :host AND day = :day AND state = 1",
-                       {"host": state.id, "day": day + DAY})
-        put_spark(db, state.id, hour, spark, now)
+    db.execute("INSERT INTO history_day VALUES (:host, :day, 0) ON CONFLICT DO UPDATE SET state = 0",
+               {"host": state.id, "day": day})
+    if hour + HOUR == day + DAY:  # the next day's first rates begin in this hour
+        db.execute("UPDATE history_day SET state = 0 WHERE host_id = :host AND day = :day AND state = 1",
+                   {"host": state.id, "day": day + DAY})
+    put_spark(db, state.id, hour, spark, now)
 
 
 def drop_from_tail(state: HostState, ids: Iterable[int], db: sqlite3.Connection) -> None:
     """Take reports out of the tail; those with a latest state are kept elsewhere."""
-    held = {one for pair in state.pointers().values() for one in pair if one}
+    held = {report_id for pair in state.pointers().values() for report_id in pair if report_id}
     db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
-                   [(one,) for one in ids if one in held])
-    db.executemany("DELETE FROM report WHERE id = ?", [(one,) for one in ids])
+                   [(report_id,) for report_id in ids if report_id in held])
+    db.executemany("DELETE FROM report WHERE id = ?", [(report_id,) for report_id in ids])
     first, last = report_span(state.id, 0, None)
     db.execute("""
         DELETE FROM kept_report WHERE id BETWEEN :first AND :last AND id NOT IN (SELECT value FROM json_each(:held))""",
@@ -7558,10 +7519,9 @@ def seal_day(host_id: int, day: int, db: sqlite3.Connection) -> None:
     db.execute("UPDATE history_day SET state = 2 WHERE host_id = :host AND day = :day", {"host": host_id, "day": day})
 
 
-def spark_of(block: Block) -> float | None:
+def spark_of(frame: Frame) -> float | None:
     """The hour's CPU in use."""
-    _, values = list_values(block, ("node", ""), "cpu_ratio")
-    known = [value for value in values if value == value]
+    known = [value for value in list_values(frame, ("node", ""), "cpu_ratio") if value == value]
     return round(sum(known) / len(known), 4) if known else None
 
 
@@ -7570,7 +7530,7 @@ def put_spark(db: sqlite3.Connection, host_id: int, hour: int, value: float | No
     if hour < now - 2 * DAY:
         return
     row = db.execute("SELECT hours FROM spark WHERE host_id = :host", {"host": host_id}).fetchone()
-    hours = {at: one for at, one in (json.loads(row[0]) if row else {}).items() if int(at) > now - 2 * DAY}
+    hours = {at: known for at, known in (json.loads(row[0]) if row else {}).items() if int(at) > now - 2 * DAY}
     hours[str(hour)] = value
     db.execute("INSERT INTO spark VALUES (:host, :hours) ON CONFLICT DO UPDATE SET hours = :hours",
                {"host": host_id, "hours": json.dumps(hours)})
@@ -7583,7 +7543,7 @@ def expire(db: sqlite3.Connection, now: float) -> int:
     """Drop what is older than its step is kept, and chunks of hosts that are gone, a little at a time; gives back
     how many."""
     found = list_expired(db, now)[:EXPIRE_ROWS]
-    db.executemany("DELETE FROM chunk WHERE id = ?", [(one,) for one in found])
+    db.executemany("DELETE FROM chunk WHERE id = ?", [(number,) for number in found])
     db.execute("DELETE FROM history_day WHERE day < :before", {"before": now - KEPT[FINE] - DAY})
     return len(found)
 
@@ -7601,7 +7561,7 @@ def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
         for step, seconds in KEPT.items():
             ends = now - seconds - SPANS[step] if host_id in hosts else 1 << 33
             if step != RAW or host_id not in hosts:  # reports go with their day, when it is sealed
-                found += [one[0] for one in db.execute(
+                found += [chunk[0] for chunk in db.execute(
                     "SELECT id FROM chunk WHERE id BETWEEN :first AND :last LIMIT :most",
                     {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, ends), "most": EXPIRE_ROWS})]
         after = ((host_id + 1) << CHUNK_SHIFT + 2) - 1
@@ -7640,6 +7600,7 @@ AWAY_SECONDS_MOST = 15  # after no answer nobody waits for the next one, for so 
 PUSH_REPORTS, PUSH_OF_HOST = 200, 50  # in one request
 PUSHED_MOST = 20_000  # reports that the store has taken and not given back yet
 CONFIRM_SECONDS = 15  # VictoriaMetrics writes to its disk every 5 s
+PUSH_SECONDS, PUSH_SECONDS_MOST = 5, MINUTE  # between two turns; the most is while the store is away
 PUSH_TRIES = 3  # taken so often and never given back: older than the store keeps anything
 QUERY_BYTES = 12_000  # of one question: the store's own limit is 16,384
 SUBQUERY_MOST = 25_000  # points: the store's own limit is 30,000
@@ -7662,14 +7623,15 @@ def metric_names(key: ObjectKey, field: str) -> tuple[str, dict[str, str]]:
     return f"proxmon_{word}_{field}", {label: object} if label else {}
 
 
-def series_of(metric: dict[str, str]) -> str | None:
+def series_of(labels: dict[str, str]) -> tuple[ObjectKey, str] | None:
     """The series that a metric of the store is; None for what is not ours."""
+    metric = labels.get("__name__", "")
     for section, (word, label) in NAMES.items():
         prefix = f"proxmon_{word}_"
-        if metric["__name__"].startswith(prefix) and (not label or label in metric):
+        if metric.startswith(prefix) and (not label or label in labels):
             part, _, of_node = section.partition("/")
-            object = metric.get(label, "")
-            return series_name(part, f"{of_node}/{object}" if of_node else object, metric["__name__"][len(prefix):])
+            object = labels.get(label, "")
+            return (part, f"{of_node}/{object}" if of_node else object), metric[len(prefix):]
     return None
 
 
@@ -7698,26 +7660,22 @@ def uptime_of(key: ObjectKey) -> ObjectKey | None:
     return key if key[0] == "guests" else ("node", "") if key[0] == "node" else None
 
 
-def write_lines(host: str, cluster: str, ticks: Iterable[Tick]) -> str:
+def write_lines(host: str, cluster: str, frame: Frame) -> str:
     """The numbers of some reports of a host, a JSON line for each series."""
-    series: dict[tuple[ObjectKey, str], tuple[list[float], list[int]]] = {}
-    runs: dict[int, tuple[list[int], list[int]]] = {}
-    for tick in ticks:
-        for key, (start, names) in tick.shape.where.items():
-            for name, value in zip(names, tick.values[start : start + len(names)]):
-                if value == value and name != BOOT:
-                    values, times = series.setdefault((key, name), ([], []))
-                    values.append(value)
-                    times.append(tick.ms)
-        seqs, times = runs.setdefault(tick.run, ([], []))
-        seqs.append(tick.seq)
-        times.append(tick.ms)
-    lines = [f'{{"metric":{metric_json(host, cluster, *which)},"values":{values},"timestamps":{times}}}\n'
-             for which, (values, times) in series.items()]
-    for run, (seqs, times) in runs.items():
+    lines, times = [], [key[0] for key in frame.keys]
+    for key, columns in frame.objects.items():
+        for field in columns.keys() - {BOOT}:
+            lines.append(write_line(metric_json(host, cluster, key, field), times, columns[field]))
+    for run in {key[1] for key in frame.keys}:
         metric = json.dumps({"__name__": REPORT_SERIES, "host": host, "run": f"{run:08x}"})
-        lines.append(f'{{"metric":{metric},"values":{seqs},"timestamps":{times}}}\n')
+        lines.append(write_line(metric, times, [seq if of == run else NAN for _, of, seq in frame.keys]))
     return "".join(lines)
+
+
+def write_line(metric: str, times: list[int], values: list[float]) -> str:
+    there = [value == value for value in values]
+    values, times = list(compress(values, there)), list(compress(times, there))
+    return f'{{"metric":{metric},"values":{values},"timestamps":{times}}}\n' if values else ""
 
 
 def step_expressions(host: str, key: ObjectKey, field: str, step: int) -> tuple[str, str, str]:
@@ -7764,8 +7722,7 @@ class RemoteStore:
             with OPENER.open(request, timeout=QUERY_SECONDS) as answer:
                 found = answer.read()
         except urllib.error.HTTPError as error:
-            told = one_line(error.read(1 << 16).decode("utf-8", "replace"))[-300:]
-            raise self._problem(f"answers HTTP {error.code} {told}") from None
+            raise self._problem(f"answers HTTP {error.code} {read_reason(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.away_because = f"does not answer: {getattr(error, 'reason', error) or type(error).__name__}"
             self.away_until = time.monotonic() + AWAY_SECONDS_MOST
@@ -7773,8 +7730,9 @@ class RemoteStore:
         self.away_until = 0.0
         return found
 
-    def query(self, expression: str, at: float, **more: Any) -> list[dict[str, Any]]:
-        """What the store says now, or at each step of a span (start, end, step); also of what came just now or late."""
+    def query(self, expression: str, at: float, **more: Any) -> list[tuple[dict[str, str], dict[float, float]]]:
+        """What the store says now, or at each step of a span (start, end, step); also of what came just now or late.
+        Labels and values by time of each series."""
         if time.monotonic() < self.away_until:
             raise self._problem(self.away_because)
         form = {"query": expression, "nocache": 1, "latency_offset": "1ms", "timeout": f"{QUERY_SECONDS}s",
@@ -7782,19 +7740,29 @@ class RemoteStore:
         body = urllib.parse.urlencode(form, errors="replace").encode()
         found = self.post("/api/v1/query_range" if more else "/api/v1/query", body, "application/x-www-form-urlencoded")
         try:
-            return json.loads(found)["data"]["result"]
-        except (ValueError, KeyError, TypeError):
+            return [({str(label): str(value) for label, value in series["metric"].items()},
+                     {float(at): float(value) for at, value in series.get("values") or [series["value"]]})
+                    for series in json.loads(found)["data"]["result"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise self._problem("answers with something else than a Prometheus API") from None
 
     def samples(self, which: str, since: float, until: float) -> list[tuple[dict[str, str], dict[int, float]]]:
         """Labels and values by millisecond of each series, as they were received."""
         end = math.ceil(until) + 1
-        found = self.query(f"{which}[{end - math.floor(since) + 1}s]", end)
-        return [(one["metric"], {round(at * 1000): float(value) for at, value in one["values"]}) for one in found]
+        return [(labels, {round(at * 1000): value for at, value in values.items()})
+                for labels, values in self.query(f"{which}[{end - math.floor(since) + 1}s]", end)]
 
     def _problem(self, what: str) -> Problem:
         return Problem("busy", f"the history store at {self.shown} {what}",
                        headers={"Retry-After": str(AWAY_SECONDS_MOST)})
+
+
+def read_reason(error: urllib.error.HTTPError) -> str:
+    """What the body of an error says; nothing if it breaks off."""
+    try:
+        return one_line(error.read(1 << 16).decode("utf-8", "replace"))[-300:]
+    except (OSError, http.client.HTTPException, ValueError):
+        return ""
 
 
 class Pushed(NamedTuple):
@@ -7808,48 +7776,47 @@ class Pushed(NamedTuple):
 class RemoteKeeper(Keeper):
     """Pushes the tail to the store, and answers from there."""
 
-    def __init__(self, store: Store, history: History, fleet: Fleet, url: str):
+    def __init__(self, store: Store, history: History, fleet: Fleet, stop: Stop, url: str):
         super().__init__(store, history, fleet)
-        self.remote = RemoteStore(url)
+        self.remote, self.stop = RemoteStore(url), stop
         self.pushed: dict[int, dict[int, Pushed]] = {}
         self.again: dict[int, int] = {}  # reports that the store took and did not give back: how often
         self.begins: dict[int, float] = {}
         self.trouble: str | None = None
-        self._host_lines: dict[str, dict[int, float]] = {}
+        self._pause = PUSH_SECONDS
+        self._host_lines: dict[str, dict[int, float | None]] = {}
         self._lines_until = 0.0
-        self._due = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._loop: Loop | None = None
 
     def turn(self, now: float, seconds: float = 0.5) -> None:
-        """Wake the thread that pushes: a store that hangs holds up nobody else. What was packed here before this
+        """Have the thread that pushes: a store that hangs holds up nobody else. What was packed here before this
         store was named gets old as ever."""
+        self.history.forget_hosts(but=set(self.fleet.hosts))
         for host_id in list(self.fleet.hosts):
             self.step_day(self.store.reader(), host_id, now)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="history", daemon=True)
-            self._thread.start()
-        self._due.set()
+        if self._loop is None:
+            self._loop = every(PUSH_SECONDS, "history", self.push_all, self.stop)
 
     def settle(self, now: float) -> None:
         """Push all there is."""
         while self.push():
             pass
 
-    def _run(self) -> None:
-        while self._due.wait():
-            self._due.clear()
-            trouble = None
-            try:
-                while sum(map(len, self.pushed.values())) < PUSHED_MOST and self.push():
-                    pass
-                self.confirm()
-            except Problem as problem:
-                trouble = problem.detail
-            except Exception as error:  # whatever it is, the next turn tries again
-                trouble = f"{type(error).__name__}: {error}"
-            if (trouble is None) != (self.trouble is None):
-                log(f"history: {trouble}; what waits is sent later" if trouble else "history: the store takes again")
-            self.trouble = trouble
+    def push_all(self) -> float:
+        """Push what waits and clear away what has arrived; gives back the pause until the next time. A store that is
+        away is told once, and asked less and less often."""
+        trouble = None
+        try:
+            while sum(map(len, self.pushed.values())) < PUSHED_MOST and not self.stop.is_set() and self.push():
+                pass
+            self.confirm()
+        except Problem as problem:
+            trouble = problem.detail
+        if (trouble is None) != (self.trouble is None):
+            log(f"history: {trouble}; what waits is sent later" if trouble else "history: the store takes again")
+        self._pause = min(PUSH_SECONDS_MOST, 2 * self._pause) if trouble else PUSH_SECONDS
+        self.trouble = trouble
+        return self._pause
 
     def push(self) -> bool:
         """Send some reports that the store has not taken yet; False if there are none."""
@@ -7858,15 +7825,16 @@ class RemoteKeeper(Keeper):
         start = bisect.bisect_right(ids, self._after)
         chosen: dict[int, dict[int, Tick]] = {}
         for host_id in [*ids[start:], *ids[:start]]:
-            found = self.history.first(db, host_id, PUSH_OF_HOST, self.pushed.get(host_id, {}).keys())
-            if found:
-                chosen[host_id] = found
+            ticks = self.history.tail(db, host_id, 0, None, most=PUSH_OF_HOST,
+                                      without=self.pushed.get(host_id, {}).keys())
+            if ticks:
+                chosen[host_id] = ticks
                 self._after = host_id
             if sum(map(len, chosen.values())) >= PUSH_REPORTS:
                 break
         states = {host_id: state for host_id in chosen if (state := self.fleet.hosts.get(host_id))}
-        lines = "".join(write_lines(state.name, text(state.body("cluster", {}), "name") or "", chosen[host_id].values())
-                        for host_id, state in states.items())
+        lines = "".join(write_lines(state.name, text(state.body("cluster", {}), "name") or "",
+                                    frame_of(chosen[host_id].values())) for host_id, state in states.items())
         if lines:
             self.remote.post("/api/v1/import", lines.encode("utf-8", "replace"), "application/json")
         for host_id in states:
@@ -7876,7 +7844,7 @@ class RemoteKeeper(Keeper):
     def _note_pushed(self, host_id: int, ticks: dict[int, Tick]) -> None:
         now = time.monotonic()
         self.pushed.setdefault(host_id, {}).update(
-            (one, Pushed(tick[:2], now, self.again.pop(one, 0) + 1)) for one, tick in ticks.items())
+            (report_id, Pushed(tick[:2], now, self.again.pop(report_id, 0) + 1)) for report_id, tick in ticks.items())
         if host_id in self.begins:
             self.begins[host_id] = min(self.begins[host_id], *(tick.ms / 1000 for tick in ticks.values()))
 
@@ -7884,7 +7852,7 @@ class RemoteKeeper(Keeper):
         """Take out of the tail what the store gives back; what it has forgotten is sent again."""
         before = time.monotonic() - CONFIRM_SECONDS
         for host_id, waiting in list(self.pushed.items()):
-            due = {one: pushed for one, pushed in waiting.items() if pushed.at <= before}
+            due = {report_id: pushed for report_id, pushed in waiting.items() if pushed.at <= before}
             state = self.fleet.hosts.get(host_id)
             if state is None:
                 del self.pushed[host_id]
@@ -7894,163 +7862,153 @@ class RemoteKeeper(Keeper):
     def _confirm_host(self, state: HostState, due: dict[int, Pushed]) -> None:
         times = [pushed.key[0] / 1000 for pushed in due.values()]
         there = {key[:2] for key in self._remote_keys(state.name, min(times), max(times))}
-        fine = [one for one, pushed in due.items() if pushed.key in there or pushed.tries >= PUSH_TRIES]
-        unknown = sum(due[one].key not in there for one in fine)
+        done = [report_id for report_id, pushed in due.items() if pushed.key in there or pushed.tries >= PUSH_TRIES]
+        unknown = sum(due[report_id].key not in there for report_id in done)
         if unknown:
             log(f"history: the store took {unknown} reports of {state.name} {PUSH_TRIES} times and does not give them "
                 "back; they are older than it keeps")
-        if fine:
-            self.store.write(partial(drop_from_tail, state, fine), urgent=False)
-            self.history.forget(state.id, fine)
-        for one, pushed in due.items():
-            del self.pushed[state.id][one]
-            if one not in fine:
-                self.again[one] = pushed.tries
+        if done:
+            self.store.write(partial(drop_from_tail, state, done), urgent=False)
+            self.history.forget(state.id, done)
+        for report_id, pushed in due.items():
+            del self.pushed[state.id][report_id]
+            if report_id not in done:
+                self.again[report_id] = pushed.tries
 
     def _remote_keys(self, host: str, since: float, until: float) -> set[TickKey]:
         found = self.remote.samples(f'{REPORT_SERIES}{{host={quoted(host)},job=""}}', since, until)
-        return {(ms, int(metric["run"], 16), int(seq)) for metric, values in found for ms, seq in values.items()}
+        return {(ms, int(run), int(seq)) for labels, values in found if (run := read_run(labels)) is not None
+                for ms, seq in values.items()}
 
     def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
         """The oldest time of which the store knows anything."""
         state = self.fleet.hosts.get(host_id)
         if state and host_id not in self.begins:
             which = f'{REPORT_SERIES}{{host={quoted(state.name)},job=""}}'
-            for one in self.remote.query(f"min(tfirst_over_time({which}[{KEPT[COARSE]}s]))", time.time() + 1):
-                self.begins[host_id] = float(one["value"][1])
+            for _, values in self.remote.query(f"min(tfirst_over_time({which}[{KEPT[COARSE]}s]))", time.time() + 1):
+                self.begins[host_id] = min(values.values())
         return self.begins.get(host_id)
 
-    def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
-        answers: list[list[Any]] = [[] for _ in question.names]
-        parsed = {place: parse_series(name) for place, name in enumerate(question.names)}
-        for nth, host_id in enumerate(host_ids):
-            state = self.fleet.hosts.get(host_id)
-            asked = {place: (key, stored_field(field)) for place, (key, field) in parsed.items()
-                     if nth == 0 or key[0] == "guests"}
-            if state and asked:
-                answer = self._ask_raw if question.step == RAW else self._ask_steps
-                for place, points in answer(state.name, asked, question):
-                    answers[place] += points
-        joined = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
-        return [[point[:4] for point in points] for points in joined]
+    def frame(self, db: sqlite3.Connection, host_id: int, wanted: dict[ObjectKey, set[str]],
+              question: Question) -> Frame:
+        state = self.fleet.hosts.get(host_id)
+        if state is None:
+            return Frame([], {})
+        if question.step != RAW:
+            return self._steps(state.name, wanted, question)
+        values = {key: self._values(state.name, key, fields, question) for key, fields in wanted.items()}
+        times = sorted({ms for columns in values.values() for column in columns.values() for ms in column})
+        return Frame([(ms, 0, 0) for ms in times], {
+            key: {field: [column.get(ms, NAN) for ms in times] for field, column in columns.items()}
+            for key, columns in values.items()})
 
-    def _ask_raw(self, host: str, asked: dict[int, tuple[ObjectKey, str]],
-                 question: Question) -> Iterator[tuple[int, list[Any]]]:
-        """Each value as it was received; rates are made here, from the counters."""
-        first, last = question.since * 1000, question.until * 1000
-        for key in dict.fromkeys(key for key, _ in asked.values()):
-            fields = {place: field for place, (one, field) in asked.items() if one == key}
-            counted = any(field.endswith("_total") for field in fields.values())
-            since = question.since - (RATE_MOST if counted else 0)
-            owner = uptime_of(key) if counted else None
-            uptimes = self._columns(host, owner, {"uptime_seconds"}, since, question.until) if owner else {}
-            columns = self._columns(host, key, set(fields.values()), since, question.until)
-            for place, field in fields.items():
-                values = columns.get(metric_names(key, field)[0], {})
-                times = sorted(values)
-                line = [values[ms] for ms in times]
-                if field.endswith("_total"):
-                    beside = {"uptime_seconds": [one.get(ms, NAN) for one in uptimes.values() for ms in times]}
-                    beside = beside if uptimes else {}
-                    line = list_rates(line, times, list_waits(times, beside), beside)
-                yield place, [[ms / 1000, value, value, value] for ms, value in zip(times, line)
-                              if value == value and first <= ms <= last]
+    def _values(self, host: str, key: ObjectKey, fields: set[str], question: Question) -> dict[str, dict[int, float]]:
+        """Values of an object by field and millisecond, as they were received; with a counter the uptime, which tells
+        when it began anew."""
+        counted = any(field.endswith("_total") for field in fields)
+        since = question.since - (RATE_MOST if counted else 0)
+        owner = uptime_of(key) if counted else None
+        columns: dict[str, dict[int, float]] = {}
+        for which, names in [(key, fields), *([(owner, {"uptime_seconds"})] if owner else [])]:
+            fields_of = {metric_names(which, name)[0]: name for name in names}
+            for labels, values in self.remote.samples(selector(host, which, names), since, question.until):
+                if field := fields_of.get(labels.get("__name__", "")):
+                    columns.setdefault(field, {}).update(values)
+        return columns
 
-    def _columns(self, host: str, key: ObjectKey, fields: Iterable[str], since: float,
-                 until: float) -> dict[str, dict[int, float]]:
-        """Metric -> millisecond -> value."""
-        found: dict[str, dict[int, float]] = {}
-        for metric, values in self.remote.samples(selector(host, key, fields), since, until):
-            found.setdefault(metric["__name__"], {}).update(values)
-        return found
-
-    def _ask_steps(self, host: str, asked: dict[int, tuple[ObjectKey, str]],
-                   question: Question) -> Iterator[tuple[int, list[Any]]]:
+    def _steps(self, host: str, wanted: dict[ObjectKey, set[str]], question: Question) -> Frame:
         step = question.step
         first, last = (int(at // step * step) for at in (question.since, int(question.until)))
         reach = max(1, SUBQUERY_MOST * rate_grid(step) // step) * step
-        labelled = [f'label_replace({one}, "point", "{place} {nth}", "", "")' for place, which in asked.items()
-                    for nth, one in enumerate(step_expressions(host, *which, step))]
-        found: list[dict[str, Any]] = []
+        series = [(key, field) for key, fields in wanted.items() for field in sorted(fields)]
+        labelled = [f'label_replace({expression}, "point", "{at} {nth}", "", "")' for at, which in enumerate(series)
+                    for nth, expression in enumerate(step_expressions(host, *which, step))]
+        cells: dict[tuple[int, float], list[Point]] = {}
         for whole in join_expressions(labelled):
             for begin in range(first, last + 1, reach):
                 end = min(begin + reach - step, last)
-                found += self.remote.query(whole, end, start=begin + step, end=end + step, step=f"{step}s")
-        return read_steps(found, step)
+                found = self.remote.query(whole, end, start=begin + step, end=end + step, step=f"{step}s")
+                for place, at, point in read_steps(found, step):
+                    cells.setdefault((place, at), []).append(point)
+        frame = Frame(list(range(first, last + 1, step)), {})
+        for place, (key, field) in enumerate(series):
+            frame.objects.setdefault(key, {})[field] = [combine(cells.get((place, at), ())) for at in frame.keys]
+        return frame
 
-    def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
+    def stored_keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> set[TickKey]:
         state = self.fleet.hosts.get(host_id)
-        waiting = {tick[:3] for tick in self.history.tail(db, host_id, since, until).values()}
-        return sorted(waiting | (self._remote_keys(state.name, since, until) if state else set()))
+        return self._remote_keys(state.name, since, until) if state else set()
 
-    def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
-        """The small lines of the page; it lives without them when the store is away. Asked once a minute for all."""
+    def hourly(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
+        """The page lives without its small lines when the store is away. Asked once a minute for all."""
         last = int(now) // HOUR * HOUR
         if time.monotonic() >= self._lines_until:
             self._lines_until = time.monotonic() + MINUTE
             try:
                 found = self.remote.query('avg_over_time(proxmon_node_cpu_ratio{job=""}[1h] offset 1ms)', now,
                                           start=last - 22 * HOUR, end=last + HOUR, step="1h")
-                self._host_lines = {one["metric"].get("host", ""): {
-                    int(at) - HOUR: round(float(value), 4) for at, value in one["values"]} for one in found}
+                self._host_lines = {labels.get("host", ""): {
+                    int(at) - HOUR: round(value, 4) for at, value in values.items()} for labels, values in found}
             except Problem:
                 self._host_lines = {}
         states = {host_id: self.fleet.hosts.get(host_id) for host_id in host_ids}
-        lines = {host_id: self._host_lines.get(state.name, {}) if state else {} for host_id, state in states.items()}
-        return {host_id: [line.get(hour) for hour in range(last - 23 * HOUR, last + 1, HOUR)] if line else []
-                for host_id, line in lines.items()}
+        return {host_id: self._host_lines.get(state.name, {}) if state else {} for host_id, state in states.items()}
 
     def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
-        begin = self.begin(db, host_id)  # a store that is away is told before the answer has begun
-        return self._export_days(db, host_id, begin, now) if begin is not None else iter(())
+        self.begin(db, host_id)  # a store that is away is told before the answer has begun
+        return super().export(db, host_id, now)
 
-    def _export_days(self, db: sqlite3.Connection, host_id: int, begin: float, now: float) -> Iterator[list[Any]]:
-        """All values as received, a day and some series at a time."""
-        host = self.fleet.hosts[host_id].name
-        which = f'{{__name__=~"proxmon_.+",host={quoted(host)},job=""}}'
-        for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY):
-            there = self.remote.query(f"last_over_time({which}[1d] offset 1ms)", day + DAY)
-            names = sorted({name for one in there if (name := series_of(one["metric"]))})
-            for some in (names[at : at + 50] for at in range(0, len(names), 50)):
-                answers = self.ask(db, [host_id], Question(some, day, day + DAY - 0.001, RAW))
-                yield from ([point[0], RAW, name, *point[1:], 1] for name, points in zip(some, answers)
-                            for point in points)
+    def spans(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[Span]:
+        """All values as received, a day and some objects at a time."""
+        which = f'{{__name__=~"proxmon_.+",host={quoted(self.fleet.hosts[host_id].name)},job=""}}'
+        begin = self.begin(db, host_id)
+        for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY) if begin is not None else ():
+            objects: dict[ObjectKey, set[str]] = {}
+            for labels, _ in self.remote.query(f"last_over_time({which}[1d] offset 1ms)", day + DAY):
+                if (series := series_of(labels)) is not None:
+                    objects.setdefault(series[0], set()).add(series[1])
+            for key, fields in sorted(objects.items()):
+                question = Question([], day, day + DAY - 0.001, RAW)
+                yield Span(self.frame(db, host_id, {key: fields}, question), RAW, day, question.until, {key: fields})
+
+
+def read_run(labels: dict[str, str]) -> int | None:
+    """The run of a report that the store knows; None of what is not ours."""
+    run = labels.get("run", "")
+    return int(run, 16) if re.fullmatch("[0-9a-f]{8}", run) else None
 
 
 def join_expressions(expressions: Iterable[str]) -> Iterator[str]:
     """As many as fit into one question, side by side."""
     whole = ""
-    for one in expressions:
-        if whole and len(whole.encode()) + len(one.encode()) > QUERY_BYTES:
+    for expression in expressions:
+        if whole and len(whole.encode()) + len(expression.encode()) > QUERY_BYTES:
             yield whole
             whole = ""
-        whole = f"{whole} or {one}" if whole else one
+        whole = f"{whole} or {expression}" if whole else expression
     if whole:
         yield whole
 
 
-def read_steps(found: list[dict[str, Any]], step: int) -> Iterator[tuple[int, list[Any]]]:
-    """The store's answers to expressions that are labelled `place nth`, as points."""
+def read_steps(found: list[tuple[dict[str, str], dict[float, float]]], step: int) -> Iterator[tuple[int, float, Point]]:
+    """The store's answers to expressions that are labelled `place nth`: place, time, and point."""
     series: dict[tuple[int, str], dict[int, dict[float, float]]] = {}
-    for one in found:
-        place, _, nth = one["metric"].pop("point").partition(" ")
-        one["metric"].pop("__name__", None)
-        same = series.setdefault((int(place), json.dumps(one["metric"], sort_keys=True)), {})
-        same.setdefault(int(nth), {}).update((at - step, float(value)) for at, value in one["values"])
-    for (where, _), lines in series.items():
-        averages = lines.get(0, {})
-        points = []
-        for at, average in averages.items():
+    for labels, values in found:
+        place, _, nth = labels.pop("point", "0 0").partition(" ")
+        labels.pop("__name__", None)
+        same = series.setdefault((int(place), json.dumps(labels, sort_keys=True)), {})
+        same.setdefault(int(nth), {}).update(values)
+    for (place_of, _), lines in series.items():
+        for at, average in lines.get(0, {}).items():
             lowest, highest = (lines.get(nth, {}).get(at, average) for nth in (1, 2))
-            points.append([at, tidy(average, lowest, highest), lowest, highest, 1.0])
-        yield where, points
+            yield place_of, at - step, (tidy(average, lowest, highest), lowest, highest, 1.0)
 
 
-def open_keeper(config: Config, store: Store, history: History, fleet: Fleet) -> Keeper:
+def open_keeper(config: Config, store: Store, history: History, fleet: Fleet, stop: Stop) -> Keeper:
     """The one that keeps the history where HISTORY_URL says."""
     if config.history_url == "sqlite:":
         return Keeper(store, history, fleet)
-    return RemoteKeeper(store, history, fleet, config.history_url)
+    return RemoteKeeper(store, history, fleet, stop, config.history_url)
 
 
 # --- jobs: what runs by the clock, in one thread ---

@@ -448,7 +448,7 @@ def list_samples(report: dict[str, Any]) -> Samples:
     """Section, object and values of everything in a report."""
     for section, objects, found in server.history_sections(report):
         for thing, fields in zip(objects, found):
-            names, mask = server.kept_fields(section, *fields)
+            names, mask = server.kept_fields(section, tuple(fields))
             values = dict(zip(names, [value for value, kept in zip(fields.values(), mask) if kept]))
             yield section, thing or "-", {name: value for name, value in values.items()
                                           if isinstance(value, (int, float)) and value == value and name != server.BOOT}
@@ -624,8 +624,8 @@ def history_path(host: str, series: list[str], since: float, until: float, step:
 
 def every_series(host: str, begin: float) -> list[str]:
     tick = server.build_tick(PlayedHost(host, 1).report(begin), begin)
-    return [server.series_name(section, thing, name) for section, thing, names in tick.shape.parts for name in names
-            if name != server.BOOT]
+    return [server.series_name(section, thing, name) for section, things, names in tick.parts for thing in things
+            for name in names if name != server.BOOT]
 
 
 def ask_peer(process: Measured, peer: Peer, begin: int, end: int, questions: dict[str, str]) -> None:

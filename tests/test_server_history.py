@@ -1,6 +1,6 @@
 """History: the same numbers whatever way they came, however they are packed by now; gaps stay gaps.
 
-    columns -> order -> rates -> steps -> late -> gone -> guests -> api -> export -> migration
+    columns -> order -> rates -> steps -> late -> gone -> hand -> guests -> api -> export -> migration
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import math
 import random
 import sqlite3
+import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ class Recorder:
 
     def ask(self, *names: str, since: float, until: float, step: int) -> list[list[Any]]:
         question = server.Question(list(names), since, until, step)
-        return server.ask_history(self.monitor.history, self.monitor.store.reader(), [self.host], question)
+        return self.monitor.keeper.ask(self.monitor.store.reader(), [self.host], question)
 
     def count(self, table: str) -> int:
         return self.monitor.store.reader().execute(f"SELECT count(*) FROM {table}").fetchone()[0]
@@ -128,8 +130,9 @@ def test_a_smooth_column_is_small(noise, places):
 @given(st.dictionaries(st.integers(0, 287), st.tuples(decimals, decimals, decimals, st.integers(1, 20)), min_size=1))
 def test_points_are_unpacked_exactly(points):
     points = {at * 300: (a, min(a, b, c), max(a, b, c), float(n)) for at, (a, b, c, n) in points.items()}
-    packed = server.pack_field([points.get(at * 300) for at in range(288)])
-    assert server.unpack_field(packed, 0, 1 + 296 // 8, range(0, 86400, 300)) == points
+    packed = server.pack_field([points.get(at, math.nan) for at in range(0, 86400, 300)])
+    cells = server.unpack_field(packed, 0, 1 + 296 // 8, 288)
+    assert {at * 300: cell for at, cell in enumerate(cells) if cell == cell} == points
 
 
 # --- order: any permutation, duplication and batching gives the same history ---
@@ -327,12 +330,14 @@ def pass_days(recorder: Recorder, days: int, every: float = 300) -> list[dict]:
     return reports
 
 
-def test_reports_go_after_two_days_and_their_points_stay(recorder):
-    reports = pass_days(recorder, 5)
+def test_reports_go_after_eight_days_and_their_points_stay(recorder):
+    reports = pass_days(recorder, 11, every=900)
+    recorder.clock.advance(3 * 3600)
+    recorder.pack()
     oldest = recorder.monitor.store.reader().execute("SELECT min(id) FROM chunk WHERE id < :n", {
         "n": server.chunk_id(recorder.host, 300, 0)}).fetchone()[0]
     assert server.chunk_begin(oldest) == DAY_START + 3 * 86400
-    (points,) = recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 5 * 86400, step=300)
+    (points,) = recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 11 * 86400, step=300)
     assert [point[:2] for point in points] == [[one["time"], one["node"]["cpu_ratio"]] for one in reports]
 
 
@@ -349,23 +354,39 @@ def test_steps_go_when_their_time_is_over(recorder):
     assert recorder.count("chunk") == 0
 
 
-def test_a_backlog_of_a_day_that_is_sealed_joins_its_points(recorder):
-    reports = pass_days(recorder, 4)
+def test_a_backlog_of_a_week_ago_is_as_exact_as_live(recorder):
+    reports = pass_days(recorder, 8)
     missing = [build_report(seq=seq, at=DAY_START + 10 + seq * 300, run_id="run-b", node={"cpu_ratio": 0.9999})
                for seq in range(1, 101)]
     recorder.take(*missing, *missing[:50])
-    before = [recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 86400, step=step)[0]
-              for step in (300, 3600)]
+
+    def ask() -> list[Any]:
+        return [recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 86400, step=step)[0]
+                for step in (30, 300, 3600)]
+
+    before = ask()
     recorder.clock.advance(60)
     recorder.pack()
-    after = [recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 86400, step=step)[0]
-             for step in (300, 3600)]
-    assert after == before
+    assert ask() == before
     values = {one["time"]: one["node"]["cpu_ratio"] for one in reports}
-    for at, average, lowest, highest in after[0][1:101]:
+    assert len(before[0]) == 289 + 100
+    for at, average, lowest, highest in before[1][1:101]:
         assert (lowest, highest) == (values[at], max(0.9999, values[at]))
         assert average == pytest.approx((values[at] + 0.9999) / 2, abs=1e-4)
-    assert all(hour[3] == 0.9999 for hour in after[1][:8])
+    assert all(hour[3] == 0.9999 for hour in before[2][:8])
+
+
+def test_what_comes_when_its_day_is_closed_changes_nothing_and_is_told(recorder, capsys):
+    pass_days(recorder, 11, every=900)
+    asked = [{"since": DAY_START, "until": DAY_START + 86400, "step": step} for step in (300, 3600)]
+    before = [recorder.ask("node.cpu_ratio", **how) for how in asked]
+    assert recorder.take(build_report(seq=1, at=DAY_START + 10, run_id="run-b", node={"cpu_ratio": 0.9999})) == 1
+    assert [recorder.ask("node.cpu_ratio", **how) for how in asked] == before
+    recorder.clock.advance(60)
+    recorder.pack()
+    assert [recorder.ask("node.cpu_ratio", **how) for how in asked] == before and before[0][0]
+    assert recorder.count("report") == 0
+    assert "1 reports of pve1 came too late for" in capsys.readouterr().out
 
 
 def test_a_backlog_of_a_time_nothing_was_known_of_is_as_exact_as_live(tmp_path):
@@ -434,6 +455,116 @@ def test_each_transaction_of_the_background_is_short(recorder):
     recorder.pack()
     assert len(took) >= 25
     assert max(took) < 0.1
+
+
+# --- hand: what is kept in memory, by several threads; bounds for a host that makes up names ---
+
+
+def test_a_true_value_is_one_whatever_the_rest_of_the_report_is(recorder):
+    for seq, other in enumerate((1.5, None, "text"), 1):
+        recorder.clock.now = START + 30 * seq
+        recorder.take(build_report(seq=seq, at=START + 30 * seq, node={"fenced": True, "quiet": False, "load1": other}))
+    assert [[point[1] for point in points] for points in recorder.ask(
+        "node.fenced", "node.quiet", "node.load1", since=START, until=START + 300, step=30)] == [[1] * 3, [0] * 3, [1.5]]
+
+
+def test_a_removed_host_gives_back_its_memory(recorder):
+    recorder.take(*reports_of_a_time(20, START - 600))
+    assert recorder.monitor.history.bytes > 0 and recorder.monitor.history.hours
+    recorder.monitor.store.write(lambda db: server.delete_host(db, "pve1", recorder.clock()))
+    recorder.monitor.fleet.refresh(recorder.monitor.store.reader())
+    recorder.monitor.keeper.turn(recorder.clock())
+    assert recorder.monitor.history.bytes == 0 and not recorder.monitor.history.hours
+
+
+def test_taking_and_forgetting_at_once_counts_every_byte(recorder):
+    history, report = recorder.monitor.history, reports_of_a_time(1, START)[0]
+    ids = list(range(2000))
+
+    def take(mine: list[int]) -> None:
+        for number in mine:
+            history.remember(recorder.host, number, report, START)
+            history.forget(recorder.host, [number])
+
+    threads = [threading.Thread(target=take, args=(ids[nth::4],)) for nth in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert history.bytes == 0
+
+
+def test_names_are_found_while_others_read_them(recorder):
+    pass_days(recorder, 0.5)
+    ended, faults = threading.Event(), []
+
+    def ask() -> None:
+        try:
+            while not ended.is_set():
+                recorder.monitor.history.layouts = {}
+                assert recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 86400, step=30)[0]
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    state = recorder.monitor.fleet.hosts[recorder.host]
+    names = {("node", ""): ("cpu_ratio",)}
+    for nth in range(100):
+        recorder.monitor.keeper.numbers(recorder.monitor.store.reader(), state, {**names, ("node", f"new/{nth}"): ("x",)})
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+def made_up(seq: int, count: int) -> dict:
+    """A report of a host that makes up guests and fields."""
+    guests = [build_guest(1000 * seq + nth, **{f"field{seq}_{nth}": nth}) for nth in range(count)]
+    return build_report(seq=seq, at=DAY_START + seq * 3600, guests=guests, node={"cpu_ratio": seq / 100})
+
+
+def test_a_host_that_makes_up_names_is_bounded_and_told(recorder, monkeypatch, capsys):
+    monkeypatch.setattr(server, "OBJECTS_KEPT", 20)
+    monkeypatch.setattr(server, "LAYOUTS_KEPT", 12)
+    for seq in range(1, 11):
+        recorder.clock.now = DAY_START + seq * 3600 + 4000
+        recorder.take(made_up(seq, 5))
+        recorder.pack()
+    assert recorder.count("history_object") <= 20 and recorder.count("history_layout") <= 12
+    assert "pve1 has sent more than 20 objects or 12 kinds of them" in capsys.readouterr().out
+    (points,) = recorder.ask("node.cpu_ratio", since=DAY_START, until=DAY_START + 86400, step=30)
+    assert [point[1] for point in points] == [seq / 100 for seq in range(1, 11)]  # what was there before goes on
+
+
+def test_names_that_are_in_no_step_any_more_are_forgotten(recorder):
+    recorder.clock.now = DAY_START + 8000
+    recorder.take(made_up(1, 5))
+    recorder.pack()
+    recorder.take(made_up(2, 0))
+    recorder.clock.now = DAY_START + 2 * 86400
+    recorder.pack()
+    before = recorder.ask("guests/1000.field1_0", since=DAY_START, until=DAY_START + 86400, step=3600)
+    for _ in range(4):
+        recorder.monitor.keeper.turn(recorder.clock())
+    objects, layouts = recorder.count("history_object"), recorder.count("history_layout")
+    assert before[0] and recorder.ask("guests/1000.field1_0", since=DAY_START, until=DAY_START + 86400, step=3600) == before
+    recorder.clock.now = DAY_START + 740 * 86400
+    recorder.take(build_report(seq=3, at=recorder.clock.now, node={"cpu_ratio": 0.5}, guests=[]))
+    recorder.clock.advance(7200)
+    recorder.pack()
+    recorder.expire()
+    for _ in range(4):
+        recorder.monitor.keeper.turn(recorder.clock())
+    assert recorder.count("history_object") == objects - 5
+    assert recorder.count("history_layout") < layouts
+    assert recorder.ask("node.cpu_ratio", since=recorder.clock.now - 86400, until=recorder.clock.now, step=30)[0]
 
 
 # --- guests: a guest's history follows it through its cluster ---
@@ -516,10 +647,9 @@ def test_lost_reports_and_silence_are_told_with_their_times(admin, register, pos
 
 def test_export_has_every_value_once(recorder):
     pass_days(recorder, 4)
-    rows = list(server.export_host(recorder.monitor.history, recorder.monitor.store.reader(), recorder.host,
-                                   recorder.clock()))
+    rows = list(recorder.monitor.keeper.export(recorder.monitor.store.reader(), recorder.host, recorder.clock()))
     cpu = [row for row in rows if row[2] == "node.cpu_ratio"]
-    assert [sum(row[1] == step for row in cpu) for step in (30, 300, 3600)] == [2 * 288, 4 * 288, 96]
+    assert [sum(row[1] == step for row in cpu) for step in (30, 300, 3600)] == [4 * 288, 4 * 288, 96]
     assert len({(row[0], row[1], row[2]) for row in rows}) == len(rows)
     assert not [row for row in rows if "~" in row[2]]
 
@@ -555,12 +685,12 @@ def test_a_database_of_version_1_keeps_its_history(tmp_path):
     monitor = server.Monitor(server.Config({"DATABASE_PATH": str(path), "SECRET_KEY_BASE": "x" * 40}), clock)
     question = server.Question(["node.cpu_ratio", "node.net_receive_bytes_total"], DAY_START, clock.now, 30)
     reader = monitor.store.reader()
-    before = server.ask_history(monitor.history, reader, [1], question)
+    before = monitor.keeper.ask(reader, [1], question)
     assert len(before[0]) == 40
     assert {point[1] for point in before[1]} == {1000 / 30}
     monitor.keeper.settle(clock.now)
     assert reader.execute("SELECT count(*) FROM report").fetchone()[0] == 0
-    assert server.ask_history(monitor.history, reader, [1], question) == before
+    assert monitor.keeper.ask(reader, [1], question) == before
     assert monitor.fleet.find("pve1").body("node")["cpu_count"] == 8
     monitor.close()
 

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import random
 import secrets
 import signal
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -346,7 +350,7 @@ def test_what_was_packed_here_before_gets_old_and_goes(make_recorder, victoria, 
     local.monitor.close()
     config = server.Config({"DATABASE_PATH": local.monitor.config.database_path, "HISTORY_URL": victoria.url})
     local.monitor = server.Monitor(config, local.clock)
-    for day in range(1, 7):
+    for day in range(1, 13):
         local.clock.now = now + day * 86400
         local.monitor.store.write(lambda db: db.execute("UPDATE chunk SET written_at = written_at - 86400"))
         local.monitor.keeper.turn(local.clock())
@@ -393,6 +397,62 @@ def test_a_store_that_hangs_is_not_waited_for_again_and_again(make_recorder, mon
         for _ in range(20):
             assert admin.get("/api/v1/hosts/pve1/history?series=node.cpu_ratio").code == "busy"
         assert time.monotonic() - began < 3
+
+
+@contextmanager
+def strange_store(answer: bytes) -> Iterator[str]:
+    """A store that answers everything with some bytes, and hangs up."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.0 500 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nbroken off",
+    b"HTTP/1.0 500 No\r\nContent-Length: 5000\r\n\r\nbroken off",
+    b"HTTP/1.0 200 OK\r\nContent-Length: 5000\r\n\r\n{",
+    b"HTTP/1.0 200 OK\r\n\r\n[]",
+    b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"metric": [], "values": 5}]}}',
+    b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"metric": {}, "values": [["x", "y"]]}]}}',
+    b"nonsense\r\n\r\n",
+])  # fmt: skip
+def test_whatever_the_store_answers_is_busy_and_nothing_is_lost(make_recorder, answer, monkeypatch):
+    monkeypatch.setattr(server, "CONFIRM_SECONDS", 0)
+    monkeypatch.setattr(server, "AWAY_SECONDS_MOST", 0)
+    with strange_store(answer) as url:
+        remote = make_recorder(url)
+        remote.take(build_report(at=remote.clock()))
+        admin = remote.admin()
+        for path in ("history?series=node.cpu_ratio", "history?series=node.net_receive_bytes_total&step=30", "gaps", "export"):
+            assert admin.get(f"/api/v1/hosts/pve1/{path}").code == "busy", path
+        assert remote.keeper.sparks(remote.monitor.store.reader(), [remote.host], remote.clock()) == {remote.host: []}
+        pauses = [remote.keeper.push_all() for _ in range(6)]
+        assert remote.keeper.trouble and remote.count("report") == 1
+        assert pauses[-1] == server.PUSH_SECONDS_MOST and pauses == sorted(pauses)
+
+
+def test_series_of_others_in_the_same_store_do_no_harm(make_recorder, victoria):
+    remote = make_recorder(victoria.url)
+    now = remote.clock()
+    lines = "".join(f"{name} 1 {int(now - 60) * 1000}\n" for name in (
+        'proxmon_report_seq{host="pve1"}', 'proxmon_report_seq{host="pve1",run="x"}', 'proxmon_other{host="pve1"}'))
+    urllib.request.urlopen(victoria.url + "/api/v1/import/prometheus", lines.encode()).close()
+    wait_until(lambda: len(victoria.values('{host="pve1"}', now)) == 3)
+    remote.take(build_report(at=now))
+    remote.keep()
+    wait_until(lambda: len(victoria.values('proxmon_node_load1{host="pve1"}', now)) == 1)
+    admin = remote.admin()
+    assert admin.get("/api/v1/hosts/pve1/gaps").status == 200
+    assert '"node.load1"' in admin.get("/api/v1/hosts/pve1/export").text
 
 
 def test_the_small_lines_of_the_page_come_from_the_store(pair):
