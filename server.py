@@ -356,8 +356,12 @@ def resource(*names: str) -> str:
 
 
 def log(message: str) -> None:
-    """One line for the journal, whatever a hostile name holds."""
-    print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message), flush=True)
+    """One line for the journal, whatever a hostile name holds. Where none can be written (a closed pipe, a full disk)
+    the work goes on without it."""
+    try:
+        print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message), flush=True)
+    except (OSError, ValueError):
+        pass
 
 
 # --- loops: what goes on in the background, one thread each ---
@@ -8016,9 +8020,10 @@ def open_keeper(config: Config, store: Store, history: History, fleet: Fleet, st
 
 class Job(NamedTuple):
     name: str
-    every_seconds: float
+    seconds: float  # from one run to the next
     work: Callable[[Monitor, float, sqlite3.Connection], None]
-    beside: bool = False  # takes long: works beside the writer and gives it small pieces
+    beside: bool = False  # takes long, or must not wait for a write: works with a reader, and writes in small pieces
+    first_after: float = 5
 
 
 AWAY_SECONDS = MINUTE  # the rules are judged every 5 s; a longer gap means that we were away, not the hosts
@@ -8048,10 +8053,6 @@ def sign_of_life(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     set_meta(db, "alive_at", now)
 
 
-def run_prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
-    prune(db, now)
-
-
 def keep_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """Hours into chunks, days into points; or all of it to another store."""
     monitor.keeper.turn(now)
@@ -8065,54 +8066,56 @@ def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None
     monitor.store.write(vacuum)
 
 
+def tell_systemd(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """A beat for the unit's watchdog: jobs still run, so no write has hung. A full disk is no reason to start anew."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
+            wire.sendto(b"WATCHDOG=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
 JOBS = (
     Job("judge", 5, judge_fleet),
-    Job("alive", 30, sign_of_life),
-    Job("digest", 5 * MINUTE, run_digest),
-    Job("prune", HOUR, run_prune),
+    Job("alive", 30, sign_of_life, first_after=0),
+    Job("watchdog", 30, tell_systemd, beside=True, first_after=0),
+    Job("digest", 5 * MINUTE, run_digest, first_after=5 * MINUTE),
+    Job("prune", HOUR, lambda monitor, now, db: prune(db, now), first_after=HOUR),
     Job("history", 5, keep_history, beside=True),
-    Job("expire", 10 * MINUTE, expire_history, beside=True),
+    Job("expire", 10 * MINUTE, expire_history, beside=True, first_after=10 * MINUTE),
 )
 
 
 class Scheduler:
-    """The thread of jobs. A job that fails is logged and comes again; its last end and error are kept."""
+    """What is due when. A job that fails comes again within a minute; its last end and error are kept."""
 
     def __init__(self, monitor: Monitor):
         self.monitor = monitor
         self.last: dict[str, tuple[float, str | None]] = {}
-        self._due = {job.name: time.monotonic() + (0 if job.name == "alive" else job.every_seconds) for job in JOBS}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._due = {job.name: time.monotonic() + job.first_after for job in JOBS}
 
     def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
+        every(1, "jobs", self.turn, self.monitor.stop)
 
     def turn(self) -> None:
-        """Run what is due."""
+        """Run what is due; `Failure` while there is a job whose last run failed."""
         for job in JOBS:
             if self._due[job.name] <= time.monotonic():
-                self._due[job.name] = time.monotonic() + job.every_seconds
-                self._attempt(job)
+                error = self._attempt(job)
+                self._due[job.name] = time.monotonic() + (min(job.seconds, MINUTE) if error else job.seconds)
+                self.last[job.name] = (self.monitor.clock(), error)
+        failing = [f"{name}: {error}" for name, (_, error) in self.last.items() if error]
+        if failing:
+            raise Failure("; ".join(failing))
 
-    def _attempt(self, job: Job) -> None:
-        error = None
+    def _attempt(self, job: Job) -> str | None:
         try:
             if job.beside:
                 job.work(self.monitor, self.monitor.clock(), self.monitor.store.reader())
             else:
                 self.monitor.store.write(partial(job.work, self.monitor, self.monitor.clock()))
-        except Exception as caught:  # one job's fault must not end the others
-            error = f"{type(caught).__name__}: {caught}"
-            log(f"jobs: {job.name}: {error}")
-        self.last[job.name] = (self.monitor.clock(), error)
-
-    def _run(self) -> None:
-        while not self._stop.wait(1):
-            self.turn()
+        except Exception as error:  # one job's fault must not end the others
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 # --- resources: every list of the fleet: rows, columns, search words, metrics, and its place on the page ---
@@ -9180,15 +9183,17 @@ def get_openapi(call: Call) -> Any:
 
 @route("GET", "/healthz", auth="none")
 def get_health(call: Call) -> Any:
-    """Whether the database can be written, and when it last was; 503 if not."""
-    store = call.monitor.store
+    """Whether the database can be written, when it last was, and whether all that works in the background does; 503
+    if not."""
+    store, troubles = call.monitor.store, call.monitor.stop.troubles()
     age = time.monotonic() - store.last_commit if store.last_commit else None
     free = shutil.disk_usage(os.path.dirname(store.path)).free
-    well = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE
-    document = {"status": "ok" if well else "failing", "writer_alive": store.alive,
+    well = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE and not troubles
+    document: dict[str, Any] = {"status": "ok" if well else "failing", "writer_alive": store.alive,
                 "database_writable": store.last_error is None, "last_commit_age_seconds": age}
     if is_known(call):
-        document |= {"last_error": store.last_error, "disk_free_bytes": free, "version": VERSION}
+        document |= {"last_error": store.last_error, "disk_free_bytes": free, "version": VERSION,
+                     "troubles": troubles}
     return Answer(200 if well else 503, json.dumps(document).encode(), {"Cache-Control": "no-store"})
 
 
@@ -10359,12 +10364,15 @@ class HttpChannel(HTTPChannel):
 
 def run_server(monitor: Monitor) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is being written."""
-    config, server = monitor.config, open_sockets(monitor)
-    scheduler = Scheduler(monitor)
+    config = monitor.config
+    try:
+        server = open_sockets(monitor)
+    except OSError as error:
+        raise Failure(f"cannot listen on {config.listen}:{config.port}: {error.strerror}") from None
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop_serving)
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
-    scheduler.start()
+    Scheduler(monitor).start()
     start_watches(monitor)
     monitor.notifier.start()
     port = getattr(server, "effective_port", config.port)
@@ -10378,7 +10386,6 @@ def run_server(monitor: Monitor) -> None:
     except SystemExit:
         pass
     finally:
-        scheduler.stop()
         server.close()
         monitor.close()
         log("server: stopped")
@@ -10475,10 +10482,7 @@ def command_serve(config: Config, args: argparse.Namespace) -> int:
     """Run the server."""
     open_database(config, create=True).close()
     with only_server(config):
-        try:
-            run_server(Monitor(config))
-        except OSError as error:
-            raise Failure(f"cannot listen on {config.listen}:{config.port}: {error.strerror}") from None
+        run_server(Monitor(config))
     return OK
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import socket
 import subprocess
 
 import pytest
@@ -542,6 +543,42 @@ def test_health_is_503_when_nothing_can_be_written(client, store):
     assert client.get("/healthz").status == 200
     store.close()
     assert client.get("/healthz").status == 503
+
+
+def test_health_is_503_when_a_job_fails_or_a_loop_has_ended(client, admin, monitor, monkeypatch):
+    monitor.store.write(lambda db: None)
+    monkeypatch.setattr(server, "JOBS", (server.Job("odd", 3600, lambda *_: 1 / 0, first_after=0),))
+    scheduler = server.Scheduler(monitor)
+    jobs = server.every(3600, "jobs", scheduler.turn, monitor.stop, first=3600)
+    assert client.get("/healthz").status == 200
+    jobs.turn()
+    assert client.get("/healthz").status == 503
+    assert admin.get("/healthz").json()["troubles"] == {"jobs": "Failure: odd: ZeroDivisionError: division by zero"}
+    monkeypatch.setattr(server, "JOBS", (server.Job("odd", 3600, lambda *_: None, first_after=0),))
+    scheduler._due["odd"] -= 61  # what failed comes again in a minute, not in an hour
+    jobs.turn()
+    assert client.get("/healthz").status == 200
+    jobs._ended = True
+    jobs.wake()
+    jobs.thread.join(10)
+    assert admin.get("/healthz").json()["troubles"] == {"jobs": "has ended"}
+
+
+@pytest.mark.parametrize("name", ["notify", "@proxmon-test-notify"])
+def test_the_watchdog_of_the_unit_is_fed_also_on_a_full_disk(monitor, monkeypatch, tmp_path, name):
+    address = name if name.startswith("@") else str(tmp_path / name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + address[1:] if name.startswith("@") else address)
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        pages = monitor.store.write(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+        monitor.store.db.execute(f"PRAGMA max_page_count = {pages}")
+        monitor.store.db.execute("PRAGMA cache_size = 0")
+        try:
+            server.Scheduler(monitor).turn()
+        except server.Failure:
+            pass
+        assert systemd.recv(100) == b"WATCHDOG=1"
 
 
 HOSTILE = ['a"b', "a\\b", "a\nb", "a{b}", "ä ✓", "a\ud800".encode("utf-8", "replace").decode(), "\0"]

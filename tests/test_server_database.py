@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sqlite3
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import build_report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -162,7 +166,81 @@ def test_a_write_that_breaks_a_rule_of_the_database_fails_alone(store, sql):
     assert told == ["1"]  # memory is built again at once, from what is left
 
 
-def test_a_writer_outlives_a_state_that_cannot_be_read(monitor, monkeypatch):
+class Closed(io.StringIO):
+    """A log on a full disk, or a pipe whose other end is gone."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_more_pages(store: server.Store) -> None:
+    """From here on the database cannot grow: to SQLite that is a full disk."""
+    pages = store.write(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+    store.db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+@pytest.mark.parametrize("log_fails", [False, True], ids=["", "and so does the log"])
+def test_a_disk_that_fills_up_gets_no_report_acknowledged_that_is_not_on_it(monitor, register, post, clock, monkeypatch,
+                                                                          log_fails):
+    token, acknowledged, full = register("pve1"), set(), []
+    no_more_pages(monitor.store)
+    if log_fails:
+        monkeypatch.setattr(sys, "stdout", Closed())
+    for seq in range(1, 400):
+        clock.advance(1)
+        answer = post(token, build_report(seq=seq, at=clock(), padding=os.urandom(1000).hex()))
+        if answer.status == 200:
+            acknowledged.add(seq)
+        else:
+            full.append((seq, answer.code))
+    assert acknowledged and {code for _, code in full} == {"storage_full"}
+    assert {row["seq"] for row in monitor.store.reader().execute("SELECT seq FROM report")} == acknowledged
+    monitor.store.db.execute("PRAGMA max_page_count = 1000000")  # somebody made room
+    again = [build_report(seq=seq, at=clock()) for seq in range(1, 400)]
+    told = post(token, again).json()
+    assert (told["accepted"], told["duplicates"]) == (len(full), len(acknowledged))
+
+
+def test_a_log_that_cannot_be_written_is_no_fault_of_the_request(client, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert client.log_in("wrong").status == 401
+
+
+def test_a_transaction_that_cannot_be_taken_back_ends_the_process(store, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store.on_failure = lambda: store.db.execute("BEGIN")  # as if the failed one were still open
+    with pytest.raises(server.Problem):
+        store.write(lambda db: db.execute("INSERT INTO no_such_table VALUES (1)"))
+    assert ended == [1]
+
+
+def test_nobody_waits_for_ever_for_a_store_that_closes(store):
+    holding, told = threading.Event(), []
+
+    def hold(db: sqlite3.Connection) -> None:
+        holding.set()
+        time.sleep(0.2)
+
+    def attempt(work: Callable[[sqlite3.Connection], Any]) -> None:
+        try:
+            told.append(store.write(work))
+        except server.Problem as problem:
+            told.append(problem.code)
+
+    threads = [threading.Thread(target=attempt, args=(hold,))]
+    threads += [threading.Thread(target=attempt, args=(lambda db: "done",)) for _ in range(20)]
+    threads += [threading.Thread(target=store.close)]
+    for thread in threads:
+        thread.start()
+        holding.wait(10)
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(told) == 21 and set(told) <= {None, "done", "busy"}
+
+
+def test_a_server_outlives_a_state_that_cannot_be_read(monitor, monkeypatch):
     def broken(db):
         raise ValueError("no")
 
