@@ -2027,6 +2027,26 @@ def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -
 # --- answers: what an operator would otherwise work out by hand, pure functions over the latest states ---
 
 
+# What a report of odd types makes our own code raise: it costs that host's rows, never the list of all hosts.
+ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+@lru_cache(1000)
+def log_once(line: str) -> None:
+    """What would be said again with each poll of a page."""
+    log(line)
+
+
+def of_each(hosts: Iterable[HostState], what: str,
+            make: Callable[[HostState], Iterable[Any]]) -> Iterator[tuple[HostState, Any]]:
+    """What is made of each host, with it; a host of which it cannot be made is left out, and named in the log."""
+    for host in hosts:
+        try:
+            yield from [(host, made) for made in make(host)]
+        except ODD as error:
+            log_once(f"server: {what} of {host.name} left out: {type(error).__name__}: {error}")
+
+
 class Copy(NamedTuple):
     """One copy of a guest's data that would survive the loss of its host."""
 
@@ -2078,9 +2098,8 @@ class SnapshotIndex:
     def __init__(self, hosts: Iterable[HostState]):
         self.by_guid: dict[str, list[tuple[HostState, float]]] = {}
         self.by_volume: dict[str, list[tuple[HostState, dict[str, Any]]]] = {}
-        for host in hosts:
-            for entry in dicts(host.body("snapshots")):
-                self._add(host, entry)
+        for host, entry in of_each(hosts, "snapshots", lambda state: dicts(state.body("snapshots"))):
+            self._add(host, entry)
 
     def _add(self, host: HostState, entry: dict[str, Any]) -> None:
         guid, at, dataset = text(entry, "newest_guid"), number(entry, "newest_at"), text(entry, "dataset")
@@ -2140,18 +2159,18 @@ def snapshot_copy(index: SnapshotIndex, host: HostState, guest: dict[str, Any]) 
     return min(known, key=lambda copy: copy.at) if newest and len(known) == len(newest) else None
 
 
-RISK_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "copy_at", "copy_kind", "copy_where",
+COPY_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "copy_at", "copy_kind", "copy_where",
                 "sure", "tags")
 
 
-def risk_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[dict[str, Any]]:
+def copy_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[dict[str, Any]]:
     """If this host burned now: for each guest what would be lost, and from which copy it would come back."""
     for guest in dicts(host.body("guests")):
         if not guest.get("template"):
-            yield guest_risk(host, guest, index, now)
+            yield guest_copy(host, guest, index, now)
 
 
-def guest_risk(host: HostState, guest: dict[str, Any], index: SnapshotIndex, now: float) -> dict[str, Any]:
+def guest_copy(host: HostState, guest: dict[str, Any], index: SnapshotIndex, now: float) -> dict[str, Any]:
     vmid = guest.get("vmid")
     found = [*backup_copies(host, vmid, number(guest, "created_at")), *replication_copies(host, vmid),
              snapshot_copy(index, host, guest)]
@@ -2268,7 +2287,7 @@ REPLACE_COLUMNS = ("host", "disk", "verdict", "reason", "serial", "model", "size
 
 def replacement_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
     """The disks to replace, over the fleet, in order: least margin left first, then the more suspect, the older."""
-    rows = [row for host in hosts for row in host_replacements(host)]
+    rows = [row for _, row in of_each(hosts, "replacements", host_replacements)]
     return sorted(rows, key=lambda row: (row["margin_with_suspects"], -row["reason"].count(";"),
                                          -(row["power_on_hours"] or 0)))
 
@@ -2453,28 +2472,34 @@ def share_of_memory(host: HostState, field: str) -> str | None:
 
 
 def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[dict[str, Any]]:
-    """Per fact that at least two thirds of the hosts share: who differs. Rows {fact, usual, share, host, value}."""
+    """Per fact that at least two thirds of the hosts share: who differs. Rows of DRIFT_COLUMNS."""
     rows: list[dict[str, Any]] = []
     for fact, read in DRIFT_FACTS.items():
-        values = {host.name: value for host in hosts if (value := read(host)) is not None}
+        told = of_each(hosts, fact, lambda host, read=read: [read(host)])  # type: ignore[misc]
+        values = {host.name: value for host, value in told if value is not None}
         counted = Counter(map(str, values.values())).most_common(1)
         if len(values) < 3 or counted[0][1] * 3 < len(values) * 2:
             continue  # no usual value: a fleet that is being upgraded, or too few to say
         usual, count = counted[0]
-        rows += [{"fact": fact, "usual": usual, "share": count / len(values), "host": name, "value": str(value)}
+        rows += [{"fact": fact, "usual": usual, "share_ratio": count / len(values), "host": name, "value": str(value)}
                  for name, value in values.items() if str(value) != usual]
     return rows[:most]
+
+
+DRIFT_COLUMNS = ("fact", "host", "value", "usual", "share_ratio")
+COHORT_COLUMNS = ("model", "firmware", "disks", "suspect", "wear_per_year_ratio", "hosts")
+TRAP_COLUMNS = ("host", "object", "trap", "bytes", "reason")
+BLINDSPOT_COLUMNS = ("host", "what", "verdict", "reason", "todo")
 
 
 def cohort_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
     """Disks of one model and firmware: how many, how worn per year of power-on, how many are suspect, and where."""
     cohorts: dict[tuple[str, str], list[tuple[HostState, dict[str, Any]]]] = {}
-    for host in hosts:
-        for disk in dicts(host.body("disks")):
-            if model := text(disk, "model"):
-                cohorts.setdefault((model, text(disk, "firmware") or ""), []).append((host, disk))
+    for host, disk in of_each(hosts, "disks", lambda state: dicts(state.body("disks"))):
+        if model := text(disk, "model"):
+            cohorts.setdefault((model, text(disk, "firmware") or ""), []).append((host, disk))
     return sorted((describe_cohort(key, members) for key, members in cohorts.items()),
-                  key=lambda row: (-row["suspect"], -(row["wear_per_year"] or 0)))
+                  key=lambda row: (-row["suspect"], -(row["wear_per_year_ratio"] or 0)))
 
 
 def describe_cohort(key: tuple[str, str], members: list[tuple[HostState, dict[str, Any]]]) -> dict[str, Any]:
@@ -2482,7 +2507,7 @@ def describe_cohort(key: tuple[str, str], members: list[tuple[HostState, dict[st
                     if (wear := number(disk, "wear_ratio")) is not None and (hours := number(disk, "power_on_hours")))
     suspect = [disk for _, disk in members if suspicions(disk, {})]
     return {"model": key[0], "firmware": key[1], "disks": len(members), "suspect": len(suspect),
-            "wear_per_year": yearly[len(yearly) // 2] if yearly else None,
+            "wear_per_year_ratio": yearly[len(yearly) // 2] if yearly else None,
             "hosts": sorted({host.name for host, _ in members})[:50]}
 
 
@@ -8395,6 +8420,24 @@ def asked_rules(call: Call) -> Rows:
     return [rule_row(call.fleet, state, rule, call.query.get("object", "")) for rule in RULES]
 
 
+def fleet_copies(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    """Whoever would lose most, first: no copy at all, then the oldest copy. Any host may hold copies for another."""
+    index = SnapshotIndex(fleet.hosts.values())
+    rows = [row for _, row in of_each(states, "copies", lambda state: copy_rows(state, index, now))]
+    order = {"warning": 0, "unknown": 1}
+    yield from sorted(rows, key=lambda row: (order.get(row["verdict"], 2), -(row["lost_seconds"] or 0)))
+
+
+def fleet_blindspots(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    for state, (what, reason, todo) in of_each(states, "blindspots", silent_failures):
+        yield {"host": state.name, "what": what, "verdict": "warning", "reason": reason, "todo": todo}
+
+
+def fleet_traps(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    rows = [row for _, row in of_each(states, "traps", space_traps)]
+    yield from sorted(rows, key=lambda row: -(row["bytes"] or 0))
+
+
 def build_overview(fleet: Fleet, now: float) -> Row:
     """The fleet in a few numbers, of the same size for 1 host and 10,000."""
     silences = [fleet.silent_seconds(state, now) for state in fleet.hosts.values()]
@@ -8435,6 +8478,7 @@ class Resource(NamedTuple):
     summary: str
     columns: tuple[str, ...]
     of_host: Callable[[Fleet, HostState, float], Iterable[Row]] | None = None  # the rows of one host
+    of_hosts: Callable[[Fleet, list[HostState], float], Iterable[Row]] | None = None  # or those of some hosts together
     of_fleet: Callable[[Any], Iterable[Row]] | None = None  # or all that a Call asks for
     auth: str = "read"
     queries: tuple[str, ...] = ("host", "site", "tag")  # parameters with a meaning of their own
@@ -8442,6 +8486,7 @@ class Resource(NamedTuple):
     labels: dict[str, str] = {}  # of the metrics: label -> column
     metrics: tuple[Metric, ...] = ()
     heads: tuple[tuple[str, str, str], ...] = ()  # on the page: label, column with its first direction, classes
+    title: str = ""  # of an answer: it stands in a line of its own under the lists
 
     @property
     def one(self) -> str:
@@ -8556,6 +8601,44 @@ RESOURCES = {resource.name: resource for resource in (
                ("Storage", "storage", "c-text"), ("Dataset", "dataset", "c-text"), ("Pool", "pool", "c-text"),
                ("Size", "-size_bytes", "c-num"))),
     Resource(
+        "copies", "If a host burned now: for every guest the newest copy of its data that is not on it, and what would "
+        "be lost.", COPY_COLUMNS, of_hosts=fleet_copies, title="If a host burned",
+        words={"lost": ("lost_seconds",)},
+        heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
+               ("Host", "host", "c-text"), ("Would be lost", "-lost_seconds", "c-num"), ("Copy", "copy_kind", "c-text"),
+               ("Where", "copy_where", "c-text"), ("Why", "reason", "c-text opt-2"))),
+    Resource(
+        "replacements", "The disks to replace, in order: where the least margin would be left first.",
+        REPLACE_COLUMNS, of_hosts=lambda fleet, states, now: replacement_rows(states), title="Disks to replace",
+        words={"name": ("disk",), "margin": ("margin_with_suspects",)},
+        heads=(("State", "verdict", "c-state"), ("Disk", "disk", "c-name"), ("Host", "host", "c-text"),
+               ("Why", "reason", "c-text"), ("Serial", "serial", "c-text"), ("Model", "model", "c-text opt-2"),
+               ("Vdev", "vdev", "c-text"), ("Pool", "pool", "c-text"), ("Can lose", "margin", "c-num"),
+               ("With suspects", "margin_with_suspects", "c-num"), ("Guests", "-guests", "c-num opt-2"))),
+    Resource(
+        "blindspots", "Where trouble would go unheard: mail addresses, timers, daemons, jobs, sources of updates.",
+        BLINDSPOT_COLUMNS, of_hosts=fleet_blindspots, title="Blind spots",
+        words={"name": ("what",)},
+        heads=(("State", "verdict", "c-state"), ("Blind spot", "reason", "c-name"), ("Host", "host", "c-text"),
+               ("What to do", "todo", "c-text"))),
+    Resource(
+        "traps", "What takes space that nobody expects it to take.", TRAP_COLUMNS, of_hosts=fleet_traps,
+        title="Space traps", words={"name": ("object",)},
+        heads=(("Object", "object", "c-name"), ("Host", "host", "c-text"), ("Trap", "trap", "c-text"),
+               ("Takes", "-bytes", "c-num"), ("Why", "reason", "c-text"))),
+    Resource(
+        "drift", "The odd ones out: where a host differs from what at least two thirds of the hosts asked for share.",
+        DRIFT_COLUMNS, of_hosts=lambda fleet, states, now: drift_rows(states), title="Drift", words={"name": ("fact",)},
+        heads=(("Fact", "fact", "c-name"), ("Host", "host", "c-text"), ("Here", "value", "c-text"),
+               ("Usual", "usual", "c-text"), ("Share", "share_ratio", "c-num"))),
+    Resource(
+        "cohorts", "Disks of one model and firmware: how many, how fast they wear, how many are suspect, where.",
+        COHORT_COLUMNS, of_hosts=lambda fleet, states, now: cohort_rows(states), title="Disk models",
+        words={"name": ("model",)},
+        heads=(("Model", "model", "c-name"), ("Firmware", "firmware", "c-text"), ("Disks", "-disks", "c-num"),
+               ("Suspect", "-suspect", "c-num"), ("Worn a year", "-wear_per_year_ratio", "c-num"),
+               ("Hosts", "hosts", "c-text opt-2"))),
+    Resource(
         "alerts", "Alerts, worst first: ?state=firing (default), pending, resolved or all.", ALERT_COLUMNS,
         of_fleet=asked_alerts, queries=("state", "host", "site", "tag"),
         words={"name": ("object",)},
@@ -8596,10 +8679,6 @@ RESOURCES = {resource.name: resource for resource in (
         of_fleet=lambda call: list_users(call.db, call.monitor.config.password_hash), auth="admin", queries=()),
 )}
 
-# What a report of odd types makes our own code raise: it costs that host's rows, never the list of all hosts.
-ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
-
 def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState], now: float) -> tuple[Rows, list[str]]:
     """The rows of these hosts, and the names of the hosts whose rows could not be made."""
     assert resource.of_host is not None
@@ -8615,12 +8694,6 @@ def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState],
                 rows.append({**dict.fromkeys(resource.columns), "name": state.name, "tags": state.tags,
                              "verdict": "unknown", "reason": "What it has sent cannot be shown."})
     return rows, failed
-
-
-@lru_cache(1000)
-def log_once(line: str) -> None:
-    """What would be said again with each poll of a page."""
-    log(line)
 
 
 # --- api: read the request, ask, answer ---
@@ -8795,6 +8868,8 @@ def list_rows(resource: Resource, call: Call) -> tuple[Iterable[Row], list[str]]
     """All rows a call asks for, and the hosts whose rows could not be made."""
     if resource.of_fleet is not None:
         return resource.of_fleet(call), []
+    if resource.of_hosts is not None:
+        return resource.of_hosts(call.fleet, call.states(), call.now), []
     return rows_of_hosts(resource, call.fleet, call.states(), call.now)
 
 
@@ -9595,6 +9670,8 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
         return [*open_alerts(call.fleet.everything()), *over], []
     if resource.name == "events":
         return list_events(call.db, since=0, limit=LIST_MOST), []
+    if resource.of_hosts is not None:
+        return list(resource.of_hosts(call.fleet, call.fleet.sorted(call.now), call.now)), []
     return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
 
 
@@ -9771,7 +9848,7 @@ def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int | Non
     """How many rows each other tab would show; without a search only what is cheap to count."""
     if terms:
         return {name: len(find_rows(call, resource, tab_rows(call, resource)[0], terms))
-                for name, resource in TABS.items() if name != shown}
+                for name, resource in TABS.items() if name != shown and not resource.title}
     states = call.fleet.hosts.values()
     firing = sum(alert.state == "firing" for owner in call.fleet.everything() for alert in owner.alerts.values())
     return {"hosts": len(states), "guests": sum(state.guest_counts[2] for state in states),
@@ -9784,7 +9861,7 @@ def order_rows(resource: Resource, rows: Rows, sort: str) -> Rows:
     """By a column (`-cpu_ratio`: downwards), else worst first where there is a verdict."""
     if sort.removeprefix("-") in resource.columns:
         return sort_rows(rows, sort)
-    if resource.name == "hosts" or "verdict" not in resource.columns:
+    if resource.name == "hosts" or resource.title or "verdict" not in resource.columns:
         return rows
     return sorted(rows, key=lambda row: (verdict_rank(row["verdict"]), row["host"].lower()))
 
@@ -9876,7 +9953,7 @@ def fields(body: Any) -> dict[str, Any]:
 
 def show_cell(column: str, value: Any, now: float) -> str:
     """A value by what its column's name says it is; ages are written by age() in the templates."""
-    if column.endswith("_bytes"):
+    if column.endswith("bytes"):
         return show_bytes(value)
     if column.endswith("_ratio"):
         return show_ratio(value)

@@ -61,7 +61,7 @@ def snapshot(guid: str, age: float, dataset: str = "rpool/data/vm-104-disk-0", *
 
 def risk(sim: Simulation, host: server.HostState) -> dict[str, Any]:
     index = server.SnapshotIndex(sim.fleet.hosts.values())
-    return next(iter(server.risk_rows(host, index, START)))
+    return next(iter(server.copy_rows(host, index, START)))
 
 
 # copies: if this host burned now
@@ -128,7 +128,7 @@ def test_pve_replication_is_a_copy(sim: Simulation) -> None:
 
 def test_a_template_loses_nothing(sim: Simulation) -> None:
     host = state(sim, guests=[guest(template=True)])
-    assert list(server.risk_rows(host, server.SnapshotIndex([host]), START)) == []
+    assert list(server.copy_rows(host, server.SnapshotIndex([host]), START)) == []
 
 
 @pytest.mark.parametrize("missing", ["backups", "snapshots"])
@@ -315,7 +315,7 @@ def test_disks_of_one_model_are_compared(sim: Simulation) -> None:
     host = state(sim, disks=[*worn, disk("c", model="MLC", wear_ratio=0.02, power_on_hours=8766, pending_sectors=1)])
     rows = server.cohort_rows([host])
     assert [(row["model"], row["disks"], row["suspect"]) for row in rows] == [("MLC", 1, 1), ("QLC", 2, 0)]
-    assert rows[1]["wear_per_year"] == pytest.approx(1.0)
+    assert rows[1]["wear_per_year_ratio"] == pytest.approx(1.0)
 
 
 # space traps
@@ -379,3 +379,26 @@ def test_a_change_is_told(sim: Simulation, before: Any, after: Any, kind: str, w
 def test_the_first_report_is_no_change(sim: Simulation) -> None:
     assert chronicle(sim, {"guests": None}, {"node": {"boot_id": "b"}, "versions": {"pve": "9"}, "guests": [guest()],
                                              "pools": [pool(last_scrub={"ended_at": START})]}) == []
+
+
+# the lists of the API
+
+
+@pytest.mark.parametrize("name", ["copies", "replacements", "blindspots", "traps", "drift", "cohorts"])
+def test_a_host_of_odd_values_costs_its_own_rows(sim: Simulation, name: str) -> None:
+    usual = {"safeguards": {"zed_mail": False}, "pools": [pool(vdev("mirror", leaf("a"), leaf("b")))],
+             "disks": [disk("a", passed=False)],
+             "datasets": [{"name": "rpool/a", "type": "volume", "refreservation_bytes": 9 * GIB, "used_by_dataset_bytes": 1}]}
+    for number in range(3):
+        state(sim, f"pve{number}", node={"pve_version": "9"}, **usual)
+    odd = state(sim, "odd", node={"pve_version": "8"}, **usual)
+    resource = server.RESOURCES[name]
+    assert resource.of_hosts is not None
+    whole = list(resource.of_hosts(sim.fleet, list(sim.fleet.hosts.values()), START))
+    assert whole and all(row.keys() == set(resource.columns) for row in whole)
+    for section in ("guests", "snapshots", "disks", "pools", "datasets", "safeguards", "node", "versions"):
+        broken = odd.sections.get(section, server.NOTHING)
+        odd.sections = {**odd.sections, section: broken._replace(value=[{"vdevs": 5, "children": "x", "volumes": {1}}, 7],
+                                                                 report=None)}
+    rows = list(resource.of_hosts(sim.fleet, list(sim.fleet.hosts.values()), START))
+    assert {row.get("host") for row in whole} - {row.get("host") for row in rows} <= {"odd"}
