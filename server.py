@@ -8149,6 +8149,15 @@ Row = dict[str, Any]
 Rows = list[Row]
 
 
+def is_time(column: str) -> bool:
+    return column.endswith("_at") or column in ("at", "since", "as_of", "until", "maintenance_until")
+
+
+def is_numeric(column: str) -> bool:
+    return is_time(column) or column in ("vmid", "count") or column.endswith(
+        ("_bytes", "_ratio", "_seconds", "_celsius", "_hours", "_count", "_errors", "_sectors"))
+
+
 def object_verdict(state: HostState, section: str, object: str, now: float) -> tuple[str, str | None]:
     """Verdict of a pool, storage, guest or disk: its worst alert; else stale, or ok."""
     name = f"{section}/{object}"
@@ -8304,7 +8313,7 @@ def storage_rows(state: HostState, now: float) -> Iterator[Row]:
 
 BACKUP_COLUMNS = tuple("""
     host vmid name verdict reason covered late_seconds newest_ok_at duration_seconds size_bytes storage
-    newest_failed_at error as_of""".split())
+    excluded_disks newest_failed_at error as_of""".split())
 
 
 def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
@@ -8322,11 +8331,12 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
             verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
         elif verdict == "ok" and is_stale(state, "backups", now):
             verdict, reason = "stale", "What is shown is old."
-        good, failed = guest.get("newest_ok"), guest.get("newest_failed")
+        good, failed = guest.get("newest_ok") or {}, guest.get("newest_failed")
         yield {"host": state.name, "vmid": int(cover.vmid), "name": cover.name, "verdict": verdict, "reason": reason,
                "covered": cover.covered, "late_seconds": cover.late_seconds, "newest_ok_at": number(good, "ended_at"),
                "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
-               "storage": text(good, "storage"), "newest_failed_at": number(failed, "ended_at"),
+               "storage": text(good, "storage"), "excluded_disks": good.get("excluded_disks") if good else None,
+               "newest_failed_at": number(failed, "ended_at"),
                "error": text(failed, "error"), "as_of": state.sections["backups"].time}
 
 
@@ -8741,17 +8751,26 @@ class Call:
     def header(self, name: str) -> str:
         return read_header(self.environ, name)
 
-    def json(self) -> dict[str, Any]:
-        """The body of a write: a JSON object of at most 64 KiB, or none."""
+    def json(self, spec: dict[str, Any], *, nulls: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The body of a write, a JSON object of at most 64 KiB, as checked() has it; in it are the fields of `nulls`
+        that are to be emptied. `Problem` with a pointer."""
         body = read_request(self.environ, 1 << 16)
-        if not body:
-            return {}
-        if media_type(self.header("content-type")) != "application/json":
+        if body and media_type(self.header("content-type")) != "application/json":
             raise Problem("unsupported_media_type", "send application/json")
-        parsed = parse_json(body)
-        if not isinstance(parsed, dict):
-            raise Problem("invalid_request", "the body should be a JSON object", pointer="")
-        return parsed
+        given = parse_json(body) if body else {}
+        try:
+            fields = checked(given, spec)
+        except Mistake as mistake:
+            name = mistake.path[0] if mistake.path else "the body, a JSON object,"
+            raise Problem("invalid_request", f"{name} {mistake.reason}",
+                          pointer=json_pointer([*mistake.path])) from None
+        return fields | {name: None for name in nulls if name in given and given[name] is None}
+
+    def future(self, given: Any) -> float:
+        """As a spec: a unix time to come."""
+        if not (is_number(given) and given > self.now):
+            raise ValueError("should be a unix time in the future")
+        return given
 
     def address(self) -> str:
         """Where the request comes from; a proxy's word counts only if it is trusted."""
@@ -8894,9 +8913,9 @@ def get_overview(call: Call) -> Any:
 @route("POST", "/api/v1/hosts", auth="admin", makes=True)
 def post_host(call: Call) -> Any:
     """Register a host; its token is in the answer and never again."""
-    wanted = host_changes(call.json(), {"name", "site", "tags"})
+    wanted = call.json({"name": str, "site?": (str, 0, 63), "tags?": host_tags})
     row = call.write(lambda db: insert_host(
-        db, wanted.get("name"), call.now, site=wanted.get("site"), tags=wanted.get("tags")))
+        db, wanted["name"], call.now, site=wanted.get("site"), tags=wanted.get("tags")))
     return token_answer(call, row, 201)
 
 
@@ -8909,7 +8928,8 @@ def get_host(call: Call) -> Any:
 @route("PATCH", "/api/v1/hosts/<id>", auth="admin")
 def patch_host(call: Call) -> Any:
     """Change name, site, tags, note or maintenance_until; the token stays."""
-    wanted = host_changes(call.json(), {"name", "site", "tags", "note", "maintenance_until"})
+    wanted = call.json({"name?": str, "tags?": host_tags, "site?": (str, 0, 63), "note?": NOTE,
+                        "maintenance_until?": (float, 0, 1e11)}, nulls=("site", "note", "maintenance_until"))
     row = call.write(lambda db: update_host(db, call.params["id"], wanted, call.now))
     return {"host": shown_host(call, row)}
 
@@ -9009,25 +9029,7 @@ def alert_number(call: Call) -> int:
     return int(call.params["id"])
 
 
-def expect_fields(wanted: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    for key in wanted:
-        if key not in allowed:
-            raise Problem("invalid_request", f"unknown field {key!r}; allowed: {', '.join(allowed)}",
-                          pointer=json_pointer([key]))
-
-
-def note_of(wanted: dict[str, Any]) -> str | None:
-    note = wanted.get("note")
-    if note is not None and not (isinstance(note, str) and len(note) <= 2000):
-        raise Problem("invalid_request", "note should be at most 2,000 characters", pointer="/note")
-    return note
-
-
-def until_of(call: Call, wanted: dict[str, Any]) -> float | None:
-    until = wanted.get("until")
-    if until is not None and not (is_number(until) and until > call.now):
-        raise Problem("invalid_request", "until should be a unix time in the future", pointer="/until")
-    return until
+NOTE = (str, 0, 2000)
 
 
 def shown_alert(call: Call, number: int) -> Row:
@@ -9040,10 +9042,9 @@ def shown_alert(call: Call, number: int) -> Row:
 @route("POST", "/api/v1/alerts/<id>/acknowledge", auth="operate")
 def post_acknowledge(call: Call) -> Any:
     """Take note of an alert, until it gets worse: note, until (both optional)."""
-    wanted, number = call.json(), alert_number(call)
-    expect_fields(wanted, ("note", "until"))
-    note, until, fleet, by = note_of(wanted), until_of(call, wanted), call.fleet, call.actor or ""
-    call.write(lambda db: acknowledge(db, fleet, number, call.now, by=by, until=until, note=note))
+    wanted, number = call.json({"note?": NOTE, "until?": call.future}), alert_number(call)
+    call.write(lambda db: acknowledge(db, call.fleet, number, call.now, by=call.actor or "",
+                                      until=wanted.get("until"), note=wanted.get("note")))
     return shown_alert(call, number)
 
 
@@ -9059,7 +9060,7 @@ def remove_acknowledge(call: Call) -> Any:
 def post_accept(call: Call) -> Any:
     """Accept what an alert is about as normal: it is the baseline from here on."""
     number = alert_number(call)
-    expect_fields(call.json(), ())
+    call.json({})
 
     def work(db: sqlite3.Connection) -> None:
         accept_as_normal(db, call.fleet, number, call.now, by=call.actor or "")
@@ -9072,18 +9073,11 @@ def post_accept(call: Call) -> Any:
 @route("POST", "/api/v1/silences", auth="operate", makes=True)
 def post_silence(call: Call) -> Any:
     """No notification for what fits all of tag, site, host, object, rule that are given, until a time: until, note."""
-    wanted = call.json()
-    expect_fields(wanted, (*SILENCE_MATCHERS, "until", "note"))
-    until = until_of(call, wanted)
-    if until is None:
-        raise Problem("invalid_request", "a silence has an end: until, as unix time", pointer="/until")
-    for key in SILENCE_MATCHERS:
-        value = wanted.get(key)
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= 300):
-            raise Problem("invalid_request", f"{key} should be text", pointer=f"/{key}")
-    if not any(wanted.get(key) for key in SILENCE_MATCHERS):
+    matcher = (str, 1, 300)
+    wanted = call.json({"until": call.future, "note?": NOTE, **{f"{key}?": matcher for key in SILENCE_MATCHERS}})
+    if not wanted.keys() & set(SILENCE_MATCHERS):
         raise Problem("invalid_request", f"at least one of {', '.join(SILENCE_MATCHERS)}", pointer="")
-    fields = {**dict.fromkeys(SILENCE_MATCHERS), **wanted, "note": note_of(wanted), "until": until}
+    fields = {**dict.fromkeys((*SILENCE_MATCHERS, "note")), **wanted}
     made = call.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
     return Answer(201, json.dumps(made).encode())
 
@@ -9099,7 +9093,7 @@ def remove_silence(call: Call) -> Any:
 @route("POST", "/api/v1/channels/<name>/test", auth="admin")
 def post_channel_test(call: Call) -> Any:
     """Send a test message through a channel, now; 502 with the reason if it is not taken."""
-    expect_fields(call.json(), ())
+    call.json({})
     channel = next((one for one in call.fleet.channels if one.name == call.params["name"]), None)
     if channel is None:
         raise Problem("not_found", "no such channel")
@@ -9113,13 +9107,8 @@ def post_channel_test(call: Call) -> Any:
 @route("POST", "/api/v1/rules/replay", auth="admin")
 def post_replay(call: Call) -> Any:
     """What rules would have said of the history: since (seconds back), settings (a server.toml, default: as loaded)."""
-    wanted = call.json()
-    expect_fields(wanted, ("since", "settings"))
+    wanted = call.json({"since?": (float, MINUTE, REPLAY_LONGEST), "settings?": str})
     since, source = wanted.get("since", DAY), wanted.get("settings")
-    if not (is_number(since) and MINUTE <= since <= REPLAY_LONGEST):
-        raise Problem("invalid_request", f"since: seconds, {MINUTE} to {REPLAY_LONGEST}", pointer="/since")
-    if not (source is None or isinstance(source, str)):
-        raise Problem("invalid_request", "settings should be the text of a server.toml", pointer="/settings")
     try:
         source = call.monitor.settings.source if source is None else parse_settings(source).source
     except BadSettings as mistake:
@@ -9159,16 +9148,11 @@ def run_replay(monitor: Monitor, source: str, since: float) -> dict[str, Any]:
 @route("POST", "/api/v1/tokens", auth="admin", makes=True)
 def post_token(call: Call) -> Any:
     """Create an API token: name, kind (token, kiosk), admin (false), expires_days (never); told this once."""
-    wanted = call.json()
-    expect_fields(wanted, ("name", "kind", "admin", "expires_days"))
-    name, kind, admin, days = (wanted.get(key, default) for key, default in (
-        ("name", None), ("kind", "token"), ("admin", False), ("expires_days", None)))
-    if kind not in TOKEN_KINDS:
-        raise Problem("invalid_request", f"kind: {' or '.join(TOKEN_KINDS)}", pointer="/kind")
-    if not isinstance(admin, bool) or admin and kind == "kiosk":
-        raise Problem("invalid_request", "admin is true or false; a kiosk's link is to look at", pointer="/admin")
-    if days is not None and not (is_number(days) and 0 < days <= 36500):
-        raise Problem("invalid_request", "expires_days is a number of days", pointer="/expires_days")
+    wanted = {"kind": "token", "admin": False, "expires_days": None, **call.json({
+        "name": str, "kind?": tuple(TOKEN_KINDS), "admin?": bool, "expires_days?": (float, 0.001, 36500)})}
+    name, kind, admin, days = (wanted[key] for key in ("name", "kind", "admin", "expires_days"))
+    if admin and kind == "kiosk":
+        raise Problem("invalid_request", "a kiosk's link is to look at", pointer="/admin")
     if call.token_expires_at and not (days and call.now + days * DAY <= call.token_expires_at):
         raise Problem("forbidden", "this API token expires; those it makes have to expire no later: expires_days")
     token = call.write(lambda db: create_api_token(db, name, call.now, admin=admin, days=days, kind=kind))
@@ -9206,22 +9190,19 @@ def remove_session(call: Call) -> Any:
 @route("POST", "/api/v1/users", auth="admin", makes=True)
 def post_user(call: Call) -> Any:
     """Let somebody log in: name, role (viewer, operator, admin), password."""
-    wanted = call.json()
-    expect_fields(wanted, ("name", "role", "password"))
-    name, role = check_user_name(call.db, wanted.get("name")), checked_role(wanted.get("role"))
-    hashed = password_of(wanted)
-    call.write(lambda db: insert_user(db, name, role, hashed, call.now))
+    wanted = call.json({"name": str, "role": ROLES, "password": new_password})
+    name = check_user_name(call.db, wanted["name"])
+    call.write(lambda db: insert_user(db, name, wanted["role"], wanted["password"], call.now))
     return Answer(201, json.dumps(dict(required_user(call.db, name))).encode())
 
 
 @route("PATCH", "/api/v1/users/<name>", auth="admin")
 def patch_user(call: Call) -> Any:
     """Change a user's role or password; a new password ends his sessions."""
-    wanted, name = call.json(), required_user(call.db, call.params["name"])["name"]
-    expect_fields(wanted, ("role", "password"))
-    role = checked_role(wanted["role"]) if "role" in wanted else None
-    hashed = password_of(wanted) if "password" in wanted else None
-    call.write(lambda db: update_user(db, name, call.now, role=role, password_hash=hashed))
+    wanted = call.json({"role?": ROLES, "password?": new_password})
+    name = required_user(call.db, call.params["name"])["name"]
+    call.write(lambda db: update_user(db, name, call.now, role=wanted.get("role"),
+                                      password_hash=wanted.get("password")))
     return dict(required_user(call.db, name))
 
 
@@ -9232,16 +9213,15 @@ def remove_user(call: Call) -> Any:
     return Answer(204)
 
 
-def password_of(wanted: dict[str, Any]) -> str:
-    """The hash of the password in a body. `Problem('invalid_request')`."""
-    password = wanted.get("password")
+def new_password(given: Any) -> str:
+    """As a spec: a password, of which the hash is kept."""
     try:
-        if isinstance(password, str) and len(password) <= 1000:
+        if isinstance(given, str) and len(given) <= 1000:
             with VERIFYING:
-                return hash_password(password)
+                return hash_password(given)
     except (Failure, UnicodeEncodeError):
         pass
-    raise Problem("invalid_request", f"password: {PASSWORD_LEAST} to 1,000 characters", pointer="/password")
+    raise ValueError(f"should be {PASSWORD_LEAST} to 1,000 characters")
 
 
 @route("POST", "/api/v1/hosts/<id>/reports", auth="none")
@@ -9281,24 +9261,12 @@ def get_metrics(call: Call) -> Any:
                   stream=batches)
 
 
-def host_changes(wanted: dict[str, Any], allowed: set[str]) -> dict[str, Any]:
-    """What a write to a host may say. `Problem('invalid_request')` with a pointer to the field."""
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "name": (lambda v: isinstance(v, str), "text"),
-        "site": (lambda v: v is None or isinstance(v, str) and len(v) <= 63, "at most 63 characters"),
-        "note": (lambda v: v is None or isinstance(v, str) and len(v) <= 2000, "at most 2,000 characters"),
-        "tags": (lambda v: isinstance(v, list) and len(v) <= 32 and all(
-            isinstance(tag, str) and 0 < len(tag) <= 63 for tag in v), "a list of up to 32 short texts"),
-        "maintenance_until": (lambda v: v is None or is_number(v), "unix time or null"),
-    }
-    for key, value in wanted.items():
-        if key not in allowed:
-            raise Problem("invalid_request", f"unknown field {key!r}; allowed: {', '.join(sorted(allowed))}",
-                          pointer=json_pointer([key]))
-        fits, expected = checks[key]
-        if not fits(value):
-            raise Problem("invalid_request", f"{key} should be {expected}", pointer=json_pointer([key]))
-    return wanted
+def host_tags(given: Any) -> list[str]:
+    """As a spec: the tags of a host."""
+    if not (isinstance(given, list) and len(given) <= 32
+            and all(isinstance(tag, str) and 0 < len(tag) <= 63 for tag in given)):
+        raise ValueError("should be a list of up to 32 short texts")
+    return given
 
 
 def shown_host(call: Call, record: sqlite3.Row) -> dict[str, Any]:
@@ -9463,7 +9431,7 @@ def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 
 def to_text_cell(column: str, value: Any) -> str:
-    if is_number(value) and (column.endswith("_at") or column in ("at", "since", "as_of", "maintenance_until")):
+    if is_number(value) and is_time(column):
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value)) if 0 <= value < 2e11 else str(value)
     return f"{value:.4g}" if isinstance(value, float) else to_cell(value) or "-"
 
@@ -9595,7 +9563,6 @@ def describe_ingest() -> dict[str, Any]:
 COOKIE, KIOSK_COOKIE, SEEN_COOKIE = "proxmon_session", "proxmon_kiosk", "proxmon_seen"
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 PAGE_LIMIT = 200
-SCRUB_DUE = 40 * DAY  # Debian scrubs monthly; the gap between two is 35 days at most
 
 TABS = {name: resource for name, resource in RESOURCES.items() if resource.heads}
 
@@ -9675,11 +9642,15 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
     return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
 
 
+def limits_of(fleet: Fleet, rule: str, host: str | None, object: str) -> Limits:
+    state: Any = fleet.names.get((host or "").lower(), fleet.shared)
+    return (fleet.layers.object_limits(state, RULE[rule], object) if object else None) or fleet.layers.limits(
+        state, RULE[rule])
+
+
 def level_of(fleet: Fleet, rule: str, host: str | None, value: Any, object: str = "") -> str:
     """'warning' or 'critical' where a value reaches what the rule is set to for this host and object, else ''."""
-    state = fleet.names.get((host or "").lower(), fleet.shared)
-    limits = (fleet.layers.object_limits(state, RULE[rule], object) if object else None) or fleet.layers.limits(
-        state, RULE[rule])
+    limits = limits_of(fleet, rule, host, object)
     if not (is_number(value) and limits.enabled):
         return ""
     return reached(value, limits.crit, limits.warn, limits.low) or ""
@@ -9729,7 +9700,7 @@ def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
                    if alert["host"] == state.name],
         "missing_reports": missing_reports(call.db, state.id),
         **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")
-           for name in ("pools", "guests", "storages")},
+           for name in ("pools", "guests", "storages", "backups")},
     }
 
 
@@ -9830,8 +9801,12 @@ def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
 
 def find_next_due(call: Call) -> dict[str, Any] | None:
     """What will need somebody next, told while nothing does: a scrub that falls due."""
-    scrubs = [{"at": row["last_scrub_at"] + SCRUB_DUE, "text": f"the scrub of {row['name']} on {row['host']} falls due"}
-              for row in tab_rows(call, TABS["pools"])[0] if row["last_scrub_at"] is not None]
+    scrubs = []
+    for row in tab_rows(call, TABS["pools"])[0]:
+        limits = limits_of(call.fleet, "scrub-age", row["host"], f"pools/{row['name']}")
+        if row["last_scrub_at"] is not None and limits.enabled and limits.warn is not None:
+            scrubs.append({"at": row["last_scrub_at"] + limits.warn,
+                           "text": f"the scrub of {row['name']} on {row['host']} falls due"})
     return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
 
 
@@ -9839,8 +9814,9 @@ def count_states(rows: Rows) -> list[tuple[str, int]]:
     """How many rows are in each state, worst first."""
     counts: dict[str, int] = {}
     for row in rows:
-        word = row.get("verdict") or (row["severity"] if row["state"] == "firing" else row["state"])
-        counts[word] = counts.get(word, 0) + 1
+        word = row.get("verdict") or (row["severity"] if row.get("state") == "firing" else row.get("state"))
+        if word:
+            counts[word] = counts.get(word, 0) + 1
     return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
 
 
@@ -9942,17 +9918,12 @@ def known(value: Any) -> Any:
     return value if is_number(value) else None
 
 
-def entries(body: Any) -> Rows:
-    """The objects of a section that is a list, whatever else an agent put there."""
-    return [one for one in body if isinstance(one, dict)] if isinstance(body, list) else []
-
-
 def fields(body: Any) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def show_cell(column: str, value: Any, now: float) -> str:
-    """A value by what its column's name says it is; ages are written by age() in the templates."""
+def show_cell(column: str, value: Any) -> str:
+    """A value by what its column's name says it is; times are written by age() in the templates."""
     if column.endswith("bytes"):
         return show_bytes(value)
     if column.endswith("_ratio"):
@@ -10046,8 +10017,8 @@ def can_accept(rule: str) -> bool:
 
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    can_accept, known, entries, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time,
-    show_cell, look, anchor, spark_points, why_unknown)}
+    can_accept, known, dicts, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time,
+    show_cell, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
 
 
 class Template(bottle.SimpleTemplate):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from html.parser import HTMLParser
 
 import pytest
-from conftest import Client, build_disk, build_guest, build_pool, build_report, build_storage
+from conftest import ROOT, Client, build_disk, build_guest, build_pool, build_report, build_storage
+
+import server
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;"
 
@@ -102,6 +105,66 @@ def test_the_search_looks_at_all_guests_of_the_fleet(page, register, post):
         post(register(f"pve{number}"), build_report(f"pve{number}", guests=guests), host=f"pve{number}")
     document = page("/?tab=guests&q=shop-2")
     assert "shop-2" in document and "shop-1" not in document
+
+
+@pytest.mark.parametrize("tab, word", [("disks", "SN-7"), ("backups", "nightstore"), ("volumes", "tank/vm/vm-104-disk-0"),
+                                       ("events", "Host pve1 registered")])  # fmt: skip
+def test_disks_backups_volumes_and_events_have_lists(page, register, post, tab, word):
+    volumes = [{"storage": "tank-vm", "dataset": "tank/vm/vm-104-disk-0", "size_bytes": 1 << 30}]
+    backups = {"jobs": [], "guests": [{"vmid": 104, "newest_ok": {"ended_at": 1_799_990_000, "storage": "nightstore"}}]}
+    post(register("pve1"), build_report(guests=[build_guest(104, name="mail", volumes=volumes)], backups=backups,
+                                        disks=[{"name": "sdq", "serial": "SN-7", "passed": True}]))  # fmt: skip
+    assert word in page(f"/?tab={tab}")
+    assert word in page(f"/?tab={tab}&q=host:pve1") or tab == "events"
+    assert word not in page(f"/?tab={tab}&q=-pve1")
+
+
+def test_a_host_whose_rows_cannot_be_made_is_named_above_the_list(page, register, post):
+    jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all", "exclude": 5}]
+    post(register("odd"), build_report("odd", backups={"jobs": jobs, "guests": []}), host="odd")
+    assert "the backups of odd" in page("/?tab=backups")
+    page("/?host=odd")
+
+
+def test_the_colours_of_bars_move_with_the_thresholds_of_the_rules(page, register, post, monitor):
+    post(register("pve1"), build_report(pools=[build_pool(capacity_ratio=0.6)]))
+
+    def level(tab: str) -> str:
+        return re.search(r'data-label="(?:Capacity|Pools)".*?meter level-(\w+)', page(f"/?tab={tab}"), re.S)[1]
+
+    assert (level("pools"), level("hosts")) == ("plain", "plain")
+    monitor.fleet.layers = server.Layers({"rules": {"pool-capacity": {"warn": 0.5}}})
+    assert (level("pools"), level("hosts")) == ("warning", "warning")
+    monitor.fleet.layers = server.Layers({"objects": {"pools/tank": {"rules": {"pool-capacity": {"crit": 0.55}}}}})
+    assert level("pools") == "critical"
+    monitor.fleet.layers = server.Layers({"rules": {"pool-capacity": {"warn": 0.5, "enabled": False}}})
+    assert level("pools") == "plain"
+
+
+def test_no_threshold_and_no_endless_line_is_in_a_template():
+    for path in (ROOT / "templates").glob("*.html"):
+        text = path.read_text()
+        if path.name != "symbols.html":
+            assert max(map(len, text.splitlines())) <= 160, path
+        assert not re.findall(r"[<>]=? *0?\.\d", text), path
+
+
+def test_looking_changes_nothing(page, admin, register, post, monitor, clock):
+    backups = {"jobs": [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}], "guests": []}
+    post(register("pve1"), build_report(backups=backups))
+    state = monitor.fleet.find("pve1")
+    before = copy.deepcopy(state.memory), state.memory_changed, dict(state.alerts)
+    clock.advance(20 * 60)
+    for path in ("/", "/?tab=guests", "/?tab=backups", "/?host=pve1", "/admin/hosts"):
+        page(path)
+    for path in ("hosts", "guests", "backups", "alerts?state=all", "hosts/pve1"):
+        assert admin.get(f"/api/v1/{path}").status == 200
+    assert (state.memory, state.memory_changed, state.alerts) == before
+
+
+def test_an_override_of_direction_in_a_name_is_shown_as_a_mark(page, register, post):
+    post(register("pve1"), build_report(guests=[build_guest(104, name="\u202egnp.exe")]))
+    assert "\u202e" not in page("/?tab=guests") and "\ufffdgnp.exe" in page("/?tab=guests")
 
 
 def test_host_administration_has_what_it_needs(page, register):
