@@ -12,35 +12,42 @@ reads or runs goes through the probe, so that `agent.py once --explain` can list
 from __future__ import annotations
 
 import argparse
+import base64
 import binascii
 import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
+import hmac
+import http.client
+import io
+import ipaddress
+import itertools
 import json
 import marshal
 import os
+import queue
 import re
-import select
+import selectors
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
 import tomllib
+import urllib.error
+import urllib.parse
+import urllib.request
 import zlib
-from _queue import Empty, SimpleQueue  # the C half of `queue`: no further imports
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
-try:  # the digest alone, without OpenSSL: 4 MB less
-    from _sha2 import sha256  # type: ignore[import-not-found]  # Python 3.12 and later
-except ImportError:
-    try:
-        from _sha256 import sha256  # type: ignore[import-not-found]  # Python 3.11
-    except ImportError:
-        from hashlib import sha256
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # --- constants: version, paths, limits, exit codes ---
 
@@ -59,7 +66,7 @@ MIB = 1024 * KIB
 READ_LIMIT = 4 * MIB
 OUTPUT_LIMIT = 16 * MIB
 STDERR_LIMIT = 4 * KIB
-STDIN_LIMIT = 16 * KIB
+STDIN_LIMIT = 16 * KIB  # fits a pipe, so that writing it never waits
 READ_DEADLINE = 2.0  # seconds for one read of what may block: all but what the kernel has in memory
 MEMORY_PATHS = ("/proc/", "/sys/", "/dev/", "/run/")  # file systems that answer from the kernel's memory
 HWMON_PATH = "/sys/class/hwmon/"  # but not these: some drivers ask the device, an NVMe by its admin queue
@@ -83,11 +90,15 @@ SPOOL_ENDING = ".json.gz"
 REJECTED_LIMIT = 100  # files kept in rejected/
 PENDING_LIMIT = 200  # reports kept in memory while the disk does not take them
 CLOCK_UNSET = 1_600_000_000  # a wall clock before this (2020) was never set
+CLOCK_STEP = 3600.0  # seconds between two reports on disk: what is above that is no age, but a clock that was set
+CLOCK_FIRST, CLOCK_LAST = 1_750_000_000, 2_250_000_000  # the server's clock, 2025 to 2041: not signed for others
 DISK_DEADLINE = 5.0  # seconds for one write to the spool
 CLOSE_SECONDS = 1.2  # the same while stopping
 
-CONNECT_TIMEOUT = 5.0
-ANSWER_TIMEOUT = 20.0
+ANSWER_TIMEOUT = 20.0  # seconds to connect, to send, and for the answer as a whole
+ANSWER_LIMIT = 64 * KIB  # head and body, as they come
+RETRY_AFTER_LIMIT = 60.0  # seconds a server may ask for beyond our own back-off
+PASSED_OVER_SECONDS = 600.0  # how long a report waits that alone did not get through, while others did
 BACKOFF_FIRST, BACKOFF_LAST = 1.0, 60.0
 BACKLOG_PAUSE = 1.0  # seconds between two batches of the backlog
 IDLE_SECONDS = 3600.0
@@ -120,34 +131,18 @@ class ConfigError(Exception):
         super().__init__(f"{path}: {key}: {reason}" if key else f"{path}: {reason}")
 
 
-class Address:
+class Address(NamedTuple):
     """A server's address in parts."""
 
-    __slots__ = ("host", "path", "port", "tls", "url")
-
-    def __init__(self, url: str, tls: bool, host: str, port: int, path: str) -> None:
-        self.url = url
-        self.tls = tls
-        self.host = host
-        self.port = port
-        self.path = path
+    url: str
+    tls: bool
+    host: str
+    port: int
+    path: str
 
 
 class Config:
     """The agent's settings. Made by load_config, or by default_config where there is no file."""
-
-    __slots__ = (
-        "address",
-        "ca_file",
-        "host_id",
-        "intervals",
-        "key",
-        "mail_root_seconds",
-        "max_bytes",
-        "max_seconds",
-        "path",
-        "warnings",
-    )
 
     def __init__(self, host_id: str) -> None:
         self.path = ""
@@ -171,6 +166,7 @@ SETTINGS: dict[str, dict[str, tuple[type, int, int]]] = {  # table -> key -> typ
 }
 TYPE_NAMES = {str: "a text in quotes", int: "a whole number", dict: "a table"}
 HOST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+HOST_NAME_CHARACTERS = HOST_ID_CHARACTERS | {":"}  # an IPv6 address too
 
 
 def config_path(flag: str | None) -> str:
@@ -201,12 +197,12 @@ def load_config(path: str) -> Config:
     config.address = parse_url(path, settings.get("server_url"))
     config.key = parse_token(path, *find_token(path, settings, config.warnings))
     config.ca_file = find_ca_file(path, settings)
-    config.intervals = find_intervals(path, settings.get("intervals", {}))
+    config.intervals = find_intervals(path, config.intervals, settings.get("intervals", {}))
     spool = settings.get("spool", {})
-    config.max_bytes = spool.get("max_mb", 256) * MIB
-    config.max_seconds = spool.get("max_days", 7) * DAY
+    config.max_bytes = spool["max_mb"] * MIB if "max_mb" in spool else config.max_bytes
+    config.max_seconds = spool["max_days"] * DAY if "max_days" in spool else config.max_seconds
     config.mail_root_seconds = settings.get("alert", {}).get("mail_root_after_hours", 0) * 3600
-    warn_if_readable(path, config.warnings)
+    warn_if_exposed(path, config.warnings)
     return config
 
 
@@ -256,48 +252,37 @@ def parse_url(path: str, url: str | None) -> Address:
     """The parts of server_url: https anywhere, http for this machine alone."""
     if not url:
         raise ConfigError(path, "server_url", 'missing; write server_url = "https://monitor.example.com"')
-    scheme, found, rest = url.partition("://")
-    authority, slash, where = rest.partition("/")
-    if scheme.lower() in ("wss", "ws"):
-        better = f"https://{authority}"
-        raise ConfigError(path, "server_url", f'{scheme}:// was the old agent\'s; write "{better}" instead of "{url}"')
-    if not found or scheme.lower() not in ("https", "http"):
-        raise ConfigError(path, "server_url", f'{url!r}: write "https://" and the server\'s name')
-    tls = scheme.lower() == "https"
-    host, port = split_authority(path, url, authority, 443 if tls else 80)
-    if not tls and not is_loopback(host):
-        better = f"https://{authority}"
-        raise ConfigError(
-            path, "server_url", f'http:// is for loopback addresses only; write "{better}" instead of "{url}"'
-        )
-    if "?" in where or "#" in where or not where.isascii() or any(sign <= " " for sign in where):
-        raise ConfigError(path, "server_url", f"{url!r}: only scheme, name, port and path may be given")
-    return Address(url.rstrip("/"), tls, host, port, (slash + where).rstrip("/"))
-
-
-def split_authority(path: str, url: str, authority: str, port: int) -> tuple[str, int]:
-    """`name`, `name:port`, `[::1]:port` → name and port."""
-    if authority.startswith("["):
-        host, _, rest = authority[1:].partition("]")
-        digits = rest.removeprefix(":") if rest else ""
+    reason = f"{url!r}: no server name that can be used"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, better = parts.hostname or "", f'write "https://{parts.netloc}" instead of "{url}"'
+        reason = f"{url!r}: the port must be 1 to 65535"
+        port = {"https": 443, "http": 80}.get(parts.scheme, 0) if parts.port is None else parts.port
+    except ValueError:
+        raise ConfigError(path, "server_url", reason) from None
+    if parts.scheme in ("wss", "ws"):
+        reason = f"{parts.scheme}:// was the old agent's; {better}"
+    elif parts.scheme not in ("https", "http"):
+        reason = f'{url!r}: write "https://" and the server\'s name'
+    elif not host.isascii() or not HOST_NAME_CHARACTERS.issuperset(host) or not host or "@" in parts.netloc:
+        reason = f"{url!r}: no server name that can be used"
+    elif not port or parts.netloc.endswith(":"):
+        pass  # the reason above
+    elif parts.scheme == "http" and not is_loopback(host):
+        reason = f"http:// is for loopback addresses only; {better}"
+    elif set("?#") & set(url) or not url.isascii() or any(sign <= " " for sign in url):
+        reason = f"{url!r}: only scheme, name, port and path may be given"
     else:
-        host, colon, digits = authority.partition(":")
-        if colon and not digits:
-            digits = "?"
-    if not host or "@" in authority or not host.isascii() or any(sign <= " " or sign in "?#%\\\x7f" for sign in host):
-        raise ConfigError(path, "server_url", f"{url!r}: no server name that can be used")
-    if digits:
-        if not (digits.isascii() and digits.isdigit() and 1 <= int(digits[:6]) <= 65535):
-            raise ConfigError(path, "server_url", f"{url!r}: the port must be 1 to 65535")
-        port = int(digits)
-    return host, port
+        return Address(url.rstrip("/"), parts.scheme == "https", host, port, parts.path.rstrip("/"))
+    raise ConfigError(path, "server_url", reason)
 
 
 def is_loopback(host: str) -> bool:
     """localhost, ::1, and 127.0.0.0/8 written out (a name such as 127.0.0.1.example.com is not)."""
-    parts = host.split(".")
-    numbers = len(parts) == 4 and all(part.isdigit() and int(part) <= 255 for part in parts)
-    return host.lower() in ("localhost", "::1") or (numbers and parts[0] == "127")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def find_token(path: str, settings: dict[str, Any], warnings: list[str]) -> tuple[str, str]:
@@ -324,7 +309,7 @@ def find_token(path: str, settings: dict[str, Any], warnings: list[str]) -> tupl
     except OSError as error:
         raise ConfigError(path, "token_file", f"{file}: {error.strerror}") from None
     if not file.startswith(credentials or "\0"):
-        warn_if_readable(file, warnings)
+        warn_if_exposed(file, warnings)
     return "token_file", text
 
 
@@ -348,24 +333,29 @@ def find_ca_file(path: str, settings: dict[str, Any]) -> str:
     return os.path.abspath(file) if file else ""
 
 
-def find_intervals(path: str, table: dict[str, int]) -> dict[str, int]:
+def find_intervals(path: str, defaults: dict[str, int], table: dict[str, int]) -> dict[str, int]:
     """Seconds per tick; a slower tick may not come more often than a faster one."""
-    intervals = {FAST: 30, MEDIUM: 300, SLOW: 1800} | {
-        tick: table[f"{tick}_seconds"] for tick in TICKS if f"{tick}_seconds" in table
-    }
+    intervals = {tick: table.get(f"{tick}_seconds", seconds) for tick, seconds in defaults.items()}
     for fast, slow in ((FAST, MEDIUM), (MEDIUM, SLOW)):
         if intervals[fast] > intervals[slow]:
-            key = f"intervals.{fast}_seconds"
             default = "" if f"{slow}_seconds" in table else " (the default)"
-            raise ConfigError(path, key, f"{intervals[fast]} is above {slow}_seconds = {intervals[slow]}{default}")
+            reason = f"{intervals[fast]} is above {slow}_seconds = {intervals[slow]}{default}"
+            raise ConfigError(path, f"intervals.{fast}_seconds", reason)
     return intervals
 
 
-def warn_if_readable(path: str, warnings: list[str]) -> None:
-    """A file with a secret that others may read is worth a word, no more."""
+def warn_if_exposed(path: str, warnings: list[str]) -> None:
+    """A file with a secret that others may read, or write with its folder, is worth a word, no more."""
     stat = os.stat(path)
-    if stat.st_mode & 0o004 or (stat.st_mode & 0o040 and stat.st_gid != 0):
-        warnings.append(f"{path}: readable by others and holds the token; chmod 600 {path}")
+    for bits, verb in ((0o44, "readable"), (0o22, "writable")):
+        if stat.st_mode & bits & 0o007 or (stat.st_mode & bits & 0o070 and stat.st_gid != 0):
+            warnings.append(f"{path}: {verb} by others and holds the token; chmod 600 {path}")
+    folder = os.path.dirname(os.path.abspath(path))
+    for place, owner, mode in ((path, stat.st_uid, 0), (folder, os.stat(folder).st_uid, os.stat(folder).st_mode)):
+        if owner not in (0, os.geteuid()):
+            warnings.append(f"{place}: belongs to another user (uid {owner}), who can change it; chown root {place}")
+        if mode & 0o002 and not mode & 0o1000:
+            warnings.append(f"{place}: writable by others, who can put another config there; chmod 755 {place}")
 
 
 # --- probe: the one door outside: files and commands, with limits ---
@@ -419,20 +409,28 @@ def read_bytes(path: str, limit: int, *, chunk: int = 64 * KIB, until: bytes = b
 def write_file(path: str, content: bytes) -> None:
     """Beside, flushed, renamed: after a crash there is the whole file or none of it."""
     partial = path + ".tmp"
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(handle, view) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    os.replace(partial, path)
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError:
+        remove_file(partial)  # half a file on a full disk takes the room that is wanted
+        raise
     folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)  # the new name, too, must survive a power cut
     finally:
         os.close(folder)
+
+
+def remove_file(path: str) -> bool:
+    """False when it cannot be removed."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        return True
+    return False
 
 
 def start_ticks(pid: int) -> str | None:
@@ -450,11 +448,11 @@ class Worker:
     def __init__(self, deadline: float, name: str) -> None:
         self.deadline = deadline
         self.name = name
-        self.jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] = SimpleQueue()
+        self.jobs: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
         self.starting = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.late: tuple[str, SimpleQueue[Any]] | None = None  # what it hangs on, and where the answer will come
-        self.waiting: set[SimpleQueue[Any]] = set()
+        self.late: tuple[str, queue.SimpleQueue[Any]] | None = None  # what it hangs on, and where the answer will come
+        self.waiting: set[queue.SimpleQueue[Any]] = set()
 
     def call(self, what: str, job: Callable[[], Any]) -> Any:
         """The job's result; SourceError('timeout') when it takes too long, 'stuck' while an earlier one still does."""
@@ -466,12 +464,12 @@ class Worker:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
                 self.thread.start()
-        answer: SimpleQueue[Any] = SimpleQueue()
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.waiting.add(answer)
         self.jobs.put((job, answer))
         try:
             result = answer.get(timeout=self.deadline)
-        except Empty:
+        except queue.Empty:
             self.late = (what, answer)
             raise SourceError("timeout", f"{what}: no answer in {self.deadline:g} s") from None
         finally:
@@ -495,74 +493,6 @@ class Worker:
             answer.put(result)
 
 
-class Child:
-    """A command under way: its pid (also its process group) and the read ends of its two pipes."""
-
-    def __init__(self, argv: tuple[str, ...], program: str, environ: dict[str, str], stdin: bytes = b"") -> None:
-        self.argv = argv
-        self.out, out_write = os.pipe()
-        self.err, err_write = os.pipe()
-        source = pipe_with(stdin) if stdin else -1
-        try:
-            self.pid = spawn(program, argv, environ, out_write, err_write, source)
-        except BaseException:
-            os.close(self.out)
-            os.close(self.err)
-            raise
-        finally:
-            os.close(out_write)
-            os.close(err_write)
-            if source >= 0:
-                os.close(source)
-        self.exit_code: int | None = None
-
-    def reap(self) -> bool:
-        """True once it is gone; never waits."""
-        if self.exit_code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has reaped it
-                pid, status = self.pid, 0xFF00
-            if pid:
-                self.exit_code = os.waitstatus_to_exitcode(status)
-        return self.exit_code is not None
-
-    def kill(self) -> None:
-        """End the whole process group."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-
-
-def pipe_with(content: bytes) -> int:
-    """The read end of a pipe that holds this, and then ends. As much as fits a pipe: writing it never waits."""
-    source, sink = os.pipe()
-    os.write(sink, content[:STDIN_LIMIT])
-    os.close(sink)
-    return source
-
-
-def spawn(program: str, argv: tuple[str, ...], environ: dict[str, str], out: int, err: int, source: int = -1) -> int:
-    """Start a program in its own session. posix_spawn does not copy the agent's memory map."""
-    no_input = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
-    actions: list[Any] = [
-        (os.POSIX_SPAWN_DUP2, source, 0) if source >= 0 else no_input,
-        (os.POSIX_SPAWN_DUP2, out, 1),
-        (os.POSIX_SPAWN_DUP2, err, 2),
-    ]
-    # Python ignores SIGPIPE and SIGXFSZ, and a child would inherit that.
-    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    try:
-        return os.posix_spawn(
-            program, argv, environ, file_actions=actions, setsid=True, setsigmask=[], setsigdef=defaults
-        )
-    except NotImplementedError:  # no POSIX_SPAWN_SETSID here (older macOS): a group of its own will do
-        return os.posix_spawn(
-            program, argv, environ, file_actions=actions, setpgroup=0, setsigmask=[], setsigdef=defaults
-        )
-
-
 class Probe:
     """The one door outside. Everything here has a limit, and every failure is a SourceError."""
 
@@ -578,7 +508,7 @@ class Probe:
         self.problems: dict[str, dict[str, str]] = {}
         self.stuck_file = os.path.join(state, "stuck.json") if state else ""
         self.stuck = load_stuck(self.stuck_file)  # argv -> pid and its start ticks
-        self.running: set[Child] = set()
+        self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self._programs: dict[str, str] = {}
 
@@ -626,6 +556,9 @@ class Probe:
             return None
         else:
             name = "disk"
+        return self.worker(name)
+
+    def worker(self, name: str) -> Worker:
         if name not in self.workers:
             self.workers.setdefault(name, Worker(self.deadline, name))
         return self.workers[name]
@@ -673,21 +606,19 @@ class Probe:
         program = self.find(argv[0])
         self._refuse_stuck(argv)
         try:
-            child = Child(argv, program, self.environ, stdin)
+            child = start_command(program, argv, self.environ, stdin)
         except OSError as error:
             self._programs.pop(argv[0], None)  # it may have moved with an upgrade
             raise source_error(error, argv[0]) from None
         self.running.add(child)
         try:
-            return read_child(child, time.monotonic() + limit, limit)
-        except SourceError:
-            child.kill()
-            self._bury(child)
-            raise
+            return read_output(child, argv, limit)
         finally:
             self.running.discard(child)
-            os.close(child.out)
-            os.close(child.err)
+            kill_group(child)  # also after a good end: what it left in the background is nobody's
+            child.stdout.close()  # type: ignore[union-attr]
+            child.stderr.close()  # type: ignore[union-attr]
+            self._bury(child, argv)
 
     def find(self, name: str) -> str:
         """Where a command lies on the fixed PATH; SourceError('missing') when it is not installed."""
@@ -713,14 +644,15 @@ class Probe:
         if len(self.stuck) >= STUCK_LIMIT:
             raise SourceError("stuck", f"{len(self.stuck)} commands hang in the kernel; no more are started")
 
-    def _bury(self, child: Child) -> None:
+    def _bury(self, child: subprocess.Popen[bytes], argv: tuple[str, ...]) -> None:
         """Wait a moment for a killed child; one that stays is remembered, never waited for."""
         until = time.monotonic() + KILL_GRACE
-        while not child.reap():
+        while child.poll() is None:
             if time.monotonic() > until:
-                self.stuck[child.argv] = (child.pid, start_ticks(child.pid))
+                child.returncode = -signal.SIGKILL  # for subprocess it is over; is_gone() looks after it
+                self.stuck[argv] = (child.pid, start_ticks(child.pid))
                 self._save_stuck()
-                text = f"{' '.join(child.argv)}: process {child.pid} cannot be killed (hangs in the kernel)"
+                text = f"{' '.join(argv)}: process {child.pid} cannot be killed (hangs in the kernel)"
                 raise SourceError("stuck", text)
             time.sleep(0.01)
 
@@ -728,10 +660,11 @@ class Probe:
         """A restarted agent, too, must not start a second copy."""
         if self.stuck_file:
             stuck = [[list(argv), pid, ticks] for argv, (pid, ticks) in self.stuck.items()]
-            try:
-                write_file(self.stuck_file, json.dumps(stuck).encode())
-            except OSError as error:
-                log_once("stuck", f"probe: cannot write {self.stuck_file}: {error.strerror}")
+            try:  # the disk may be what hangs
+                content = json.dumps(stuck).encode()
+                self.worker("disk").call(self.stuck_file, lambda: write_file(self.stuck_file, content))
+            except (OSError, SourceError) as error:
+                log_once("stuck", f"probe: cannot write {self.stuck_file}: {error}")
 
     def cancel(self) -> None:
         """End all that is under way (the agent stops). Callable from a signal handler."""
@@ -739,7 +672,7 @@ class Probe:
         for worker in tuple(self.workers.values()):
             worker.cancel()
         for child in tuple(self.running):
-            child.kill()
+            kill_group(child)
 
     # clocks, notes
 
@@ -792,63 +725,50 @@ def command_error(argv: tuple[str, ...], exit_code: int, err: bytes) -> SourceEr
     return SourceError(code, f"{' '.join(argv)}: {ended}{': ' + words if words else ''}")
 
 
-def read_child(child: Child, deadline: float, limit: float) -> tuple[int, bytes, bytes]:
+def start_command(
+    program: str, argv: tuple[str, ...], environ: dict[str, str], stdin: bytes = b""
+) -> subprocess.Popen[bytes]:
+    """A command in a session, and so a process group, of its own."""
+    source = subprocess.PIPE if stdin else subprocess.DEVNULL
+    child = subprocess.Popen(argv, executable=program, env=environ, start_new_session=True, stdin=source,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    if child.stdin:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(child.stdin.fileno(), stdin[:STDIN_LIMIT])
+        child.stdin.close()
+    return child
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """End a command and all that it started. The number of a group stays taken as long as one of it lives."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def read_output(child: subprocess.Popen[bytes], argv: tuple[str, ...], limit: float) -> tuple[int, bytes, bytes]:
     """Exit code, stdout and the beginning of stderr, read side by side so that neither pipe fills up and blocks."""
-    name = " ".join(child.argv)
-    chunks: dict[int, list[bytes]] = {child.out: [], child.err: []}
-    sizes = {child.out: 0, child.err: 0}
-    with open_ends(child) as ends:
+    name, until, pause = " ".join(argv), time.monotonic() + limit, 0.001
+    out, err = bytearray(), bytearray()
+    with selectors.DefaultSelector() as ends:
+        ends.register(child.stdout, selectors.EVENT_READ, out)  # type: ignore[arg-type]
+        ends.register(child.stderr, selectors.EVENT_READ, err)  # type: ignore[arg-type]
         while True:
-            gone = child.reap()
-            for end in ends.ready(0 if gone else deadline - time.monotonic()):
-                chunk = os.read(end, 64 * KIB)
+            has_ended = child.poll() is not None
+            ready = ends.select(0 if has_ended else pause)
+            for key, _ in ready:
+                chunk = os.read(key.fd, 64 * KIB)
                 if not chunk:
-                    ends.close(end)
-                elif end == child.out or sizes[end] < STDERR_LIMIT:
-                    chunks[end].append(chunk)
-                sizes[end] += len(chunk)
-            if sizes[child.out] > OUTPUT_LIMIT:
+                    ends.unregister(key.fileobj)
+                elif key.data is out or len(err) < STDERR_LIMIT:
+                    key.data.extend(chunk)
+            if len(out) > OUTPUT_LIMIT:
                 raise SourceError("too_large", f"{name}: more than {OUTPUT_LIMIT // MIB} MiB of output")
-            if gone and not ends.last_ready:  # what a grandchild may still write is not waited for
-                break
-            if time.monotonic() > deadline:
+            if has_ended and not ready:  # what a grandchild may still write is not waited for
+                return child.returncode, bytes(out), bytes(err[:STDERR_LIMIT])
+            if time.monotonic() > until:
                 raise SourceError("timeout", f"{name}: no answer in {limit:g} s")
-    assert child.exit_code is not None
-    return child.exit_code, b"".join(chunks[child.out]), b"".join(chunks[child.err])
-
-
-class open_ends:
-    """The read ends of a child's pipes that are still open, and its end as an event where the system has pidfds."""
-
-    def __init__(self, child: Child) -> None:
-        self.poll = select.poll()
-        self.open = {child.out, child.err}
-        for end in self.open:
-            self.poll.register(end, select.POLLIN)
-        self.last_ready: list[int] = []
-        try:
-            self.pidfd = os.pidfd_open(child.pid)
-            self.poll.register(self.pidfd, select.POLLIN)
-        except (AttributeError, OSError):  # macOS, or a kernel before 5.3
-            self.pidfd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-
-    def ready(self, seconds: float) -> list[int]:
-        """Which ends can be read, within so many seconds; without pidfds the child's end is looked for every 20 ms."""
-        slice_ms = seconds * 1000 if self.pidfd >= 0 else min(seconds * 1000, 20)
-        events = self.poll.poll(max(0, int(slice_ms + 0.999)))
-        self.last_ready = [end for end, _ in events if end in self.open]
-        return self.last_ready
-
-    def close(self, end: int) -> None:
-        self.poll.unregister(end)
-        self.open.discard(end)
+            # A child may end without an event: with its pipes closed before, or held open by one of its own.
+            pause = 0.001 if ready else min(2 * pause, 0.05)
 
 
 class ProbeLike(Protocol):
@@ -4314,30 +4234,14 @@ HEADER_KEYS = {"version", "host_id", "tick", "time", "run_id", "seq", "agent", "
 def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
     """The Standard Webhooks signature: v1,base64(HMAC-SHA256(key, "id.timestamp.body"))."""
     signed = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
-    return "v1," + binascii.b2a_base64(hmac_sha256(key, signed), newline=False).decode()
-
-
-def hmac_sha256(key: bytes, text: bytes) -> bytes:
-    """RFC 2104. Written out because `hmac` and `hashlib` load OpenSSL, 4 MB for one digest per tick."""
-    if len(key) > 64:
-        key = sha256(key).digest()
-    key = key.ljust(64, b"\0")
-    inner = sha256(key.translate(HMAC_INNER) + text).digest()
-    return sha256(key.translate(HMAC_OUTER) + inner).digest()
-
-
-HMAC_INNER = bytes(byte ^ 0x36 for byte in range(256))
-HMAC_OUTER = bytes(byte ^ 0x5C for byte in range(256))
+    return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
 
 
 def webhook_headers(key: bytes, body: bytes, timestamp: int) -> dict[str, str]:
     """The three headers. The id comes from the content, so a repetition has the same one."""
-    message_id = "msg_" + sha256(body).hexdigest()[:32]
-    return {
-        "webhook-id": message_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": sign(key, message_id, timestamp, body),
-    }
+    message_id = "msg_" + hashlib.sha256(body).hexdigest()[:32]
+    signature = sign(key, message_id, timestamp, body)
+    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
 
 
 # --- spool: reports that wait on disk until the server has them ---
@@ -4346,19 +4250,82 @@ def webhook_headers(key: bytes, body: bytes, timestamp: int) -> dict[str, str]:
 class Message:
     """One report on its way: its JSON, and the collectors' memories that become true once it cannot be lost."""
 
-    __slots__ = ("body", "dropped_total", "file", "memories", "offered_at")
-
     def __init__(self, body: bytes, *, memories: dict[str, bytes] | None = None, dropped_total: int = 0) -> None:
         self.body = body
         self.memories = memories or {}
         self.dropped_total = dropped_total  # what the report tells of lost reports
         self.offered_at = 0.0
+        # Only the disk's thread writes these two, one job after the other: no lock, and no report there twice.
         self.file = ""  # its name in the spool, once it is there
+        self.is_settled = False  # the server has it or will never take it: it is not put on disk any more
 
 
-def size_on_disk(size: int) -> int:
-    """What a file really takes: whole blocks of 4 KiB."""
-    return -(-size // 4096) * 4096
+class Memories:
+    """What the collectors remember over restarts, a file per section; written only when it changed."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.values: dict[str, dict[str, Any]] = {}
+        self.saved: dict[str, bytes] = {}
+        self.saved_at: dict[str, float] = {}
+
+    def changed(self, names: Iterable[str], now: float) -> dict[str, bytes]:
+        """The memories to be saved with a report. Fast sections, whose last samples change each time, now and then;
+        those that say which events were sent, always."""
+        texts = {}
+        for name in names:
+            rare = COLLECTORS[name].tick == FAST and name not in EVENT_SECTIONS
+            if not self.values.get(name) or (rare and now - self.saved_at.get(name, -DAY) < MEMORY_SECONDS):
+                continue
+            try:
+                text = to_json(self.values[name])
+            except (TypeError, ValueError, RecursionError) as error:
+                log_once(f"memory {name}", f"memory: {name} cannot be kept ({error})")
+                continue
+            if text != self.saved.get(name):
+                texts[name] = text
+        return texts
+
+    def load(self) -> None:
+        self.values = load_memories(self.folder)
+        self.saved = {name: to_json(memory) for name, memory in self.values.items()}
+
+    def save(self, texts: dict[str, bytes], now: float) -> None:
+        """Called once the report made with them cannot be lost any more."""
+        for name, text in texts.items():
+            write_file(os.path.join(self.folder, f"{name}.json"), text)
+            self.saved[name], self.saved_at[name] = text, now
+
+
+def load_memories(folder: str) -> dict[str, dict[str, Any]]:
+    """What the collectors remember, by section; `once` reads it too, and leaves it as it is."""
+    memories = {}
+    for file in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
+        if not file.endswith(".json"):
+            continue
+        try:
+            memory = json.loads(read_bytes(os.path.join(folder, file), OUTPUT_LIMIT, chunk=MIB))
+            if not isinstance(memory, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError, SourceError) as error:
+            print(f"memory: {file} cannot be used ({error}); its section begins anew", file=sys.stderr, flush=True)
+            continue
+        memories[file.removesuffix(".json")] = memory
+    return memories
+
+
+def on_disk(method: Callable[Concatenate[Spool, P], T]) -> Callable[Concatenate[Spool, P], T]:
+    """A method of Spool that is done by its disk's thread, with a deadline. Those that begin with `_` run there."""
+
+    @functools.wraps(method)
+    def ask(self: Spool, *args: P.args, **named: P.kwargs) -> T:
+        what = f"spool {method.__name__}"
+        try:
+            return self.disk.call(what, lambda: method(self, *args, **named))
+        except OSError as error:
+            raise source_error(error, what) from None
+
+    return ask
 
 
 class Spool:
@@ -4372,159 +4339,214 @@ class Spool:
         self.folder = os.path.join(folder, "spool")
         self.rejected = os.path.join(folder, "rejected")
         self.losses = os.path.join(folder, "losses.json")
+        self.memories = Memories(os.path.join(folder, "memory"))
         self.max_bytes = max_bytes
         self.max_seconds = max_seconds
         self.disk = Worker(deadline, "spool")
         self.count = 0  # reports waiting
         self.bytes = 0
         self.number = 0  # of the newest
-        self.dropped_total = 0  # reports lost for want of space or age, since the agent was installed
+        self.newest_at = 0.0  # the wall clock at the last push
+        self.age = 0.0  # seconds the oldest has waited, or more
+        self.gone: set[str] = set()  # files that are done with and cannot be removed (a read-only disk)
+        self.counting = threading.Lock()
+        self.dropped_total = 0  # reports lost for want of space or age or by damage, since the agent was installed
         self.told_total = 0  # how many of them the server has been told of
-        self.oldest_at = 0.0  # unix time of the oldest, or earlier
+        self.saved_losses = b""
         try:
-            self.call("open", self._open)
+            self.open()
         except SourceError as error:  # a full or broken disk is what there is to report: go on without
-            log(f"spool: cannot be used ({error}); reports are kept in memory")
-
-    def call(self, what: str, job: Callable[[], Any]) -> Any:
-        try:
-            return self.disk.call(f"spool {what}", job)
-        except OSError as error:
-            raise source_error(error, f"spool {what}") from None
+            log(f"spool: cannot be used ({error}); reports are kept in RAM")
 
     @property
     def dropped(self) -> int:
         """Reports lost that the server does not know of."""
         return self.dropped_total - self.told_total
 
-    def push(self, message: Message, now: float) -> None:
-        """Put a report on disk. When this returns, it survives a power cut."""
-        self.call("write", lambda: self._push(message, now))
-
-    def newest(self) -> tuple[str, bytes] | None:
-        """Name and JSON of the newest report."""
-        return self.call("read", lambda: next(self._read(reversed(self._names())), None))
-
-    def oldest(self, limit: int) -> list[tuple[str, bytes]]:
-        """Names and JSON of up to `limit` oldest reports, as many as fit one request."""
-        return self.call("read", lambda: self._batch(limit))
-
-    def waiting_since(self, now: float) -> float | None:
-        """When the oldest report that waits was put on disk."""
-        return self.call("list", lambda: next((spooled_at(name, now) for name in self._names()), None))
-
-    def discard(self, names: list[str]) -> None:
-        """Forget reports the server has."""
-        self.call("discard", lambda: self._discard(names))
-
-    def reject(self, name: str, body: bytes, reason: str) -> None:
-        """Set a report aside that the server will never take."""
-        self.call("reject", lambda: self._reject(name, body, reason))
-
-    def tell_dropped(self, total: int) -> None:
-        """The server knows of so many losses now."""
-        if total > self.told_total:
-            self.told_total = total
-            self.call("count", self._save_losses)
-
-    def _open(self) -> None:
-        for folder in (self.folder, self.rejected):
+    @on_disk
+    def open(self) -> None:
+        """Find what an earlier run left."""
+        for folder in (self.folder, self.rejected, self.memories.folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-        for name in os.listdir(self.folder):
-            path = os.path.join(self.folder, name)
-            if name.endswith(".tmp"):  # cut off by a crash
-                os.unlink(path)
-            elif name.endswith(SPOOL_ENDING):
-                self.count += 1
-                self.bytes += size_on_disk(os.stat(path).st_size)
-        self.number = max((int(name.split("-")[0]) for name in self._names()), default=0)
+        for folder in (self.folder, self.rejected, self.memories.folder):
+            for name in os.listdir(folder):
+                if name.endswith(".tmp"):  # cut off by a crash
+                    remove_file(os.path.join(folder, name))
+        self.memories.load()
+        names = self._names()
+        self.count = len(names)
+        self.bytes = sum(self._size(name) for name in names)
+        if names:
+            self.number, self.newest_at = int(names[-1].split("-")[0]), spooled_at(names[-1])
+            self.age = ages_of(names, self.newest_at)[0]
         self._load_losses()
+        self._save_losses()  # so that the file has its block before the disk is full
 
-    def _names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self.folder) if is_spool_name(name))
-
-    def _push(self, message: Message, now: float) -> None:
+    @on_disk
+    def push(self, message: Message, now: float) -> None:
+        """Put a report on disk, and what the collectors remember with it. Then it survives a power cut."""
+        if message.file or message.is_settled:
+            return
         packed = pack(message.body)
         self._make_room(size_on_disk(len(packed)), now)
-        name = f"{self.number + 1:012d}-{int(now)}{SPOOL_ENDING}"
-        write_file(os.path.join(self.folder, name), packed)
         self.number += 1
+        name = f"{self.number:012d}-{int(now)}{SPOOL_ENDING}"
+        write_file(os.path.join(self.folder, name), packed)
         self.count += 1
         self.bytes += size_on_disk(len(packed))
         message.file = name
+        self._keep_memories(message)
 
-    def _make_room(self, size: int, now: float) -> None:
-        """Oldest first: those over age, and as many as the new one needs."""
-        if self.bytes + size <= self.max_bytes and now - self.oldest_at <= self.max_seconds:
-            return
-        lost = 0
-        self.oldest_at = now
-        for name in self._names():
-            made_at = spooled_at(name, now)
-            if now - made_at <= self.max_seconds and self.bytes + size <= self.max_bytes:
-                self.oldest_at = made_at
-                break
-            self._remove(name)
-            lost += 1
-        if lost:
-            self.dropped_total += lost
-            self._save_losses()
-            log_once("full", f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
+    @on_disk
+    def newest(self) -> tuple[str, bytes] | None:
+        """Name and JSON of the newest report."""
+        return next(self._read(reversed(self._names())), None)
 
-    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Name and JSON of each; what cannot be read any more is set aside on the way."""
-        for name in names:
-            try:
-                packed = read_bytes(os.path.join(self.folder, name), OUTPUT_LIMIT, chunk=MIB)
-                yield name, unpack(packed)
-            except FileNotFoundError:
-                continue
-            except (ValueError, zlib.error, SourceError) as error:
-                self._reject(name, packed, f"damaged on disk ({error})")
-
-    def _batch(self, limit: int) -> list[tuple[str, bytes]]:
-        """As many of the oldest as fit."""
+    @on_disk
+    def oldest(self, limit: int, skip: Container[str] = ()) -> list[tuple[str, bytes]]:
+        """Names and JSON of up to `limit` oldest reports, as many as fit one request."""
+        names = self._names()
+        if not names:  # somebody emptied the folder
+            self.count = self.bytes = 0
         batch: list[tuple[str, bytes]] = []
         size = 0
-        for name, body in self._read(self._names()):
+        for name, body in self._read(name for name in names if name not in skip):
             size += len(body)
             if batch and size > BATCH_LIMIT:
                 break
             batch.append((name, body))
             if len(batch) >= limit:
                 break
-        if not batch:  # somebody emptied the folder
-            self.count = self.bytes = 0
         return batch
 
-    def _discard(self, names: list[str]) -> None:
+    @on_disk
+    def waiting_since(self, now: float) -> float | None:
+        """When the oldest report that waits was put on disk; now, if the clock had not been set yet."""
+        times = [spooled_at(name) for name in self._names()[:1]]
+        return next((at if at > CLOCK_UNSET else now for at in times), None)
+
+    @on_disk
+    def delivered(self, names: list[str], message: Message | None = None) -> int:
+        """The server has these: forget them, keep the memories that came with them. How many were on disk."""
+        if message is not None:
+            names = [message.file] if message.file else []  # it may have come to the disk while it was under way
+            self._settle(message)
         for name in names:
             self._remove(name)
+        self._save_losses()
+        return len(names)
+
+    @on_disk
+    def reject(self, name: str, body: bytes, reason: str, message: Message | None = None) -> None:
+        """Set a report aside that the server will never take: from the disk (by its name), or one just made."""
+        if message is not None:
+            name = message.file
+            self._settle(message)
+        self.number += 0 if name else 1
+        aside = os.path.join(self.rejected, name or f"{self.number:012d}-{int(time.time())}{SPOOL_ENDING}")
+        try:
+            write_file(aside, pack(body))
+        except OSError as error:  # it must not stand in the way for that
+            aside = f"nowhere ({error.strerror})"
+            self.lose(1)
+        if name:
+            self._remove(name)
+        self._bound_rejected()
+        log(f"spool: set aside as {aside}: {reason}")
+
+    @on_disk
+    def save_losses(self) -> None:
+        """What was lost in RAM is counted by the next run too."""
+        self._save_losses()
+
+    def lose(self, count: int) -> None:
+        """Count reports that are lost; may be called from any thread."""
+        with self.counting:
+            self.dropped_total += count
+
+    # in the disk's thread
+
+    def _names(self) -> list[str]:
+        return sorted(name for name in os.listdir(self.folder) if IS_SPOOLED(name) and name not in self.gone)
+
+    def _size(self, name: str) -> int:
+        with contextlib.suppress(OSError):
+            return size_on_disk(os.stat(os.path.join(self.folder, name)).st_size)
+        return 0
+
+    def _make_room(self, size: int, now: float) -> None:
+        """Oldest first: those over age, and as many as the new one needs."""
+        self.age = self.age + clock_step(self.newest_at, now) if self.count else 0.0
+        self.newest_at = now
+        if self.bytes + size <= self.max_bytes and self.age <= self.max_seconds:
+            return
+        names, lost = self._names(), 0
+        for name, self.age in zip(names, ages_of(names, now), strict=True):
+            if self.age <= self.max_seconds and self.bytes + size <= self.max_bytes:
+                break
+            self._remove(name)
+            lost += 1
+        if lost:
+            self.lose(lost)
+            self._save_losses()
+            log_once("full", f"spool: full or over age, dropped the oldest {lost} ({self.dropped} not yet reported)")
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Name and JSON of each; what cannot be read any more is set aside on the way, and counted as lost."""
+        for name in names:
+            try:
+                body = unpack(read_bytes(os.path.join(self.folder, name), OUTPUT_LIMIT, chunk=MIB))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, zlib.error, SourceError) as error:
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise  # that says nothing about the file
+                self._set_bad_aside(name, error)
+                continue
+            yield name, body
+
+    def _set_bad_aside(self, name: str, error: Exception) -> None:
+        self.lose(1)
+        log(f"spool: {name} cannot be read ({error}); it is lost, and set aside in {self.rejected}")
+        size = self._size(name)
+        try:
+            os.rename(os.path.join(self.folder, name), os.path.join(self.rejected, f"{name}.bad"))
+        except OSError:
+            self.gone.add(name)
+        self.count -= 1
+        self.bytes -= size
+        self._bound_rejected()
+        self._save_losses()
+
+    def _bound_rejected(self) -> None:
+        """What falls out of rejected/ is lost; the bad ones were counted when they came."""
+        kept = sorted(os.listdir(self.rejected))
+        for name in kept[: max(0, len(kept) - REJECTED_LIMIT)]:
+            if remove_file(os.path.join(self.rejected, name)) and not name.endswith(".bad"):
+                self.lose(1)
+        self._save_losses()
 
     def _remove(self, name: str) -> None:
-        path = os.path.join(self.folder, name)
-        try:
-            size = os.stat(path).st_size
-            os.unlink(path)
-        except FileNotFoundError:
+        size = self._size(name)
+        if not os.path.lexists(os.path.join(self.folder, name)):
             return
+        if not remove_file(os.path.join(self.folder, name)):
+            self.gone.add(name)
+            log_once("remove", f"spool: {self.folder}: reports that are done with cannot be removed")
         self.count -= 1
-        self.bytes -= size_on_disk(size)
+        self.bytes -= size
 
-    def _reject(self, name: str, body: bytes, reason: str) -> None:
-        if not name:
-            self.number += 1
-            name = f"{self.number:012d}-{int(time.time())}{SPOOL_ENDING}"
-        body = body if body.startswith(b"\x1f\x8b") else pack(body)
-        write_file(os.path.join(self.rejected, name), body)
-        self._remove(name)
-        kept = sorted(os.listdir(self.rejected))
-        for old in kept[: max(0, len(kept) - REJECTED_LIMIT)]:
-            os.unlink(os.path.join(self.rejected, old))
-        log(f"spool: set aside as {os.path.join(self.rejected, name)}: {reason}")
+    def _settle(self, message: Message) -> None:
+        message.is_settled = True
+        self._keep_memories(message)
 
-    def _save_losses(self) -> None:
-        write_file(self.losses, to_json({"dropped_total": self.dropped_total, "told_total": self.told_total}))
+    def _keep_memories(self, message: Message) -> None:
+        """The report cannot be lost any more: what the collectors remember becomes true."""
+        memories, message.memories = message.memories, {}
+        try:
+            self.memories.save(memories, time.monotonic())
+        except OSError as error:
+            log_once("memory", f"memory: cannot write: {error.strerror}")
 
     def _load_losses(self) -> None:
         try:
@@ -4532,104 +4554,64 @@ class Spool:
             self.dropped_total, self.told_total = int(losses["dropped_total"]), int(losses["told_total"])
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError, SourceError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SourceError) as error:
             log(f"spool: {self.losses} cannot be used ({error}); the count of lost reports begins anew")
 
-
-def is_spool_name(name: str) -> bool:
-    number, _, rest = name.partition("-")
-    return number.isdigit() and rest.endswith(SPOOL_ENDING) and rest.removesuffix(SPOOL_ENDING).isdigit()
-
-
-def spooled_at(name: str, now: float) -> float:
-    """When a report was put on disk. A clock that had not been set yet says nothing about its age."""
-    made_at = float(name.partition("-")[2].removesuffix(SPOOL_ENDING))
-    return made_at if made_at > CLOCK_UNSET else now
-
-
-class Memories:
-    """What the collectors remember over restarts, a file per section; written only when it changed."""
-
-    def __init__(self, folder: str, spool: Spool) -> None:
-        self.folder = os.path.join(folder, "memory")
-        self.spool = spool
-        self.values: dict[str, dict[str, Any]] = {}
-        self.saved: dict[str, bytes] = {}
-        self.saved_at: dict[str, float] = {}
+    def _save_losses(self) -> None:
+        content = to_json({"dropped_total": self.dropped_total, "told_total": self.told_total})
+        if content == self.saved_losses:
+            return
         try:
-            spool.call("memory", self._open)
-        except SourceError as error:
-            log(f"memory: cannot be read ({error}); all sections begin anew")
-
-    def changed(self, names: Iterable[str], now: float) -> dict[str, bytes]:
-        """The memories to be saved with a report. Fast sections, whose last samples change each time, now and then;
-        those that say which events were sent, always."""
-        texts = {}
-        for name in names:
-            memory = self.values.get(name)
-            if not memory:
-                continue
-            rare = COLLECTORS[name].tick == FAST and name not in EVENT_SECTIONS
-            if rare and now - self.saved_at.get(name, now - MEMORY_SECONDS - 1) < MEMORY_SECONDS:
-                continue
             try:
-                text = to_json(memory)
-            except (TypeError, ValueError, RecursionError) as error:
-                log_once(f"memory {name}", f"memory: {name} cannot be kept ({error})")
-                continue
-            if text != self.saved.get(name):
-                texts[name] = text
-        return texts
-
-    def save(self, texts: dict[str, bytes], now: float) -> None:
-        """Called once the report made with them cannot be lost any more."""
-        for name, text in texts.items():
-            self.spool.call("memory", functools.partial(write_file, self._path(name), text))
-            self.saved[name] = text
-            self.saved_at[name] = now
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, f"{name}.json")
-
-    def _open(self) -> None:
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        self.values = load_memories(self.folder)
-        self.saved = {name: to_json(memory) for name, memory in self.values.items()}
+                write_file(self.losses, content)
+            except OSError:  # no room for a second file: into the block it has
+                with open(self.losses, "r+b") as handle:
+                    handle.write(content)
+                    handle.truncate()
+            self.saved_losses = content
+        except OSError as error:
+            log_once("losses", f"spool: cannot write {self.losses}: {error.strerror}")
 
 
-def load_memories(folder: str) -> dict[str, dict[str, Any]]:
-    """What the collectors remember, by section; `once` reads it too, and leaves it as it is."""
-    memories = {}
-    for file in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
-        if not file.endswith(".json"):
-            continue
-        try:
-            memory = json.loads(read_bytes(os.path.join(folder, file), OUTPUT_LIMIT, chunk=MIB))
-            if not isinstance(memory, dict):
-                raise ValueError("not an object")
-        except (OSError, ValueError, SourceError) as error:
-            print(f"memory: {file} cannot be used ({error}); its section begins anew", file=sys.stderr, flush=True)
-            continue
-        memories[file.removesuffix(".json")] = memory
-    return memories
+IS_SPOOLED = re.compile(r"[0-9]{1,18}-[0-9]{1,18}" + re.escape(SPOOL_ENDING)).fullmatch
 
 
-# --- delivery: one kept connection; an answer means accepted, later or refused ---
+def size_on_disk(size: int) -> int:
+    """What a file really takes: whole blocks of 4 KiB."""
+    return -(-size // 4096) * 4096
+
+
+def spooled_at(name: str) -> float:
+    """The wall clock when a report was put on disk."""
+    return float(name.partition("-")[2].removesuffix(SPOOL_ENDING))
+
+
+def clock_step(before: float, after: float) -> float:
+    """Seconds between two reports by the wall clock, at most an hour: above that the clock was set, or the agent did
+    not run. So a clock that jumps years ahead, and back, makes nothing over age."""
+    return min(max(0.0, after - before), CLOCK_STEP)
+
+
+def ages_of(names: list[str], now: float) -> list[float]:
+    """Seconds each of these has waited: the sum of the steps since."""
+    times = [*map(spooled_at, names), now]
+    steps = [clock_step(before, after) for before, after in zip(times, times[1:], strict=False)]
+    return list(itertools.accumulate(reversed(steps)))[::-1]
+
+
+# --- delivery: signed posts; an answer means accepted, later or refused ---
 
 
 class Unreachable(Exception):
-    """No answer: no route, refused, time-out, TLS."""
+    """No answer: no route, refused, time-out, TLS, or what came is no HTTP."""
 
 
-class Answer:
+class Answer(NamedTuple):
     """What came back: status, headers with small names, body."""
 
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
     def fields(self) -> dict[str, Any]:
         """The JSON object in the body; empty when there is none."""
@@ -4640,178 +4622,126 @@ class Answer:
         return value if isinstance(value, dict) else {}
 
 
-class Connection:
-    """A kept HTTP/1.1 connection to one address. (`http.client` brings `email` and `ssl`: 6 MB, also without TLS.)"""
+class BoundedReader(io.RawIOBase):
+    """What the server says, up to a moment and a size: a socket's own time-out begins anew with each byte."""
 
-    def __init__(self, address: Address, ca_file: str = "", *, timeout: float = ANSWER_TIMEOUT) -> None:
-        self.address = address
-        self.timeout = timeout
-        self.socket: Any = None
-        self.context: Any = None
-        self.rest = b""
-        if address.tls:
-            import ssl  # 5 MB, only where it is needed
+    def __init__(self, sock: socket.socket, stream: Any) -> None:
+        self.sock = sock
+        self.stream = stream
+        self.deadline = time.monotonic() + ANSWER_TIMEOUT
+        self.left = ANSWER_LIMIT
 
-            self.context = ssl.create_default_context(cafile=ca_file or None)
+    def readable(self) -> bool:
+        return True
 
-    def post(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        """Send and wait for the answer. A kept connection that turns out closed is replaced once: reports may be
-        repeated without harm."""
-        if self.socket is not None:
-            if not self._closed():
-                try:
-                    return self._exchange(path, headers, body)
-                except ConnectionClosed:
-                    pass
-            self.close()
-        self._connect()
-        try:
-            return self._exchange(path, headers, body)
-        except ConnectionClosed:
-            raise Unreachable("the server closed the connection without an answer") from None
+    def readinto(self, buffer: Any) -> int:
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        if not self.left:
+            raise ValueError("the answer is too large")
+        self.sock.settimeout(seconds)
+        size: int = self.stream.raw.readinto(memoryview(buffer)[: self.left])
+        self.left -= size
+        return size
 
     def close(self) -> None:
-        if self.socket is not None:
-            try:
-                self.socket.close()
-            except OSError:
-                pass
-            self.socket = None
+        self.stream.close()
+        super().close()
 
-    def _connect(self) -> None:
-        where = (self.address.host, self.address.port)
+
+class BoundedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **named: Any) -> None:
+        super().__init__(sock, *args, **named)
+        self.fp: Any = io.BufferedReader(BoundedReader(sock, self.fp))
+
+
+class PlainConnection(http.client.HTTPConnection):
+    response_class = BoundedResponse
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before the end
+            super().send(data)
+
+
+class TlsConnection(PlainConnection, http.client.HTTPSConnection):
+    pass
+
+
+class Door(urllib.request.AbstractHTTPHandler):
+    """http and https alone: no redirects, no proxies from the environment, no cookies. Whatever comes is the answer."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self.context = context
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(PlainConnection, request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(TlsConnection, request, context=self.context)
+
+
+class Client:
+    """Signs reports and posts them to the host's own address on the server, each over a connection of its own."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.address is not None
+        self.host_id = config.host_id
+        self.key = config.key
+        self.address = config.address
+        self.url = f"{config.address.url}/api/v1/hosts/{config.host_id}/reports"
+        context = ssl.create_default_context(cafile=config.ca_file or None) if config.address.tls else None
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(Door(context))
+        self.clock_offset: float | None = None  # server minus host in seconds, as last measured
+        self.signing_offset = 0.0  # the same, where the server has asked for its own time by clock_skew
+
+    def send(self, body: bytes) -> Answer:
+        """One signed request. On clock_skew it is signed again with the server's time."""
+        packed = pack(body)
+        answer = self._post(packed)
+        if answer.status == 401 and code_of(answer) == "clock_skew" and server_time(answer) is not None:
+            self.signing_offset = self.clock_offset or 0.0
+            log_once("clock", f"reporter: this host's clock is off by {-self.signing_offset:.0f} s; set it right")
+            answer = self._post(packed)
+        return answer
+
+    def _post(self, packed: bytes) -> Answer:
+        before = time.time()
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip", "User-Agent": f"{NAME}/{VERSION}"}
+        headers |= webhook_headers(self.key, packed, int(before + self.signing_offset))
+        request = urllib.request.Request(self.url, packed, headers, method="POST")
         try:
-            raw = socket.create_connection(where, CONNECT_TIMEOUT)
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.context is not None:
-                raw = self.context.wrap_socket(raw, server_hostname=self.address.host)
-        except (OSError, UnicodeError) as error:  # ssl's errors are OSErrors; a name too long is a UnicodeError
+            with self.opener.open(request, timeout=ANSWER_TIMEOUT) as response:
+                names = {name.lower(): value for name, value in response.headers.items()}
+                answer = Answer(response.status, names, response.read(ANSWER_LIMIT))
+        except Exception as error:  # the far end may make http.client stumble in any way
             raise Unreachable(describe_network_error(error)) from None
-        self.socket = raw
-        self.rest = b""
-
-    def _closed(self) -> bool:
-        """Nothing should come before we ask; if the socket is readable, the other side has closed."""
-        waiting = select.poll()
-        waiting.register(self.socket, select.POLLIN)
-        return bool(waiting.poll(0))
-
-    def _exchange(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        lines = [f"POST {path} HTTP/1.1", f"Host: {host_header(self.address)}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.deadline = time.monotonic() + self.timeout
-        self.socket.settimeout(self.timeout)
-        try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before the end
-                self.socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-            return self._receive()
-        except (BrokenPipeError, ConnectionResetError):
-            self.close()
-            raise ConnectionClosed from None
-        except ConnectionClosed:
-            self.close()
-            raise
-        except (OSError, ValueError) as error:
-            self.close()
-            raise Unreachable(describe_network_error(error)) from None
-
-    def _receive(self) -> Answer:
-        status = 100
-        while status < 200:  # 1xx: the answer proper follows
-            head = self._until(b"\r\n\r\n", first=True).decode("latin-1").split("\r\n")
-            protocol, _, rest = head[0].partition(" ")
-            if not protocol.startswith("HTTP/1.") or not rest[:3].isdigit():
-                raise ValueError("the answer is not HTTP")
-            status = int(rest[:3])
-        headers = {}
-        for line in head[1:]:
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        body, kept = self._body(status, headers)
-        if not kept or "close" in headers.get("connection", "").lower() or protocol == "HTTP/1.0":
-            self.close()
-        return Answer(status, headers, body)
-
-    def _body(self, status: int, headers: dict[str, str]) -> tuple[bytes, bool]:
-        """The body, and whether its end was marked (else the connection cannot be kept)."""
-        if status in (204, 304):
-            return b"", True
-        if "chunked" in headers.get("transfer-encoding", "").lower():
-            return self._chunks(), True
-        if "content-length" in headers:
-            return self._exactly(int(headers["content-length"])), True
-        body = self.rest
-        while part := self._more():
-            body += part
-            check_answer_size(len(body))
-        return body, False
-
-    def _chunks(self) -> bytes:
-        body = b""
-        while size := int(self._until(b"\r\n").split(b";")[0], 16):
-            body += self._exactly(size)
-            check_answer_size(len(body))
-            self._until(b"\r\n")
-        while self._until(b"\r\n"):  # trailers
-            pass
-        return body
-
-    def _until(self, mark: bytes, *, first: bool = False) -> bytes:
-        while mark not in self.rest:
-            part = self._more()
-            if not part and first and not self.rest:
-                raise ConnectionClosed
-            if not part:
-                raise ValueError("the answer was cut short")
-            self.rest += part
-            check_answer_size(len(self.rest))
-        found, _, self.rest = self.rest.partition(mark)
-        return found
-
-    def _exactly(self, size: int) -> bytes:
-        check_answer_size(size)
-        while len(self.rest) < size:
-            part = self._more()
-            if not part:
-                raise ValueError("the answer was cut short")
-            self.rest += part
-        found, self.rest = self.rest[:size], self.rest[size:]
-        return found
-
-    def _more(self) -> bytes:
-        left = self.deadline - time.monotonic()  # a server that drips bytes must not hold us for ever
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self.socket.settimeout(left)
-        return self.socket.recv(64 * KIB)
+        at = server_time(answer)
+        if at is not None:
+            self.clock_offset = round(at - (before + time.time()) / 2, 3)
+        return answer
 
 
-class ConnectionClosed(Exception):
-    """A kept connection was closed by the other side before it answered."""
-
-
-def check_answer_size(size: int) -> None:
-    if not 0 <= size <= MIB:
-        raise ValueError("the answer is too large")
-
-
-def host_header(address: Address) -> str:
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return host if address.port == (443 if address.tls else 80) else f"{host}:{address.port}"
-
-
-def describe_network_error(error: Exception) -> str:
+def describe_network_error(error: Any) -> str:
     """In an operator's words."""
+    error = getattr(error, "reason", None) if isinstance(error, urllib.error.URLError) else error
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    reason = getattr(error, "verify_message", "")
-    if reason:
-        return f"certificate not accepted: {reason}; is ca_file needed?"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {error.verify_message}; is ca_file needed?"
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+        return f"the answer is not HTTP, or cut short ({type(error).__name__})"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
 
 
-ACCEPTED, LATER, REFUSED, BLOCKED, SKEWED = "accepted", "later", "refused", "blocked", "skewed"
-VERDICTS = {400: REFUSED, 413: REFUSED, 422: REFUSED, 401: BLOCKED, 403: BLOCKED, 404: BLOCKED}
+ACCEPTED, LATER, REFUSED, TOO_LARGE = "accepted", "later", "refused", "too large"
+REFUSALS = {"invalid_json", "invalid_report", "host_mismatch", "too_large"}  # the codes that mean the report itself
 ADVICE = {  # what the operator must do, by the server's code
     "unknown_host": "the server does not know this host: run `proxmox-monitor-server register-host {host}` there, "
     "and put the token it prints into the config",
@@ -4821,77 +4751,65 @@ ADVICE = {  # what the operator must do, by the server's code
 }
 
 
-def judge(answer: Answer) -> str:
-    """What an answer means for the report. No answer can mean more than these five."""
-    if 200 <= answer.status < 300:
-        # A captive portal says 200 too, in HTML.
-        return LATER if answer.body.lstrip()[:1] == b"<" else ACCEPTED
-    if answer.status == 401 and answer.fields().get("code") == "clock_skew" and server_time(answer) is not None:
-        return SKEWED
-    return VERDICTS.get(answer.status, LATER)
+def judge(answer: Answer, count: int) -> str:
+    """What an answer means for the `count` reports that were sent. Only the server's own words can end their wait:
+    proxies and other programs say 200 and 400 too, to everything."""
+    fields = answer.fields()
+    if answer.status == 200 and fields.get("status") == "ok":
+        numbers = [fields.get("accepted"), fields.get("duplicates")]
+        whole = [number for number in numbers if type(number) is int and number >= 0]
+        return ACCEPTED if len(whole) == 2 and sum(whole) == count else LATER
+    if answer.status in (400, 413, 422) and code_of(answer) in REFUSALS:
+        return REFUSED
+    return TOO_LARGE if answer.status == 413 else LATER
+
+
+def code_of(answer: Answer) -> str:
+    """The `code` of the server's problem document; empty when it is none."""
+    code = answer.fields().get("code")
+    is_problem = answer.headers.get("content-type", "").lower().startswith("application/problem+json")
+    return code if is_problem and isinstance(code, str) else ""
 
 
 def server_time(answer: Answer) -> float | None:
-    """The server's clock, if it gave a sane one."""
+    """The server's clock, if it gave a sane one: none before this version was written, or long after it."""
     value: Any = answer.fields().get("server_time")
-    if type(value) not in (int, float) or not 0 < value < 2**33:
+    if type(value) not in (int, float) or not CLOCK_FIRST <= value <= CLOCK_LAST:
         return None
     return float(value)
 
 
 def retry_after(answer: Answer) -> float:
-    """Seconds the server asks to wait, at most an hour; 0 when it does not."""
+    """Seconds the server asks to wait; 0 when it does not."""
     text = answer.headers.get("retry-after", "")
-    return min(float(text[:6]), 3600.0) if text.isascii() and text.isdigit() else 0.0
+    return float(text[:6]) if text.isascii() and text.isdigit() else 0.0
 
 
 def describe_answer(answer: Answer, host_id: str) -> str:
     """An answer that is not an acceptance, with what to do about it, in one line."""
-    fields = answer.fields()
-    code = fields.get("code")
-    words = " ".join(str(fields.get(key)) for key in ("detail", "pointer") if fields.get(key))
-    text = f"{answer.status} {code or ''} {words}".strip()[:300]
-    if isinstance(code, str) and code in ADVICE:
+    code, fields = code_of(answer), answer.fields()
+    words = " ".join(fields[key] for key in ("detail", "pointer") if isinstance(fields.get(key), str))
+    text = f"{answer.status} {code} {words}".strip()[:300]
+    if code in ADVICE:
         return f"{text}; {ADVICE[code].format(host=host_id)}"
-    if answer.status in (403, 404):
-        return f"{text}; is server_url right, and does the proxy in front of the server let reports through?"
     if 300 <= answer.status < 400:
         return f"{text}; redirected to {answer.headers.get('location', '?')[:200]}: write that into server_url"
     if answer.status < 300:
-        return f"{text}; that is a web page, not the server's answer: is server_url right?"
+        return f"{text}; that is not the monitor's answer: is server_url right, does the proxy pass it on?"
+    if answer.status in (403, 404) or (answer.status < 500 and not code):
+        return f"{text}; is server_url right, and does the proxy in front of the server let reports through?"
     return text
 
 
-class Client:
-    """Signs reports and posts them to the host's own address on the server."""
+class Parcel(NamedTuple):
+    """What one request carries: the report just made, or some from the disk with their names."""
 
-    def __init__(self, config: Config) -> None:
-        assert config.address is not None
-        self.host_id = config.host_id
-        self.key = config.key
-        self.address = config.address
-        self.path = f"{config.address.path}/api/v1/hosts/{config.host_id}/reports"
-        self.connection = Connection(config.address, config.ca_file)
-        self.clock_offset: float | None = None  # server minus host, in seconds
+    bodies: list[bytes]
+    names: list[str] = []
+    message: Message | None = None
 
-    def send(self, body: bytes) -> Answer:
-        """One signed request. On clock_skew it is signed again with the server's time."""
-        packed = pack(body)
-        answer = self._post(packed)
-        if judge(answer) is SKEWED:
-            log_once("clock", f"reporter: this host's clock is off by {-(self.clock_offset or 0):.0f} s; set it right")
-            answer = self._post(packed)
-        return answer
-
-    def _post(self, packed: bytes) -> Answer:
-        before = time.time()
-        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip", "User-Agent": f"{NAME}/{VERSION}"}
-        headers |= webhook_headers(self.key, packed, int(before + (self.clock_offset or 0.0)))
-        answer = self.connection.post(self.path, headers, packed)
-        told = server_time(answer)
-        if told is not None:
-            self.clock_offset = round(told - (before + time.time()) / 2, 3)
-        return answer
+    def body(self) -> bytes:
+        return self.bodies[0] if len(self.bodies) == 1 else b"[" + b",".join(self.bodies) + b"]"
 
 
 class Sender:
@@ -4899,21 +4817,24 @@ class Sender:
 
     Normally a report goes straight out and never touches the disk. As soon as one is not answered at once, it and
     all that follow are put on disk first, so that a crash costs the tick under way at most. `turn` does one step.
+
+    `pending` are the reports in RAM: not answered yet, and while nothing gets through (`trouble`) those alone that
+    the disk has not taken either. The loop adds to it, and both threads put its reports on disk.
     """
 
-    def __init__(self, config: Config, spool: Spool, memories: Memories | None = None) -> None:
+    def __init__(self, config: Config, spool: Spool) -> None:
         self.client = Client(config)
         self.spool = spool
-        self.memories = memories
-        self.inbox: SimpleQueue[Any] = SimpleQueue()
-        self.lock = threading.Lock()
-        self.keeping = threading.Lock()
-        self.pending: list[Message] = []  # offered, not answered yet
+        self.wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: a report came in; False: the end
+        self.lock = threading.Lock()  # for `pending`
+        self.pending: list[Message] = []
         self.trouble = ""  # why nothing gets through; empty when all is well
+        self.trouble_kind: tuple[int, str] = (0, "")
         self.backoff = BACKOFF_FIRST
         self.retry_at = 0.0
         self.backlog_at = time.monotonic() + BACKLOG_PAUSE  # what was left by an earlier run comes after the new
         self.batch_size = BATCH_REPORTS
+        self.passed_over: dict[str, float] = {}  # reports on disk that alone did not get through: until when
         self.accepted_at: float | None = None
         self.greeted = False
 
@@ -4923,37 +4844,35 @@ class Sender:
         """Take a report over."""
         message.offered_at = time.monotonic()
         with self.lock:
-            crowd = bool(self.trouble or self.pending)
+            is_crowded = bool(self.trouble or self.pending)
             self.pending.append(message)
-            while len(self.pending) > PENDING_LIMIT:  # the disk does not take them either
-                self._lose(self.pending.pop(0))
-        if crowd:
+            overflow = self.pending[: max(0, len(self.pending) - PENDING_LIMIT)]  # the disk takes none either
+            del self.pending[: len(overflow)]
+        self.spool.lose(sum(not lost.file for lost in overflow))
+        if is_crowded:
             self.keep(KEEP_SECONDS / 4)
-        self.inbox.put(message)
+        self.wakes.put(True)
 
     def keep(self, patience: float = KEEP_SECONDS) -> bool:
         """Put on disk what has waited longer than `patience` for its answer. True if any still waits for its time."""
-        if not self.pending:
-            return False
-        with self.keeping:
-            return self._keep(time.monotonic() - patience)
-
-    def _keep(self, before: float) -> bool:
-        with self.lock:
-            waiting = [message for message in self.pending if not message.file]
-        for message in waiting:
+        before = time.monotonic() - patience
+        for message in self.unwritten():
             if message.offered_at > before and not self.trouble:
                 return True
             try:
                 self.spool.push(message, time.time())
-                self._settle(message)
             except SourceError as error:
-                log_once("spool", f"spool: cannot write ({error}); reports are kept in memory")
+                log_once("spool", f"spool: cannot write ({error}); reports are kept in RAM")
                 return True
         if self.trouble:  # from now on they are found on disk
             with self.lock:
                 self.pending = [message for message in self.pending if not message.file]
         return False
+
+    def unwritten(self) -> list[Message]:
+        """The reports that are in RAM alone."""
+        with self.lock:
+            return [message for message in self.pending if not message.file]
 
     # called by the sender's own thread
 
@@ -4968,114 +4887,103 @@ class Sender:
             except Exception as error:  # the thread must live on; nothing is lost by trying again
                 log(f"reporter: fault in the agent: {describe_fault(error)}")
                 wait = BACKOFF_LAST
-            try:
-                if self.inbox.get(timeout=wait) is None:
+            with contextlib.suppress(queue.Empty):
+                if not self.wakes.get(timeout=wait):
                     return
-            except Empty:
-                pass
 
     def turn(self, now: float) -> float:
         """One step: at most one request. Returns the seconds until the next one makes sense."""
-        if now < self.retry_at:
-            return self.retry_at - now
-        with self.lock:
-            fresh = self.pending[0] if self.pending else None  # in order: their memories build on each other
-        if fresh is not None:
-            self._deliver([(fresh.file, fresh.body)], now, fresh)
-        elif self.trouble and (newest := self.spool.newest()):
-            self._deliver([newest], now)
-        elif self.spool.count and now >= self.backlog_at:
-            self.backlog_at = now + BACKLOG_PAUSE
-            if batch := self.spool.oldest(self.batch_size):
-                self._deliver(batch, now)
-        elif not self.spool.count:
-            self.trouble = ""
-        return self._wait(now)
-
-    def _wait(self, now: float) -> float:
-        """Seconds until the next step makes sense."""
+        if now >= self.retry_at:
+            parcel = self._next(now)
+            if parcel is not None:
+                self._deliver(parcel, now)
+            elif not self.spool.count:
+                self.trouble = ""
         if self.retry_at > now:
             return self.retry_at - now
         if self.pending:
             return 0.0
         return max(0.0, self.backlog_at - now) if self.spool.count else IDLE_SECONDS
 
-    def _deliver(self, batch: list[tuple[str, bytes]], now: float, message: Message | None = None) -> None:
-        """Send reports (from disk, or the one just made) and act on the answer."""
-        body = batch[0][1] if len(batch) == 1 else b"[" + b",".join(body for _, body in batch) + b"]"
+    def _next(self, now: float) -> Parcel | None:
+        with self.lock:
+            fresh = self.pending[0] if self.pending else None  # in order: their memories build on each other
+        if fresh is not None:
+            return Parcel([fresh.body], message=fresh)
+        if self.trouble and (newest := self.spool.newest()):
+            return Parcel([newest[1]], [newest[0]])
+        if not self.spool.count or now < self.backlog_at:
+            return None
+        self.backlog_at = now + BACKLOG_PAUSE
+        self.passed_over = {name: until for name, until in self.passed_over.items() if until > now}
+        batch = self.spool.oldest(self.batch_size, self.passed_over)
+        return Parcel([body for _, body in batch], [name for name, _ in batch]) if batch else None
+
+    def _deliver(self, parcel: Parcel, now: float) -> None:
+        """Send reports, and act on the answer."""
         try:
-            answer = self.client.send(body)
+            answer = self.client.send(parcel.body())
         except Unreachable as error:
-            self.batch_size = max(1, len(batch) // 2)  # in case it is the size that something on the way dislikes
-            self._postpone(now, f"cannot reach {self.client.address.url}: {error}")
+            self._put_off(parcel, now, f"cannot reach {self.client.address.url}: {error}")
             return
-        self._greet()
-        verdict = judge(answer)
-        if verdict is ACCEPTED:
-            self._accepted(batch, message)
-        elif verdict is REFUSED and len(batch) > 1:
-            self.backlog_at = now + BACKLOG_PAUSE / 10
-            self.batch_size = max(1, len(batch) // 2)  # halved until the bad one stands alone
-        elif verdict is REFUSED:
-            self._refused(batch[0], message, describe_answer(answer, self.client.host_id))
-        else:
-            self._postpone(now, describe_answer(answer, self.client.host_id), retry_after(answer))
-
-    def _accepted(self, batch: list[tuple[str, bytes]], message: Message | None) -> None:
-        if self.trouble or self.accepted_at is None:
-            log(f"reporter: accepted host:{self.client.host_id}")
-        self.trouble = ""
-        self.backoff = BACKOFF_FIRST
-        self.accepted_at = time.time()
-        self.batch_size = min(BATCH_REPORTS, self.batch_size * 2)
-        if message is not None:
-            self._forget(message)
-            self._settle(message)
-            self.spool.tell_dropped(message.dropped_total)
-        names = [name for name, _ in batch if name]
-        if message is not None and message.file and not names:  # put on disk while it was under way
-            names = [message.file]
-        if names:
-            self.spool.discard(names)
-            if not self.spool.count:
-                log("reporter: nothing waits on disk any more")
-
-    def _refused(self, one: tuple[str, bytes], message: Message | None, reason: str) -> None:
-        name = message.file if message is not None else one[0]
-        if message is not None:
-            self._forget(message)
-            self._settle(message)
-        self.spool.reject(name, one[1], f"the server refused it: {reason}")
-
-    def _postpone(self, now: float, reason: str, asked: float = 0.0) -> None:
-        """Not now: everything goes to disk, and the next try comes later and later, at most a minute."""
-        if reason.translate(NO_DIGITS) != self.trouble.translate(NO_DIGITS):
-            log(f"reporter: {reason}; reports wait on disk")
-        self.trouble = reason
-        self.keep(0.0)
-        jitter = 0.5 + os.urandom(1)[0] / 512  # 0.5 to 1, so that a fleet does not come back in step
-        self.retry_at = now + max(asked, self.backoff * jitter, BACKOFF_FIRST)
-        self.backoff = min(self.backoff * 2, BACKOFF_LAST)
-
-    def _greet(self) -> None:
         if not self.greeted:
             self.greeted = True
             log(f"reporter: connected to {self.client.address.url}")
+        verdict = judge(answer, len(parcel.bodies))
+        reason = describe_answer(answer, self.client.host_id)
+        if verdict is ACCEPTED:
+            self._accepted(parcel)
+        elif verdict is LATER:
+            self._put_off(parcel, now, reason, answer.status, retry_after(answer))
+        elif len(parcel.bodies) > 1:
+            self.backlog_at = now + BACKLOG_PAUSE / 10
+            self.batch_size = len(parcel.bodies) // 2  # halved until the bad one stands alone
+        else:
+            self._forget(parcel.message)
+            self._refused(parcel, f"the server refused it: {reason}")
 
-    def _forget(self, message: Message) -> None:
+    def _accepted(self, parcel: Parcel) -> None:
+        if self.trouble or self.accepted_at is None:
+            log(f"reporter: accepted host:{self.client.host_id}")
+        if not self.trouble and len(parcel.bodies) >= self.batch_size:
+            self.batch_size = min(BATCH_REPORTS, self.batch_size * 2)
+        self.trouble = ""
+        self.backoff = BACKOFF_FIRST
+        self.accepted_at = time.time()
+        if parcel.message is not None:
+            self._forget(parcel.message)
+            self.spool.told_total = max(self.spool.told_total, parcel.message.dropped_total)
+        if self.spool.delivered(parcel.names, parcel.message) and not self.spool.count:
+            log("reporter: nothing waits on disk any more")
+
+    def _refused(self, parcel: Parcel, reason: str) -> None:
+        try:
+            self.spool.reject("".join(parcel.names), parcel.bodies[0], reason, parcel.message)
+        except SourceError:  # the disk hangs, too
+            self.spool.lose(0 if parcel.names else 1)
+            raise
+
+    def _put_off(self, parcel: Parcel, now: float, reason: str, status: int = 0, asked: float = 0.0) -> None:
+        """Not now: everything goes to disk, and the next try comes later and later, at most a minute (or one more
+        than that, if the server asks for it)."""
+        if len(parcel.bodies) > 1:  # in case it is the size, or one of them, that something on the way dislikes
+            self.batch_size = len(parcel.bodies) // 2
+        elif parcel.names and not self.trouble:  # alone out of the backlog: those behind it go first
+            self.passed_over[parcel.names[0]] = now + PASSED_OVER_SECONDS
+        kind = (status, reason.translate(NO_DIGITS))
+        if not self.trouble or kind != self.trouble_kind:
+            log(f"reporter: {reason}; reports wait on disk")
+        self.trouble, self.trouble_kind = reason, kind
+        self.keep(0.0)
+        jitter = 0.5 + os.urandom(1)[0] / 512  # 0.5 to 1, so that a fleet does not come back in step
+        wait = max(self.backoff * jitter, BACKOFF_FIRST)
+        self.retry_at = now + max(wait, min(asked, wait + RETRY_AFTER_LIMIT))
+        self.backoff = min(self.backoff * 2, BACKOFF_LAST)
+
+    def _forget(self, message: Message | None) -> None:
         with self.lock:
             if message in self.pending:
                 self.pending.remove(message)
-
-    def _settle(self, message: Message) -> None:
-        """The report cannot be lost any more: what the collectors remember becomes true."""
-        if self.memories is not None and message.memories:
-            memories, message.memories = message.memories, {}
-            self.memories.save(memories, time.monotonic())
-
-    def _lose(self, message: Message) -> None:
-        if not message.file:
-            self.spool.dropped_total += 1
 
 
 # --- service: monotonic ticks, the cheap look between them, signals, sd_notify ---
@@ -5142,7 +5050,7 @@ class Lane:
         self.probe = probe
         self.memories = memories
         self.wake = wake
-        self.finished: SimpleQueue[Collected | None] = SimpleQueue()
+        self.finished: queue.SimpleQueue[Collected | None] = queue.SimpleQueue()
         self.busy = False
         self.waiting = Collected()
         self.waiting_since = 0.0
@@ -5165,7 +5073,7 @@ class Lane:
                     break
                 self.waiting_since = self.waiting_since or now
                 self.waiting.add(part)
-        except Empty:
+        except queue.Empty:
             pass
         if self.waiting.is_empty() or (self.busy and now - self.waiting_since < FLUSH_SECONDS):
             return None
@@ -5318,11 +5226,11 @@ class Agent:
         self.probe = probe
         self.notifier = notifier or Notifier({})
         self.spool = Spool(folder, max_bytes=config.max_bytes, max_seconds=config.max_seconds)
-        self.memories = Memories(folder, self.spool)
+        self.memories = self.spool.memories
         self.reporter = Reporter(config.host_id, probe.now())
-        self.sender = Sender(config, self.spool, self.memories)
+        self.sender = Sender(config, self.spool)
         self.root_mail = RootMail(config, probe, folder, self.sender)
-        self.mail: SimpleQueue[str] = SimpleQueue()
+        self.wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.stopping = False
         self.lanes = {tick: Lane(tick, probe, self.memories, self.wake) for tick in (MEDIUM, SLOW)}
         self.urgent = Lane(FAST, probe, self.memories, self.wake)
@@ -5345,30 +5253,32 @@ class Agent:
             except Exception as error:  # a fault of ours; if it comes each time, the watchdog starts us anew
                 log_once("fault", f"agent: fault in the agent: {describe_fault(error)}")
                 wait = LOOK_SECONDS
-            try:
-                self.mail.get(timeout=wait)
-            except Empty:
-                pass
+            with contextlib.suppress(queue.Empty):
+                self.wakes.get(timeout=wait)
         self.close()
 
     def wake(self) -> None:
-        self.mail.put("wake")
+        self.wakes.put(True)
 
     def stop(self, *_: object) -> None:
         """The signal handler: ends what is under way and wakes the loop. SimpleQueue.put may be called here."""
         self.stopping = True
         self.probe.cancel()
         self.spool.disk.cancel()
-        self.mail.put("stop")
+        self.wakes.put(False)
 
     def close(self) -> None:
         """Leave the unsent on disk. No waiting for answers: what is sent twice counts once."""
         self.notifier.tell("STOPPING=1", "STATUS=stopping")
         self.spool.disk.deadline = CLOSE_SECONDS
         self.sender.keep(0.0)
-        self.sender.inbox.put(None)
-        left = len([message for message in self.sender.pending if not message.file])
-        lost = f"; {left} could not be written" if left else ""
+        self.sender.wakes.put(False)
+        left = len(self.sender.unwritten())
+        if left:
+            self.spool.lose(left)
+            with contextlib.suppress(SourceError):
+                self.spool.save_losses()
+        lost = f"; {left} could not be written and are lost" if left else ""
         log(f"agent: stopped; {self.spool.count} reports wait on disk{lost}")
 
     def turn(self, now: float) -> float:
@@ -5497,8 +5407,8 @@ class PidFile:
     def claim(self) -> bool:
         """Write our pid; False when another agent holds the file. A disk that is full or read-only is no obstacle."""
         try:
-            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._has_lock():  # the last holder removed the file that we had just opened
+                pass
             os.ftruncate(self.handle, 0)
             os.pwrite(self.handle, b"%d\n" % os.getpid(), 0)
         except BlockingIOError:
@@ -5509,11 +5419,20 @@ class PidFile:
             log(f"agent: {self.path}: {error.strerror}; going on without")
         return True
 
+    def _has_lock(self) -> bool:
+        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
+                return True
+        os.close(self.handle)
+        return False
+
     def release(self) -> None:
+        """Remove the file while it is ours: once it is unlocked it may be somebody else's."""
         if self.handle >= 0:
+            remove_file(self.path)
             os.close(self.handle)
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
 
     def holder(self) -> int | None:
         """The pid of the agent that runs, None when none does."""
@@ -5595,10 +5514,15 @@ def command_once(arguments: Any) -> int:
     now = probe.now()
     collected = collect(probe, load_memories(os.path.join(state_path(), "memory")), names)
     body = encode_report(Reporter(config.host_id, now).build_report(arguments.tick or SLOW, now, collected))
-    print(body.decode(), flush=True)
+    print(safe_json(body), flush=True)
     if arguments.explain:
         print_traces(traces)
     return send_once(config, body) if arguments.send else OK
+
+
+def safe_json(body: bytes) -> str:
+    """The same JSON, with what a terminal would act on (control characters, changes of direction) as escapes."""
+    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in body.decode())
 
 
 def config_or_default(flag: str | None) -> Config:
@@ -5626,7 +5550,7 @@ def send_once(config: Config, body: bytes) -> int:
     except Unreachable as error:
         raise CommandError(f"cannot reach {config.address.url}: {error}") from None
     print(f"{answer.status} {one_line(to_text(answer.body))[:2000]}", flush=True)
-    if judge(answer) is not ACCEPTED:
+    if judge(answer, 1) is not ACCEPTED:
         raise CommandError(describe_answer(answer, config.host_id))
     return OK
 
@@ -5706,8 +5630,7 @@ def check_server(config: Config) -> list[tuple[bool, str]]:
             )
         ]
     results = [(True, f"server: {config.address.url} answers")]
-    verdict = judge(answer)
-    if verdict in (ACCEPTED, REFUSED):
+    if judge(answer, 0) in (ACCEPTED, REFUSED):
         results.append((True, f"token: accepted for host:{config.host_id}"))
     else:
         results.append((False, f"token: {describe_answer(answer, config.host_id)}"))

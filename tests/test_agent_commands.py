@@ -77,6 +77,15 @@ def test_once_reads_the_agents_memory_and_leaves_it_alone(nowhere, tmp_path, cap
     assert kept.read_text() == '{"x": 7}' and len(list((tmp_path / "state").rglob("*"))) == 2
 
 
+def test_once_prints_nothing_that_a_terminal_acts_on(nowhere, capsys):
+    name = "\x9b31m\x7f\u202eevil\x1b]0;x\x07\n\U000e0001ü"
+    with registered(pools=("medium", lambda p, m: [{"name": name}])):
+        assert agent.main(["once"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.rstrip("\n").isprintable() and "ü" in printed
+    assert json.loads(printed)["pools"] == [{"name": name}]
+
+
 def test_explain_lists_reads_and_commands_on_stderr_and_leaves_stdout_json(nowhere, capsys):
     with registered(**COLLECTORS):
         assert agent.main(["once", "--tick", "fast", "--explain"]) == 0

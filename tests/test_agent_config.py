@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from agent_support import KEY, TOKEN, write_config
 
@@ -154,6 +156,31 @@ def test_config_readable_by_others_gets_a_warning(tmp_path, mode, warned):
     warnings = agent.load_config(str(path)).warnings
     assert bool(warnings) is warned
     assert all("chmod 600" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("mode, words", [(0o622, "writable by others"), (0o602, "writable by others"), (0o666, "readable by others")])
+def test_config_that_others_may_write_gets_a_warning(tmp_path, mode, words):
+    path = write_config(tmp_path, "https://x")
+    path.chmod(mode)
+    assert any(words in warning and "chmod 600" in warning for warning in agent.load_config(str(path)).warnings)
+
+
+def test_config_of_another_user_or_in_a_folder_that_others_may_write_gets_a_warning(tmp_path, monkeypatch):
+    path = write_config(tmp_path, "https://x")
+    tmp_path.chmod(0o777)
+    (warning,) = agent.load_config(str(path)).warnings
+    assert str(tmp_path) in warning and "another config" in warning
+    tmp_path.chmod(0o1777)  # as /tmp: others cannot rename what is not theirs
+    assert agent.load_config(str(path)).warnings == []
+    real = os.stat
+
+    def stat(name, *more, **named):
+        found = real(name, *more, **named)
+        return os.stat_result((*found[:4], 4711, *found[5:])) if str(name) == str(path) else found
+
+    monkeypatch.setattr(os, "stat", stat)
+    (warning,) = agent.load_config(str(path)).warnings
+    assert "belongs to another user (uid 4711)" in warning
 
 
 def test_token_may_lie_in_a_file_beside_the_config(tmp_path):

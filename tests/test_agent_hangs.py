@@ -121,7 +121,7 @@ def test_one_bad_pool_is_told_and_the_others_are_whole(misbehaviour, code, words
 def test_pool_in_state_d_is_left_alone_until_its_command_has_gone(tmp_path, short_limits, monkeypatch):
     """No process can be put into state D at will; a signal that has no effect looks the same."""
     monkeypatch.setattr(agent, "KILL_GRACE", 0.2)
-    monkeypatch.setattr(agent.Child, "kill", lambda child: None)
+    monkeypatch.setattr(agent, "kill_group", lambda child: None)
     install_commands(tmp_path, "exec sleep 5")
     probe, memory = HostProbe(tmp_path), {}
     codes = [agent.collect(probe, memory, ["pools"])[2]["pools"]["code"] for _ in range(3)]

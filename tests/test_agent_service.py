@@ -315,7 +315,7 @@ def test_a_fault_of_ours_does_not_end_the_loop(tmp_path, capsys):
         def turn(now):
             turns.append(now)
             if len(turns) == 1:
-                service.agent.mail.put("wake")
+                service.agent.wake()
                 raise RuntimeError("can't start new thread")
             service.agent.stop()
             return 0.0
@@ -471,6 +471,33 @@ def test_nothing_is_lost_over_an_outage_a_sigkill_and_a_restart(tmp_path):
     new_seqs = by_run[sink.reports[0]["run_id"]]
     assert sorted(new_seqs) == list(range(1, len(new_seqs) + 1))
     assert sink.reports[0]["run_id"] != old  # newest first
+
+
+def test_pid_file_that_its_holder_removes_while_we_open_it_is_not_taken_for_ours(tmp_path, monkeypatch):
+    first, second, third = (agent.PidFile(str(tmp_path)) for _ in range(3))
+    assert first.claim() and not second.claim()
+    real = agent.fcntl.flock
+
+    def flock(handle, how):
+        monkeypatch.setattr(agent.fcntl, "flock", real)
+        first.release()  # between our open and our lock
+        real(handle, how)
+
+    monkeypatch.setattr(agent.fcntl, "flock", flock)
+    assert second.claim()
+    assert second.holder() == os.getpid() and not third.claim()
+    second.release()
+    assert second.holder() is None and not (tmp_path / "agent.pid").exists()
+
+
+def test_pid_file_is_removed_before_it_is_unlocked(tmp_path, monkeypatch):
+    """After that it may be the next agent's."""
+    first = agent.PidFile(str(tmp_path))
+    assert first.claim()
+    handle, real = first.handle, os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path: os.fstat(handle) and real(path))
+    first.release()
+    assert not (tmp_path / "agent.pid").exists()
 
 
 def test_second_agent_with_the_same_state_is_refused(tmp_path):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import base64
 import time
 
 import pytest
 from agent_support import KEY, TOKEN
-from hypothesis import given
-from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 import agent
@@ -38,14 +35,9 @@ def test_the_library_refuses_it_when_anything_signed_was_changed(change):
 
 def test_known_signature():
     """The worked example of the Standard Webhooks specification."""
-    key = agent.binascii.a2b_base64("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     signature = agent.sign(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
-
-
-@given(st.binary(min_size=1, max_size=200), st.binary(max_size=300))
-def test_hmac_is_that_of_the_standard_library(key, text):
-    assert agent.hmac_sha256(key, text) == hmac.new(key, text, hashlib.sha256).digest()
 
 
 def test_same_content_has_the_same_id_at_every_attempt():

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_order_does_not_depend_on_the_wall_clock(tmp_path):
 def test_discarded_reports_are_gone_for_good(tmp_path):
     spool = new_spool(tmp_path)
     push(spool, b"1", b"2")
-    spool.discard([spool.oldest(1)[0][0]])
+    assert spool.delivered([spool.oldest(1)[0][0]]) == 1
     assert bodies(spool) == bodies(new_spool(tmp_path)) == [b"2"]
     assert spool.count == 1
 
@@ -73,12 +74,27 @@ def test_full_spool_drops_the_oldest_and_counts_them(tmp_path):
 
 
 def test_old_reports_go_when_they_are_over_age(tmp_path):
-    spool = new_spool(tmp_path, max_seconds=86400)
-    push(spool, b"old", now=NOW - 86401)
-    push(spool, b"young", now=NOW - 86000)
-    push(spool, b"new", now=NOW)
-    assert bodies(spool) == [b"young", b"new"]
-    assert spool.dropped == 1
+    """A report every half hour, for a day and a half."""
+    for name, restarts in (("a", False), ("b", True)):
+        spool = new_spool(tmp_path / name, max_seconds=86400)
+        for number in range(72):
+            spool = new_spool(tmp_path / name, max_seconds=86400) if restarts else spool
+            push(spool, b"%d" % number, now=NOW + 1800 * number)
+        assert bodies(spool) == [b"%d" % number for number in range(23, 72)]
+        assert spool.dropped == 23
+
+
+@pytest.mark.parametrize("years", [1, -1, 30, -50])
+def test_clock_that_jumps_and_comes_back_makes_nothing_over_age(tmp_path, years):
+    spool = new_spool(tmp_path, max_seconds=7 * 86400)
+    jump = years * 365 * 86400
+    for number in range(30):
+        wrong = jump if 10 <= number < 20 else 0
+        push(spool, b"%d" % number, now=NOW + 30 * number + wrong)
+        if number in (5, 12, 25):
+            spool = new_spool(tmp_path, max_seconds=7 * 86400)
+    assert bodies(spool) == [b"%d" % number for number in range(30)]
+    assert spool.dropped == 0
 
 
 def test_loss_is_remembered_over_restarts_until_it_was_told(tmp_path):
@@ -86,7 +102,9 @@ def test_loss_is_remembered_over_restarts_until_it_was_told(tmp_path):
     push(spool, b"1", b"2", b"3")
     spool = new_spool(tmp_path, max_bytes=4096)
     assert spool.dropped == 2
-    spool.tell_dropped(spool.dropped_total)
+    spool.delivered([], agent.Message(b"{}", dropped_total=spool.dropped_total))
+    spool.told_total = spool.dropped_total
+    spool.save_losses()
     assert spool.dropped == 0
     push(spool, b"4")
     assert new_spool(tmp_path).dropped == 1
@@ -107,7 +125,59 @@ def test_damaged_file_is_set_aside_and_does_not_block_the_rest(tmp_path):
     first.write_bytes(first.read_bytes()[:10])
     assert bodies(spool) == [b"2"]
     assert spool.count == 1
-    assert [path.name for path in (tmp_path / "rejected").iterdir()] == [first.name]
+    assert [path.name for path in (tmp_path / "rejected").iterdir()] == [f"{first.name}.bad"]
+    assert spool.dropped == 1
+
+
+@pytest.mark.parametrize("harm", ["torn", "folder", "huge", "zeros", "unreadable", "gzip of nothing good"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_bad_file_is_stepped_over_counted_and_blocks_nothing(tmp_path, monkeypatch, harm, place):
+    spool = new_spool(tmp_path, max_bytes=1 << 26)
+    push(spool, b"1", b"2", b"3")
+    number = {"first": 0, "middle": 1, "last": 2}[place]
+    path = sorted((tmp_path / "spool").iterdir())[number]
+    if harm == "torn":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif harm == "folder":
+        path.unlink()
+        path.mkdir()
+    elif harm == "huge":
+        path.write_bytes(os.urandom(1 << 20) * 17)
+    elif harm == "zeros":
+        path.write_bytes(bytes(len(path.read_bytes())))
+    elif harm == "unreadable":  # a dying disk
+        real = agent.read_bytes
+
+        def read_bytes(name, *more, **named):
+            if name == str(path):
+                raise OSError(5, "Input/output error")
+            return real(name, *more, **named)
+
+        monkeypatch.setattr(agent, "read_bytes", read_bytes)
+    else:
+        path.write_bytes(b"\x1f\x8b" + os.urandom(100))
+    good = [body for seq, body in enumerate((b"1", b"2", b"3")) if seq != number]
+    assert spool.newest()[1] == good[-1]
+    assert bodies(spool) == bodies(spool) == good
+    assert (spool.count, spool.dropped) == (2, 1)
+    assert [file.name for file in (tmp_path / "rejected").iterdir()] == [f"{path.name}.bad"]
+
+
+def test_bad_file_on_a_disk_where_nothing_can_be_moved_is_counted_once(tmp_path, monkeypatch):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    sorted((tmp_path / "spool").iterdir())[0].write_bytes(b"x")
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("rename", "unlink", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(agent, "write_file", refuse)
+    assert bodies(spool) == bodies(spool) == [b"2"]
+    assert (spool.count, spool.dropped) == (1, 1)
+    spool.delivered([spool.newest()[0]])  # what cannot be removed is not sent again and again
+    assert bodies(spool) == [] and spool.count == 0
 
 
 def test_rejected_folder_is_bounded(tmp_path, monkeypatch):
@@ -117,6 +187,7 @@ def test_rejected_folder_is_bounded(tmp_path, monkeypatch):
         spool.reject("", b"%d" % number, "test")
     kept = sorted((tmp_path / "rejected").iterdir())
     assert [agent.unpack(path.read_bytes()) for path in kept] == [b"3", b"4", b"5"]
+    assert spool.dropped == new_spool(tmp_path).dropped == 3  # what falls out is lost
 
 
 def test_batch_is_bounded_in_size(tmp_path, monkeypatch):
@@ -165,6 +236,52 @@ def test_disk_that_hangs_costs_the_deadline_once_and_then_nothing(tmp_path, monk
     assert spool.newest()[1] == b"2"
 
 
+def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    spool = new_spool(tmp_path)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    for _ in range(3):
+        with pytest.raises(agent.SourceError, match="No space left"):
+            push(spool, b"1")
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_write_that_ends_after_its_deadline_keeps_the_memory_with_its_report(tmp_path, monkeypatch):
+    spool = new_spool(tmp_path)
+    spool.disk.deadline = 0.1
+    gate, real = threading.Event(), agent.write_file
+    monkeypatch.setattr(agent, "write_file", lambda path, content: gate.wait(10) and real(path, content))
+    message = agent.Message(b"1", memories={"tasks": b'{"offset":5}'})
+    with pytest.raises(agent.SourceError):
+        spool.push(message, NOW)
+    assert not message.file
+    gate.set()
+    wait_for(lambda: (tmp_path / "memory" / "tasks.json").exists())
+    wait_for(lambda: not spool.disk.late[1].empty())
+    spool.push(message, NOW)  # the loop tries again: it is there already
+    assert bodies(spool) == [b"1"] and spool.count == 1
+    assert new_spool(tmp_path).memories.values == {"tasks": {"offset": 5}}
+
+
+def test_report_that_was_delivered_is_not_put_on_disk_any_more(tmp_path):
+    spool = new_spool(tmp_path)
+    message = agent.Message(b"1", memories={"tasks": b"{}"})
+    assert spool.delivered([], message) == 0
+    spool.push(message, NOW)
+    assert bodies(spool) == [] and (tmp_path / "memory" / "tasks.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"dropped_total": "x", "told_total": 1}', "[" * 100_000, "\x00" * 50])
+def test_damaged_count_of_losses_begins_anew(tmp_path, content):
+    push(new_spool(tmp_path), b"1")
+    (tmp_path / "losses.json").write_text(content)
+    spool = new_spool(tmp_path)
+    assert (spool.dropped, bodies(spool)) == (0, [b"1"])
+
+
 def test_full_disk_is_an_error_and_no_loss(tmp_path, monkeypatch):
     def no_space(path, content):
         raise OSError(28, "No space left on device")
@@ -201,20 +318,19 @@ def test_what_push_has_returned_for_survives_sigkill(tmp_path):
 
 
 def test_memory_is_written_when_it_changed_and_read_at_the_next_start(tmp_path):
-    spool = new_spool(tmp_path)
     with registered(pools=("medium", print), tasks=("fast", print)):
-        memories = agent.Memories(str(tmp_path), spool)
+        memories = new_spool(tmp_path).memories
         memories.values["pools"] = {"last_scrub": {"tank": 1}}
         texts = memories.changed(["pools", "tasks"], 0.0)
         assert set(texts) == {"pools"}
         memories.save(texts, 0.0)
         assert memories.changed(["pools"], 1.0) == {}
-        assert agent.Memories(str(tmp_path), spool).values == {"pools": {"last_scrub": {"tank": 1}}}
+        assert new_spool(tmp_path).memories.values == {"pools": {"last_scrub": {"tank": 1}}}
 
 
 def test_memory_of_fast_sections_is_written_seldom_and_that_of_events_always(tmp_path):
     with registered(node=("fast", print), tasks=("fast", print)):
-        memories = agent.Memories(str(tmp_path), new_spool(tmp_path))
+        memories = new_spool(tmp_path).memories
         written = {"node": 0, "tasks": 0}
         for second in range(0, 601, 10):
             memories.values = {"node": {"jiffies": second}, "tasks": {"offset": second}}
@@ -229,7 +345,7 @@ def test_broken_memory_begins_anew(tmp_path, capsys):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "pools.json").write_text("[1, 2")
     (tmp_path / "memory" / "disks.json").write_text(json.dumps({"a": 1}))
-    assert agent.Memories(str(tmp_path), new_spool(tmp_path)).values == {"disks": {"a": 1}}
+    assert new_spool(tmp_path).memories.values == {"disks": {"a": 1}}
     assert "pools.json cannot be used" in capsys.readouterr().err
 
 
@@ -244,13 +360,13 @@ def test_disk_that_cannot_be_used_at_all_does_not_keep_the_agent_from_starting(t
     (tmp_path / "spool").write_text("a file where the folder should be")
     spool = new_spool(tmp_path)
     assert spool.count == 0
-    assert "kept in memory" in capsys.readouterr().out
+    assert "kept in RAM" in capsys.readouterr().out
     with pytest.raises(agent.SourceError):
         push(spool, b"1")
 
 
 def test_memory_that_is_no_json_is_left_out(tmp_path):
     with registered(pools=("medium", print), disks=("slow", print)):
-        memories = agent.Memories(str(tmp_path), new_spool(tmp_path))
+        memories = new_spool(tmp_path).memories
         memories.values = {"pools": {"a": {1, 2}}, "disks": {"a": 1}}
         assert set(memories.changed(["pools", "disks"], 0.0)) == {"disks"}
