@@ -16,6 +16,7 @@ import base64
 import bisect
 import copy
 import csv
+import dataclasses
 import datetime
 import email.message
 import email.utils
@@ -1466,75 +1467,210 @@ def reread(body: bytes) -> dict[str, Any]:
     return read_body(body)
 
 
+@dataclasses.dataclass(slots=True)
 class Alert:
-    """An open alert: pending or firing. It is replaced, not changed."""
+    """An open alert: pending or firing. It is replaced, not changed; the fields are the columns of its table."""
 
-    __slots__ = ("id", "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at",
-                 "resolved_at", "because_of", "acknowledged_at", "acknowledged_by", "acknowledged_until",
-                 "acknowledged_note", "acknowledged_severity", "acknowledged_value", "told")
-
-    def __init__(self, object: str, severity: str, message: str, value: float | None, since: float, **fields: Any):
-        self.object, self.severity, self.message, self.value, self.since = object, severity, message, value, since
-        self.rule: str = fields.get("rule", "")
-        self.state: str = fields.get("state", "pending")
-        self.id: int | None = fields.get("id")
-        self.worse_since: float | None = fields.get("worse_since")  # critical since
-        self.fired_at: float | None = fields.get("fired_at")
-        self.resolved_at: float | None = fields.get("resolved_at")
-        self.because_of: int | None = fields.get("because_of")
-        self.acknowledged_at: float | None = fields.get("acknowledged_at")
-        self.acknowledged_by: str | None = fields.get("acknowledged_by")
-        self.acknowledged_until: float | None = fields.get("acknowledged_until")
-        self.acknowledged_note: str | None = fields.get("acknowledged_note")
-        self.acknowledged_severity: str | None = fields.get("acknowledged_severity")
-        self.acknowledged_value: float | None = fields.get("acknowledged_value")
-        self.told: dict[str, tuple[str, float]] = fields.get("told", {})  # by channel: as how severe, and when
+    rule: str
+    object: str
+    severity: str
+    message: str
+    value: float | None
+    since: float  # when the condition was first seen
+    state: str = "pending"
+    worse_since: float | None = None  # critical since
+    fired_at: float | None = None
+    resolved_at: float | None = None
+    because_of: int | None = None
+    acknowledged_at: float | None = None
+    acknowledged_by: str | None = None
+    acknowledged_until: float | None = None
+    acknowledged_note: str | None = None
+    acknowledged_severity: str | None = None
+    acknowledged_value: float | None = None
+    told: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)  # by channel: as how severe, when
+    id: int | None = None
 
     def changed(self, **fields: Any) -> Alert:
         """A copy with some fields changed; the same alert if nothing does."""
         if all(getattr(self, key) == value for key, value in fields.items()):
             return self
-        new = copy.copy(self)
-        for key, value in fields.items():
-            setattr(new, key, value)
-        return new
+        return dataclasses.replace(self, **fields)
 
 
-class HostState:
-    """All the server knows of one host. The writer changes it; others read: containers are replaced, not changed."""
+ALERT_FIELDS = tuple(field.name for field in dataclasses.fields(Alert))
+
+
+class Memory:
+    """What rules remember of a host across restarts, JSON as {rule: {key: value}}, and its tasks of the last days.
+    Only the judging transaction writes it: pages and the API read."""
+
+    def __init__(self, kept: dict[str, Any] | None = None):
+        self.rules: dict[str, dict[str, Any]] = {}
+        self.tasks: list[Any] = []  # [type, vmid or None, started, ended]: what explains that a guest is down
+        self.changed = False
+        for rule, entries in modern_memory(kept or {}).items():
+            if rule == "tasks":
+                self.tasks = entries
+            elif rule != "shape":
+                self.rules[rule] = entries
+
+    def keys(self, rule: str) -> list[str]:
+        return list(self.rules.get(rule, ()))
+
+    def get(self, rule: str, key: str, default: Any = None) -> Any:
+        return self.rules.get(rule, {}).get(key, default)
+
+    def keep(self, rule: str, key: str, value: Any) -> None:
+        """Keep a value; it is written with the report that brought it."""
+        entries = self.rules.setdefault(rule, {})
+        if key not in entries or entries[key] != value:
+            entries[key] = value
+            self.changed = True
+
+    def drop(self, rule: str, key: str) -> bool:
+        """Forget a value; False if there was none."""
+        if key not in self.rules.get(rule, {}):
+            return False
+        del self.rules[rule][key]
+        self.changed = True
+        return True
+
+    def since(self, rule: str, key: str, now: float, value: Any = True) -> float:
+        """Since when a value has stood, which is now if it is new."""
+        entry = self.get(rule, key)
+        if entry is None or entry[0] != value:
+            entry = [value, now]
+            self.keep(rule, key, entry)
+        return entry[1]
+
+    def grown(self, rule: str, key: str, total: float, now: float, *, from_zero: bool = False) -> Growth:
+        """A counter against its baseline, which is what it was when it was first seen, or 0."""
+        entry = self.get(rule, key)
+        first = 0 if from_zero else total
+        base, last, steps = entry or (first, first, [])
+        if total < last:  # it has begun anew: `zpool clear`, an import, a start of the host
+            base, last, steps = (0, 0, []) if from_zero else (min(base, total), total, steps)
+        if total > last:
+            steps = [*(step for step in steps if step[0] > now - 7 * DAY), [now, total - last]]
+        if entry or total or not from_zero:
+            self.keep(rule, key, [base, total, steps])
+        return Growth(base, total, steps)
+
+    def accept(self, rule: str, key: str) -> bool:
+        """Make what a counter is now its baseline; False if it is not known."""
+        entry = self.get(rule, key)
+        if entry is not None:
+            self.keep(rule, key, [entry[1], entry[1], []])
+        return entry is not None
+
+    def to_json(self) -> str:
+        return json.dumps({"shape": 2, **self.rules, "tasks": self.tasks}, separators=(",", ":"))
+
+
+class Growth(NamedTuple):
+    """A counter: its baseline, its value, and its steps of the last 7 days as [time, how much]."""
+
+    base: float
+    total: float
+    steps: list[list[float]]
+
+    @property
+    def above(self) -> float:
+        return self.total - self.base
+
+    def lately(self, since: float) -> float:
+        return sum(step[1] for step in self.steps if step[0] > since)
+
+
+def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1.0 remembered, in today's shape."""
+    if "shape" in kept:
+        return kept
+    found = dict(kept)
+    for rule in ("reboot-needed", "updates-security", "scrub-age"):
+        found[rule] = {key: [True, at] for key, at in kept.get(rule, {}).items()}
+    for rule in ("smart-growth", "smart-crc"):
+        found[rule] = {f"{disk} {field}": [*pair, []] for disk, fields in kept.get(rule, {}).items()
+                       for field, pair in fields.items() if field}
+    down = kept.get("guest-down", {})
+    found["guest-down"] = {**{f"guests/{vmid}": [RUNNING, 0] for vmid in down.get("up", ())},
+                           **{f"guests/{vmid}": [words, at] for vmid, (at, words) in down.get("down", {}).items()}}
+    found["boot"] = {"": down["boot"]} if "boot" in down else {}
+    oom, dropped = kept.get("oom", {}), kept.get("spool-dropped", {}).get("")
+    found["oom"] = {"": [oom["last"], oom["last"], []]} if "last" in oom else {}
+    found["spool-dropped"] = {"": [0, dropped[0], [dropped[1:]]]} if dropped else {}
+    return found
+
+
+RUNNING = "running"
+
+
+class AlertOwner:
+    """What has alerts: a host, or what hosts share. `alerts`, `memory` and `over` are written by the judging
+    transaction alone; containers are replaced, not changed, so that whoever reads has a whole one."""
+
+    id: int | None = None
+    name: str | None = None
+    site: str | None = None
+    maintenance_until: float | None = None
+
+    def __init__(self) -> None:
+        self.tags: list[str] = []
+        self.alerts: dict[tuple[str, str], Alert] = {}
+        self.memory = Memory()
+        self.over: dict[int, Alert] = {}  # ended alerts, by id, whose end somebody has still to be told
+        self.stumbled: dict[str, float] = {}  # when it was last logged that a rule cannot judge something here
+        self.limits: tuple[Any, dict[str, Any]] | None = None
+        self.sections: dict[str, Section] = {}
+
+    def body(self, section: str, default: Any = None) -> Any:
+        """The latest value of a section."""
+        section_now = self.sections.get(section)
+        value = None if section_now is None else section_now.body
+        return default if value is None else value
+
+    def items(self, section: str) -> list[dict[str, Any]]:
+        """The objects of a section that is a list, or of a list inside a section: 'backups.guests'."""
+        name, _, part = section.partition(".")
+        body = self.body(name)
+        return dicts(body.get(part) if part and isinstance(body, dict) else body)
+
+
+class HostState(AlertOwner):
+    """All the server knows of one host. The writer's transaction changes it; others read."""
+
+    id: int
+    name: str
 
     def __init__(self, record: sqlite3.Row):
-        self.id: int = record["id"]
-        self.sections: dict[str, Section] = {}
-        self.alerts: dict[tuple[str, str], Alert] = {}
-        self.memory: dict[str, Any] = {}  # what rules remember, kept in the database
-        self.memory_changed = False
-        self.scratch: dict[str, Any] = {}  # what they remember until the next start
-        self.over: dict[int, Alert] = {}  # ended alerts, by id, whose end somebody has still to be told
-        self.limits: tuple[Any, dict[str, Any]] | None = None
+        super().__init__()
+        self.id = record["id"]
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
         self.last_seen_at: float | None = record["last_seen_at"]
-        self.generation = 0
+        # What rules know until the next start, written by the judging transaction:
+        self.coverage: tuple[Any, float, list[Coverage]] | None = None  # of its guests by backups; see covered()
+        self.forecasts: dict[str, float] = {}  # days until a pool is full, by object
+        self.failures: dict[str, int] = {}  # of sections that could not be collected: times in a row
+        self.heard = 0  # reports since it was last silent
+        self.skews: tuple[float, ...] = ()  # of its clock in the last live reports
+        self.runs: dict[int, tuple[float, float]] = {}  # of its agent: first and last time
+        self.twice_at: float | None = None  # when two agents were last seen under its name
+        self.past: tuple[HostState, float] | None = None  # a state for late reports, and when it was last used
         self.set_record(record)
 
     def set_record(self, record: sqlite3.Row) -> None:
         """Take over what an administrator may change."""
-        self.name: str = record["name"]
+        self.name = record["name"]
         self.nonce: bytes = record["nonce"]
-        self.site: str | None = record["site"]
-        self.tags: list[str] = json.loads(record["tags"])
+        self.site = record["site"]
+        self.tags = json.loads(record["tags"])
         self.note: str | None = record["note"]
-        self.maintenance_until: float | None = record["maintenance_until"]
+        self.maintenance_until = record["maintenance_until"]
         self.limits = None  # thresholds depend on name and tags
-        self.generation += 1
-
-    def body(self, section: str, default: Any = None) -> Any:
-        """The latest value of a section."""
-        found = self.sections.get(section)
-        return default if found is None or found.body is None else found.body
 
     def has(self, section: str) -> bool:
         """Whether a section has a value."""
@@ -1564,7 +1700,6 @@ class HostState:
             ahead = report["time"] - stamp.received_at
             self.clock_ahead = ahead if ahead > 2 else None
         self.last_seen_at = max(self.last_seen_at or 0.0, stamp.received_at)
-        self.generation += 1
         return changed
 
     def let_go(self, bodies: dict[int, bytes]) -> None:
@@ -1583,26 +1718,48 @@ class HostState:
             kept[name] = [section.stamp and section.stamp.report_id, section.status and section.status.report_id]
         return kept
 
+    def objects(self, each: str) -> list[tuple[str, Any]]:
+        """The objects of a section by name, as rules look at them."""
+        if each == "pool_states":
+            return [(f"pools/{pool['name']}", pool) for pool in pools_now(self)]
+        if each == "failures":
+            errors = {name: self.sections.get(name, NOTHING).error for name in self.failures}
+            return [(f"sections/{name}", {**error, "name": name, "count": self.failures[name]})
+                    for name, error in errors.items() if error]
+        name_of = OBJECT_NAMES.get(each) or (lambda item: item["name"])
+        return [(f"{each}/{name_of(item)}", item) for item in self.items(each)]
+
 
 NOTHING = Section()
 
 
-class Shared:
-    """What has alerts but is no host: clusters, sites, the server itself. To a rule it looks like a host."""
+OBJECT_NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
+    "services": lambda unit: service_name(unit), "certificates": lambda cert: cert.get("file"),
+    "replication": lambda job: job["id"], "storages": lambda storage: storage["storage"],
+    "guests": lambda guest: guest["vmid"],
+}
+
+
+class Shared(AlertOwner):
+    """What has alerts but is no host: clusters, sites, the server itself."""
 
     def __init__(self) -> None:
-        self.id = self.name = self.site = self.maintenance_until = None
-        self.tags: list[str] = []
-        self.alerts: dict[tuple[str, str], Alert] = {}
-        self.memory: dict[str, Any] = {}
-        self.memory_changed = False
-        self.scratch: dict[str, Any] = {"views": {}, "silent": {}, "concerns": {}}
-        self.over: dict[int, Alert] = {}
-        self.limits: tuple[Any, dict[str, Any]] | None = None
-        self.sections: dict[str, Section] = {}
+        super().__init__()
+        self.clusters: list[Cluster] = []
+        self.silent: dict[str, set[int]] = {}  # hosts that fell silent together, by site
+        self.concerns: dict[str, set[int]] = {}  # the hosts of a cluster or site
 
-    def body(self, section: str, default: Any = None) -> Any:
-        return default
+    def objects(self, each: str) -> list[tuple[str, Any]]:
+        """Clusters and sites; a cluster of which nothing fresh is known is there all the same."""
+        if each == "sites":
+            return [(object, (object, hosts)) for object, hosts in self.silent.items()]
+        return [(f"clusters/{cluster.name}", cluster if cluster.views else None) for cluster in self.clusters]
+
+    def hosts_of(self, object: str) -> set[int]:
+        """The hosts that an object of a cluster or a site concerns."""
+        return set().union(*(hosts for about, hosts in self.concerns.items()
+                             if object == about or object.startswith(about + "/")))
 
 
 class Fleet:
@@ -1611,6 +1768,7 @@ class Fleet:
     def __init__(self) -> None:
         self.hosts: dict[int, HostState] = {}
         self.names: dict[str, HostState] = {}  # in lower case
+        self.nodes: dict[str, list[HostState]] = {}  # by the names they may have as nodes of a cluster
         self.generation = 0
         self.hosts_version = 0
         self.lock = threading.Lock()
@@ -1654,7 +1812,12 @@ class Fleet:
             self._take_over(hosts, version)
 
     def _take_over(self, hosts: dict[int, HostState], version: int) -> None:
-        self.hosts, self.names = hosts, {state.name.lower(): state for state in hosts.values()}
+        nodes: dict[str, list[HostState]] = {}
+        for state in hosts.values():
+            for name in node_names(state):
+                nodes.setdefault(name, []).append(state)
+        self.hosts, self.nodes = hosts, nodes
+        self.names = {state.name.lower(): state for state in hosts.values()}
         self.hosts_version = version
         self.generation += 1
 
@@ -1682,6 +1845,35 @@ class Fleet:
             return None
         return max(0.0, now - max(state.last_seen_at, self.serving_since))
 
+    def offline_after(self, state: HostState) -> float:
+        """Seconds of silence after which a host is offline."""
+        limits = self.layers.limits(state, RULE["host-offline"])
+        return min((limit for limit in (limits.warn, limits.crit) if limit is not None), default=OFFLINE_SECONDS)
+
+    def is_offline(self, state: HostState, now: float) -> bool:
+        silent = self.silent_seconds(state, now)
+        return silent is not None and silent >= self.offline_after(state)
+
+    def mates(self, state: HostState) -> list[HostState]:
+        """A host and the others of its cluster that are registered: each names the other as a member, by the name it
+        is registered under, never by one that it gives itself (or by its tag `node:NAME`)."""
+        cluster, own_names, found = state.body("cluster"), node_names(state), [state]
+        for member in member_names(cluster):
+            others = [other for other in self.nodes.get(member, ()) if other is not state
+                      and text(other.body("cluster"), "name") == text(cluster, "name")
+                      and not own_names.isdisjoint(member_names(other.body("cluster")))]
+            if len(others) > 1:  # another site may have a node of this name
+                others = [other for other in others if other.site == state.site]
+            found += [other for other in others if other not in found]
+        return found
+
+    def cluster_of(self, state: HostState) -> list[HostState]:
+        """All hosts of a host's cluster, also those that only others of it name."""
+        found = [state]
+        for host in found:
+            found += [mate for mate in self.mates(host) if mate not in found]
+        return found
+
     def verdict(self, state: HostState, now: float) -> tuple[str, str]:
         """What is to be thought of a host, in a word and a sentence."""
         silent = self.silent_seconds(state, now)
@@ -1689,7 +1881,7 @@ class Fleet:
             return "maintenance", "In maintenance."
         if silent is None:
             return "unknown", "No report has come yet."
-        if silent >= OFFLINE_SECONDS:
+        if silent >= self.offline_after(state):
             return "offline", f"Nothing received for {format_duration(silent)}."
         worst, reason = worst_alert((*state.alerts.values(), *self.concerned.get(state.id, ())))
         if worst == "critical":
@@ -1717,13 +1909,23 @@ def load_alerts(db: sqlite3.Connection, state: HostState | Shared) -> None:
     rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state = 'resolved' AND told <> '{}'",
                       owner)
     state.over = {row["id"]: read_alert(row) for row in rows}
-    memory = db.execute("SELECT memory FROM rule_memory WHERE host_id = :id", {"id": state.id or 0}).fetchone()
-    state.memory = json.loads(memory[0]) if memory else {}
+    memory = db.execute("SELECT memory FROM rule_memory WHERE host_id = :id", owner).fetchone()
+    state.memory = Memory(json.loads(memory[0]) if memory else None)
 
 
 def read_alert(row: sqlite3.Row) -> Alert:
     told = {channel: (severity, at) for channel, (severity, at) in json.loads(row["told"]).items()}
-    return Alert(**{**{key: row[key] for key in Alert.__slots__}, "told": told})
+    return Alert(**{**{key: row[key] for key in ALERT_FIELDS}, "told": told})
+
+
+def node_names(state: HostState) -> set[str]:
+    """The names a host may have as a member of a cluster, which an administrator gave it."""
+    return {state.name.lower(), *(tag[5:].lower() for tag in state.tags if tag.lower().startswith("node:"))}
+
+
+def member_names(cluster: Any) -> set[str]:
+    members = cluster.get("members") if isinstance(cluster, dict) else None
+    return {name.lower() for member in dicts(members) if (name := text(member, "name"))}
 
 
 def worst_alert(alerts: Iterable[Alert]) -> tuple[str | None, str]:
@@ -1992,7 +2194,7 @@ def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: 
     changed = state.apply(report, stamp)
     absorb_tasks(state, report.get("tasks"), stamp.time)
     if newest:
-        state.scratch["heard"] = state.scratch.get("heard", 0) + 1
+        state.heard += 1
     if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
         judge_backlog(db, fleet, state, report, stamp)
     return set(changed)
@@ -2657,38 +2859,49 @@ def config_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, 
 
 # --- rules: what is wrong, from when on, and until when ---
 #
-# A rule is a row of RULES. Its reader looks at the latest state of a host and yields what is not well and what is
-# not known; of numbers it yields every one, so that what fires can clear lower than it fired. What a reader does
-# not yield is well, or gone.
+# A rule looks at one object of a host and says what is wrong with it: critical("…"), warning("…"), info("…"), or
+# measured(number), which is held against the rule's thresholds. None = it is well; UNKNOWN = it cannot be told, which
+# ends nothing and alarms nobody. Where a field, thresholds and a sentence are all there is, the rule is a row().
 
-CLOCK, SHARED, AGENT = "(clock)", "(shared)", "(agent)"  # as a Rule's section: by the job, or with every report
-UNKNOWN = "unknown"  # as a Reading's severity: resolves nothing, alarms nobody
-BY_LEVEL = ""  # as a Reading's severity: the value is held against the rule's thresholds
+CLOCK, SHARED, AGENT = "(clock)", "(shared)", "(agent)"  # as what a rule is judged on: the job, or every report
 
 
 class Reading(NamedTuple):
-    """What a rule reads of an object: a number for its thresholds, or a severity of its own."""
+    """What a rule says of an object: a severity, or with severity LEVEL a value for the thresholds."""
 
-    object: str
-    value: float | None
-    says: str | Callable[[], str]  # most readings are fine, and nobody wants their sentence
-    severity: str | None = BY_LEVEL
+    severity: str
+    message: str | Callable[[], str]  # most numbers are fine, and nobody wants their sentence
+    value: float | None = None
+    object: str | None = None  # what it is about, where that is not what the rule looked at
     limits: tuple[float | None, float | None] | None = None  # the object's own thresholds, where nobody set any
 
-    @property
-    def message(self) -> str:
-        return self.says if isinstance(self.says, str) else self.says()
+
+LEVEL = ""
+UNKNOWN = Reading("unknown", "")
+critical, warning, info = (partial(Reading, severity) for severity in SEVERITIES)
+FAULTS = (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError)  # what a strange report causes
+
+
+def measured(value: float | None, message: str | Callable[[], str], **more: Any) -> Reading:
+    """A number for the rule's thresholds; unknown stays unknown."""
+    return UNKNOWN if value is None else Reading(LEVEL, message, value, **more)
+
+
+Found = Reading | Iterable[Reading] | None
+Judge = Callable[..., Found]
 
 
 class Rule(NamedTuple):
-    """One row: what it looks at and when it comes, how it is judged, what to tell."""
+    """One rule: what it looks at and when, how it is judged, what to tell."""
 
     name: str
-    of: str  # kind of object
-    section: str  # judged when this section comes
-    read: Callable[[HostState, Fleet, float], Iterable[Reading]] | None
+    read: Callable[[Any, Any, Fleet, float], Found]
     why: str
     todo: str
+    each: str = ""  # the section whose objects it looks at, one by one; '' = the host as a whole
+    on: tuple[str, ...] = ()  # judged when one of these sections comes
+    of: str = ""  # kind of object
+    reads: str = ""  # the fields it reads, as section.field
     warn: float | None = None
     crit: float | None = None
     clear_by: float = 0.0  # fires at the threshold, clears this much on the good side of it
@@ -2696,16 +2909,58 @@ class Rule(NamedTuple):
     hold: float = 0.0  # seconds before it fires
     hold_crit: float | None = None  # before it is critical, where that is another time
     low: bool = False  # low numbers are the bad ones
+    by_number: bool = False  # says nothing but numbers of the report: works on points of the past too
     data_risk: bool = False  # said again each day until somebody acknowledges it
     worse: int = 0  # an acknowledgement ends when the value rises (1) or falls (-1)
     always: bool = False  # judged also on values older than 10 minutes: about what does not change by the minute
+    tidy: bool = False  # what it remembers of an object goes with the object
     accept: Callable[[HostState, str], bool] | None = None  # take the present value as normal
 
 
-    @property
-    def by_number(self) -> bool:
-        """Whether it holds a number against thresholds."""
-        return self.warn is not None or self.name == "disk-temperature"
+RULE: dict[str, Rule] = {}
+KINDS_OF = {"pools": "pool", "pool_states": "pool", "datasets": "dataset", "snapshots": "snapshots", "disks": "disk",
+            "storages": "storage", "guests": "guest", "certificates": "certificate", "replication": "replication",
+            "services": "service", "clusters": "cluster", "sites": "site", "failures": "section"}
+
+
+def rule(name: str, **fields: Any) -> Callable[[Judge], Judge]:
+    """Make the function below a rule. It gets the object, and of `host`, `fleet`, `now` what it names."""
+
+    def register(function: Judge) -> Judge:
+        wanted = function.__code__.co_varnames[:function.__code__.co_argcount]
+        add_rule(name, CALLS[wanted[1:]](function), **fields)
+        return function
+
+    return register
+
+
+CALLS: dict[tuple[str, ...], Callable[[Judge], Callable[[Any, Any, Fleet, float], Found]]] = {
+    (): lambda f: lambda item, host, fleet, now: f(item),
+    ("host",): lambda f: lambda item, host, fleet, now: f(item, host),
+    ("now",): lambda f: lambda item, host, fleet, now: f(item, now),
+    ("host", "now"): lambda f: lambda item, host, fleet, now: f(item, host, now),
+    ("fleet", "now"): lambda f: lambda item, host, fleet, now: f(item, fleet, now),
+    ("host", "fleet"): lambda f: lambda item, host, fleet, now: f(item, host, fleet),
+    ("host", "fleet", "now"): lambda f: lambda item, host, fleet, now: f(item, host, fleet, now),
+}
+
+
+def row(name: str, *, reads: str, says: str, own: Callable[[Any], tuple[float, float] | None] = lambda item: None,
+        **fields: Any) -> None:
+    """A rule that holds one number against thresholds, an object's `own` ones if it has some. The sentence `says` it
+    with {value} and the object's fields."""
+
+    def read(item: Any, host: Any, fleet: Fleet, now: float) -> Found:
+        value = number(item, reads)
+        return measured(value, lambda: says.format_map({**item, "value": value}), limits=own(item))
+
+    add_rule(name, read, reads=f"{fields.get('each') or fields['on']}.{reads}", by_number=True, **fields)
+
+
+def add_rule(name: str, read: Callable[[Any, Any, Fleet, float], Found], *, each: str = "", on: str = "",
+             of: str = "", **fields: Any) -> None:
+    sections = tuple(on.split()) or (each,)
+    RULE[name] = Rule(name, read, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
 
 
 class Limits(NamedTuple):
@@ -2722,58 +2977,55 @@ class Limits(NamedTuple):
     worse: int
     layer: str
 
+    def level(self, value: float, current: str | None) -> str | None:
+        """Severity of a number; what is reached (`current`) clears on the good side of its threshold."""
+        for severity, threshold in (("critical", self.crit), ("warning", self.warn)):
+            if threshold is None:
+                continue
+            held = current == "critical" or current == severity
+            bound = threshold
+            if held:
+                bound = threshold * self.clear_part + (self.clear_by if self.low else -self.clear_by)
+            if bound != threshold:
+                bad = value < bound - 1e-9 if self.low else value > bound + 1e-9
+            else:
+                bad = value < threshold if self.low else value >= threshold
+            if bad:
+                return severity
+        return None
 
-def level(value: float, limits: Limits, current: str | None) -> str | None:
-    """Severity of a number against its thresholds; what is reached clears on the good side of its threshold."""
-    if current is None:
-        return reached(value, limits.crit, limits.warn, limits.low)
-    for severity, threshold, held in (("critical", limits.crit, current == "critical"), ("warning", limits.warn, True)):
-        if threshold is None:
-            continue
-        bound = threshold * limits.clear_part + (limits.clear_by if limits.low else -limits.clear_by)
-        if held and bound != threshold:
-            bad = value < bound - 1e-9 if limits.low else value > bound + 1e-9
-        else:
-            bad = value < threshold if limits.low else value >= threshold
-        if bad:
-            return severity
-    return None
-
-
-def reached(value: float, crit: float | None, warn: float | None, low: bool) -> str | None:
-    """Severity of a number that was fine before."""
-    if crit is not None and (value < crit if low else value >= crit):
-        return "critical"
-    if warn is not None and (value < warn if low else value >= warn):
-        return "warning"
-    return None
-
-
-def evaluate(limits: Limits, alert: Alert | None, reading: Reading, now: float) -> Alert | None:
-    """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
-    severity = reading.severity
-    if severity == BY_LEVEL:
-        reached = None  # before it fires, each look counts by itself: the hold starts anew
+    def severity(self, reading: Reading, alert: Alert | None = None) -> str | None:
+        """Severity of a reading: 'unknown', or None if it is well. Before an alert fires, each look counts by
+        itself: the hold starts anew."""
+        if reading.severity != LEVEL:
+            return reading.severity
+        current = None
         if alert is not None and alert.state == "firing":
-            reached = "critical" if alert.worse_since is not None else alert.severity
-        severity = UNKNOWN if reading.value is None else level(reading.value, limits, reached)
-    if severity == UNKNOWN:
+            current = "critical" if alert.worse_since is not None else alert.severity
+        return self.level(reading.value or 0.0, current)
+
+
+def evaluate(limits: Limits, alert: Alert | None, rule: Rule, object: str, reading: Reading | None,
+             now: float) -> Alert | None:
+    """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
+    severity = None if reading is None else limits.severity(reading, alert)
+    if severity is None or reading is None:
+        over = alert is not None and alert.state == "firing"
+        return alert.changed(state="resolved", resolved_at=now) if alert and over else None
+    if severity == UNKNOWN.severity:
         return alert
-    if severity is None:
-        if alert is None or alert.state == "pending":
-            return None
-        return alert.changed(state="resolved", resolved_at=now)
+    message = reading.message if isinstance(reading.message, str) else reading.message()
     since = alert.since if alert else now
     worse_since = None
     if severity == "critical":
         worse_since = alert.worse_since if alert and alert.worse_since is not None else now
-    hold = limits.hold_crit if severity == "critical" else limits.hold
-    ripe = now - (since if worse_since is None else worse_since) >= hold
+    ripe = now - (since if worse_since is None else worse_since) >= (
+        limits.hold_crit if severity == "critical" else limits.hold)
     fires = (alert is not None and alert.state == "firing") or ripe or now - since >= limits.hold
     if severity == "critical" and fires and not ripe and limits.warn is not None:
         severity = "warning"  # bad enough for long enough, but critical only for a moment so far
-    old = alert or Alert(reading.object, severity, reading.message, reading.value, now)
-    new = old.changed(severity=severity, message=reading.message, value=reading.value, worse_since=worse_since,
+    old = alert or Alert(rule.name, object, severity, message, reading.value, now)
+    new = old.changed(severity=severity, message=message, value=reading.value, worse_since=worse_since,
                       state="firing" if fires else "pending", fired_at=old.fired_at or (now if fires else None))
     if new.acknowledged_at is not None and is_worse(new, limits):
         told = {channel: ("", at) for channel, (_, at) in new.told.items()}  # of it, but of nothing as bad as this
@@ -2794,138 +3046,130 @@ def is_worse(alert: Alert, limits: Limits) -> bool:
     return (alert.value - alert.acknowledged_value) * limits.worse > 0
 
 
-def judge(state: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> list[tuple[Alert | None, Alert | None]]:
-    """Run rules over a state; gives back what changed as pairs of old and new alert. `state.alerts` is replaced."""
-    changes: list[tuple[Alert | None, Alert | None]] = []
-    alerts, layers = state.alerts, fleet.layers
-    open_rules = {name for name, _ in alerts}
-    looked: dict[tuple[str, bool], str | None] = {}
-    for rule in rules:
-        limits = layers.limits(state, rule)
-        known: str | None = "absent"  # of a rule that is switched off nothing is left
-        if limits.enabled and rule.read is not None:
-            section = rule.section, rule.always
-            if section not in looked:
-                looked[section] = knows(state, rule, now)
-            known = looked[section]
-            if known is None:
-                continue
-        mine: list[tuple[Alert | None, Alert | None]] = []
-        try:
-            readings = () if known == "absent" or rule.read is None else rule.read(state, fleet, now)
-            if rule.name not in open_rules and not layers.has_objects:
-                readings = [one for one in readings if is_bad(one, limits)]
-                if not readings:  # most end here: nothing is open, and nothing is wrong
-                    continue
-            alerts = judge_rule(state, rule, limits, readings, alerts, known == "partly", fleet, now, mine)
-            changes += mine
-        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
-            log(  # a report can hold anything: one rule that stumbles over it must not stop the others, nor the ingest
-                f"rules: {rule.name} cannot judge {state.name}: {type(error).__name__}: {error}")
-    if alerts is not state.alerts:
-        state.alerts = alerts
-    return changes
-
-
-def is_bad(reading: Reading, limits: Limits) -> bool:
-    """Whether a reading opens an alert where none is open."""
-    _, value, _, severity, own = reading
-    if severity != BY_LEVEL:
-        return severity is not None and severity != UNKNOWN
-    if value is None:
-        return False
-    warn, crit = own if own is not None and not limits.layer else (limits.warn, limits.crit)
-    return reached(value, crit, warn, limits.low) is not None
-
-
+Changes = list[tuple[Alert | None, Alert | None]]  # old and new alert; None = not there
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 
-def knows(state: Any, rule: Rule, now: float) -> str | None:
-    """Whether the section a rule reads is there: 'whole', 'partly', 'absent', or None for not known."""
-    if rule.section in (CLOCK, SHARED, AGENT):
-        return "whole"
-    section = state.sections.get(rule.section, NOTHING)
-    if section.absent:
-        return "absent"
-    if section.stamp is None or (not rule.always and now - section.time > JUDGED_WITHIN):
-        return None
-    if section.error is None:
-        return "whole"
-    return "partly" if section.stamp == section.status else None
+def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes:
+    """Run rules over a state; gives back what changed. `host.alerts` is replaced rule by rule: a later rule may look
+    at the alerts of an earlier one."""
+    changes: Changes = []
+    open_alerts: dict[str, dict[str, Alert]] = {}
+    for (name, object), alert in host.alerts.items():
+        open_alerts.setdefault(name, {})[object] = alert
+    for rule in rules:
+        found = list(judge_rule(host, rule, open_alerts.get(rule.name, {}), fleet, now))
+        if found:
+            alerts = dict(host.alerts)
+            for old, new in found:
+                alert = new or old
+                if alert is not None:
+                    alerts.pop((rule.name, alert.object), None)
+                if new is not None and new.state != "resolved":
+                    alerts[rule.name, new.object] = new
+            host.alerts = alerts
+            changes += found
+    return changes
 
 
-def judge_rule(state: Any, rule: Rule, limits: Limits, readings: Iterable[Reading],
-               alerts: dict[tuple[str, str], Alert], partly: bool, fleet: Fleet, now: float,
-               changes: list[tuple[Alert | None, Alert | None]]) -> dict[tuple[str, str], Alert]:
-    """One rule over what it reads; gives back the alerts, a new dict if anything changed."""
-    name, seen, before = rule.name, set(), alerts
-    special = fleet.layers.has_objects
-    for reading in readings:
-        key = name, reading.object
-        old = alerts.get(key)
-        own = (fleet.layers.object_limits(state, rule, reading.object) if special else None) or limits
-        if old is None and not is_bad(reading, own):
+def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Fleet,
+               now: float) -> Iterator[tuple[Alert | None, Alert | None]]:
+    """One rule over all it looks at; yields the alerts that changed. What was looked at and gave no reading is well;
+    what is not there any more is over, if the section is whole."""
+    limits = fleet.layers.limits(host, rule)
+    known = knows(host, rule, now) if limits.enabled else "absent"  # of a rule that is switched off nothing is left
+    if known is None:
+        return
+    objects = objects_of(host, rule) if known != "absent" else []
+    said: set[str] = set()
+    for object, item in objects:
+        try:
+            found = UNKNOWN if item is None else rule.read(item, host, fleet, now)
+            if found is None:
+                continue
+            for reading in (found,) if isinstance(found, Reading) else list(found):
+                about = object if reading.object is None else reading.object
+                own = limits_for(host, rule, about, reading, limits, fleet)
+                old = open_alerts.get(about)
+                if old is None and own.severity(reading) in NOTHING_OPENS:
+                    continue
+                said.add(about)
+                new = evaluate(own, old, rule, about, reading if own.enabled else None, now)
+                if new is not old:
+                    yield old, new
+        except FAULTS as error:  # a report can hold anything: it costs this object, and no other
+            said.add(object)
+            tell_stumble(host, rule, object, error, now)
+            if not object:
+                return
+    if open_alerts or rule.tidy:
+        looked_at = {object for object, _ in objects}
+        for object, old in open_alerts.items():
+            if not covers(said, object) and (known != "partly" or covers(looked_at, object)):
+                yield old, evaluate(limits, old, rule, object, None, now)
+        for key in host.memory.keys(rule.name) if rule.tidy and known == "whole" else ():
+            if not covers(looked_at, key):
+                host.memory.drop(rule.name, key)
+
+
+def limits_for(host: Any, rule: Rule, object: str, reading: Reading, limits: Limits, fleet: Fleet) -> Limits:
+    """The thresholds for one object: set by somebody, else its own, else the rule's."""
+    if fleet.layers.has_objects:
+        limits = fleet.layers.object_limits(host, rule, object) or limits
+    if reading.limits is not None and not limits.layer:
+        limits = limits._replace(warn=reading.limits[0], crit=reading.limits[1])
+    return limits
+
+
+NOTHING_OPENS = (None, UNKNOWN.severity)
+
+
+def objects_of(host: Any, rule: Rule) -> list[tuple[str, Any]]:
+    """What a rule looks at: the name of each object and what is known of it; None = it is there, and nothing is."""
+    if rule.each:
+        return host.objects(rule.each)
+    return [("", host if rule.on[0] in (CLOCK, SHARED, AGENT) else host.body(rule.on[0], {}))]
+
+
+def covers(objects: Set[str], object: str) -> bool:
+    """Whether an object, or what it is a part of (the pool of a disk), is among some."""
+    while object not in objects:
+        object, slash, _ = object.rpartition("/")
+        if not slash:
+            return object in objects
+    return True
+
+
+def tell_stumble(host: Any, rule: Rule, object: str, error: Exception, now: float) -> None:
+    """A line an hour, not one for each report."""
+    if not 0 <= now - host.stumbled.get(rule.name, -HOUR) < HOUR:
+        host.stumbled[rule.name] = now
+        log(f"rules: {rule.name} cannot judge {object or 'it'} of {host.name}: {type(error).__name__}: {error}")
+
+
+def knows(host: Any, rule: Rule, now: float) -> str | None:
+    """Whether what a rule looks at is there: 'whole', 'partly', 'absent', or None for not known."""
+    best: str | None = "absent"
+    for name in rule.on:
+        if name in (CLOCK, SHARED, AGENT):
+            return "whole"
+        section = host.sections.get(name, NOTHING)
+        if section.absent:
             continue
-        seen.add(reading.object)
-        if reading.limits is not None and not own.layer:
-            own = own._replace(warn=reading.limits[0], crit=reading.limits[1])
-        new = evaluate(own, old, reading, now) if own.enabled else None
-        if new is not old:
-            alerts = with_alert(alerts, before, key, rule, new)
-            changes.append((old, new))
-    if alerts and not partly:
-        for key in [key for key in alerts if key[0] == name and key[1] not in seen]:
-            old = alerts[key]
-            new = evaluate(limits, old, Reading(key[1], None, "", None), now)
-            alerts = with_alert(alerts, before, key, rule, new)
-            changes.append((old, new))
-    return alerts
+        if section.stamp is None or (not rule.always and now - section.time > JUDGED_WITHIN):
+            best = None if best == "absent" else best
+        elif section.error is None:
+            return "whole"
+        elif section.stamp == section.status:
+            best = "partly"
+        else:
+            best = None if best == "absent" else best
+    return best
 
 
-def with_alert(alerts: dict[tuple[str, str], Alert], before: dict[tuple[str, str], Alert], key: tuple[str, str],
-               rule: Rule, new: Alert | None) -> dict[tuple[str, str], Alert]:
-    """The alerts with one changed: readers keep the dict they have."""
-    if alerts is before:
-        alerts = dict(alerts)
-    if new is None or new.state == "resolved":
-        alerts.pop(key, None)
-    else:
-        alerts[key] = new
-    if new is not None:
-        new.rule = rule.name
-    return alerts
-
-
-# What rules remember of a host (state.memory, kept in the database) is JSON: {rule: {object: …}}.
-
-
-def remembered(state: Any, rule: str) -> dict[str, Any]:
-    return state.memory.setdefault(rule, {})
-
-
-def remember(state: Any, memory: dict[str, Any], key: str, value: Any) -> None:
-    """Keep a value; it is written with the report that brought it."""
-    if memory.get(key, NOTHING) != value:
-        memory[key] = value
-        state.memory_changed = True
-
-
-def forget(state: Any, memory: dict[str, Any], key: str) -> None:
-    if memory.pop(key, None) is not None:
-        state.memory_changed = True
-
-
-def forgets(rule: str) -> Callable[[HostState, str], bool]:
-    """An `accept` that drops what a rule remembers of an object."""
-
-    def accept(state: HostState, object: str) -> bool:
-        memory = remembered(state, rule)
-        known = object in memory
-        forget(state, memory, object)
-        return known
-
-    return accept
+def accepts(rule: str, *, counter: bool = False) -> Callable[[HostState, str], bool]:
+    """An `accept` that takes what is now as the baseline, or drops what a rule remembers of an object."""
+    return lambda host, object: (host.memory.accept if counter else host.memory.drop)(rule, object)
 
 
 def percent(part: float) -> str:
@@ -2939,35 +3183,38 @@ def days(seconds: float) -> str:
 # Pools
 
 
-def full_pools(state: Any) -> dict[str, dict[str, Any]]:
-    return {pool["name"]: pool for pool in state.body("pools", ())}
+def pools_now(host: HostState) -> list[dict[str, Any]]:
+    """Every pool with all that is known of it; its state is the newer of the kernel's word and `zpool status`'s."""
+    brief, full = host.sections.get("pool_states", NOTHING), host.sections.get("pools", NOTHING)
+    pools = full_pools(host)
+    if brief.body is None or brief.stamp is None:
+        return list(pools.values())
+    if full.stamp is not None and full.stamp != brief.stamp and full.stamp.newer_than(brief.stamp):
+        return list(pools.values())
+    return [{**pools.get(pool["name"], {}), "name": pool["name"], "state": pool.get("state")} for pool in brief.body]
 
 
-def read_pool_state(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """State of every pool, from the newer of the kernel's word and `zpool status`."""
-    brief, full = state.sections.get("pool_states", NOTHING), state.sections.get("pools", NOTHING)
-    pools = full_pools(state)
-    states = {name: text(pool, "state") for name, pool in pools.items()}
-    if brief.body is not None and brief.stamp is not None:
-        older = full.stamp is not None and full.stamp != brief.stamp and full.stamp.newer_than(brief.stamp)
-        if not older:
-            states = {pool["name"]: text(pool, "state") for pool in brief.body}
-    for name, word in states.items():
-        if word == "ONLINE":
-            continue
-        if word is None or word in ("UNKNOWN", "TRANSITIONING"):  # the latter during import and export
-            yield Reading(f"pools/{name}", None, "", UNKNOWN)
-        else:
-            yield judge_pool(name, word, pools.get(name, {}))
+def full_pools(host: Any) -> dict[str, dict[str, Any]]:
+    return {pool["name"]: pool for pool in host.items("pools")}
 
 
-def judge_pool(name: str, word: str, pool: dict[str, Any]) -> Reading:
+@rule("pool-state", each="pool_states", on="pool_states pools", data_risk=True, worse=-1,
+      reads="pool_states.state pools.state pools.redundancy_margin pools.vdevs.state pools.vdevs.name"
+            " pools.scan.function pools.scan.state pools.scan.progress_ratio",
+      why="A pool that is not ONLINE has lost redundancy, or data.",
+      todo="zpool status -v POOL; replace or bring back the disk that is named.")
+def pool_state(pool: dict[str, Any]) -> Found:
     """A pool that is not ONLINE: what, how far the repair is, and how many more disks it can lose."""
+    word = text(pool, "state")
+    if word in (None, "UNKNOWN", "TRANSITIONING"):  # the latter during import and export
+        return UNKNOWN
+    if word == "ONLINE":
+        return None
     leaves = [vdev for vdev in walk_vdevs(pool.get("vdevs")) if not vdev.get("children")]
     bad = [vdev for vdev in leaves if text(vdev, "state") not in (None, "ONLINE", "AVAIL", "INUSE")]
     margin = number(pool, "redundancy_margin")
-    parts = [f"Pool {name} is {word}"]
-    scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else {}
+    parts = [f"Pool {pool['name']} is {word}"]
+    scan = scan_of(pool)
     if text(scan, "function") == "resilver" and text(scan, "state") == "scanning":
         done = number(scan, "progress_ratio")
         parts.append("resilvering" + ("" if done is None else f" {percent(done)}"))
@@ -2977,36 +3224,44 @@ def judge_pool(name: str, word: str, pool: dict[str, Any]) -> Reading:
     if margin is not None:
         parts.append("data is lost already" if margin < 0 else f"{int(margin)} more disk(s) may fail without loss")
     by_hand = word == "DEGRADED" and bad and all(text(vdev, "state") == "OFFLINE" for vdev in bad)
-    severity = "warning" if by_hand and margin is not None and margin >= 1 else "critical"
-    return Reading(f"pools/{name}", margin, "; ".join(parts) + ".", severity)
+    severe = warning if by_hand and margin is not None and margin >= 1 else critical
+    return severe("; ".join(parts) + ".", margin)
 
 
-def read_pool_vanished(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+def scan_of(pool: dict[str, Any]) -> dict[str, Any]:
+    scan = pool.get("scan")
+    return scan if isinstance(scan, dict) else {}
+
+
+@rule("pool-vanished", on="pool_states", of="pool", data_risk=True, accept=accepts("pool-vanished"),
+      reads="pool_states.name node.boot_id storages.dataset guests.volumes.dataset tasks.type",
+      why="A pool that is not imported is no longer there for its guests.",
+      todo="zpool import; if it was exported on purpose, accept this as normal.")
+def pool_vanished(pools: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
     """Pools that were there and are not. Only an export, a destroy, or a start without an import does that."""
-    memory = remembered(state, "pool-vanished")
-    here = {f"pools/{pool['name']}" for pool in state.body("pool_states", ())}
-    boot = text(state.body("node"), "boot_id")
+    here = {f"pools/{pool['name']}" for pool in pools}
+    boot, memory = text(host.body("node"), "boot_id"), host.memory
     for object in here:
-        if memory.get(object, NOTHING) is NOTHING or memory[object].get("boot") not in (boot, None):
-            remember(state, memory, object, {"boot": boot})
-    for object in [one for one in memory if one not in here]:
+        if memory.get("pool-vanished", object, {}).get("boot", NOTHING) not in (boot, None):
+            memory.keep("pool-vanished", object, {"boot": boot})
+    for object in set(memory.keys("pool-vanished")) - here:
         name = object.partition("/")[2]
-        if any(task[0].startswith("zfs") for task in state.memory.get("tasks", ())):  # zfsremove: PVE destroyed it
-            forget(state, memory, object)
+        if any(task[0].startswith("zfs") for task in memory.tasks):  # zfsremove: PVE destroyed it
+            memory.drop("pool-vanished", object)
             continue
-        same_boot = memory[object].get("boot") == boot
-        if same_boot and state.body("storages") is not None and not uses_pool(state, name):
-            yield Reading(object, None, f"Pool {name} is gone: exported? Nothing in Proxmox uses it.", "info")
+        same_boot = memory.get("pool-vanished", object).get("boot") == boot
+        if same_boot and host.body("storages") is not None and not uses_pool(host, name):
+            yield info(f"Pool {name} is gone: exported? Nothing in Proxmox uses it.", object=object)
         else:
             how = "after the host started" if not same_boot else "though Proxmox needs it"
-            yield Reading(object, None, f"Pool {name} was there and is gone {how}.", "critical")
+            yield critical(f"Pool {name} was there and is gone {how}.", object=object)
 
 
-def uses_pool(state: Any, pool: str) -> bool:
+def uses_pool(host: HostState, pool: str) -> bool:
     """Whether a storage or a guest's volume lies on a pool."""
-    storages = [text(one, "dataset") for one in state.body("storages", ()) if one.get("enabled") not in (False, 0)]
-    volumes = [text(volume, "dataset") for guest in state.body("guests", ())
-               for volume in dicts(guest.get("volumes"))]
+    storages = [storage.get("dataset") for storage in host.items("storages")
+                if storage.get("enabled") not in (False, 0)]
+    volumes = [volume.get("dataset") for guest in host.items("guests") for volume in dicts(guest.get("volumes"))]
     return any(pool_of(dataset) == pool for dataset in storages + volumes)
 
 
@@ -3016,99 +3271,85 @@ def pool_of(dataset: Any) -> str | None:
 
 def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Every leaf that holds data, with the name of the top-level vdev it belongs to; spares are left out."""
-    for top in pool.get("vdevs") or ():
-        if not isinstance(top, dict) or text(top, "class") == "spare":
+    for top in dicts(pool.get("vdevs")):
+        if text(top, "class") == "spare":
             continue
         for vdev in walk_vdevs([top]):
             if not vdev.get("children") and text(vdev, "state") not in ("AVAIL", "INUSE"):
                 yield vdev, str(top.get("name"))
 
 
-def read_vdev_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("vdev-errors", each="pools", of="vdev", data_risk=True, tidy=True, accept=accepts("vdev-errors", counter=True),
+      reads="pools.vdevs.read_errors pools.vdevs.write_errors pools.vdevs.checksum_errors pools.vdevs.class",
+      why="A disk, cable or controller gives errors; ZFS has covered for them so far.",
+      todo="Look at the disk's SMART values and cable; then zpool clear, or accept as normal.")
+def vdev_errors_grown(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Reading]:
     """Errors above the accepted baseline; 10 in 24 h, or two disks of one vdev, are critical."""
-    memory = remembered(state, "vdev-errors")
-    for pool in state.body("pools", ()):
-        found: list[tuple[str, dict[str, Any], str, float, float]] = []
-        for vdev, top in leaves_with_parent(pool):
-            object = f"pools/{pool['name']}/{vdev.get('name')}"
-            total = sum_known(number(vdev, key) for key in VDEV_COUNTERS)
-            if total is None:
-                yield Reading(object, None, "", UNKNOWN)
-                continue
-            grown, lately = grow(state, memory, object, total, now)
-            if grown > 0:
-                found.append((object, vdev, top, grown, lately))
-        tops = [top for _, vdev, top, _, _ in found if vdev.get("name") != top]
-        for object, vdev, top, grown, lately in found:
-            told = ", ".join(f"{int(count)} {key.partition('_')[0]}" for key in VDEV_COUNTERS
-                             if (count := number(vdev, key)))
-            worse = lately >= 10 or tops.count(top) > 1
-            reason = "; another disk of the same vdev has some too" if tops.count(top) > 1 else ""
-            yield Reading(object, grown, f"{vdev.get('name')} in pool {pool['name']} has errors: {told}"
-                          f" ({int(grown)} new){reason}.", "critical" if worse else "warning")
+    found: list[tuple[str, dict[str, Any], str, Growth]] = []
+    for vdev, top in leaves_with_parent(pool):
+        object = f"pools/{pool['name']}/{vdev.get('name')}"
+        total = sum_known(number(vdev, key) for key in VDEV_COUNTERS)
+        if total is None:
+            yield UNKNOWN._replace(object=object)
+            continue
+        growth = host.memory.grown("vdev-errors", object, total, now, from_zero=True)
+        if growth.above > 0:
+            found.append((object, vdev, top, growth))
+    tops = [top for _, vdev, top, _ in found if vdev.get("name") != top]
+    for object, vdev, top, growth in found:
+        counts = ", ".join(f"{int(count)} {key.partition('_')[0]}" for key in VDEV_COUNTERS
+                           if (count := number(vdev, key)))
+        several = tops.count(top) > 1
+        reason = "; another disk of the same vdev has some too" if several else ""
+        severe = critical if several or growth.lately(now - DAY) >= 10 else warning
+        yield severe(f"{vdev.get('name')} in pool {pool['name']} has errors: {counts} ({int(growth.above)} new)"
+                     f"{reason}.", growth.above, object)
 
 
-def grow(state: Any, memory: dict[str, Any], key: str, total: float, now: float) -> tuple[float, float]:
-    """How much a counter stands above its baseline, and how much it grew in 24 h. Entry: [baseline, last, steps]."""
-    entry = memory.get(key)
-    if entry is None and not total:
-        return 0, 0
-    base, last, steps = entry or [0, 0, []]
-    if total < last:
-        base, steps = 0, []  # `zpool clear`, or an import: counted from 0 again
-    if total != last or entry is None:
-        if entry is not None and total > last:
-            steps = [*(step for step in steps if step[0] > now - 7 * DAY), [now, total - last]]
-        remember(state, memory, key, [base, total, steps])
-    return total - base, sum(step[1] for step in steps if step[0] > now - DAY)
+@rule("pool-data-errors", each="pools", data_risk=True, worse=1, reads="pools.data_errors pools.damaged_files",
+      why="Data is damaged and ZFS has no good copy.",
+      todo="zpool status -v names the files: restore them from a backup, then zpool clear and scrub.")
+def pool_data_errors(pool: dict[str, Any]) -> Found:
+    errors = number(pool, "data_errors")
+    if not errors:
+        return UNKNOWN if errors is None else None
+    files = ", ".join(str(file) for file in (pool.get("damaged_files") or ())[:3])
+    return critical(f"Pool {pool['name']} has {int(errors)} permanent data error(s){': ' + files if files else ''}.",
+                    errors)
 
 
-def accept_vdev_errors(state: HostState, object: str) -> bool:
-    memory = remembered(state, "vdev-errors")
-    if object not in memory:
-        return False
-    remember(state, memory, object, [memory[object][1], memory[object][1], []])
-    return True
-
-
-def read_data_errors(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for pool in state.body("pools", ()):
-        errors = number(pool, "data_errors")
-        if errors is None:
-            yield Reading(f"pools/{pool['name']}", None, "", UNKNOWN)
-        elif errors:
-            files = [str(one) for one in pool.get("damaged_files") or ()][:3]
-            yield Reading(f"pools/{pool['name']}", errors, f"Pool {pool['name']} has {int(errors)} permanent data "
-                          f"error(s){': ' + ', '.join(files) if files else ''}.", "critical")
-
-
-def read_pool_capacity(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for pool in state.body("pools", ()):
-        used = number(pool, "capacity_ratio")
-        yield Reading(f"pools/{pool['name']}", used, partial("Pool {} is {:.0%} full.".format, pool["name"], used))
+row("pool-capacity", each="pools", reads="capacity_ratio", says="Pool {name} is {value:.0%} full.",
+    warn=0.80, crit=0.90, clear_by=0.03, hold=15 * MINUTE,
+    why="ZFS slows down when little is free, and a full pool stops its guests.",
+    todo="Delete old snapshots, move guests, or add a vdev.")
 
 
 FORECAST_STEP, FORECAST_SPAN, FORECAST_LEAST = 6 * HOUR, 14 * DAY, 3 * DAY
 
 
-def read_pool_forecast(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("pool-forecast", each="pools", warn=14, crit=3, clear_by=1, low=True, hold=HOUR, tidy=True,
+      reads="pools.usable_used_bytes pools.usable_available_bytes pools.allocated_bytes pools.free_bytes",
+      why="It grows steadily, and a full pool stops its guests.",
+      todo="Find what grows: zfs list -o space; plan disks.")
+def pool_forecast(pool: dict[str, Any], host: HostState, now: float) -> Found:
     """Days until a pool is full, from a straight line through its use of the last 3 to 14 days."""
-    memory = remembered(state, "pool-forecast")
-    for pool in state.body("pools", ()):
-        object = f"pools/{pool['name']}"
-        used, free = pool_space(pool)
-        if used is None or free is None:
-            yield Reading(object, None, "")
-            continue
-        points = memory.get(object, [])
-        if not points or now - points[-1][0] >= FORECAST_STEP:
-            points = [point for point in points if point[0] > now - FORECAST_SPAN] + [[int(now), int(used)]]
-            remember(state, memory, object, points)
-        left = days_until_full(points, used, free, now)
-        if left is not None:
-            yield Reading(object, left, f"Pool {pool['name']} will be full in {left:.0f} days at the present growth.")
-    for object in [one for one in memory if one.partition("/")[2] not in full_pools(state)]:
-        forget(state, memory, object)
+    object, (used, free) = f"pools/{pool['name']}", pool_space(pool)
+    if used is None or free is None:
+        return UNKNOWN
+    points = host.memory.get("pool-forecast", object, [])
+    if not points or now - points[-1][0] >= FORECAST_STEP:
+        points = [point for point in points if point[0] > now - FORECAST_SPAN] + [[int(now), int(used)]]
+        host.memory.keep("pool-forecast", object, points)
+    left = days_until_full(points, used, free, now)
+    forecasts = {known: days for known, days in host.forecasts.items() if known in full_pool_objects(host) - {object}}
+    host.forecasts = forecasts if left is None else {**forecasts, object: left}
+    if left is None:
+        return None
+    return measured(left, f"Pool {pool['name']} will be full in {left:.0f} days at the present growth.")
+
+
+def full_pool_objects(host: HostState) -> set[str]:
+    return {f"pools/{name}" for name in full_pools(host)}
 
 
 def pool_space(pool: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -3142,102 +3383,94 @@ def line_through(points: list[list[float]]) -> tuple[float, float]:
     return (xy / xx, xy * xy / (xx * yy)) if xx and yy else (0.0, 0.0)
 
 
-def worst_days_until_full(state: HostState, now: float) -> float | None:
+def worst_days_until_full(host: HostState) -> float | None:
     """The host table's column: the pool that is full first, if any is filling up steadily."""
-    memory = state.memory.get("pool-forecast", {})
-    found = []
-    for pool in state.body("pools", ()):
-        used, free = pool_space(pool)
-        if used is not None and free is not None:
-            left = days_until_full(memory.get(f"pools/{pool['name']}", []) or [[now, used]], used, free, now)
-            found += [left] if left is not None else []
-    return min(found, default=None)
+    return min(host.forecasts.values(), default=None)
 
 
-def read_dataset_quota(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for dataset in state.body("datasets", ()):
-        pairs = ((number(dataset, "used_bytes"), number(dataset, "quota_bytes")),
-                 (number(dataset, "referenced_bytes"), number(dataset, "refquota_bytes")))
-        full = [part / whole for part, whole in pairs if part is not None and whole]
-        if full:
-            yield Reading(f"datasets/{dataset['name']}", max(full),
-                          f"Dataset {dataset['name']} has used {percent(max(full))} of its quota.")
+@rule("dataset-quota", each="datasets", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE,
+      reads="datasets.used_bytes datasets.quota_bytes datasets.referenced_bytes datasets.refquota_bytes",
+      why="Writes fail when the quota is used up.",
+      todo="Raise the quota or delete something.")
+def dataset_quota(dataset: dict[str, Any]) -> Found:
+    full = [part / whole for part, whole in (
+        (number(dataset, "used_bytes"), number(dataset, "quota_bytes")),
+        (number(dataset, "referenced_bytes"), number(dataset, "refquota_bytes"))) if part is not None and whole]
+    if not full:
+        return None
+    return measured(max(full), f"Dataset {dataset['name']} has used {percent(max(full))} of its quota.")
 
 
-def read_fragmentation(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("pool-fragmentation", each="pools", warn=0.70, clear_by=0.10, hold=DAY,
+      reads="pools.fragmentation_ratio pools.capacity_ratio",
+      why="Little and scattered free space makes writes slow.",
+      todo="Free space below 80 % use.")
+def pool_fragmentation(pool: dict[str, Any]) -> Found:
     """Fragmentation matters once little is free."""
-    for pool in state.body("pools", ()):
-        fragmented, used = number(pool, "fragmentation_ratio"), number(pool, "capacity_ratio")
-        if fragmented is None or used is None:
-            yield Reading(f"pools/{pool['name']}", None, "")
-        elif used > 0.80:
-            yield Reading(f"pools/{pool['name']}", fragmented, f"Pool {pool['name']} is {percent(used)} full and its "
-                          f"free space {percent(fragmented)} fragmented.")
+    fragmented, used = number(pool, "fragmentation_ratio"), number(pool, "capacity_ratio")
+    if fragmented is None or used is None:
+        return UNKNOWN
+    if used <= 0.80:
+        return None
+    return measured(fragmented, f"Pool {pool['name']} is {percent(used)} full and its free space "
+                                f"{percent(fragmented)} fragmented.")
 
 
-def read_scrub_age(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("scrub-age", each="pools", warn=40 * DAY, crit=75 * DAY, tidy=True,
+      reads="pools.last_scrub.ended_at pools.scan.function pools.scan.state",
+      why="Errors that nobody reads are found only by a scrub.",
+      todo="zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.")
+def scrub_age(pool: dict[str, Any], host: HostState, now: float) -> Found:
     """Age of the last scrub; of a pool that never had one, the time since it is known here."""
-    memory = remembered(state, "scrub-age")
-    for pool in state.body("pools", ()):
-        object = f"pools/{pool['name']}"
-        if object not in memory:
-            remember(state, memory, object, now)
-        ended = number(pool.get("last_scrub"), "ended_at")
-        scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else None
-        running = text(scan, "function") == "scrub" and text(scan, "state") == "scanning"
-        if running:
-            continue
-        if ended is not None:
-            yield Reading(object, now - ended, partial("Pool {} was last scrubbed {:.0f} d ago.".format, pool["name"],
-                                                       (now - ended) / DAY))
-        elif scan is None:
-            yield Reading(object, None, "", UNKNOWN)
-        elif now - memory[object] > 40 * DAY:
-            yield Reading(object, now - memory[object], f"Pool {pool['name']} has never been scrubbed.", "warning")
+    known_since = host.memory.since("scrub-age", f"pools/{pool['name']}", now)
+    ended, scan = number(pool.get("last_scrub"), "ended_at"), scan_of(pool)
+    if text(scan, "function") == "scrub" and text(scan, "state") == "scanning":
+        return None
+    if ended is not None:
+        return measured(now - ended, lambda: f"Pool {pool['name']} was last scrubbed {days(now - ended)} ago.")
+    if not scan:
+        return UNKNOWN
+    age = now - known_since
+    return warning(f"Pool {pool['name']} has never been scrubbed.", age) if age > 40 * DAY else None
 
 
-def read_scrub_result(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    memory = remembered(state, "scrub-result")
-    for pool in state.body("pools", ()):
-        last = pool.get("last_scrub")
-        ended, repaired = number(last, "ended_at"), number(last, "repaired_bytes")
-        errors = number(last, "errors")
-        object = f"pools/{pool['name']}"
-        if ended is None or memory.get(object) == ended:
-            continue
-        if errors:
-            yield Reading(object, errors, f"The last scrub of pool {pool['name']} found {int(errors)} error(s) it "
-                          "could not repair.", "critical")
-        elif repaired:
-            yield Reading(object, repaired, f"The last scrub of pool {pool['name']} repaired {int(repaired)} bytes.",
-                          "warning")
+def accept_scrub_result(host: HostState, object: str) -> bool:
+    ended = number(full_pools(host).get(object.partition("/")[2], {}).get("last_scrub"), "ended_at")
+    if ended is not None:
+        host.memory.keep("scrub-result", object, ended)
+    return ended is not None
 
 
-def accept_scrub_result(state: HostState, object: str) -> bool:
-    pool = full_pools(state).get(object.partition("/")[2])
-    ended = number(pool.get("last_scrub"), "ended_at") if pool else None
-    if ended is None:
-        return False
-    remember(state, remembered(state, "scrub-result"), object, ended)
-    return True
+@rule("scrub-result", each="pools", tidy=True, accept=accept_scrub_result,
+      reads="pools.last_scrub.ended_at pools.last_scrub.repaired_bytes pools.last_scrub.errors",
+      why="A disk returned wrong data.",
+      todo="Find the disk with zpool status -v; accept as normal if it was a single event.")
+def scrub_result(pool: dict[str, Any], host: HostState) -> Found:
+    last, name = pool.get("last_scrub"), pool["name"]
+    ended, repaired, errors = number(last, "ended_at"), number(last, "repaired_bytes"), number(last, "errors")
+    if ended is None or host.memory.get("scrub-result", f"pools/{name}") == ended:
+        return None
+    if errors:
+        return critical(f"The last scrub of pool {name} found {int(errors)} error(s) it could not repair.", errors)
+    return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes.", repaired) if repaired else None
 
 
-def read_scrub_stuck(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("scrub-stuck", each="pools", tidy=True, reads="pools.scan.function pools.scan.state pools.scan.progress_ratio",
+      why="A scrub or resilver that stands still protects nothing.",
+      todo="zpool status; a paused scrub goes on with zpool scrub POOL.")
+def scrub_stuck(pool: dict[str, Any], host: HostState, now: float) -> Found:
     """A scrub or resilver that has not moved for 24 h, paused ones too."""
-    memory = remembered(state, "scrub-stuck")
-    for pool in state.body("pools", ()):
-        scan = pool.get("scan") if isinstance(pool.get("scan"), dict) else {}
-        object, done = f"pools/{pool['name']}", number(scan, "progress_ratio")
-        if text(scan, "state") not in ("scanning", "paused") or done is None:
-            if text(scan, "state") is not None:
-                forget(state, memory, object)
-            continue
-        if object not in memory or memory[object][0] != done:
-            remember(state, memory, object, [done, now])
-        elif now - memory[object][1] >= DAY:
-            yield Reading(object, done, f"The {text(scan, 'function')} of pool {pool['name']} stands at "
-                                        f"{percent(done)} "
-                          f"for {format_duration(now - memory[object][1])}.", "warning")
+    scan, object = scan_of(pool), f"pools/{pool['name']}"
+    done, state = number(scan, "progress_ratio"), text(scan, "state")
+    if state not in ("scanning", "paused") or done is None:
+        if state is not None:
+            host.memory.drop("scrub-stuck", object)
+        return None
+    stands = now - host.memory.since("scrub-stuck", object, now, done)
+    if stands < DAY:
+        return None
+    return warning(f"The {text(scan, 'function')} of pool {pool['name']} stands at {percent(done)} for "
+                   f"{format_duration(stands)}.", done)
 
 
 # Snapshots
@@ -3245,76 +3478,86 @@ def read_scrub_stuck(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
 
 SANOID_AGES = {"hourly": (90 * MINUTE, 360 * MINUTE), "daily": (28 * HOUR, 32 * HOUR),
                "monthly": (32 * DAY, 40 * DAY)}  # sanoid.defaults.conf: *_warn, *_crit
-NO_CADENCE = ("pve", "other")  # made by hand, or by who knows what: no interval to hold them to
 
 
-def snapshot_limits(one: dict[str, Any]) -> tuple[float, float] | None:
+def snapshot_class(snapshots: dict[str, Any]) -> str | None:
+    """The class of snapshots, None where no interval can be held to: made by hand, or by who knows what."""
+    name = text(snapshots, "class") or "other"
+    return None if name in ("pve", "other") or name.startswith("__replicate") else name
+
+
+def snapshot_limits(snapshots: dict[str, Any]) -> tuple[float, float] | None:
     """Warning and critical age of a class of snapshots: learned from 5 samples, else by name."""
-    interval, count = number(one, "interval_seconds"), number(one, "count") or 0
+    interval, count = number(snapshots, "interval_seconds"), number(snapshots, "count") or 0
     if interval and count >= 5:
         return 1.5 * interval + 10 * MINUTE, 3 * interval + 10 * MINUTE
-    return next((ages for word, ages in SANOID_AGES.items() if word in (text(one, "class") or "")), None)
+    return next((ages for word, ages in SANOID_AGES.items() if word in (text(snapshots, "class") or "")), None)
 
 
-def read_snapshot_age(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("snapshot-age", each="snapshots", always=True, tidy=True,
+      reads="snapshots.class snapshots.newest_at snapshots.interval_seconds snapshots.count",
+      why="Whoever makes these snapshots has stopped.",
+      todo="systemctl status sanoid.timer (or what makes them).")
+def snapshot_age(snapshots: dict[str, Any], host: HostState, now: float) -> Found:
     """Age of the newest snapshot of each class; classes that were given up long before we looked are left alone."""
-    memory = remembered(state, "snapshot-age")
-    for one in state.body("snapshots", ()):
-        name, newest, limits = text(one, "class") or "other", number(one, "newest_at"), snapshot_limits(one)
-        if name in NO_CADENCE or name.startswith("__replicate") or newest is None or limits is None:
-            continue
-        object, age = f"snapshots/{one['dataset']}@{name}", now - newest
-        if object not in memory:
-            if age > 10 * limits[1]:
-                continue
-            remember(state, memory, object, 1)
-        yield Reading(object, age, f"The newest {name} snapshot of {one['dataset']} is {format_duration(age)} old; "
-                      f"it should be at most {format_duration(limits[0])}.", limits=limits)
+    name, newest, limits = snapshot_class(snapshots), number(snapshots, "newest_at"), snapshot_limits(snapshots)
+    if name is None or newest is None or limits is None:
+        return None
+    object, age = f"snapshots/{snapshots['dataset']}@{name}", now - newest
+    if host.memory.get("snapshot-age", object) is None:
+        if age > 10 * limits[1]:
+            return None
+        host.memory.keep("snapshot-age", object, 1)
+    return measured(age, lambda: f"The newest {name} snapshot of {snapshots['dataset']} is {format_duration(age)} old; "
+                                 f"it should be at most {format_duration(limits[0])}.", limits=limits)
 
 
-def read_snapshot_gone(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("snapshot-gone", on="snapshots", of="snapshots", accept=accepts("snapshot-gone"),
+      reads="snapshots.class snapshots.count datasets.name",
+      why="A kind of snapshot that was always there is not.",
+      todo="If it was given up on purpose, accept this as normal.")
+def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) -> Iterator[Reading]:
     """A class of snapshots that had 5 and has none now, while its dataset is still there: said for a week."""
-    memory = remembered(state, "snapshot-gone")
-    here = {}
-    for one in state.body("snapshots", ()):
-        name = text(one, "class") or "other"
-        if name not in NO_CADENCE and not name.startswith("__replicate"):
-            here[f"snapshots/{one['dataset']}@{name}"] = number(one, "count") or 0
-    for object, count in here.items():
-        if count >= 5 and memory.get(object) != 0:
-            remember(state, memory, object, 0)
-    datasets = {one["name"] for one in state.body("datasets", ())}
-    for object in [one for one in memory if one not in here]:
+    counts = {f"snapshots/{kind['dataset']}@{snapshot_class(kind)}": number(kind, "count") or 0
+              for kind in dicts(classes) if snapshot_class(kind)}
+    for object, count in counts.items():
+        if count >= 5:
+            host.memory.keep("snapshot-gone", object, 0)
+    datasets = {dataset["name"] for dataset in host.items("datasets")}
+    for object in set(host.memory.keys("snapshot-gone")) - counts.keys():
         dataset, _, name = object.partition("/")[2].rpartition("@")
-        if dataset not in datasets or (memory[object] and now - memory[object] > 7 * DAY):
-            forget(state, memory, object)
+        gone_at = host.memory.get("snapshot-gone", object) or now
+        if dataset not in datasets or now - gone_at > 7 * DAY:
+            host.memory.drop("snapshot-gone", object)
             continue
-        if not memory[object]:
-            remember(state, memory, object, now)
-        yield Reading(object, 0, f"Dataset {dataset} has no {name} snapshot any more.", "warning")
+        host.memory.keep("snapshot-gone", object, gone_at)
+        yield warning(f"Dataset {dataset} has no {name} snapshot any more.", 0, object)
 
 
-def read_guest_snapshots(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("guest-snapshot-age", on="snapshots", of="guest", always=True,
+      reads="snapshots.class snapshots.oldest_at datasets.vmid datasets.used_by_snapshots_bytes",
+      why="Forgotten snapshots hold space and grow.",
+      todo="Delete the snapshot if nobody needs it any more.")
+def guest_snapshot_age(classes: list[dict[str, Any]], host: HostState, now: float) -> Found:
     """Snapshots made of guests by hand that are old, or hold much of what is free."""
-    datasets = {one["name"]: one for one in state.body("datasets", ())}
+    datasets = {dataset["name"]: dataset for dataset in host.items("datasets")}
     worst: dict[str, Reading] = {}
-    for one in state.body("snapshots", ()):
-        oldest = number(one, "oldest_at")
-        if text(one, "class") != "pve" or oldest is None or one["dataset"].rpartition("/")[2].startswith("base-"):
+    for kind in dicts(classes):
+        oldest = number(kind, "oldest_at")
+        if text(kind, "class") != "pve" or oldest is None or kind["dataset"].rpartition("/")[2].startswith("base-"):
             continue  # base-…: a template's disk, whose snapshot its clones live on
-        dataset = datasets.get(one["dataset"], {})
+        dataset = datasets.get(kind["dataset"], {})
         vmid = number(dataset, "vmid")
-        object = f"guests/{int(vmid)}" if vmid is not None else f"datasets/{one['dataset']}"
+        object = f"guests/{int(vmid)}" if vmid is not None else f"datasets/{kind['dataset']}"
         age, held = now - oldest, number(dataset, "used_by_snapshots_bytes")
-        free = pool_space(full_pools(state).get(pool_of(one["dataset"]) or "", {}))[1]
+        free = pool_space(full_pools(host).get(pool_of(kind["dataset"]) or "", {}))[1]
         share = held / free if held is not None and free else 0
         if age > 30 * DAY or share > 0.20:
             much = f" and its snapshots hold {percent(share)} of what is free" if share > 0.20 else ""
-            found = Reading(object, age, f"The oldest snapshot of {one['dataset']} is {days(age)} old{much}.",
-                            "warning")
             if object not in worst or (worst[object].value or 0) < age:
-                worst[object] = found
-    yield from worst.values()
+                worst[object] = warning(f"The oldest snapshot of {kind['dataset']} is {days(age)} old{much}.", age,
+                                        object)
+    return worst.values()
 
 
 # Disks
@@ -3326,35 +3569,28 @@ def disk_key(disk: dict[str, Any]) -> str:
 
 
 def disk_called(disk: dict[str, Any]) -> str:
-    model, serial = text(disk, "model"), text(disk, "serial")
-    known = ", ".join(one for one in (model, serial) if one)
+    known = ", ".join(filter(None, (text(disk, "model"), text(disk, "serial"))))
     where = f" of pool {disk['pool']}" if text(disk, "pool") else ""
     return f"Disk {disk['name']}{f' ({known})' if known else ''}{where}"
 
 
-def read_smart_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for disk in state.body("disks", ()):
-        if disk.get("passed") is False:
-            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} says that it is failing (SMART).",
-                          "critical")
-        elif disk.get("passed") is None:
-            yield Reading(f"disks/{disk['name']}", None, "", UNKNOWN)
+@rule("smart-failed", each="disks", data_risk=True, always=True, reads="disks.passed",
+      why="The disk itself expects to fail.",
+      todo="Replace it: zpool replace POOL OLD NEW.")
+def smart_failed(disk: dict[str, Any]) -> Found:
+    if disk.get("passed") is None:
+        return UNKNOWN
+    return critical(f"{disk_called(disk)} says that it is failing (SMART).") if disk["passed"] is False else None
 
 
-def read_smart_warning(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for disk in state.body("disks", ()):
-        bits = number(disk, "critical_warning")
-        if bits:
-            yield Reading(f"disks/{disk['name']}", bits, f"{disk_called(disk)} raises its critical warning "
-                          f"(0x{int(bits):02x}).", "critical")
-        elif bits is None and disk.get("kind") == "nvme":
-            yield Reading(f"disks/{disk['name']}", None, "", UNKNOWN)
-
-
-def read_smart_unknown(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for disk in state.body("disks", ()):
-        if disk.get("passed") is None and not disk.get("standby"):
-            yield Reading(f"disks/{disk['name']}", None, f"{disk_called(disk)} tells nothing about its health.", "info")
+@rule("smart-warning", each="disks", data_risk=True, always=True, reads="disks.critical_warning disks.kind",
+      why="The NVMe controller reports worn-out spare, heat, lost reliability or read-only media.",
+      todo="smartctl -a; replace the disk.")
+def smart_warning(disk: dict[str, Any]) -> Found:
+    bits = number(disk, "critical_warning")
+    if bits:
+        return critical(f"{disk_called(disk)} raises its critical warning (0x{int(bits):02x}).", bits)
+    return UNKNOWN if bits is None and disk.get("kind") == "nvme" else None
 
 
 DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable": "reported uncorrectable errors",
@@ -3362,236 +3598,258 @@ DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable"
           "media_errors": "media errors"}
 
 
-def growth_reader(rule: str, fields: dict[str, str]) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
-    """SMART counts above what they were when the disk was first seen, or accepted. Entry: {field: [base, last]}, and
-    under '' the times of growth."""
-
-    def read(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-        memory = remembered(state, rule)
-        for disk in state.body("disks", ()):
-            key, object = disk_key(disk), f"disks/{disk['name']}"
-            old = memory.get(key)
-            entry: dict[str, Any] = {"": [at for at in (old or {}).get("", ()) if at > now - 7 * DAY]}
-            told = []
-            for field, words in fields.items():
-                count = number(disk, field)
-                if count is None:
-                    if old and field in old:
-                        entry[field] = old[field]
-                    continue
-                base, last = (old or {}).get(field, [count, count])
-                if count > last:
-                    entry[""].append(now)
-                entry[field] = [min(base, count), count]
-                if count > entry[field][0]:
-                    told.append(f"{int(count)} {words} ({int(count - entry[field][0])} more)")
-            if len(entry) == 1 and not old:
-                continue
-            remember(state, memory, key, entry)
-            if told:
-                yield Reading(object, None, f"{disk_called(disk)} has {', '.join(told)}.",
-                              damage_severity(state, rule, disk, entry[""]))
-
-    return read
+def smart_counts(disk: dict[str, Any], host: HostState, rule: str, fields: dict[str, str],
+                 now: float) -> tuple[list[str], set[float], bool]:
+    """Counts above what they were when the disk was first seen, or accepted: in words, when they grew, and whether
+    one that stood above cannot be read now."""
+    words: list[str] = []
+    times: set[float] = set()
+    lost = False
+    for field, noun in fields.items():
+        count, key = number(disk, field), f"{disk_key(disk)} {field}"
+        if count is None:
+            base, total, _ = host.memory.get(rule, key, (0, 0, ()))
+            lost = lost or total > base
+            continue
+        growth = host.memory.grown(rule, key, count, now)
+        times |= {step[0] for step in growth.steps if step[0] > now - 7 * DAY}
+        if growth.above > 0:
+            words.append(f"{int(count)} {noun} ({int(growth.above)} more)")
+    return words, times, lost
 
 
-def damage_severity(state: Any, rule: str, disk: dict[str, Any], grown: list[float]) -> str:
-    """Growth warns; twice within 7 days, or with errors of its vdev, is critical. A cable only ever warns."""
-    if rule == "smart-crc":
-        return "warning"
-    with_errors = any(name == "vdev-errors" and alert.state == "firing" and names_disk(alert.object, disk)
-                      for (name, _), alert in state.alerts.items())
-    return "critical" if len(set(grown)) >= 2 or with_errors else "warning"
-
-
-def names_disk(object: str, disk: dict[str, Any]) -> bool:
-    vdev = object.rpartition("/")[2]
-    return vdev in (disk["name"], text(disk, "by_id"), text(disk, "vdev")) or vdev.startswith(disk["name"])
-
-
-def accept_growth(rule: str) -> Callable[[HostState, str], bool]:
-    def accept(state: HostState, object: str) -> bool:
-        memory = remembered(state, rule)
-        for disk in state.body("disks", ()):
-            if f"disks/{disk['name']}" == object and disk_key(disk) in memory:
-                entry = memory[disk_key(disk)]
-                remember(state, memory, disk_key(disk), {"": [], **{
-                    field: [pair[1], pair[1]] for field, pair in entry.items() if field}})
-                return True
-        return False
+def accepts_counts(rule: str) -> Callable[[HostState, str], bool]:
+    def accept(host: HostState, object: str) -> bool:
+        keys = [f"{disk_key(disk)} " for name, disk in host.objects("disks") if name == object]
+        return sum(host.memory.accept(rule, key) for key in host.memory.keys(rule) if key.startswith(tuple(keys))) > 0
 
     return accept
 
 
-def read_disk_gone(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("smart-growth", each="disks", data_risk=True, always=True, accept=accepts_counts("smart-growth"),
+      reads="disks.reallocated_sectors disks.reported_uncorrectable disks.pending_sectors disks.uncorrectable_errors"
+            " disks.media_errors",
+      why="Damage that grows is the best sign of a disk about to fail.",
+      todo="Order a spare; accept as normal if it stays as it is.")
+def smart_growth(disk: dict[str, Any], host: HostState, now: float) -> Found:
+    """Growth warns; twice within 7 days, or with errors of its vdev, is critical."""
+    words, times, lost = smart_counts(disk, host, "smart-growth", DAMAGE, now)
+    if not words:
+        return UNKNOWN if lost else None
+    with_errors = any(name == "vdev-errors" and alert.state == "firing" and names_disk(alert.object, disk)
+                      for (name, _), alert in host.alerts.items())
+    severe = critical if len(times) >= 2 or with_errors else warning
+    return severe(f"{disk_called(disk)} has {', '.join(words)}.")
+
+
+def names_disk(object: str, disk: dict[str, Any]) -> bool:
+    """Whether a vdev is this disk: by its name, or by a partition of it (sda1, nvme0n1p1, ata-…-part1)."""
+    vdev = object.rpartition("/")[2]
+    names = {disk["name"], text(disk, "by_id"), text(disk, "vdev")} - {None, ""}
+    return vdev in names or re.sub(r"(?<=\d)p\d+$|(?<=[a-z])\d+$|-part\d+$", "", vdev) in names
+
+
+@rule("smart-crc", each="disks", always=True, accept=accepts_counts("smart-crc"), reads="disks.crc_errors",
+      why="Transfer errors: cable, backplane or power, seldom the disk.",
+      todo="Reseat or replace the cable, then accept as normal.")
+def smart_crc(disk: dict[str, Any], host: HostState, now: float) -> Found:
+    words, _, lost = smart_counts(disk, host, "smart-crc", {"crc_errors": "CRC errors"}, now)
+    if not words:
+        return UNKNOWN if lost else None
+    return warning(f"{disk_called(disk)} has {words[0]}.")
+
+
+@rule("smart-unknown", each="disks", always=True, reads="disks.passed disks.standby",
+      why="Behind a RAID controller or USB bridge nobody sees it fail.",
+      todo="Ask the controller's own tool.")
+def smart_unknown(disk: dict[str, Any]) -> Found:
+    if disk.get("passed") is None and not disk.get("standby"):
+        return info(f"{disk_called(disk)} tells nothing about its health.")
+    return None
+
+
+@rule("disk-gone", on="disks", of="disk", data_risk=True, always=True,
+      accept=lambda host, object: sum(host.memory.drop("disk-gone", key) for key in host.memory.keys("disk-gone")
+                                      if f"disks/{host.memory.get('disk-gone', key)[0]}" == object) > 0,
+      reads="disks.name disks.serial disks.wwn disks.pool pools.state pools.vdevs.name pools.vdevs.disk",
+      why="A disk that was there does not answer any more.",
+      todo="Is it plugged in? If it was taken out on purpose, accept this as normal.")
+def disk_gone(disks: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
     """Disks that were there and are not; forgotten once no pool names them and every pool is well."""
-    memory = remembered(state, "disk-gone")
-    here = {}
-    for disk in state.body("disks", ()):
-        here[disk_key(disk)] = [disk["name"], text(disk, "pool"), disk_called(disk)]
-    leaves = {str(vdev.get(key)) for pool in state.body("pools", ()) for vdev, _ in leaves_with_parent(pool)
-              for key in ("name", "disk")}
-    well = state.body("pools") is not None and all(pool.get("state") == "ONLINE" for pool in state.body("pools", ()))
-    for key in [one for one in memory if one not in here]:
-        name, pool, called = memory[key]
+    memory = host.memory
+    here = {disk_key(disk): [disk["name"], text(disk, "pool"), disk_called(disk)] for disk in disks}
+    pools = host.items("pools")
+    leaves = {str(vdev.get(key)) for pool in pools for vdev, _ in leaves_with_parent(pool) for key in ("name", "disk")}
+    well = host.body("pools") is not None and all(pool.get("state") == "ONLINE" for pool in pools)
+    for key in set(memory.keys("disk-gone")) - here.keys():
+        name, pool, called = memory.get("disk-gone", key)
         replaced = any(entry[0] == name for entry in here.values())  # another disk has its place
         if pool and well and (name not in leaves or replaced):
-            forget(state, memory, key)
+            memory.drop("disk-gone", key)
         else:
-            yield Reading(f"disks/{name}", None, f"{called} is gone.", "critical" if pool else "warning")
+            yield (critical if pool else warning)(f"{called} is gone.", object=f"disks/{name}")
     for key, entry in here.items():
-        remember(state, memory, key, entry)
-
-
-def accept_disk_gone(state: HostState, object: str) -> bool:
-    memory = remembered(state, "disk-gone")
-    found = [key for key, entry in memory.items() if f"disks/{entry[0]}" == object]
-    for key in found:
-        forget(state, memory, key)
-    return bool(found)
+        memory.keep("disk-gone", key, entry)
 
 
 HOT = {"hdd": (55.0, 60.0), "ssd": (65.0, 70.0), "nvme": (75.0, 80.0)}
 
-
-def read_disk_temperature(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for disk in state.body("disks", ()):
-        degrees = number(disk, "temperature_celsius")
-        limits = HOT.get(text(disk, "kind") or "", HOT["ssd"])
-        yield Reading(f"disks/{disk['name']}", degrees,
-                      "" if degrees is None else f"{disk_called(disk)} is {degrees:.0f} °C hot.", limits=limits)
-
-
-def read_disk_wear(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for disk in state.body("disks", ()):
-        worn, spare = number(disk, "wear_ratio"), number(disk, "spare_ratio")
-        least = number(disk, "spare_threshold_ratio")
-        if spare is not None and least is not None and spare <= least:
-            yield Reading(f"disks/{disk['name']}", worn, f"{disk_called(disk)} has {percent(spare)} of its spare left, "
-                          f"its own limit is {percent(least)}.", "critical")
-        else:
-            yield Reading(f"disks/{disk['name']}", worn,
-                          "" if worn is None else f"{disk_called(disk)} has used {percent(worn)} of its rated life.")
+@rule("disk-temperature", each="disks", clear_by=5, hold=15 * MINUTE, by_number=True,
+      reads="disks.temperature_celsius disks.kind",
+      why="Heat shortens a disk's life and makes it throttle.",
+      todo="Look at fans, filters and airflow.")
+def disk_temperature(disk: dict[str, Any]) -> Found:
+    degrees = number(disk, "temperature_celsius")
+    return measured(degrees, lambda: f"{disk_called(disk)} is {degrees:.0f} °C hot.",
+                    limits=HOT.get(text(disk, "kind") or "", HOT["ssd"]))
 
 
-def read_wear_forecast(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """Days until a disk's rated life is used up, from one point a day over at least 30 days."""
-    memory = remembered(state, "disk-wear-forecast")
-    for disk in state.body("disks", ()):
-        worn, key = number(disk, "wear_ratio"), disk_key(disk)
-        if worn is None:
-            continue
-        points = memory.get(key, [])
-        if not points or now - points[-1][0] >= 7 * DAY:
-            points = [*points[-25:], [int(now), worn]]
-            remember(state, memory, key, points)
-        if now - points[0][0] < 30 * DAY or worn >= 1:
-            continue
-        slope, _ = line_through([*points, [now, worn]])
-        if slope > 0:
-            left = (1 - worn) / slope
-            yield Reading(f"disks/{disk['name']}", left / DAY, f"{disk_called(disk)} will have used its rated life in "
-                          f"{days(left)} ({percent(worn)} now).")
+@rule("disk-wear", each="disks", warn=0.80, crit=0.95, always=True,
+      reads="disks.wear_ratio disks.spare_ratio disks.spare_threshold_ratio",
+      why="Flash that is used up fails, often at once.",
+      todo="Replace it; in a mirror not both at the same time.")
+def disk_wear(disk: dict[str, Any]) -> Found:
+    worn, spare, least = (number(disk, key) for key in ("wear_ratio", "spare_ratio", "spare_threshold_ratio"))
+    if spare is not None and least is not None and spare <= least:
+        return critical(f"{disk_called(disk)} has {percent(spare)} of its spare left, its own limit is "
+                        f"{percent(least)}.", worn)
+    return measured(worn, lambda: f"{disk_called(disk)} has used {worn:.0%} of its rated life.")
+
+
+@rule("disk-wear-forecast", each="disks", warn=180, clear_by=14, low=True, always=True, reads="disks.wear_ratio",
+      why="Its rated life ends within half a year.",
+      todo="Plan its replacement; look at what writes so much.")
+def disk_wear_forecast(disk: dict[str, Any], host: HostState, now: float) -> Found:
+    """Days until a disk's rated life is used up, from one point a week over at least 30 days."""
+    worn, key = number(disk, "wear_ratio"), disk_key(disk)
+    if worn is None:
+        return None
+    points = host.memory.get("disk-wear-forecast", key, [])
+    if not points or now - points[-1][0] >= 7 * DAY:
+        points = [*points[-25:], [int(now), worn]]
+        host.memory.keep("disk-wear-forecast", key, points)
+    if now - points[0][0] < 30 * DAY or worn >= 1:
+        return None
+    slope, _ = line_through([*points, [now, worn]])
+    left = (1 - worn) / slope if slope > 0 else 0
+    return measured(left / DAY, f"{disk_called(disk)} will have used its rated life in {days(left)} "
+                                f"({percent(worn)} now).") if slope > 0 else None
 
 
 # Host
 
 
-def node_reader(field: str, says: Callable[[float], str]) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
-    """One number of the section `node` against the rule's thresholds."""
+row("cpu", on="node", reads="cpu_ratio", says="CPU is {value:.0%} busy.", warn=0.90, clear_by=0.10, hold=30 * MINUTE,
+    why="Guests wait for CPU time.",
+    todo="See which guests use it; move some.")
+row("memory", on="node", reads="memory_free_ratio", says="{value:.0%} of memory is free or can be freed (ARC counted).",
+    warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE, hold_crit=5 * MINUTE, low=True,
+    why="The kernel will kill processes, guests among them.",
+    todo="Shrink or move guests, or limit the ARC.")
 
-    def read(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-        value = number(state.body("node"), field)
-        yield Reading("", value, "" if value is None else partial(says, value))
 
-    return read
+@rule("oom", on="node", accept=accepts("oom", counter=True), reads="node.oom_kills_total",
+      why="The kernel killed processes to get memory.",
+      todo="journalctl -k -g 'Killed process' shows which.")
+def oom(node: dict[str, Any], host: HostState, now: float) -> Found:
+    """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
+    kills = number(node, "oom_kills_total")
+    if kills is None:
+        return UNKNOWN
+    steps = [step for step in host.memory.grown("oom", "", kills, now).steps if step[0] > now - HOUR]
+    if not steps:
+        return None
+    at, count = steps[-1]
+    hit = [alert.object for (name, _), alert in host.alerts.items()
+           if name == "guest-down" and abs(alert.since - at) <= 2 * MINUTE]
+    more = f"; {', '.join(hit)} went down" if hit else ""
+    return (critical if hit else warning)(f"{int(count)} process(es) were killed because memory ran out{more}.", count)
 
 
-def read_root_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    node = state.body("node")
+row("io-pressure", on="node", reads="pressure_io_full_avg300_ratio",
+    says="All tasks wait for I/O {value:.0%} of the time.", warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE,
+    why="Storage cannot keep up: guests stall.",
+    todo="zpool iostat -v 5; is a disk slow, or a backup or scrub running?")
+row("memory-pressure", on="node", reads="pressure_memory_full_avg300_ratio",
+    says="All tasks wait for memory {value:.0%} of the time.", warn=0.05, crit=0.15, clear_part=0.5, hold=5 * MINUTE,
+    why="The host is thrashing.",
+    todo="Shrink or move guests.")
+
+
+@rule("root-full", on="node", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE, by_number=True,
+      reads="node.root_used_bytes node.root_available_bytes",
+      why="A full root file system stops logs, tasks and pmxcfs.",
+      todo="du -xh --max-depth=2 / | sort -h | tail")
+def root_full(node: dict[str, Any]) -> Found:
     used, free = number(node, "root_used_bytes"), number(node, "root_available_bytes")
     full = None if used is None or free is None else ratio(used, used + free)
-    yield Reading("", full, partial("The root file system is {:.0%} full.".format, full))
+    return measured(full, lambda: f"The root file system is {full:.0%} full.")
 
 
-def read_oom(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
-    memory, kills = remembered(state, "oom"), number(state.body("node"), "oom_kills_total")
-    if kills is None:
-        yield Reading("", None, "", UNKNOWN)
-        return
-    last = memory.get("last")
-    if last is None or kills < last:  # first seen, or the host has started anew
-        remember(state, memory, "last", kills)
-    elif kills > last:
-        remember(state, memory, "last", kills)
-        remember(state, memory, "", [now, kills - last])
-    at, count = memory.get("") or [0, 0]
-    if now - at < HOUR:
-        hit = [alert.object for (name, _), alert in state.alerts.items()
-               if name == "guest-down" and abs(alert.since - at) <= 2 * MINUTE]
-        more = f"; {', '.join(hit)} went down" if hit else ""
-        yield Reading("", count, f"{int(count)} process(es) were killed because memory ran out{more}.",
-                      "critical" if hit else "warning")
-
-
-def read_reboot_needed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    memory, needed = remembered(state, "reboot-needed"), state.body("node", {}).get("reboot_needed")
+@rule("reboot-needed", on="node", warn=30 * DAY, reads="node.reboot_needed",
+      why="Kernel fixes are installed but not running.",
+      todo="Plan a reboot.")
+def reboot_needed(node: dict[str, Any], host: HostState, now: float) -> Found:
+    needed = node.get("reboot_needed")
     if needed is None:
-        yield Reading("", None, "", UNKNOWN)
-    elif not needed:
-        forget(state, memory, "")
-    else:
-        if "" not in memory:
-            remember(state, memory, "", now)
-        yield Reading("", now - memory[""], f"A new kernel waits for a reboot for {days(now - memory[''])}.")
+        return UNKNOWN
+    if not needed:
+        host.memory.drop("reboot-needed", "")
+        return None
+    waits = now - host.memory.since("reboot-needed", "", now)
+    return measured(waits, lambda: f"A new kernel waits for a reboot for {days(waits)}.")
 
 
 # Storages
 
 
-def read_storage_full(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+def thin_limits(storage: dict[str, Any]) -> tuple[float, float] | None:
+    """A full thin pool stops every guest on it."""
+    return (0.80, 0.90) if storage.get("type") == "lvmthin" else None
+
+
+def storage_reading(storage: dict[str, Any], object: str | None = None) -> Reading:
+    used = storage_used_ratio(storage)
+    return measured(used, lambda: f"Storage {storage['storage']} is {used:.0%} full.", object=object,
+                    limits=thin_limits(storage))
+
+
+@rule("storage-full", each="storages", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE, by_number=True,
+      reads="storages.used_bytes storages.total_bytes storages.type storages.shared storages.enabled storages.dataset",
+      why="Guests and backups on it fail when it is full.",
+      todo="Delete old backups or images, or move some.")
+def storage_full(storage: dict[str, Any], host: HostState) -> Found:
     """Use of each storage of this host alone; one on a pool that is full already is told by the pool."""
-    shared_elsewhere = state.body("cluster") is not None
-    for one in state.body("storages", ()):
-        if one.get("enabled") in (False, 0) or (shared_elsewhere and one.get("shared") in (True, 1)):
-            continue
-        dataset = one.get("dataset")
-        if dataset and ("pool-capacity", f"pools/{pool_of(dataset)}") in state.alerts:
-            yield Reading(f"storages/{one['storage']}", None, "", None)
-            continue
-        yield storage_reading(f"storages/{one['storage']}", one)
+    elsewhere = host.body("cluster") is not None and storage.get("shared") in (True, 1)
+    if storage.get("enabled") in (False, 0) or elsewhere:
+        return None
+    if ("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}") in host.alerts:
+        return None
+    return storage_reading(storage)
 
 
-def storage_reading(object: str, one: dict[str, Any]) -> Reading:
-    used = storage_used_ratio(one)
-    thin = (0.80, 0.90) if one.get("type") == "lvmthin" else None  # a full thin pool stops every guest on it
-    return Reading(object, used, partial("Storage {} is {:.0%} full.".format, one["storage"], used), limits=thin)
+row("storage-metadata", each="storages", reads="metadata_used_ratio",
+    says="The metadata of thin pool {storage} is {value:.0%} full.",
+    warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE,
+    why="A thin pool without metadata space goes read-only.",
+    todo="lvextend --poolmetadatasize")
 
 
-def read_thin_metadata(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for one in state.body("storages", ()):
-        used = number(one, "metadata_used_ratio")
-        if used is not None:
-            yield Reading(f"storages/{one['storage']}", used,
-                          f"The metadata of thin pool {one['storage']} is {percent(used)} full.")
-
-
-def read_storage_inactive(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for one in state.body("storages", ()):
-        active = one.get("active")
-        if active or one.get("enabled") in (False, 0):
-            continue
-        object = f"storages/{one['storage']}"
-        if active is None:
-            yield Reading(object, None, "", UNKNOWN)
-            continue
-        users = [guest for guest in state.body("guests", ()) if guest.get("status") == "running" and any(
-            volume.get("storage") == one["storage"] for volume in dicts(guest.get("volumes")))]
-        needed = f"; {len(users)} running guest(s) use it" if users else ""
-        yield Reading(object, None, f"Storage {one['storage']} ({one.get('type') or 'unknown type'}) is not "
-                                    f"active{needed}.",
-                      "critical" if users else "warning")
+@rule("storage-inactive", each="storages", hold=10 * MINUTE,
+      reads="storages.active storages.enabled storages.type guests.status guests.volumes.storage",
+      why="Guests and backups cannot use it.",
+      todo="pvesm status; is the server of it up, is the pool imported?")
+def storage_inactive(storage: dict[str, Any], host: HostState) -> Found:
+    active, name = storage.get("active"), storage["storage"]
+    if active or storage.get("enabled") in (False, 0):
+        return None
+    if active is None:
+        return UNKNOWN
+    users = [guest for guest in host.items("guests") if guest.get("status") == "running" and any(
+        volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
+    needed = f"; {len(users)} running guest(s) use it" if users else ""
+    return (critical if users else warning)(
+        f"Storage {name} ({storage.get('type') or 'unknown type'}) is not active{needed}.")
 
 
 # Guests
@@ -3611,95 +3869,69 @@ BOOT_SECONDS = 10 * MINUTE
 def absorb_tasks(state: HostState, tasks: Any, now: float) -> None:
     """Remember tasks that explain why a guest went down: [type, vmid or None, started, ended]."""
     found = []
-    for task in tasks if isinstance(tasks, list) else ():
+    for task in dicts(tasks):
         kind, ended = text(task, "type") or "", number(task, "ended_at")
         if (kind in STOPPING or kind in RESTARTING or kind.startswith("zfs")) and ended is not None:
             vmid = task.get("vmid")
             found.append([kind, None if vmid in (None, "") else str(vmid), number(task, "started_at") or ended, ended])
     if found:
-        kept = [task for task in state.memory.get("tasks", ()) if task[3] > now - 2 * DAY]
-        state.memory["tasks"] = (kept + found)[-200:]
-        state.memory_changed = True
+        kept = [task for task in state.memory.tasks if task[3] > now - 2 * DAY]
+        state.memory.tasks = (kept + found)[-200:]
+        state.memory.changed = True
 
 
-def read_guest_down(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """Guests that were running and are not, with nothing to explain it; and those that did not start with the host."""
-    memory = remembered(state, "guest-down")
-    up, down = memory.setdefault("up", {}), memory.setdefault("down", {})
-    node = state.body("node")
-    uptime = number(node, "uptime_seconds")
-    starting = uptime is not None and uptime < BOOT_SECONDS
-    booted = after_boot(state, memory, node, uptime)
-    seen = set()
-    for guest in state.body("guests", ()):
-        key, status = str(guest["vmid"]), guest.get("status")
-        seen.add(key)
-        if status == "running":
-            if key not in up:
-                up[key] = 1
-                state.memory_changed = True
-            if key in down:
-                forget(state, down, key)
-        elif status in (None, "unknown") or (starting and status not in BROKEN):
-            yield Reading(f"guests/{key}", None, "", UNKNOWN)
-        elif not guest.get("template"):
-            reading = judge_guest(state, guest, key, status, up, down, booted, now)
-            if reading is not None:
-                yield reading
-    if len(seen) < len(up) + len(down):
-        for memory_of in (up, down):
-            for key in [one for one in memory_of if one not in seen]:
-                forget(state, memory_of, key)
+WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the host and does not run"
 
 
-def after_boot(state: Any, memory: dict[str, Any], node: Any, uptime: float | None) -> bool:
-    """Whether this is the first look at the guests 10 minutes after a start of the host that we witnessed."""
-    boot = text(node, "boot_id")
-    if boot is None or uptime is None or uptime < BOOT_SECONDS or memory.get("boot") == boot:
-        return False
-    remember(state, memory, "boot", boot)
-    return uptime < 2 * HOUR
-
-
-def judge_guest(state: Any, guest: dict[str, Any], key: str, status: str, up: dict[str, Any], down: dict[str, Any],
-                booted: bool, now: float) -> Reading | None:
-    """A guest that does not run: expected, or not?"""
-    object, name = f"guests/{key}", text(guest, "name") or key
-    grave = "critical" if is_ha_managed(guest) or "critical" in tags_of(guest) else "warning"
+@rule("guest-down", each="guests", hold=2 * MINUTE, tidy=True,
+      reads="guests.status guests.template guests.onboot guests.lock guests.ha_state guests.tags guests.name"
+            " node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.started_at tasks.ended_at",
+      why="It was running, and nobody stopped it through Proxmox.",
+      todo="Look at its task log and console; start it.")
+def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
+    """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
+    status, object, vmid = guest.get("status"), f"guests/{guest['vmid']}", str(guest["vmid"])
+    boot, uptime = text(host.body("node"), "boot_id"), number(host.body("node"), "uptime_seconds")
+    if status == RUNNING:
+        host.memory.keep("guest-down", object, [RUNNING, 0, boot])
+        return None
+    if status in (None, "unknown") or (uptime is not None and uptime < BOOT_SECONDS and status not in BROKEN):
+        return UNKNOWN
+    if guest.get("template"):
+        return None
+    severe = critical if is_ha_managed(guest) or "critical" in tags_of(guest) else warning
+    called = f"Guest {vmid} ({text(guest, 'name') or vmid})"
     if status in BROKEN:
-        return Reading(object, None, f"Guest {key} ({name}) is in state {status}.", grave)
+        return severe(f"{called} is in state {status}.")
     if status not in ("stopped", "shutdown"):
         return None  # paused, prelaunch, suspended: somebody's doing
-    if key in up:
-        forget(state, up, key)
-        remember(state, down, key, [now, "was running and stopped"])
-    elif booted and guest.get("onboot") and key not in down:
-        remember(state, down, key, [now, "should start with the host and does not run"])
-    if key not in down:
-        return None
-    since, words = down[key]
-    if text(guest, "ha_state") in HA_STOPPED or explains_stop(state, key, since, now):
-        forget(state, down, key)
-        return None
-    if guest.get("lock") or is_restarting(state, key, now):
-        return Reading(object, None, "", UNKNOWN)
-    return Reading(object, None, f"Guest {key} ({name}) {words}; no task, backup, migration or HA explains it.", grave)
+    words, since, known_boot = host.memory.get("guest-down", object, ("", 0, None))
+    if words == RUNNING:
+        words, since = WAS_RUNNING, now
+    elif not words and guest.get("onboot") and boot != known_boot and uptime is not None and uptime < 2 * HOUR:
+        words, since = NOT_STARTED, now
+    if words and (text(guest, "ha_state") in HA_STOPPED or explains_stop(host, vmid, since, now)):
+        words = ""
+    host.memory.keep("guest-down", object, [words, since, boot])
+    if words and (guest.get("lock") or is_restarting(host, vmid, now)):
+        return UNKNOWN
+    return severe(f"{called} {words}; no task, backup, migration or HA explains it.") if words else None
 
 
-def explains_stop(state: Any, vmid: str, since: float, now: float) -> bool:
+def explains_stop(host: HostState, vmid: str, since: float, now: float) -> bool:
     """A task on the guest, or on all guests, around the time it was seen to have stopped."""
-    uptime = number(state.body("node"), "uptime_seconds")
+    uptime = number(host.body("node"), "uptime_seconds")
     earliest = since - 3 * MINUTE
     if uptime is not None and since - (now - uptime) < 2 * BOOT_SECONDS:
         earliest = min(earliest, now - uptime - 30 * MINUTE)  # stopped for a reboot
-    return any(kind in STOPPING and one in (vmid, None) and ended >= earliest and started <= since + 2 * MINUTE
-               for kind, one, started, ended in state.memory.get("tasks", ()))
+    return any(kind in STOPPING and task_vmid in (vmid, None) and ended >= earliest and started <= since + 2 * MINUTE
+               for kind, task_vmid, started, ended in host.memory.tasks)
 
 
-def is_restarting(state: Any, vmid: str, now: float) -> bool:
+def is_restarting(host: HostState, vmid: str, now: float) -> bool:
     """A backup in mode stop, or a restart, that has only just ended: the guest is given 2 minutes to be back."""
-    return any(kind in RESTARTING and one in (vmid, None) and started <= now <= ended + 2 * MINUTE
-               for kind, one, started, ended in state.memory.get("tasks", ()))
+    return any(kind in RESTARTING and task_vmid in (vmid, None) and started <= now <= ended + 2 * MINUTE
+               for kind, task_vmid, started, ended in host.memory.tasks)
 
 
 def is_ha_managed(guest: dict[str, Any]) -> bool:
@@ -3868,14 +4100,13 @@ class Coverage(NamedTuple):
 BACKUP_GRACE = 6 * HOUR
 
 
-def backup_coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
+def backup_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
     """Every real guest of a host, with the lateness of its backup by the schedule of the jobs that hold it."""
     body = state.body("backups", {})
     jobs = dicts(body.get("jobs"))
     enabled = [job for job in jobs if job.get("enabled") not in (False, 0)]
     offset = local_offset(enabled, now)
     newest = newest_backups(state, fleet)
-    memory = remembered(state, "backup-overdue")
     found = []
     for guest in state.body("guests", ()):
         if guest.get("template"):
@@ -3886,35 +4117,31 @@ def backup_coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
         unsure = body.get("jobs") is None or any(holds is None for _, holds in verdicts)
         covered = True if holding else None if unsure else False
         ok_at = newest.get(vmid)
-        late, twice = lateness(state, memory, guest, holding, ok_at, offset, now, schedules_known=bool(jobs))
+        late, twice = lateness(state, guest, holding, ok_at, offset, now, schedules_known=bool(jobs))
         found.append(Coverage(str(vmid), text(guest, "name") or str(vmid), covered, late, twice, ok_at))
     return found
 
 
-def job_holds(job: dict[str, Any], vmid: int, state: Any) -> bool | None:
+def job_holds(job: dict[str, Any], vmid: int, state: HostState) -> bool | None:
     """Whether a job backs a guest up; None where only PVE knows who is in its pool."""
     node = text(job, "node")
     if node and node.lower() not in (state.name.lower(), (text(state.body("node"), "name") or state.name).lower()):
         return False
-    excluded = [str(one) for one in job.get("exclude") or ()]
-    if str(vmid) in excluded:
+    exclude, guests = job.get("exclude"), job.get("guests")
+    if str(vmid) in [str(excluded) for excluded in exclude if isinstance(exclude, list)] if exclude else False:
         return False
-    guests = job.get("guests")
     if guests == "all":
         return True
     if isinstance(guests, list) and (guests or not text(job, "pool")):
-        return str(vmid) in [str(one) for one in guests]
+        return str(vmid) in [str(held) for held in guests]
     return None if text(job, "pool") else False
 
 
-def newest_backups(state: Any, fleet: Fleet) -> dict[int, float]:
+def newest_backups(state: HostState, fleet: Fleet) -> dict[int, float]:
     """When the newest good backup of each guest began; also as other nodes of the cluster know it (migration)."""
-    cluster = text(state.body("cluster"), "name")
-    states = [state] if cluster is None else [
-        one for one in fleet.hosts.values() if text(one.body("cluster"), "name") == cluster] or [state]
     found: dict[int, float] = {}
-    for one in states:
-        for guest in dicts(one.body("backups", {}).get("guests")):
+    for mate in fleet.mates(state):
+        for guest in mate.items("backups.guests"):
             good = guest.get("newest_ok")
             ended = number(good, "ended_at")
             if ended is not None and is_number(guest.get("vmid")):
@@ -3923,8 +4150,7 @@ def newest_backups(state: Any, fleet: Fleet) -> dict[int, float]:
     return found
 
 
-def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding: list[dict[str, Any]],
-             ok_at: float | None,
+def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, Any]], ok_at: float | None,
              offset: float, now: float, *, schedules_known: bool) -> tuple[float | None, bool]:
     """Seconds since the run that should have been (negative: until it), and whether two have been missed."""
     worst: tuple[float | None, bool] = (None, False)
@@ -3934,10 +4160,8 @@ def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding:
             continue
         start = ok_at
         if start is None:  # never: due at the first run that the guest and the job have both lived to see
-            key = f"{guest['vmid']} {text(job, 'id')}"
-            if key not in memory:
-                remember(state, memory, key, now)
-            start = max(memory[key], number(guest, "created_at") or 0)
+            known_since = state.memory.get("backup-overdue", f"guests/{guest['vmid']}", {}).get(text(job, "id"), now)
+            start = max(known_since, number(guest, "created_at") or 0)
         due = calendar.after(start + offset)
         if due is None:
             continue
@@ -3951,24 +4175,44 @@ def lateness(state: Any, memory: dict[str, Any], guest: dict[str, Any], holding:
     return worst
 
 
-def read_backup_overdue(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for one in coverage(state, fleet, now):
-        if one.late_seconds is not None and one.late_seconds > BACKUP_GRACE:
-            when = "it has none yet"
-            if one.newest_ok_at is not None:
-                when = f"the newest is {format_duration(now - one.newest_ok_at)} old"
-            yield Reading(f"guests/{one.vmid}", one.late_seconds, f"The backup of guest {one.vmid} ({one.name}) is "
-                          f"{format_duration(one.late_seconds)} late; {when}.", "critical" if one.missed_twice
-                          else "warning")
-
-
-def coverage(state: Any, fleet: Fleet, now: float) -> list[Coverage]:
-    """backup_coverage, worked out once for each report that brings something new about it, and each 5 minutes."""
+def coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
+    """backup_coverage as the last judging left it, which is worked out anew for each report that brings something
+    about it, and each 5 minutes."""
+    kept = state.coverage
     mark = state.sections.get("backups", NOTHING).stamp, state.guest_counts[2]
-    kept = state.scratch.get("coverage")
-    if kept is None or kept[0] != mark or not 0 <= now - kept[1] < 6 * MINUTE:  # the next backups come after 5
-        kept = state.scratch["coverage"] = mark, now, backup_coverage(state, fleet, now)
-    return kept[2]
+    fresh = kept is not None and kept[0] == mark and 0 <= now - kept[1] < 6 * MINUTE  # the next backups come after 5
+    return kept[2] if kept is not None and fresh else backup_coverage(state, fleet, now)
+
+
+def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
+    """Work the coverage out, and remember since when a guest without a backup is known in which job."""
+    jobs = [job for job in host.items("backups.jobs") if job.get("enabled") not in (False, 0)]
+    for guest in host.items("guests"):
+        known = host.memory.get("backup-overdue", f"guests/{guest['vmid']}", {})
+        holding = [str(job.get("id")) for job in jobs if job_holds(job, guest["vmid"], host)]
+        host.memory.keep("backup-overdue", f"guests/{guest['vmid']}", {job: known.get(job, now) for job in holding})
+    host.coverage = None
+    found = coverage(host, fleet, now)
+    host.coverage = (host.sections.get("backups", NOTHING).stamp, host.guest_counts[2]), now, found
+    return found
+
+
+@rule("backup-overdue", on="backups", of="guest", data_risk=True, always=True,
+      reads="backups.jobs.enabled backups.jobs.schedule backups.jobs.guests backups.jobs.exclude backups.jobs.pool"
+            " backups.jobs.node backups.guests.newest_ok.ended_at backups.guests.newest_ok.duration_seconds"
+            " backups.jobs.next_run_at guests.created_at guests.template",
+      why="There is no backup as recent as the schedule promises.",
+      todo="Look at the last vzdump task and whether the job runs.")
+def backup_overdue(backups: dict[str, Any], host: HostState, fleet: Fleet,
+                   now: float) -> Iterator[Reading]:
+    for guest in keep_coverage(host, fleet, now):
+        if guest.late_seconds is not None and guest.late_seconds > BACKUP_GRACE:
+            when = "it has none yet"
+            if guest.newest_ok_at is not None:
+                when = f"the newest is {format_duration(now - guest.newest_ok_at)} old"
+            yield (critical if guest.missed_twice else warning)(
+                f"The backup of guest {guest.vmid} ({guest.name}) is {format_duration(guest.late_seconds)} late; "
+                f"{when}.", guest.late_seconds, f"guests/{guest.vmid}")
 
 
 def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
@@ -3976,143 +4220,166 @@ def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
     if not state.has("backups") or not state.has("guests"):
         return None
     try:
-        late = [one.late_seconds for one in coverage(state, fleet, now) if one.late_seconds is not None]
-    except (TypeError, ValueError, AttributeError, KeyError):  # a report may hold anything
+        late = [guest.late_seconds for guest in coverage(state, fleet, now) if guest.late_seconds is not None]
+    except FAULTS:  # a report may hold anything
         return None
     worst = max(late, default=None)
     return worst if worst is None or worst > BACKUP_GRACE else min(worst, 0)
 
 
-def read_backup_failed(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("backup-failed", each="guests", on="backups", data_risk=True, always=True, tidy=True,
+      reads="backups.guests.newest_failed.ended_at backups.guests.newest_failed.error"
+            " backups.guests.newest_ok.ended_at",
+      why="The newest backup of it does not exist.",
+      todo="Read the task log; run the backup by hand.")
+def backup_failed(guest: dict[str, Any], host: HostState) -> Found:
     """The newest run failed; two in a row are critical."""
-    memory = remembered(state, "backup-failed")
-    here = {str(guest["vmid"]): text(guest, "name") for guest in state.body("guests", ()) if not guest.get("template")}
-    for guest in dicts(state.body("backups", {}).get("guests")):
-        vmid = str(guest.get("vmid"))
-        failed, good = number(guest.get("newest_failed"), "ended_at"), number(guest.get("newest_ok"), "ended_at")
-        if vmid not in here or failed is None or (good or 0) >= failed:
-            forget(state, memory, vmid)
-            continue
-        times = [at for at in memory.get(vmid, ()) if at > (good or 0)]
-        if failed not in times:
-            remember(state, memory, vmid, [*times, failed][-5:])
-        count = len(memory[vmid])
-        why = (text(guest["newest_failed"], "error") or "no reason told")[:200]
-        yield Reading(f"guests/{vmid}", count, f"The last {'backup' if count < 2 else f'{count} backups'} of guest "
-                                               f"{vmid} "
-                      f"({here[vmid] or vmid}) failed: {why}", "critical" if count >= 2 else "warning")
+    vmid, object = guest["vmid"], f"guests/{guest['vmid']}"
+    runs = next((runs for runs in host.items("backups.guests") if runs.get("vmid") == vmid), {})
+    failed, good = number(runs.get("newest_failed"), "ended_at"), number(runs.get("newest_ok"), "ended_at") or 0
+    if guest.get("template") or failed is None or good >= failed:
+        host.memory.drop("backup-failed", object)
+        return None
+    times = [at for at in host.memory.get("backup-failed", object, ()) if good < at != failed] + [failed]
+    host.memory.keep("backup-failed", object, times[-5:])
+    why = (text(runs["newest_failed"], "error") or "no reason told")[:200]
+    which = "backup" if len(times) < 2 else f"{len(times)} backups"
+    return (warning if len(times) < 2 else critical)(
+        f"The last {which} of guest {vmid} ({text(guest, 'name') or vmid}) failed: {why}", len(times))
 
 
-def read_backup_missing(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("backup-missing", on="backups", hold=HOUR, always=True,
+      reads="backups.jobs.guests backups.jobs.exclude backups.jobs.pool guests.tags guests.vmid",
+      why="A guest in no job is never backed up.",
+      todo="Add them to a job, or tag them no-backup.")
+def backup_missing(backups: dict[str, Any], host: HostState, fleet: Fleet, now: float) -> Found:
     """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
-    muted = {str(guest["vmid"]) for guest in state.body("guests", ())
-             if {"no-backup", "nobackup"} & set(tags_of(guest))}
-    bare = [one for one in coverage(state, fleet, now) if one.covered is False and one.vmid not in muted
-            and (one.newest_ok_at is None or now - one.newest_ok_at > 8 * DAY)]
-    if bare:
-        shown = ", ".join(f"{one.vmid} ({one.name})" for one in bare[:10])
-        more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
-        yield Reading("", len(bare), f"{len(bare)} guest(s) are in no backup job: {shown}{more}.", "warning")
+    muted = {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
+    bare = [guest for guest in coverage(host, fleet, now) if guest.covered is False and guest.vmid not in muted
+            and (guest.newest_ok_at is None or now - guest.newest_ok_at > 8 * DAY)]
+    if not bare:
+        return None
+    shown = ", ".join(f"{guest.vmid} ({guest.name})" for guest in bare[:10])
+    more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
+    return warning(f"{len(bare)} guest(s) are in no backup job: {shown}{more}.", len(bare))
 
 
 # Upkeep
 
 
-def read_updates_security(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    memory, waiting = remembered(state, "updates-security"), number(state.body("updates"), "security")
-    if waiting is None and number(state.body("updates"), "pending") is not None and "" in memory:
+@rule("updates-security", on="updates", warn=14 * DAY, always=True, reads="updates.security updates.pending",
+      why="Known holes stay open.",
+      todo="apt update && apt dist-upgrade")
+def updates_security(updates: dict[str, Any], host: HostState, now: float) -> Found:
+    waiting = number(updates, "security")
+    if waiting is None and number(updates, "pending") is not None and host.memory.keys("updates-security"):
         waiting = 0  # the list marks security updates here, and marks none any more
     if waiting is None:
-        yield Reading("", None, "", UNKNOWN)
-    elif not waiting:
-        forget(state, memory, "")
-    else:
-        if "" not in memory:
-            remember(state, memory, "", now)
-        yield Reading("", now - memory[""], f"{int(waiting)} security update(s) wait for {days(now - memory[''])}.")
+        return UNKNOWN
+    if not waiting:
+        host.memory.drop("updates-security", "")
+        return None
+    age = now - host.memory.since("updates-security", "", now)
+    return measured(age, f"{int(waiting)} security update(s) wait for {days(age)}.")
 
 
-def read_updates_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    as_of = number(state.body("updates"), "as_of")
-    yield Reading("", None if as_of is None else now - as_of,
-                  "" if as_of is None else f"The list of updates is {days(now - as_of)} old: apt update does not run.")
+@rule("updates-stale", on="updates", warn=7 * DAY, always=True, reads="updates.as_of",
+      why="Without a fresh list nobody knows what is missing.",
+      todo="systemctl status pve-daily-update.timer; check the repositories.")
+def updates_stale(updates: dict[str, Any], now: float) -> Found:
+    as_of = number(updates, "as_of")
+    age = None if as_of is None else now - as_of
+    return measured(age, lambda: f"The list of updates is {days(age or 0)} old: apt update does not run.")
 
 
-def read_certificates(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("certificate", each="certificates", low=True, always=True,
+      reads="certificates.expires_at certificates.issuer certificates.subject certificates.acme",
+      why="When it expires, browsers and other nodes refuse the host.",
+      todo="pvenode acme cert renew, or pvecm updatecerts --force")
+def certificate(cert: dict[str, Any], now: float) -> Found:
     """Time left; PVE renews ACME certificates at 30 d and its own at 14 d, so less means that failed."""
-    for one in state.body("certificates", ()):
-        expires = number(one, "expires_at")
-        issuer, subject = text(one, "issuer") or "", text(one, "subject") or ""
-        acme = one.get("acme")
-        own = bool(issuer) and ("proxmox" in issuer.lower() or "PVE" in issuer or issuer == subject)
-        warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
-        left = None if expires is None else expires - now
-        failed = "; its renewal has failed" if acme or own else ""
-        yield Reading(f"certificates/{one.get('file')}", left,
-                      "" if left is None else certificate_text(one, left, failed),
-                      limits=(warn, 5 * DAY))
+    expires = number(cert, "expires_at")
+    issuer, subject = text(cert, "issuer") or "", text(cert, "subject") or ""
+    own = bool(issuer) and ("proxmox" in issuer.lower() or "PVE" in issuer or issuer == subject)
+    acme = cert.get("acme")
+    warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
+    left = None if expires is None else expires - now
+    failed = "; its renewal has failed" if acme or own else ""
+    return measured(left, lambda: certificate_text(str(cert.get("file")), left or 0, failed), limits=(warn, 5 * DAY))
 
 
-def certificate_text(one: dict[str, Any], left: float, failed: str) -> str:
+def certificate_text(file: str, left: float, failed: str) -> str:
     when = f"expires in {format_duration(left)}" if left > 0 else f"expired {format_duration(-left)} ago"
-    return f"Certificate {one.get('file')} {when}{failed}."
+    return f"Certificate {file} {when}{failed}."
 
 
-def read_clock_skew(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("clock-skew", on=AGENT, warn=30, crit=120, reads="agent.clock_offset time",
+      why="Wrong time breaks the cluster, certificates and logs.",
+      todo="chronyc tracking; systemctl restart chrony")
+def clock_skew(host: HostState) -> Found:
     """How far the clock is off at the least in the last 3 live reports."""
-    skews = state.scratch.get("skews", ())
-    value = min(skews) if len(skews) >= 3 else None
-    yield Reading("", value, lambda: f"The host's clock is {format_duration(value or 0.0)} off the server's.")
+    value = min(host.skews) if len(host.skews) >= 3 else None
+    return measured(value, lambda: f"The host's clock is {format_duration(value or 0.0)} off the server's.")
 
 
-def read_clock_unsynced(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    synchronised = state.body("time_sync", {}).get("synchronised")
+@rule("clock-unsynced", on="time_sync", hold=30 * MINUTE, reads="time_sync.synchronised time_sync.source",
+      why="The clock will drift away.",
+      todo="chronyc sources -v")
+def clock_unsynced(time_sync: dict[str, Any]) -> Found:
+    synchronised = time_sync.get("synchronised")
     if synchronised is None:
-        yield Reading("", None, "", UNKNOWN)
-    elif not synchronised:
-        yield Reading("", None, f"The clock is not synchronised "
-                                f"({text(state.body('time_sync'), 'source') or 'no source'}).",
-                      "warning")
+        return UNKNOWN
+    return None if synchronised else warning(
+        f"The clock is not synchronised ({text(time_sync, 'source') or 'no source'}).")
 
 
 # Replication, HA, services, the agent
 
 
-def read_replication(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    running = {guest.get("vmid") for guest in state.body("guests", ()) if guest.get("status") == "running"}
-    for job in state.body("replication", ()):
-        object, said = f"replication/{job['id']}", f"Replication {job['id']} to {job.get('target')}"
-        if job.get("enabled") in (False, 0):
-            if job.get("vmid") in running:
-                yield Reading(object, None, f"{said} is disabled while its guest runs.", "info")
-            continue
-        fails, last = number(job, "fail_count"), number(job, "last_sync_at")
-        age = now - last if last else None
-        calendar = parse_calendar(text(job, "schedule") or "*/15")
-        interval = None
-        if calendar is not None and (first := calendar.after(now)) is not None:
-            interval = (calendar.after(first) or first + HOUR) - first
-        late = age is not None and interval is not None and age > 3 * interval + 30 * MINUTE
-        if late or (fails or 0) >= 1:
-            why = text(job, "error")
-            shown = "never" if age is None else f"{format_duration(age)} ago"
-            yield Reading(object, fails, f"{said}: {int(fails or 0)} failure(s) in a row, last good sync {shown}"
-                          f"{f': {why[:200]}' if why else ''}.", "critical" if late or (fails or 0) >= 3 else "warning")
-        elif fails is None:
-            yield Reading(object, None, "", UNKNOWN)
+@rule("replication", each="replication",
+      reads="replication.enabled replication.vmid replication.target replication.schedule replication.fail_count"
+            " replication.last_sync_at replication.error guests.status",
+      why="The copy on the other node gets older.",
+      todo="pvesr status; read the job's log in /var/log/pve/replicate.")
+def replication(job: dict[str, Any], host: HostState, now: float) -> Found:
+    said = f"Replication {job['id']} to {job.get('target')}"
+    if job.get("enabled") in (False, 0):
+        running = [guest["vmid"] for guest in host.items("guests") if guest.get("status") == RUNNING]
+        return info(f"{said} is disabled while its guest runs.") if job.get("vmid") in running else None
+    fails, last = number(job, "fail_count"), number(job, "last_sync_at")
+    late = missed_runs(job, host, now) >= 3
+    if not fails and not late:
+        return UNKNOWN if fails is None else None
+    why, shown = text(job, "error"), f"{format_duration(now - last)} ago" if last else "never"
+    return (critical if late or (fails or 0) >= 3 else warning)(
+        f"{said}: {int(fails or 0)} failure(s) in a row, last good sync {shown}{f': {why[:200]}' if why else ''}.",
+        fails)
 
 
-def read_ha_stale(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+def missed_runs(job: dict[str, Any], host: HostState, now: float) -> int:
+    """How many runs of a replication job were due since its last good one, but for the last half hour; at most 3."""
+    last, calendar = number(job, "last_sync_at"), parse_calendar(text(job, "schedule") or "*/15")
+    offset = local_offset([job, *host.items("backups.jobs")], now)
+    due = calendar.after(last + offset) if calendar is not None and last else None
+    missed = 0
+    while calendar is not None and due is not None and missed < 3 and due + 30 * MINUTE < now + offset:
+        missed, due = missed + 1, calendar.after(due)
+    return missed
+
+
+@rule("ha-stale", on="ha", of="service", always=True, reads="ha.services ha.lrm.as_of ha.manager_as_of",
+      why="A dead resource manager lets the watchdog reset the node.",
+      todo="systemctl status pve-ha-lrm pve-ha-crm")
+def ha_stale(ha: dict[str, Any], host: HostState) -> Iterator[Reading]:
     """LRM or CRM without a sign of life, on a host where HA has something to do: an idle one stops writing."""
-    body, section = state.body("ha", {}), state.sections.get("ha", NOTHING)
-    if not body.get("services") or section.stamp is None:
+    section = host.sections["ha"]
+    if not ha.get("services") or section.stamp is None:
         return
-    for part, name, as_of in (("lrm", "local resource", number(body.get("lrm"), "as_of")),
-                              ("manager", "cluster", number(body, "manager_as_of"))):
+    for part, name, as_of in (("lrm", "local resource", number(ha.get("lrm"), "as_of")),
+                              ("manager", "cluster", number(ha, "manager_as_of"))):
         silent = None if as_of is None else section.stamp.time - as_of
         if silent is not None and silent > 2 * MINUTE:
-            yield Reading(f"ha/{part}", silent, f"HA's {name} manager has been silent for {format_duration(silent)}.",
-                          "warning")
+            yield warning(f"HA's {name} manager has been silent for {format_duration(silent)}.", silent, f"ha/{part}")
 
 
 TIME_SERVICES = frozenset(("chrony", "chronyd", "ntpsec", "ntp", "systemd-timesyncd"))
@@ -4122,81 +4389,85 @@ WATCHED_SERVICES = CORE_SERVICES | frozenset((
     "zfs-zed", "zed", "smartmontools", "smartd", "chrony", "chronyd", "rrdcached"))
 
 
-def read_services(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+def service_name(unit: dict[str, Any]) -> str:
+    return (text(unit, "unit") or "").removesuffix(".service")
+
+
+@rule("service-failed", each="services", hold=10 * MINUTE,
+      reads="services.unit services.load services.active services.enabled cluster pool_states",
+      why="What it does is not being done.",
+      todo="systemctl status UNIT; journalctl -u UNIT")
+def service_failed(unit: dict[str, Any], host: HostState) -> Found:
     """Services that Proxmox, ZFS and the clock need: failed, stopped, or disabled."""
-    body = state.body("services")
-    units = body.get("units") or body.get("services") or () if isinstance(body, dict) else body
-    for unit in units or ():
-        name = (text(unit, "unit") or "").removesuffix(".service")
-        if name not in WATCHED_SERVICES or text(unit, "load") in ("not-found", "masked"):
-            continue
-        active, enabled = text(unit, "active"), text(unit, "enabled")
-        if active is None:
-            yield Reading(f"services/{name}", None, "", UNKNOWN)
-        elif active == "failed" or (active == "inactive" and enabled in ("enabled", "disabled") and needs(state, name)):
-            yield Reading(f"services/{name}", None, f"Service {name} is {active}"
-                          f"{' and disabled' if enabled == 'disabled' else ''}.",
-                          "critical" if name in CORE_SERVICES else "warning")
+    name, active, enabled = service_name(unit), text(unit, "active"), text(unit, "enabled")
+    if name not in WATCHED_SERVICES or text(unit, "load") in ("not-found", "masked"):
+        return None
+    if active is None:
+        return UNKNOWN
+    if active != "failed" and not (active == "inactive" and enabled in ("enabled", "disabled") and needs(host, name)):
+        return None
+    severe = critical if name in CORE_SERVICES else warning
+    return severe(f"Service {name} is {active}{' and disabled' if enabled == 'disabled' else ''}.")
 
 
-def needs(state: Any, service: str) -> bool:
+def needs(host: HostState, service: str) -> bool:
     """Whether a service has work on this host at all: corosync only in a cluster, zed only with pools."""
     if service == "corosync":
-        return state.body("cluster") is not None
+        return host.body("cluster") is not None
     if service in TIME_SERVICES:  # one that keeps the time is enough
-        return not any((text(unit, "unit") or "").removesuffix(".service") in TIME_SERVICES
-                       and text(unit, "active") == "active" for unit in dicts(state.body("services")))
+        return not any(service_name(unit) in TIME_SERVICES and text(unit, "active") == "active"
+                       for unit in host.items("services"))
     if service in ("zfs-zed", "zed"):
-        return bool(state.body("pool_states") or state.body("pools"))
+        return bool(host.body("pool_states") or host.body("pools"))
     return service not in ("pve-ha-crm", "pve-ha-lrm", "watchdog-mux", "pve-firewall")
 
 
-def read_mail_queue(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    body = state.body("services")
-    queue_length = number(body, "mail_queue") if isinstance(body, dict) else None
-    oldest = number(body, "mail_oldest_seconds") if isinstance(body, dict) else None
-    if (queue_length or 0) > 20 or (oldest or 0) > 6 * HOUR:
-        yield Reading("", queue_length, f"{int(queue_length or 0)} mails wait to leave the host, the oldest for "
-                      f"{format_duration(oldest or 0)}.", "warning")
+@rule("mail-queue", on="mail_queue", hold=10 * MINUTE,
+      reads="mail_queue.deferred mail_queue.active mail_queue.oldest_at",
+      why="The host's own warnings do not reach anybody.",
+      todo="mailq says why it cannot be delivered; set a relayhost in /etc/postfix/main.cf, then postqueue -f")
+def mail_queue(queue: dict[str, Any], now: float) -> Found:
+    counts = [number(queue, key) for key in ("deferred", "active")]
+    waiting, oldest = sum_known(counts), number(queue, "oldest_at")
+    age = 0 if oldest is None or not waiting else now - oldest
+    if waiting is None:
+        return UNKNOWN
+    if waiting <= 20 and age <= 6 * HOUR:
+        return None
+    return warning(f"{int(waiting)} mails wait to leave the host, the oldest for {format_duration(age)}.", waiting)
 
 
-def read_section_failing(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    """A section that failed in 3 of its ticks in a row."""
-    for name, (_, count) in state.scratch.get("failures", {}).items():
-        error = state.sections.get(name, NOTHING).error
-        if error and count >= 3:
-            yield Reading(f"sections/{name}", count, f"The agent cannot collect '{name}': "
-                          f"{str(error.get('detail') or error.get('code'))[:200]}", "warning")
-        elif error:
-            yield Reading(f"sections/{name}", None, "", UNKNOWN)
+@rule("section-failing", on=AGENT, each="failures", reads="errors",
+      why="This part of the host is not being watched.",
+      todo="proxmox-monitor-agent once --explain shows the command that fails.")
+def section_failing(failure: dict[str, Any]) -> Found:
+    """A section of which nothing could be had in 3 of its ticks in a row."""
+    if failure["count"] < 3:
+        return UNKNOWN
+    reason = str(failure.get("detail") or failure.get("code"))[:200]
+    return warning(f"The agent cannot collect '{failure['name']}': {reason}", failure["count"])
 
 
-def read_spool_dropped(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("spool-dropped", on=AGENT, accept=accepts("spool-dropped", counter=True), reads="agent.dropped",
+      why="History has a hole.",
+      todo="Was the server away for long? Raise [spool] max_mb.")
+def spool_dropped(host: HostState, now: float) -> Found:
     """Reports the agent had to throw away because its spool was full: told for a day."""
-    memory, dropped = remembered(state, "spool-dropped"), number(state.agent, "dropped")
+    dropped = number(host.agent, "dropped")
     if dropped is None:
-        return
-    last, at, count = memory.get("", [0, 0, 0])
-    if dropped != last:
-        grown = dropped - last if dropped > last else dropped
-        at, count = (now, count + grown if now - at < DAY else grown) if grown else (at, count)
-        remember(state, memory, "", [dropped, at, count])
-    if count and now - at < DAY:
-        yield Reading("", count, f"The agent's spool was full: {int(count)} report(s) are lost.", "warning")
+        return UNKNOWN
+    lost = host.memory.grown("spool-dropped", "", dropped, now, from_zero=True).lately(now - DAY)
+    return warning(f"The agent's spool was full: {int(lost)} report(s) are lost.", lost) if lost else None
 
 
-def accept_spool_dropped(state: HostState, object: str) -> bool:
-    memory = remembered(state, "spool-dropped")
-    if not memory.get(""):
-        return False
-    remember(state, memory, "", [memory[""][0], 0, 0])
-    return True
-
-
-def read_agent_old(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    have, want = release(text(state.agent, "version")), release(VERSION)
+@rule("agent-old", on=AGENT, reads="agent.version",
+      why="An old agent knows fewer things.",
+      todo="Install the newer one.")
+def agent_old(host: HostState) -> Found:
+    have, want = release(text(host.agent, "version")), release(VERSION)
     if have and want and (want[0] > have[0] or want[1] - have[1] > 2):
-        yield Reading("", None, f"The agent is version {text(state.agent, 'version')}, the server {VERSION}.", "info")
+        return info(f"The agent is version {text(host.agent, 'version')}, the server {VERSION}.")
+    return None
 
 
 def release(version: str | None) -> tuple[int, int] | None:
@@ -4205,203 +4476,220 @@ def release(version: str | None) -> tuple[int, int] | None:
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else None
 
 
-def read_host_twice(state: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    at = state.scratch.get("twice_at")
-    if at is not None and now - at < 15 * MINUTE:
-        yield Reading("", None, f"Two machines report as {state.name}: their reports take turns.", "critical")
+@rule("host-twice", on=AGENT, reads="run_id time",
+      why="Two machines mix their reports: neither can be judged.",
+      todo="Was this host cloned? Give each its own host_id and token.")
+def host_twice(host: HostState, now: float) -> Found:
+    if host.twice_at is None or now - host.twice_at >= 15 * MINUTE:
+        return None
+    return critical(f"Two machines report as {host.name}: their reports take turns.")
 
 
 def watch_agent(state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
     """What rules want to know of the reports themselves: skew, failing sections, two senders under one name."""
-    live = stamp.received_at - report["time"] < 2 * MINUTE
-    if live:
-        offset = number(report.get("agent"), "clock_offset")
-        skew = max(abs(offset or 0.0), abs(report["time"] - stamp.received_at) if report["time"] > stamp.received_at
-                   else 0.0)
-        state.scratch["skews"] = (*state.scratch.get("skews", ()), skew)[-3:]
+    if stamp.received_at - report["time"] < 2 * MINUTE:
+        offset = abs(number(report.get("agent"), "clock_offset") or 0.0)
+        state.skews = (*state.skews, max(offset, report["time"] - stamp.received_at))[-3:]
         watch_runs(state, report["time"], stamp)
-    failures = state.scratch.setdefault("failures", {})
-    for name in failures.keys() - (report.get("errors") or {}).keys():
-        if name in report or name in (report.get("absent") or ()):
-            del failures[name]
-    for name in report.get("errors") or ():
-        failures[name] = stamp.report_id, failures.get(name, (0, 0))[1] + 1
+    failed = report.get("errors") or {}
+    well = report.keys() | set(report.get("absent") or ())
+    failures = {name: count for name, count in state.failures.items() if name not in well}
+    for name in failed.keys() - well:
+        failures[name] = failures.get(name, 0) + 1
+    state.failures = failures
 
 
 def watch_runs(state: HostState, at: float, stamp: Stamp) -> None:
     """Two agents under one name: a run goes on after a later one has begun."""
-    runs = state.scratch.setdefault("runs", {})
-    begun = {run: span for run, span in runs.items() if span[1] > at - 10 * MINUTE}
+    begun = {run: span for run, span in state.runs.items() if span[1] > at - 10 * MINUTE}
     if stamp.run in begun and any(run != stamp.run and begun[stamp.run][0] < span[0] and span[0] + 5 < at
                                   for run, span in begun.items()):
-        state.scratch["twice_at"] = stamp.received_at
+        state.twice_at = stamp.received_at
     begun[stamp.run] = begun.get(stamp.run, (at, at))[0], at
-    state.scratch["runs"] = begun
+    state.runs = begun
 
 
-# Clusters: facts that several nodes report are judged once, over all the views there are
+# Clusters: facts that several nodes report are judged once, over all the fresh views there are
 
 
 class View(NamedTuple):
-    """What one node says of its cluster."""
+    """What one node says of its cluster; what it says in a strange form is not known."""
 
-    state: HostState
-    body: dict[str, Any]
+    host: HostState
+    quorate: bool | None
+    votes_expected: float | None
+    votes_present: float | None
+    votes_needed: float | None
+    members: dict[str, bool]  # name and whether it is online
 
 
-def cluster_views(fleet: Fleet, now: float) -> dict[str, list[View]]:
-    """The fresh views of each cluster. Two clusters of one name are told apart by having no member in common."""
-    named: dict[str, list[View]] = {}
+class Cluster(NamedTuple):
+    name: str
+    views: list[View]  # those that are fresh
+
+
+def view_of(host: HostState) -> View:
+    body = host.body("cluster", {})
+    quorate = body.get("quorate")
+    members = {name: member.get("online") in (True, 1) for member in dicts(body.get("members"))
+               if (name := text(member, "name"))}
+    return View(host, quorate if isinstance(quorate, bool) else None, number(body, "votes_expected"),
+                number(body, "votes_present"), number(body, "votes_needed"), members)
+
+
+def list_clusters(fleet: Fleet, now: float) -> list[tuple[Cluster, list[int]]]:
+    """Every cluster with its fresh views and the ids of all its hosts. Two of one name are told apart by a member."""
+    groups: list[list[HostState]] = []
+    grouped: set[int] = set()
     for state in fleet.hosts.values():
-        section = state.sections.get("cluster", NOTHING)
-        if isinstance(section.body, dict) and section.stamp and now - section.stamp.received_at < 3 * MINUTE:
-            named.setdefault(text(section.body, "name") or "unnamed", []).append(View(state, section.body))
-    found = {}
-    for name, views in named.items():
-        groups = split_views(views)
-        for group in groups:
-            found[name if len(groups) == 1 else f"{name} ({min(view_members(group[0]))})"] = group
+        if state.id not in grouped and isinstance(state.body("cluster"), dict):
+            group = fleet.cluster_of(state)
+            grouped |= {mate.id for mate in group}
+            groups.append(group)
+    names = [text(group[0].body("cluster"), "name") or "unnamed" for group in groups]
+    found = []
+    for name, group in zip(names, groups):
+        fresh = [host for host in group if is_fresh(host.sections.get("cluster", NOTHING), now)]
+        shown = name if names.count(name) == 1 else f"{name} ({min(host.name for host in group)})"
+        found.append((Cluster(shown, [view_of(host) for host in fresh]), [host.id for host in group]))
     return found
 
 
-def split_views(views: list[View]) -> list[list[View]]:
-    groups: list[tuple[set[str], list[View]]] = []
-    for view in views:
-        names = view_members(view)
-        joined = [group for group in groups if group[0] & names]
-        rest = [group for group in groups if not group[0] & names]
-        merged = names.union(*(group[0] for group in joined)), [one for group in joined for one in group[1]] + [view]
-        groups = [*rest, merged]
-    return [group[1] for group in groups]
-
-
-def view_members(view: View) -> set[str]:
-    names = {text(one, "name") or "" for one in dicts(view.body.get("members"))}
-    return names or {view.state.name}
-
-
-def cluster_reader(judge_views: Callable[[str, list[View], Fleet, float], Iterable[Reading]],
-                   ) -> Callable[[Any, Fleet, float], Iterator[Reading]]:
-    """A rule over every cluster; the alerts are the fleet's, with the member hosts they concern."""
-
-    def read(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-        for name, views in shared.scratch["views"].items():
-            for reading in judge_views(name, views, fleet, now):
-                shared.scratch["concerns"][reading.object] = frozenset(view.state.id for view in views)
-                yield reading
-
-    return read
+def is_fresh(section: Section, now: float) -> bool:
+    return section.stamp is not None and now - section.stamp.received_at < 3 * MINUTE
 
 
 def disagreement(views: list[View]) -> str | None:
     """In what the nodes of a cluster contradict each other."""
-    if len({view.body.get("quorate") for view in views if view.body.get("quorate") is not None}) > 1:
-        without = sorted(view.state.name for view in views if not view.body.get("quorate"))
+    if len({view.quorate for view in views} - {None}) > 1:
+        without = sorted(view.host.name for view in views if view.quorate is False)
         return f"{', '.join(without[:5])} have no quorum, the others have"
-    if len({frozenset(view_members(view)) for view in views if view.body.get("members")}) > 1:
+    if len({frozenset(view.members) for view in views if view.members}) > 1:
         return "they name different members"
-    online = {frozenset(text(one, "name") or "" for one in dicts(view.body.get("members")) if one.get("online"))
-              for view in views if view.body.get("members")}
+    online = {frozenset(name for name, here in view.members.items() if here) for view in views if view.members}
     return "they see different members online" if len(online) > 1 else None
 
 
-def judge_quorum(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
-    words = {view.body.get("quorate") for view in views if view.body.get("quorate") is not None}
-    if words == {False}:
-        votes = [number(view.body, key) for view in views[:1] for key in ("votes_present", "votes_expected")]
-        shown = "" if None in votes else f" ({int(votes[0] or 0)} of {int(votes[1] or 0)} votes)"
-        yield Reading(f"clusters/{name}", votes[0], f"Cluster {name} has lost quorum{shown}: nothing can be started or "
-                      "changed.", "critical")
-    elif not words or len(words) > 1:
-        yield Reading(f"clusters/{name}", None, "", UNKNOWN)
+@rule("cluster-quorum", on=SHARED, each="clusters", hold=MINUTE, data_risk=True,
+      reads="cluster.quorate cluster.votes_present cluster.votes_expected cluster.name",
+      why="Without quorum /etc/pve is read-only: nothing starts, HA fences nodes.",
+      todo="pvecm status; bring nodes or their network back.")
+def cluster_quorum(cluster: Cluster) -> Found:
+    words = {view.quorate for view in cluster.views} - {None}
+    if words == {True}:
+        return None
+    if words != {False}:
+        return UNKNOWN
+    view = cluster.views[0]
+    votes = ""
+    if view.votes_present is not None and view.votes_expected is not None:
+        votes = f" ({int(view.votes_present)} of {int(view.votes_expected)} votes)"
+    return critical(f"Cluster {cluster.name} has lost quorum{votes}: nothing can be started or changed.",
+                    view.votes_present)
 
 
-def judge_views(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
-    found = disagreement(views)
-    if found:
-        yield Reading(f"clusters/{name}", None, f"The nodes of cluster {name} disagree: {found}.", "critical")
+@rule("cluster-disagree", on=SHARED, each="clusters", hold=MINUTE,
+      reads="cluster.quorate cluster.members.name cluster.members.online",
+      why="The cluster is split, or a node's view is wrong.",
+      todo="pvecm status on each node; journalctl -u corosync")
+def cluster_disagree(cluster: Cluster) -> Found:
+    found = disagreement(cluster.views)
+    return critical(f"The nodes of cluster {cluster.name} disagree: {found}.") if found else None
 
 
-def judge_members(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("cluster-member", on=SHARED, each="clusters", hold=5 * MINUTE,
+      reads="cluster.votes_expected cluster.votes_present cluster.members.online",
+      why="The cluster can lose fewer nodes than it was built for.",
+      todo="pvecm status; start the node, or remove it for good.")
+def cluster_member(cluster: Cluster, host: Shared, fleet: Fleet) -> Found:
     """Votes that are missing; a member that is known here to be offline is told by its own alert."""
-    quorate = [view for view in views if view.body.get("quorate")] or views
-    missing = [(number(view.body, "votes_expected") or 0) - (number(view.body, "votes_present") or 0)
-               for view in quorate
-               if number(view.body, "votes_expected") is not None and number(view.body, "votes_present") is not None]
+    quorate = [view for view in cluster.views if view.quorate] or cluster.views
+    missing = [view.votes_expected - view.votes_present for view in quorate
+               if view.votes_expected is not None and view.votes_present is not None]
     if not missing or max(missing) < 1:
-        return
-    away = sorted({text(one, "name") or "?" for view in quorate for one in dicts(view.body.get("members"))
-                   if one.get("online") in (False, 0)})
-    offline = {state.name.lower() for state in fleet.hosts.values() if ("host-offline", "") in state.alerts}
-    if away and all(one.lower() in offline for one in away):
-        return
-    yield Reading(f"clusters/{name}", max(missing), f"Cluster {name} misses {int(max(missing))} of its votes"
-                  f"{': ' + ', '.join(away[:5]) if away else ''}.", "warning")
+        return None
+    away = sorted({name for view in quorate for name, online in view.members.items() if not online})
+    offline = {name for state in fleet.hosts.values() if ("host-offline", "") in state.alerts
+               for name in node_names(state)}
+    if away and all(name.lower() in offline for name in away):
+        return None
+    return warning(f"Cluster {cluster.name} misses {int(max(missing))} of its votes"
+                   f"{': ' + ', '.join(away[:5]) if away else ''}.", max(missing))
 
 
-def judge_margin(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
-    for view in views[:1]:
-        present, needed = number(view.body, "votes_present"), number(view.body, "votes_needed")
-        if view.body.get("quorate") and present is not None and present == needed:
-            yield Reading(f"clusters/{name}", 0, f"Cluster {name} loses quorum with the next vote it loses.", "info")
+@rule("cluster-margin", on=SHARED, each="clusters", hold=5 * MINUTE,
+      reads="cluster.votes_present cluster.votes_needed cluster.quorate",
+      why="One more failure stops the whole cluster.",
+      todo="Add a node or a QDevice.")
+def cluster_margin(cluster: Cluster) -> Found:
+    view = cluster.views[0]
+    if view.quorate and view.votes_present is not None and view.votes_present == view.votes_needed:
+        return info(f"Cluster {cluster.name} loses quorum with the next vote it loses.", 0)
+    return None
 
 
-def judge_cluster_clocks(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("cluster-clock", on=SHARED, each="clusters", warn=0.5, clear_by=0.1, hold=5 * MINUTE,
+      reads="time_sync.offset_seconds",
+      why="Corosync and Ceph need equal clocks.",
+      todo="chronyc tracking on both nodes.")
+def cluster_clock(cluster: Cluster) -> Found:
     """Clocks of one cluster against each other, by each node's own time source."""
-    offsets = {view.state.name: number(view.state.body("time_sync"), "offset_seconds") for view in views}
-    known = {host: offset for host, offset in offsets.items() if offset is not None}
-    if len(known) > 1:
-        apart = max(known.values()) - min(known.values())
-        first, last = min(known, key=lambda host: known[host]), max(known, key=lambda host: known[host])
-        yield Reading(f"clusters/{name}", apart, f"The clocks of {first} and {last} in cluster {name} are {apart:.1f} "
-                                                 f"s apart.")
+    offsets = {view.host.name: number(view.host.body("time_sync"), "offset_seconds") for view in cluster.views}
+    known = sorted((offset, name) for name, offset in offsets.items() if offset is not None)
+    if len(known) < 2:
+        return None
+    apart = known[-1][0] - known[0][0]
+    return measured(apart, f"The clocks of {known[0][1]} and {known[-1][1]} in cluster {cluster.name} are {apart:.1f} "
+                           "s apart.")
 
 
-def judge_ha_services(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
-    """HA services as the freshest node tells them."""
-    bodies = [(section.stamp.time, section.body) for view in views
-              if (section := view.state.sections.get("ha", NOTHING)).stamp and isinstance(section.body, dict)]
-    for service in max(bodies, key=lambda one: one[0])[1].get("services") or () if bodies else ():
-        state = text(service, "state")
-        if state in ("error", "fence"):
-            yield Reading(f"clusters/{name}/ha/{service.get('id')}", None,
-                          f"HA service {service.get('id')} of cluster {name} on {service.get('node')} is in state "
-                          f"{state}.", "critical")
+@rule("ha-service", on=SHARED, each="clusters", of="service",
+      reads="ha.services.id ha.services.state ha.services.node",
+      why="HA has given up on it, or is fencing its node.",
+      todo="ha-manager status; set it to disabled, mend it, start it.")
+def ha_service(cluster: Cluster) -> Iterator[Reading]:
+    """HA services as the node tells that sees them worst: a stale or untrue view must not hide one."""
+    told = set()
+    for view in cluster.views:
+        for service in view.host.items("ha.services"):
+            state, id = text(service, "state"), service.get("id")
+            if state in ("error", "fence") and id not in told:
+                told.add(id)
+                yield critical(f"HA service {id} of cluster {cluster.name} on {service.get('node')} is in state "
+                               f"{state}.", object=f"clusters/{cluster.name}/ha/{id}")
 
 
-def shared_storages(views: list[View]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for view in views:
-        for one in view.state.body("storages", ()):
-            if one.get("shared") in (True, 1) and one.get("enabled") not in (False, 0):
-                found.setdefault(one["storage"], []).append((view.state.name, one))
-    return found
-
-
-def judge_shared_storages(name: str, views: list[View], fleet: Fleet, now: float) -> Iterator[Reading]:
+@rule("cluster-storage-full", on=SHARED, each="clusters", of="storage", warn=0.85, crit=0.93, clear_by=0.03,
+      hold=10 * MINUTE, reads="storages.shared storages.enabled storages.used_bytes storages.total_bytes",
+      why="Guests and backups on it fail when it is full.",
+      todo="Delete old backups or images, or move some.")
+def cluster_storage_full(cluster: Cluster) -> Iterator[Reading]:
     """A storage that all nodes share is full once, not once per node."""
-    for storage, seen in shared_storages(views).items():
-        known = [one for _, one in seen if storage_used_ratio(one) is not None]
-        fullest = max(known, key=lambda one: storage_used_ratio(one) or 0) if known else seen[0][1]
-        yield storage_reading(f"clusters/{name}/storages/{storage}", fullest)
+    fullest: dict[str, dict[str, Any]] = {}
+    for view in cluster.views:
+        for storage in view.host.items("storages"):
+            if storage.get("shared") in (True, 1) and storage.get("enabled") not in (False, 0):
+                known = fullest.setdefault(storage["storage"], storage)
+                if (storage_used_ratio(storage) or -1) > (storage_used_ratio(known) or -1):
+                    fullest[storage["storage"]] = storage
+    for name, storage in fullest.items():
+        yield storage_reading(storage, f"clusters/{cluster.name}/storages/{name}")
 
 
 # Silence: judged by our own clock
 
 
-def silence_readings(fleet: Fleet, state: HostState, now: float) -> Iterator[Reading]:
-    """Host offline. After it, two reports have to come before it is over."""
-    silent = fleet.silent_seconds(state, now)
-    if silent is None:
-        yield Reading("", None, "", UNKNOWN)
-        return
-    alert = state.alerts.get(("host-offline", ""))
-    limit = fleet.layers.limits(state, RULE["host-offline"]).crit or OFFLINE_SECONDS
-    if silent >= limit:
-        state.scratch["heard"] = 0
-        yield Reading("", silent, f"Nothing received from {state.name} for {format_duration(silent)}.", "critical")
-    elif alert is not None and state.scratch.get("heard", 0) < 2:
-        yield Reading("", None, "", UNKNOWN)
+@rule("host-offline", on=CLOCK, crit=OFFLINE_SECONDS, reads="",
+      why="What is not seen cannot be judged: its guests may be down too.",
+      todo="Is the host up and on the network? On it: systemctl status proxmox-monitor-agent")
+def host_offline(host: HostState, fleet: Fleet, now: float) -> Found:
+    """Silence. After it, two reports have to come before it is over."""
+    silent = fleet.silent_seconds(host, now)
+    if silent is not None and silent >= fleet.offline_after(host):
+        host.heard = 0
+    elif silent is None or (("host-offline", "") in host.alerts and host.heard < 2):
+        return UNKNOWN
+    return measured(silent, lambda: f"Nothing received from {host.name} for {format_duration(silent or 0)}.")
 
 
 SITE_PART, SITE_LEAST, SITE_WINDOW = 0.30, 5, 2 * MINUTE
@@ -4409,302 +4697,61 @@ SITE_PART, SITE_LEAST, SITE_WINDOW = 0.30, 5, 2 * MINUTE
 
 def judge_silence(fleet: Fleet, now: float) -> dict[str, set[int]]:
     """The hosts that fell silent together, by site: 30 % of it, at least 5, within 2 minutes, at least one of them
-    offline by now. '' = across the sites."""
-    found: dict[str, set[int]] = {}
+    offline by now. 'sites' = across the sites."""
     sites: dict[str, list[HostState]] = {}
     for state in fleet.hosts.values():
         if state.last_seen_at is not None:
-            sites.setdefault(state.site or "", []).append(state)
-    for site, states in sites.items():
-        together = fell_silent(fleet, states, now)
-        if together:
-            found[f"sites/{site or 'none'}"] = together
-    if len(found) > 1:
-        return {"sites": set().union(*found.values())}
-    return found
+            sites.setdefault(state.site or "none", []).append(state)
+    found = {f"sites/{site}": together for site, states in sites.items()
+             if (together := fell_silent(fleet, states, now))}
+    return {"sites": set().union(*found.values())} if len(found) > 1 else found
 
 
 def fell_silent(fleet: Fleet, states: list[HostState], now: float) -> set[int]:
-    silent = sorted((max(state.last_seen_at or 0.0, fleet.serving_since), state.id) for state in states
-                    if now - max(state.last_seen_at or 0.0, fleet.serving_since) >= OFFLINE_SECONDS - SITE_WINDOW)
+    silent = []  # since when, how long until it is offline, and which
+    for state in states:
+        seconds, limit = fleet.silent_seconds(state, now) or 0.0, fleet.offline_after(state)
+        if seconds >= limit - SITE_WINDOW:
+            silent.append((now - seconds, limit, state.id))
+    silent.sort()
     need = max(SITE_LEAST, math.ceil(SITE_PART * len(states)))
-    best: list[tuple[float, int]] = []
+    best: list[tuple[float, float, int]] = []
     start = 0
     for end in range(len(silent)):
         while silent[end][0] - silent[start][0] > SITE_WINDOW:
             start += 1
         if end - start + 1 > len(best):
             best = silent[start:end + 1]
-    if len(best) < need or now - best[0][0] < OFFLINE_SECONDS:
+    if len(best) < need or not any(now - since >= limit for since, limit, _ in best):
         return set()
-    return {host_id for _, host_id in best}
+    return {host_id for _, _, host_id in best}
 
 
-def read_sites(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    for object, hosts in shared.scratch["silent"].items():
-        shared.scratch["concerns"][object] = frozenset(hosts)
-        where = "the fleet" if object == "sites" else f"site {object.partition('/')[2]}"
-        names = sorted(fleet.hosts[one].name for one in hosts if one in fleet.hosts)
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        yield Reading(object, len(hosts), f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.",
-                      "critical")
+@rule("site-offline", on=SHARED, each="sites", reads="",
+      why="Many hosts fell silent at once: one cause, not many.",
+      todo="Look at the site's power, uplink and firewall, and at this server's own network.")
+def site_offline(site: tuple[str, set[int]], host: Shared, fleet: Fleet) -> Found:
+    object, hosts = site
+    where = "the fleet" if object == "sites" else f"site {object.partition('/')[2]}"
+    names = sorted(fleet.hosts[host_id].name for host_id in hosts if host_id in fleet.hosts)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return critical(f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.", len(hosts))
 
 
-def read_server_certificate(shared: Any, fleet: Fleet, now: float) -> Iterator[Reading]:
-    ends = fleet.certificate_ends_at
-    left = None if ends is None else ends - now
-    yield Reading("server/certificate", left,
-                  "" if left is None else certificate_text({"file": f"of {fleet.public_url}"}, left, ""))
+@rule("server-certificate", on=SHARED, of="server", warn=21 * DAY, crit=5 * DAY, low=True, reads="",
+      why="When it expires, agents and people cannot reach this server.",
+      todo="Look at Caddy's log.")
+def server_certificate(shared: Shared, fleet: Fleet, now: float) -> Found:
+    left = None if fleet.certificate_ends_at is None else fleet.certificate_ends_at - now
+    return measured(left, lambda: certificate_text(f"of {fleet.public_url}", left or 0, ""))._replace(
+        object="server/certificate")
 
 
-# The rows. Every rule, with the defaults that are shipped on; docs/alerts.md has them as a table.
-RULES: tuple[Rule, ...] = (
-    Rule("host-offline", "host", CLOCK, None,
-         "What is not seen cannot be judged: its guests may be down too.",
-         "Is the host up and on the network? On it: systemctl status proxmox-monitor-agent",
-         crit=OFFLINE_SECONDS),
-    Rule("site-offline", "site", SHARED, read_sites,
-         "Many hosts fell silent at once: one cause, not many.",
-         "Look at the site's power, uplink and firewall, and at this server's own network.",
-         data_risk=False),
-    Rule("pool-state", "pool", "pool_states", read_pool_state,
-         "A pool that is not ONLINE has lost redundancy, or data.",
-         "zpool status -v POOL; replace or bring back the disk that is named.",
-         data_risk=True, worse=-1),
-    Rule("pool-vanished", "pool", "pool_states", read_pool_vanished,
-         "A pool that is not imported is no longer there for its guests.",
-         "zpool import; if it was exported on purpose, accept this as normal.",
-         data_risk=True, accept=forgets("pool-vanished")),
-    Rule("vdev-errors", "vdev", "pools", read_vdev_errors,
-         "A disk, cable or controller gives errors; ZFS has covered for them so far.",
-         "Look at the disk's SMART values and cable; then zpool clear, or accept as normal.",
-         data_risk=True, accept=accept_vdev_errors),
-    Rule("pool-data-errors", "pool", "pools", read_data_errors,
-         "Data is damaged and ZFS has no good copy.",
-         "zpool status -v names the files: restore them from a backup, then zpool clear and scrub.",
-         data_risk=True, worse=1),
-    Rule("pool-capacity", "pool", "pools", read_pool_capacity,
-         "ZFS slows down when little is free, and a full pool stops its guests.",
-         "Delete old snapshots, move guests, or add a vdev.",
-         warn=0.80, crit=0.90, clear_by=0.03, hold=15 * MINUTE),
-    Rule("pool-forecast", "pool", "pools", read_pool_forecast,
-         "It grows steadily, and a full pool stops its guests.",
-         "Find what grows: zfs list -o space; plan disks.",
-         warn=14, crit=3, clear_by=1, low=True, hold=HOUR),
-    Rule("dataset-quota", "dataset", "datasets", read_dataset_quota,
-         "Writes fail when the quota is used up.",
-         "Raise the quota or delete something.",
-         warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE),
-    Rule("pool-fragmentation", "pool", "pools", read_fragmentation,
-         "Little and scattered free space makes writes slow.",
-         "Free space below 80 % use.",
-         warn=0.70, clear_by=0.10, hold=DAY),
-    Rule("scrub-age", "pool", "pools", read_scrub_age,
-         "Errors that nobody reads are found only by a scrub.",
-         "zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.",
-         warn=40 * DAY, crit=75 * DAY, data_risk=False),
-    Rule("scrub-result", "pool", "pools", read_scrub_result,
-         "A disk returned wrong data.",
-         "Find the disk with zpool status -v; accept as normal if it was a single event.",
-         accept=accept_scrub_result),
-    Rule("scrub-stuck", "pool", "pools", read_scrub_stuck,
-         "A scrub or resilver that stands still protects nothing.",
-         "zpool status; a paused scrub goes on with zpool scrub POOL."),
-    Rule("snapshot-age", "snapshots", "snapshots", read_snapshot_age,
-         "Whoever makes these snapshots has stopped.",
-         "systemctl status sanoid.timer (or what makes them).",
-         warn=None, crit=None, always=True),
-    Rule("snapshot-gone", "snapshots", "snapshots", read_snapshot_gone,
-         "A kind of snapshot that was always there is not.",
-         "If it was given up on purpose, accept this as normal.",
-         accept=forgets("snapshot-gone")),
-    Rule("guest-snapshot-age", "guest", "snapshots", read_guest_snapshots,
-         "Forgotten snapshots hold space and grow.",
-         "Delete the snapshot if nobody needs it any more.",
-         always=True),
-    Rule("smart-failed", "disk", "disks", read_smart_failed,
-         "The disk itself expects to fail.",
-         "Replace it: zpool replace POOL OLD NEW.",
-         data_risk=True, always=True),
-    Rule("smart-warning", "disk", "disks", read_smart_warning,
-         "The NVMe controller reports worn-out spare, heat, lost reliability or read-only media.",
-         "smartctl -a; replace the disk.",
-         data_risk=True, always=True),
-    Rule("smart-growth", "disk", "disks", growth_reader("smart-growth", DAMAGE),
-         "Damage that grows is the best sign of a disk about to fail.",
-         "Order a spare; accept as normal if it stays as it is.",
-         data_risk=True, always=True, accept=accept_growth("smart-growth")),
-    Rule("smart-crc", "disk", "disks", growth_reader("smart-crc", {"crc_errors": "CRC errors"}),
-         "Transfer errors: cable, backplane or power, seldom the disk.",
-         "Reseat or replace the cable, then accept as normal.",
-         always=True, accept=accept_growth("smart-crc")),
-    Rule("smart-unknown", "disk", "disks", read_smart_unknown,
-         "Behind a RAID controller or USB bridge nobody sees it fail.",
-         "Ask the controller's own tool.",
-         always=True),
-    Rule("disk-gone", "disk", "disks", read_disk_gone,
-         "A disk that was there does not answer any more.",
-         "Is it plugged in? If it was taken out on purpose, accept this as normal.",
-         data_risk=True, always=True, accept=accept_disk_gone),
-    Rule("disk-temperature", "disk", "disks", read_disk_temperature,
-         "Heat shortens a disk's life and makes it throttle.",
-         "Look at fans, filters and airflow.",
-         clear_by=5, hold=15 * MINUTE),
-    Rule("disk-wear", "disk", "disks", read_disk_wear,
-         "Flash that is used up fails, often at once.",
-         "Replace it; in a mirror not both at the same time.",
-         warn=0.80, crit=0.95, always=True),
-    Rule("disk-wear-forecast", "disk", "disks", read_wear_forecast,
-         "Its rated life ends within half a year.",
-         "Plan its replacement; look at what writes so much.",
-         warn=180, clear_by=14, low=True, always=True),
-    Rule("cpu", "host", "node", node_reader("cpu_ratio", lambda v: f"CPU is {percent(v)} busy."),
-         "Guests wait for CPU time.",
-         "See which guests use it; move some.",
-         warn=0.90, clear_by=0.10, hold=30 * MINUTE),
-    Rule("memory", "host", "node",
-         node_reader("memory_free_ratio", lambda v: f"{percent(v)} of memory is free or can be freed (ARC counted)."),
-         "The kernel will kill processes, guests among them.",
-         "Shrink or move guests, or limit the ARC.",
-         warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE, hold_crit=5 * MINUTE, low=True),
-    Rule("oom", "host", "node", read_oom,
-         "The kernel killed processes to get memory.",
-         "journalctl -k -g 'Killed process' shows which.",
-         accept=forgets("oom")),
-    Rule("io-pressure", "host", "node",
-         node_reader("pressure_io_full_avg300_ratio", lambda v: f"All tasks wait for I/O {percent(v)} of the time."),
-         "Storage cannot keep up: guests stall.",
-         "zpool iostat -v 5; is a disk slow, or a backup or scrub running?",
-         warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE),
-    Rule("memory-pressure", "host", "node",
-         node_reader("pressure_memory_full_avg300_ratio",
-                     lambda v: f"All tasks wait for memory {percent(v)} of the time."),
-         "The host is thrashing.",
-         "Shrink or move guests.",
-         warn=0.05, crit=0.15, clear_part=0.5, hold=5 * MINUTE),
-    Rule("root-full", "host", "node", read_root_full,
-         "A full root file system stops logs, tasks and pmxcfs.",
-         "du -xh --max-depth=2 / | sort -h | tail",
-         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-    Rule("reboot-needed", "host", "node", read_reboot_needed,
-         "Kernel fixes are installed but not running.",
-         "Plan a reboot.",
-         warn=30 * DAY),
-    Rule("storage-full", "storage", "storages", read_storage_full,
-         "Guests and backups on it fail when it is full.",
-         "Delete old backups or images, or move some.",
-         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-    Rule("storage-metadata", "storage", "storages", read_thin_metadata,
-         "A thin pool without metadata space goes read-only.",
-         "lvextend --poolmetadatasize",
-         warn=0.75, crit=0.85, clear_by=0.03, hold=10 * MINUTE),
-    Rule("storage-inactive", "storage", "storages", read_storage_inactive,
-         "Guests and backups cannot use it.",
-         "pvesm status; is the server of it up, is the pool imported?",
-         hold=10 * MINUTE),
-    Rule("cluster-storage-full", "storage", SHARED, cluster_reader(judge_shared_storages),
-         "Guests and backups on it fail when it is full.",
-         "Delete old backups or images, or move some.",
-         warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE),
-    Rule("guest-down", "guest", "guests", read_guest_down,
-         "It was running, and nobody stopped it through Proxmox.",
-         "Look at its task log and console; start it.",
-         hold=2 * MINUTE),
-    Rule("backup-overdue", "guest", "backups", read_backup_overdue,
-         "There is no backup as recent as the schedule promises.",
-         "Look at the last vzdump task and whether the job runs.",
-         data_risk=True, always=True),
-    Rule("backup-failed", "guest", "backups", read_backup_failed,
-         "The newest backup of it does not exist.",
-         "Read the task log; run the backup by hand.",
-         data_risk=True, always=True),
-    Rule("backup-missing", "host", "backups", read_backup_missing,
-         "A guest in no job is never backed up.",
-         "Add them to a job, or tag them no-backup.",
-         hold=HOUR, always=True),
-    Rule("updates-security", "host", "updates", read_updates_security,
-         "Known holes stay open.",
-         "apt update && apt dist-upgrade",
-         warn=14 * DAY, always=True),
-    Rule("updates-stale", "host", "updates", read_updates_stale,
-         "Without a fresh list nobody knows what is missing.",
-         "systemctl status pve-daily-update.timer; check the repositories.",
-         warn=7 * DAY, always=True),
-    Rule("certificate", "certificate", "certificates", read_certificates,
-         "When it expires, browsers and other nodes refuse the host.",
-         "pvenode acme cert renew, or pvecm updatecerts --force",
-         low=True, always=True),
-    Rule("clock-skew", "host", AGENT, read_clock_skew,
-         "Wrong time breaks the cluster, certificates and logs.",
-         "chronyc tracking; systemctl restart chrony",
-         warn=30, crit=120),
-    Rule("clock-unsynced", "host", "time_sync", read_clock_unsynced,
-         "The clock will drift away.",
-         "chronyc sources -v",
-         hold=30 * MINUTE),
-    Rule("cluster-clock", "cluster", SHARED, cluster_reader(judge_cluster_clocks),
-         "Corosync and Ceph need equal clocks.",
-         "chronyc tracking on both nodes.",
-         warn=0.5, clear_by=0.1, hold=5 * MINUTE),
-    Rule("cluster-quorum", "cluster", SHARED, cluster_reader(judge_quorum),
-         "Without quorum /etc/pve is read-only: nothing starts, HA fences nodes.",
-         "pvecm status; bring nodes or their network back.",
-         hold=MINUTE, data_risk=True),
-    Rule("cluster-disagree", "cluster", SHARED, cluster_reader(judge_views),
-         "The cluster is split, or a node's view is wrong.",
-         "pvecm status on each node; journalctl -u corosync",
-         hold=MINUTE),
-    Rule("cluster-member", "cluster", SHARED, cluster_reader(judge_members),
-         "The cluster can lose fewer nodes than it was built for.",
-         "pvecm status; start the node, or remove it for good.",
-         hold=5 * MINUTE),
-    Rule("cluster-margin", "cluster", SHARED, cluster_reader(judge_margin),
-         "One more failure stops the whole cluster.",
-         "Add a node or a QDevice.",
-         hold=5 * MINUTE),
-    Rule("replication", "replication", "replication", read_replication,
-         "The copy on the other node gets older.",
-         "pvesr status; read the job's log in /var/log/pve/replicate."),
-    Rule("ha-service", "service", SHARED, cluster_reader(judge_ha_services),
-         "HA has given up on it, or is fencing its node.",
-         "ha-manager status; set it to disabled, mend it, start it."),
-    Rule("ha-stale", "service", "ha", read_ha_stale,
-         "A dead resource manager lets the watchdog reset the node.",
-         "systemctl status pve-ha-lrm pve-ha-crm",
-         always=True),
-    Rule("service-failed", "service", "services", read_services,
-         "What it does is not being done.",
-         "systemctl status UNIT; journalctl -u UNIT",
-         hold=10 * MINUTE),
-    Rule("mail-queue", "host", "services", read_mail_queue,
-         "The host's own warnings do not reach anybody.",
-         "mailq; postsuper -d ALL deferred",
-         hold=10 * MINUTE),
-    Rule("section-failing", "section", AGENT, read_section_failing,
-         "This part of the host is not being watched.",
-         "proxmox-monitor-agent once --explain shows the command that fails."),
-    Rule("spool-dropped", "host", AGENT, read_spool_dropped,
-         "History has a hole.",
-         "Was the server away for long? Raise [spool] max_mb.",
-         accept=accept_spool_dropped),
-    Rule("agent-old", "host", AGENT, read_agent_old,
-         "An old agent knows fewer things.",
-         "Install the newer one."),
-    Rule("host-twice", "host", AGENT, read_host_twice,
-         "Two machines mix their reports: neither can be judged.",
-         "Was this host cloned? Give each its own host_id and token."),
-    Rule("server-certificate", "server", SHARED, read_server_certificate,
-         "When it expires, agents and people cannot reach this server.",
-         "Look at Caddy's log.",
-         warn=21 * DAY, crit=5 * DAY, low=True),
-)
-RULE = {rule.name: rule for rule in RULES}
-RULES_OF: dict[str, tuple[Rule, ...]] = {
-    section: tuple(rule for rule in RULES if rule.section == section)
-    for section in {rule.section for rule in RULES} - {CLOCK, SHARED, AGENT}}
-RULES_OF["pools"] = (RULE["pool-state"]._replace(section="pools"), *RULES_OF["pools"])  # tells of the resilver
-AGENT_RULES = tuple(rule for rule in RULES if rule.section == AGENT)
-SHARED_RULES = tuple(rule for rule in RULES if rule.section == SHARED)
+RULES = tuple(RULE.values())
+RULES_ON: dict[str, list[Rule]] = {}
+for known_rule in RULES:
+    for section_name in known_rule.on:
+        RULES_ON.setdefault(section_name, []).append(known_rule)
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -4799,35 +4846,27 @@ def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: floa
                changed: Iterable[str] | None = None) -> list[Alert]:
     """Run the rules of the sections that came (None: only those of the clock) over a host's latest state, and write
     what changed; gives back the alerts that did."""
-    changes: list[tuple[Alert | None, Alert | None]] = []
-    if changed is not None:
-        rules = [rule for section in changed for rule in RULES_OF.get(section, ())] + list(AGENT_RULES)
-        changes += judge(state, rules, fleet, now)
-    rule = RULE["host-offline"]
-    limits = fleet.layers.limits(state, rule)
-    readings = silence_readings(fleet, state, now) if limits.enabled else ()
-    state.alerts = judge_rule(state, rule, limits, readings, state.alerts, False, fleet, now, changes)
-    for old, new in changes:
-        write_alert(db, state, old, new, now)
-    if state.memory_changed:
-        write_memory(db, state)
+    names = (CLOCK,) if changed is None else (*changed, AGENT, CLOCK)
+    changes = judge(state, {rule.name: rule for name in names for rule in RULES_ON.get(name, ())}.values(), fleet, now)
+    write_changes(db, state, changes, now)
     return [new for _, new in changes if new is not None]
 
 
 def judge_shared(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
     """What no single host can tell: clusters, sites."""
-    shared = fleet.shared
-    shared.scratch = {"views": cluster_views(fleet, now), "silent": judge_silence(fleet, now), "concerns": {}}
-    for old, new in judge(shared, SHARED_RULES, fleet, now):
-        write_alert(db, shared, old, new, now)
+    shared, silent, clusters = fleet.shared, judge_silence(fleet, now), list_clusters(fleet, now)
+    shared.clusters = [cluster for cluster, _ in clusters]
+    shared.silent = silent
+    shared.concerns = {**{f"clusters/{cluster.name}": set(hosts) for cluster, hosts in clusters}, **silent}
+    write_changes(db, shared, judge(shared, RULES_ON[SHARED], fleet, now), now)
     fleet.concerned = concerned_hosts(shared)
 
 
-def concerned_hosts(shared: Any) -> dict[int, list[Alert]]:
+def concerned_hosts(shared: Shared) -> dict[int, list[Alert]]:
     """The shared alerts by host, for its verdict."""
     found: dict[int, list[Alert]] = {}
     for (_, object), alert in shared.alerts.items():
-        for host_id in shared.scratch["concerns"].get(object, ()):
+        for host_id in shared.hosts_of(object):
             found.setdefault(host_id, []).append(alert)
     return found
 
@@ -4849,14 +4888,14 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | No
         state, cause = fleet.shared, next((other for other in fleet.concerned.get(state.id, ())
                                            if other.rule == "site-offline"), None)
     elif kind == "storages":
-        dataset = next((text(row, "dataset") for row in state.body("storages", ()) if row["storage"] == name), None)
-        cause = broken_pool(state, [pool_of(dataset)])
+        cause = broken_pool(state, [pool_of(storage.get("dataset")) for storage in state.items("storages")
+                                    if storage["storage"] == name])
     elif kind == "guests" and alert.rule == "guest-down":
         cause = cause_of_guest(state, name)
     elif kind == "pools" and alert.rule in ("vdev-errors", "pool-data-errors"):
         cause = broken_pool(state, [name.partition("/")[0]])
     elif kind == "replication":
-        target = next((text(job, "target") for job in state.body("replication", ()) if job["id"] == name), None) or ""
+        target = next((text(job, "target") for job in state.items("replication") if job["id"] == name), None) or ""
         state = fleet.names.get(target.lower())
         cause = state.alerts.get(("host-offline", "")) if state else None
     return None if cause is None else (state, cause)
@@ -4864,8 +4903,8 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | No
 
 def broken_pool(state: Any, pools: Iterable[str | None]) -> Alert | None:
     for pool in pools:
-        for rule in ("pool-state", "pool-vanished"):
-            alert = state.alerts.get((rule, f"pools/{pool}"))
+        for name in ("pool-state", "pool-vanished"):
+            alert = state.alerts.get((name, f"pools/{pool}"))
             if alert is not None and alert.state == "firing":
                 return alert
     return None
@@ -4873,11 +4912,21 @@ def broken_pool(state: Any, pools: Iterable[str | None]) -> Alert | None:
 
 def cause_of_guest(state: Any, vmid: str) -> Alert | None:
     """A guest's volumes lead to its pools and storages."""
-    guest: dict[str, Any] = next((one for one in state.body("guests", ()) if str(one["vmid"]) == vmid), {})
-    volumes = dicts(guest.get("volumes"))
-    inactive = (state.alerts.get(("storage-inactive", f"storages/{one.get('storage')}")) for one in volumes)
+    volumes = [volume for guest in state.items("guests") if str(guest["vmid"]) == vmid
+               for volume in dicts(guest.get("volumes"))]
+    inactive = (state.alerts.get(("storage-inactive", f"storages/{volume.get('storage')}")) for volume in volumes)
     firing = (alert for alert in inactive if alert is not None and alert.state == "firing")
-    return broken_pool(state, [pool_of(text(one, "dataset")) for one in volumes]) or next(firing, None)
+    return broken_pool(state, [pool_of(volume.get("dataset")) for volume in volumes]) or next(firing, None)
+
+
+def write_changes(db: sqlite3.Connection, state: Any, changes: Changes, now: float) -> None:
+    """Put changed alerts, their transitions, and what the rules remember on record."""
+    for old, new in changes:
+        write_alert(db, state, old, new, now)
+    if state.memory.changed and state.id is not None:
+        db.execute("INSERT INTO rule_memory VALUES (:id, :memory) ON CONFLICT DO UPDATE SET memory = :memory",
+                   {"id": state.id, "memory": state.memory.to_json()})
+        state.memory.changed = False
 
 
 def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Alert | None, now: float) -> None:
@@ -4887,9 +4936,9 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
             db.execute("DELETE FROM alert WHERE id = :id", {"id": old.id})
         return
     if new.id is None:
-        new.id = db.execute(INSERT_ALERT, {**alert_columns(new), "host_id": state.id}).lastrowid
-    elif old is None or alert_columns(old) != alert_columns(new):
-        db.execute(UPDATE_ALERT, {**alert_columns(new), "id": new.id})
+        new.id = db.execute(INSERT_ALERT, {**alert_fields(new), "host_id": state.id}).lastrowid
+    elif new != old:
+        db.execute(UPDATE_ALERT, alert_fields(new))
     if new.state == "resolved" and new.id is not None:
         state.over.pop(new.id, None)
         if new.told:
@@ -4899,16 +4948,8 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
         insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None)
 
 
-ALERT_FIELDS = (
-    "rule", "object", "severity", "state", "message", "value", "since", "worse_since", "fired_at", "resolved_at",
-    "because_of",
-    "acknowledged_at", "acknowledged_by", "acknowledged_until", "acknowledged_note", "acknowledged_severity",
-    "acknowledged_value", "told",
-)
-
-
-def alert_columns(alert: Alert) -> dict[str, Any]:
-    """An alert as its row has it. A counter of 64 bits is too much for an INTEGER of SQLite."""
+def alert_fields(alert: Alert) -> dict[str, Any]:
+    """An alert as its row. A counter of 64 bits is too much for an INTEGER of SQLite."""
     fields = {key: getattr(alert, key) for key in ALERT_FIELDS}
     for key in ("value", "acknowledged_value"):
         fields[key] = None if fields[key] is None else float(fields[key])
@@ -4920,20 +4961,14 @@ INSERT_ALERT = (f"INSERT INTO alert (host_id, {', '.join(ALERT_FIELDS)}) "
 UPDATE_ALERT = f"UPDATE alert SET {', '.join(f'{key} = :{key}' for key in ALERT_FIELDS)} WHERE id = :id"
 
 
-def write_memory(db: sqlite3.Connection, state: HostState) -> None:
-    db.execute("INSERT INTO rule_memory VALUES (:id, :memory) ON CONFLICT DO UPDATE SET memory = :memory",
-               {"id": state.id, "memory": json.dumps(state.memory, separators=(",", ":"))})
-    state.memory_changed = False
-
-
 def update_alert(db: sqlite3.Connection, fleet: Fleet, alert_id: int, **fields: Any) -> Alert:
     """Change an open alert in memory and on disk. `Problem('not_found')`."""
     state, alert = find_alert(fleet, alert_id)
     new = alert.changed(**fields)
     state.alerts = {**state.alerts, (new.rule, new.object): new}
     if state is fleet.shared:
-        fleet.concerned = concerned_hosts(state)
-    db.execute(UPDATE_ALERT, {**alert_columns(new), "id": new.id})
+        fleet.concerned = concerned_hosts(fleet.shared)
+    db.execute(UPDATE_ALERT, alert_fields(new))
     fleet.generation += 1
     return new
 
@@ -4949,11 +4984,11 @@ def find_alert(fleet: Fleet, alert_id: int) -> tuple[Any, Alert]:
 def acknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str, until: float | None,
                 note: str | None) -> None:
     """Take note of an alert: it is quiet and colours nothing until it gets worse, or until then."""
-    _, alert = find_alert(fleet, alert_id)
+    state, alert = find_alert(fleet, alert_id)
     update_alert(db, fleet, alert_id, acknowledged_at=now, acknowledged_by=by, acknowledged_until=until,
                  acknowledged_note=note, acknowledged_severity=alert.severity, acknowledged_value=alert.value)
-    insert_event(db, now, "alert-acknowledged", f"{by} acknowledged: {alert.message}", object=alert.object or None,
-                 host=find_alert(fleet, alert_id)[0].name)
+    insert_event(db, now, "alert-acknowledged", f"{by} acknowledged: {alert.message}", host=state.name,
+                 object=alert.object or None)
 
 
 def unacknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
@@ -4972,14 +5007,11 @@ def accept_as_normal(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: f
         raise Problem("conflict", "what this alert is about is not there any more")
     insert_event(db, now, "alert-accepted", f"{by} accepted as normal: {alert.message}", host=state.name,
                  object=alert.object or None)
-    write_memory(db, state)
-    for old, new in judge(state, [rule._replace(always=True)], fleet, now):
-        write_alert(db, state, old, new, now)
-    write_memory(db, state)
+    changes = judge(state, [rule._replace(always=True)], fleet, now)
     if state.alerts.get((alert.rule, alert.object)) is alert:  # not known any more: it was accepted all the same
-        over = alert.changed(state="resolved", resolved_at=now)
-        state.alerts = {key: one for key, one in state.alerts.items() if one is not alert}
-        write_alert(db, state, alert, over, now)
+        changes.append((alert, alert.changed(state="resolved", resolved_at=now)))
+        state.alerts = {key: other for key, other in state.alerts.items() if other is not alert}
+    write_changes(db, state, changes, now)
     fleet.generation += 1
 
 
@@ -5001,8 +5033,8 @@ class Past(NamedTuple):
 def past_state(state: HostState) -> HostState:
     """A state to run old reports through: it knows what the rules remember, and nothing that came later."""
     past = copy.copy(state)
-    past.sections, past.alerts, past.scratch, past.stamp = {}, {}, {}, None
-    past.memory = json.loads(json.dumps(state.memory))
+    past.sections, past.alerts, past.stamp, past.coverage, past.past = {}, {}, None, None, None
+    past.memory = Memory(json.loads(state.memory.to_json()))
     return past
 
 
@@ -5011,9 +5043,9 @@ def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Sta
     """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
     changed = past.apply(report, stamp)
     absorb_tasks(past, report.get("tasks"), stamp.time)
-    rules = [rule for section in changed for rule in RULES_OF.get(section, ()) if whole or rule.by_number]
+    rules = {rule.name: rule for section in changed for rule in RULES_ON.get(section, ()) if whole or rule.by_number}
     found = []
-    for old, new in judge(past, rules, fleet, stamp.time):
+    for old, new in judge(past, rules.values(), fleet, stamp.time):
         if new is None or new.severity == "info" or new.state == "pending":
             continue
         if old is None or old.state != new.state:
@@ -5024,22 +5056,21 @@ def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Sta
 
 def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
     """A report that is older than what is known raises nothing; what it tells is put on record as past."""
-    past = state.scratch.get("past")
-    if past is None or stamp.received_at - past[1] > HOUR or (past[0].stamp and past[0].stamp.time > stamp.time):
-        past = past_state(state), stamp.received_at
-    state.scratch["past"] = past[0], stamp.received_at
-    for one in judge_past(past[0], fleet, report, stamp):
-        if (one.rule, one.object) not in state.alerts:
-            word = "over" if one.over_at else "fired"
-            insert_event(db, one.over_at or one.fired_at, f"alert-past-{word}",
-                         f"{one.message} (told late, by a backlog)", host=state.name, object=one.object or None)
+    past, used_at = state.past or (past_state(state), stamp.received_at)
+    if stamp.received_at - used_at > HOUR or (past.stamp and past.stamp.time > stamp.time):
+        past = past_state(state)
+    state.past = past, stamp.received_at
+    for told in judge_past(past, fleet, report, stamp):
+        if (told.rule, told.object) not in state.alerts:
+            word = "over" if told.over_at else "fired"
+            insert_event(db, told.over_at or told.fired_at, f"alert-past-{word}",
+                         f"{told.message} (told late, by a backlog)", host=state.name, object=told.object or None)
 
 
 def forget_backlog(state: HostState, now: float) -> None:
     """An hour after the last late report nothing of the past is needed; it is as large as the present."""
-    past = state.scratch.get("past")
-    if past is not None and not 0 <= now - past[1] <= HOUR:
-        del state.scratch["past"]
+    if state.past is not None and not 0 <= now - state.past[1] <= HOUR:
+        state.past = None
 
 
 # --- notifications: what is told, through which channel, and until it has arrived ---
@@ -5303,7 +5334,7 @@ def concerned_by(fleet: Fleet, state: Any, alert: Alert) -> list[HostState]:
     """The hosts that an alert is about: its own, or those that a shared one concerns (a cluster's, a site's)."""
     if state is not fleet.shared:
         return [state]
-    concerned = state.scratch["concerns"].get(alert.object, ())
+    concerned = fleet.shared.hosts_of(alert.object)
     return [fleet.hosts[host_id] for host_id in concerned if host_id in fleet.hosts]
 
 
@@ -6100,7 +6131,7 @@ def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
     noisy = db.execute("SELECT rule, count(*) AS n FROM alert WHERE fired_at > :week "
                        "GROUP BY rule ORDER BY n DESC LIMIT 5", week).fetchall()
     full, late, worn = digest_numbers(fleet, now)
-    silent = [host.name for host in fleet.hosts.values() if (fleet.silent_seconds(host, now) or 0) >= OFFLINE_SECONDS]
+    silent = [host.name for host in fleet.hosts.values() if fleet.is_offline(host, now)]
     day = time.strftime("%Y-%m-%d", time.localtime(now))
     parts = (
         ("Nearest to full", [f"{percent(used)} {host} {pool}" for used, host, pool in sorted(full, reverse=True)[:5]]),
@@ -7056,25 +7087,6 @@ def begin_of_history(db: sqlite3.Connection, host_id: int) -> float | None:
                      {"first": first, "last": last}).fetchone()
     found += [report_time(row[0])] if row[0] is not None else []
     return min(found, default=None)
-
-
-def same_cluster(fleet: Fleet, state: HostState) -> list[int]:
-    """This host and the others of its cluster; two clusters may have the same name, so their members count."""
-    cluster = state.body("cluster", {})
-    name, members = text(cluster, "name"), member_names(cluster)
-    others = [other.id for other in fleet.hosts.values() if other is not state and name
-              and text(other.body("cluster", {}), "name") == name
-              and (not members or not members.isdisjoint((other.name.lower(), node_name(other))))]
-    return [state.id, *others]
-
-
-def member_names(cluster: Any) -> set[str]:
-    members = cluster.get("members") if isinstance(cluster, dict) else None
-    return {one["name"].lower() for one in members if text(one, "name")} if isinstance(members, list) else set()
-
-
-def node_name(state: HostState) -> str:
-    return (text(state.body("node", {}), "name") or "").lower()
 
 
 def list_lost(keys: list[TickKey]) -> list[dict]:
@@ -8192,7 +8204,7 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
         "note": state.note, "maintenance_until": state.maintenance_until, "last_seen_at": state.last_seen_at,
         "pve_version": text(node, "pve_version"), "agent_version": text(state.agent, "version"),
         "cluster": text(state.body("cluster"), "name"), **pool_columns(state),
-        "days_until_full": worst_days_until_full(state, now),
+        "days_until_full": worst_days_until_full(state),
         "guests_running": state.guest_counts[0], "guests_total": state.guest_counts[1],
         "cpu_ratio": number(node, "cpu_ratio"),
         "memory_free_ratio": number(node, "memory_free_ratio"),
@@ -8450,8 +8462,8 @@ def fleet_traps(fleet: Fleet, states: list[HostState], now: float) -> Iterator[R
 
 def build_overview(fleet: Fleet, now: float) -> Row:
     """The fleet in a few numbers, of the same size for 1 host and 10,000."""
-    silences = [fleet.silent_seconds(state, now) for state in fleet.hosts.values()]
-    known = [silent for silent in silences if silent is not None]
+    known = [state for state in fleet.hosts.values() if state.last_seen_at is not None]
+    offline = sum(fleet.is_offline(state, now) for state in known)
     reporting = [state for state in fleet.hosts.values()
                  if (silent := fleet.silent_seconds(state, now)) is not None and silent < STALE_SECONDS]
     firing = [alert.severity for state in fleet.everything() for alert in state.alerts.values()
@@ -8459,9 +8471,8 @@ def build_overview(fleet: Fleet, now: float) -> Row:
     return {
         "server_time": now,
         "hosts": {
-            "total": len(silences), "reporting": len(reporting),
-            "stale": sum(STALE_SECONDS <= silent < OFFLINE_SECONDS for silent in known),
-            "offline": sum(silent >= OFFLINE_SECONDS for silent in known),
+            "total": len(fleet.hosts), "reporting": len(reporting),
+            "stale": len(known) - len(reporting) - offline, "offline": offline,
         },
         "problems": {"critical": firing.count("critical"), "warning": firing.count("warning")},
         "oldest_verified_at": min((state.last_seen_at or 0.0 for state in reporting), default=None),
@@ -8954,7 +8965,7 @@ def get_history(call: Call) -> Any:
     state = call.fleet.find(call.params["id"])
     question = read_question(call, state)
     of_guests = any(name.startswith("guests/") for name in question.names)
-    hosts = same_cluster(call.fleet, state) if of_guests else [state.id]
+    hosts = [host.id for host in call.fleet.mates(state)] if of_guests else [state.id]
     answers = call.monitor.keeper.ask(call.db, hosts, question)
     if call.query.get("format", "json") == "csv":
         rows = [dict(zip(HISTORY_COLUMNS, (point[0], question.step, name, *point[1:])))
@@ -9653,7 +9664,7 @@ def level_of(fleet: Fleet, rule: str, host: str | None, value: Any, object: str 
     limits = limits_of(fleet, rule, host, object)
     if not (is_number(value) and limits.enabled):
         return ""
-    return reached(value, limits.crit, limits.warn, limits.low) or ""
+    return limits.level(value, None) or ""
 
 
 def add_sparks(call: Call, rows: Rows) -> Rows:
