@@ -114,9 +114,7 @@ MAIL_RETRY_SECONDS = 3600.0  # after a mail that could not be sent
 BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
-POOLS_PATH = "/proc/spl/kstat/zfs"
 GUEST_SECONDS = 25.0  # how long a start or stop seen by the look is believed against pvestatd's last snapshot
-GUEST_PATHS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
 TASKS_PATH = "/var/log/pve/tasks/active"
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -506,6 +504,7 @@ class Probe:
         self.workers: dict[str, Worker] = {}
         self.trace: Callable[[str, str, float, int, str], None] | None = None  # --explain listens here
         self.problems: dict[str, dict[str, str]] = {}
+        self.places: dict[str, dict[str, str]] | None = None
         self.stuck_file = os.path.join(state, "stuck.json") if state else ""
         self.stuck = load_stuck(self.stuck_file)  # argv -> pid and its start ticks
         self.running: set[subprocess.Popen[bytes]] = set()
@@ -775,6 +774,7 @@ class ProbeLike(Protocol):
     """What a collector may ask: of Probe, or of a recorded host in the tests. Every failure is a SourceError."""
 
     problems: dict[str, dict[str, str]]
+    places: dict[str, dict[str, str]] | None  # of disks in pools: found by `pools`, told by `disks`
 
     def read(self, path: str, limit: int = READ_LIMIT) -> str: ...
     def read_line(self, path: str, limit: int = READ_LIMIT) -> str: ...
@@ -1072,20 +1072,85 @@ def parse_metrics(line: str) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def parse_sections(text: str) -> list[tuple[str, str, dict[str, str]]]:
-    """Proxmox's section files (storage.cfg, jobs.cfg …): (type, id, {key: value}); a flag without a value is ""."""
+SECTION_HEAD = re.compile(r"(\S+):\s*(\S+)\s*$")
+SECTION_LINE = re.compile(r"\s+(\S+)(?:\s+(.*\S))?\s*$")
+
+
+def parse_sections(text: str, names: str = r"\S+") -> list[tuple[str, str, dict[str, str]]]:
+    """Proxmox's section files (storage.cfg, jobs.cfg …) as Proxmox reads them: (type, id, {key: value}).
+
+    An empty line ends a section, and only then another one may begin; of two equal keys the first counts; a flag
+    without a value is "". Sections whose id does not match `names` are refused [pve-common PVE/SectionConfig.pm].
+    """
     sections: list[tuple[str, str, dict[str, str]]] = []
-    for line in text.splitlines():
-        if not line.strip() or line.startswith("#"):
+    values: dict[str, str] | None = None
+    for line in text.split("\n"):
+        if line.lstrip().startswith("#"):
             continue
-        if line[0] in " \t":
-            key, _, value = line.strip().partition(" ")
-            if sections:
-                sections[-1][2][key] = value.strip()
-        elif ": " in line:  # ids made from vzdump.cron hold colons: split at the first ": " only
-            kind, _, name = line.partition(": ")
-            sections.append((kind.strip(), name.strip(), {}))
+        head, pair = SECTION_HEAD.match(line), SECTION_LINE.match(line)
+        if not line:
+            values = None
+        elif values is None and head:
+            values = {}
+            if re.fullmatch(names, head[2], re.IGNORECASE):
+                sections.append((head[1].lower(), head[2], values))
+        elif values is not None and pair:
+            values.setdefault(pair[1], pair[2] or "")
     return sections
+
+
+def flag_of(values: dict[str, str], key: str, *, default: bool = False) -> bool:
+    """A truth value of a section: 1, 0, or the key alone. Other words are refused, as if the line were not there."""
+    return {"": True, "1": True, "0": False}.get(values.get(key, "?"), default)
+
+
+def split_list(text: str | None) -> list[str]:
+    """Proxmox's lists: separated by commas, semicolons or blanks [pve-common PVE/Tools.pm split_list]."""
+    return [word for word in re.split(r"[,;\s\0]+", text or "") if word]
+
+
+STORAGE_NAMES = r"[a-z][a-z0-9\-_.]*[a-z0-9]"
+
+
+def parse_storages(text: str) -> list[tuple[str, str, dict[str, str]]]:
+    """storage.cfg. `local` is always there, and on all nodes [pve-storage PVE/Storage/Plugin.pm parse_config]."""
+    sections = parse_sections(text, STORAGE_NAMES)
+    local = next((values for _, name, values in sections if name == "local"), None)
+    if local is None:
+        local = {"path": "/var/lib/vz", "content": "images,iso,rootdir,snippets,vztmpl"}
+        sections.append(("dir", "local", local))
+    local.pop("nodes", None)
+    return sections
+
+
+def parse_resource_pools(text: str) -> dict[str, set[int]]:
+    """user.cfg: the guests of each pool (`pool:ID:comment:vmids:storages:`), those of pools within it too."""
+    own: dict[str, set[int]] = {}
+    for line in text.splitlines():
+        kind, name, _, vmids = [*line.split(":"), "", "", ""][:4]
+        if kind == "pool" and name:
+            own.setdefault(name, set()).update(parse_vmids(vmids))
+    return {name: set().union(*(own[other] for other in own if f"{other}/".startswith(f"{name}/"))) for name in own}
+
+
+CRON_LINE = re.compile(r"(\d+)\s+(\d+)\s+\*\s+\*\s+(\S+)\s+root\s+(?:/\S+/)?(#)?vzdump(?:\s+(.*))?$")
+
+
+def parse_vzdump_cron(text: str) -> list[tuple[str, dict[str, str]]]:
+    """vzdump.cron of older releases, which cron still runs: (id, the values of a job of jobs.cfg)
+    [pve-manager PVE/VZDump.pm parse_vzdump_cron_config]."""
+    jobs = []
+    for number, line in enumerate(text.splitlines()):
+        found = CRON_LINE.match(line.strip())
+        if found:
+            minute, hour, days, off, rest = found.groups()
+            days = "" if days == "*" else re.sub(r"\d", lambda day: WEEKDAYS[int(day[0]) % 7 - 1][:3], days.lower())
+            values = dict(re.findall(r"--?([a-z-]+)[ =]+(\S+)", rest or ""))
+            vmids = re.sub(r"--?[a-z-]+[ =]+\S+", " ", rest or "")
+            values.setdefault("vmid", ",".join(split_list(vmids)))
+            schedule = f"{days.replace('-', '..')} {hour}:{int(minute):02}".strip()
+            jobs.append((f"cron:{number}", {**values, "schedule": schedule, "enabled": "0" if off else "1"}))
+    return jobs
 
 
 def parse_vmlist(text: str) -> dict[str, list[Any]]:
@@ -1123,7 +1188,7 @@ def parse_guest_config(text: str) -> dict[str, Any]:
         name=values.get("name") or values.get("hostname"),
         lock=values.get("lock"),
         template=to_flag(values.get("template", "0")),
-        tags=split_tags(values.get("tags")),
+        tags=split_list(values.get("tags")),
         onboot=to_flag(values.get("onboot", "0")),
         created_at=to_count(meta.get("ctime")),
         volumes=volumes,
@@ -1131,47 +1196,55 @@ def parse_guest_config(text: str) -> dict[str, Any]:
 
 
 def parse_volume(key: str, value: str) -> dict[str, Any] | None:
-    """`scsi0: local-zfs:vm-100-disk-0,size=32G` as storage, volume and size; None for CD drives and host paths."""
-    name = key.rstrip("0123456789")
-    first, *options = value.split(",")
-    if name not in DISK_KEYS or (name == key and key != "rootfs") or "media=cdrom" in options:
+    """`scsi0: local-zfs:vm-100-disk-0,size=32G` as name, storage, volume, size, and whether a backup takes it along;
+    None for CD drives and host paths. Mount points of containers are left out of it unless they say backup=1."""
+    kind = key.rstrip("0123456789")
+    options = dict(part.partition("=")[::2] for part in value.split(",") if "=" in part)
+    place = next((part for part in value.split(",") if "=" not in part), "")
+    place = options.get("file", options.get("volume", place))
+    if kind not in DISK_KEYS or (kind == key and key != "rootfs") or options.get("media") == "cdrom":
         return None
-    if first.startswith(("file=", "volume=")):
-        first = first.partition("=")[2]
-    storage, separator, volume = first.partition(":")
-    if not separator or first.startswith("/"):
+    storage, separator, volume = place.partition(":")
+    if not separator or place.startswith("/"):
         return None
-    size = next((to_size(option[5:]) for option in options if option.startswith("size=")), None)
-    return known(storage=storage, volume=volume, size_bytes=size)
+    size = to_size(options["size"]) if "size" in options else None
+    backup = key == "rootfs" or to_flag(options.get("backup", "0" if kind == "mp" else "1"))
+    return known(name=key, storage=storage, volume=volume, size_bytes=size, backup=backup)
 
 
-def split_tags(text: Any) -> list[str]:
-    """Tags are separated by `;`, `,` or blanks."""
-    return text.replace(";", " ").replace(",", " ").split() if isinstance(text, str) else []
+class CorosyncVotes(NamedTuple):
+    """What corosync.conf says of votes."""
+
+    nodes: dict[str, int]
+    expected: int
+    needed: int | None  # None where corosync alone knows: with a quorum device, or when it counts anew as nodes leave
 
 
-def parse_corosync_votes(text: str) -> tuple[dict[str, int], int]:
-    """corosync.conf: votes by node name, and those of a quorum device (0 without one)."""
-    votes: dict[str, int] = {}
-    device = 0
+def parse_corosync_votes(text: str) -> CorosyncVotes:
+    """corosync.conf. `expected_votes` by hand goes before the nodes' sum, and with `two_node` one vote is enough
+    [corosync man/votequorum.5]."""
+    nodes: dict[str, int] = {}
+    settings: dict[str, str] = {}
     path: list[str] = []
     values: dict[str, str] = {}
-    for line in text.splitlines():
-        line = line.strip()
+    for line in map(str.strip, text.splitlines()):
+        key, separator, value = line.partition(":")
         if line.endswith("{"):
             path.append(line[:-1].strip())
-            values = {}
+            values = settings if path == ["quorum"] else {}
         elif line == "}":
             if path[-2:] == ["nodelist", "node"] and values.get("name"):
-                votes[values["name"]] = to_count(values.get("quorum_votes", "1")) or 0
+                nodes[values["name"]] = to_count(values.get("quorum_votes", "1")) or 0
             if path[-2:] == ["quorum", "device"]:
-                device = to_count(values.get("votes", "1")) or 0
+                settings["device"] = "1"
             path = path[:-1]
-            values = {}
-        elif ":" in line and not line.startswith("#"):
-            key, _, value = line.partition(":")
+            values = settings if path == ["quorum"] else {}
+        elif separator and not line.startswith("#"):
             values[key.strip()] = value.strip()
-    return votes, device
+    expected = to_count(settings.get("expected_votes")) or sum(nodes.values())
+    moving = any(to_flag(settings.get(name)) for name in ("device", "last_man_standing", "allow_downscale"))
+    one_is_enough = to_flag(settings.get("two_node")) and expected == 2
+    return CorosyncVotes(nodes, expected, None if moving else 1 if one_is_enough else expected // 2 + 1)
 
 
 def parse_quorumtool(text: str) -> dict[str, int]:
@@ -1725,7 +1798,8 @@ def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
 
 # tasks and backups
 
-UNKNOWN_ENDS = ("unexpected status", "interrupted by signal", "received interrupt", "")  # normal for consoles
+UNKNOWN_END = "unexpected status"  # the only one that Proxmox itself does not judge [pve-common PVE/UPID.pm]
+CONSOLES = ("vncproxy", "vncshell", "spiceproxy", "spiceshell", "termproxy")  # being cut off is how they end
 
 
 def parse_upid(upid: str) -> dict[str, Any] | None:
@@ -1755,43 +1829,47 @@ def parse_task_line(line: str) -> dict[str, Any] | None:
     if task is None or ended is None:
         return None
     status = status.strip()
-    return {**task, "ended_at": ended, "status": status, "result": task_result(status)}
+    return {**task, "ended_at": ended, "status": status, "result": task_result(status, task["type"])}
 
 
-def task_result(status: str) -> str:
+def task_result(status: str, kind: str) -> str:
+    """As Proxmox classes it: all but OK, warnings and an unexpected status is an error."""
     if status == "OK":
         return "ok"
     if status.startswith("WARNINGS: "):
         return "warning"
-    return "unknown" if status in UNKNOWN_ENDS else "error"
+    return "unknown" if status in ("", UNKNOWN_END) or kind in CONSOLES else "error"
+
+
+VZDUMP_LINE = re.compile(r"(?:\S+ [\d:]{8} |[A-Z][a-z]{2} +\d+ [\d:]{8} )?(?:INFO|ERROR): (.*)")
 
 
 def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
     """The storage and the runs of a vzdump log, of a job of one guest or of several.
 
-    Only these lines keep their wording between versions. /var/log/vzdump has the date before each. `finished` is the
-    host's local time as text; `ok` stays None for a run without an end.
+    Only these lines keep their wording between versions. The mark is the first word, or in /var/log/vzdump the first
+    one behind the date. `finished` is the host's local time as text; `ok` stays None for a run without an end.
     """
     storage = None
     runs: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        at = max(line.find("INFO: "), line.find("ERROR: "))
-        message = line[at:].partition(": ")[2] if at >= 0 else ""
-        words = message.split()
+    for found in filter(None, map(VZDUMP_LINE.match, text.splitlines())):
+        message, words = found[1], found[1].split()
         if message.startswith("starting new backup job:") and "--storage" in words[:-1]:
             storage = words[words.index("--storage") + 1]
         elif message.startswith("Starting Backup of VM ") and words[4:5] and is_whole(words[4]):
             runs.append({"vmid": int(words[4]), "ok": None})
+        elif failed := re.match(r"Backup of VM (\d{1,9}) failed - (.*)", message):
+            if not runs or runs[-1]["vmid"] != int(failed[1]):
+                runs.append({"vmid": int(failed[1])})  # a guest that is no longer there is not begun
+            runs[-1].update(ok=False, error=failed[2][:500])
         elif runs:
-            read_vzdump_line(runs[-1], message, words)
+            parse_vzdump_line(runs[-1], message, words)
     return storage, runs
 
 
-def read_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> None:
+def parse_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> None:
     if message.startswith(f"Finished Backup of VM {run['vmid']} "):
         run.update(known(ok=True, duration_seconds=to_seconds(message.rpartition("(")[2].rstrip(")"))))
-    elif message.startswith(f"Backup of VM {run['vmid']} failed - "):
-        run.update(ok=False, error=message.partition(" failed - ")[2][:500])
     elif message.startswith(("Backup finished at ", "Failed at ")):
         run["finished"] = message.partition(" at ")[2]
     elif message.startswith("archive file size: "):
@@ -1802,23 +1880,23 @@ def read_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> Non
         run.setdefault("excluded_disks", []).append(message.partition(" mount point ")[2].split()[0])
 
 
-ARCHIVE_ENDS = ("", ".gz", ".lzo", ".zst", ".bz2")
+ARCHIVE_NAME = (
+    r"vzdump-(?:qemu|lxc|openvz)-(\d{1,9})-(\d{4}_\d\d_\d\d)-(\d\d_\d\d_\d\d)"
+    r"\.(?:tgz|(?:vma|tar)(?:\.(?:gz|lzo|zst|bz2))?)"
+)
 
 
-def parse_archive_name(name: str) -> int | None:
-    """The vmid of a finished backup: vzdump-qemu-100-2026_11_23-02_00_01.vma.zst; .notes, .log, .dat are none."""
-    parts = name.split("-")
-    if len(parts) != 5 or parts[0] != "vzdump" or parts[1] not in ("qemu", "lxc", "openvz") or not is_whole(parts[2]):
-        return None
-    _, dot, ending = parts[4].partition(".")
-    ends = {f"{kind}{end}" for kind in ("vma", "tar") for end in ARCHIVE_ENDS} | {"tgz"}
-    return int(parts[2]) if dot and ending in ends else None
+def parse_archive_name(name: str) -> tuple[int, int] | None:
+    """vmid and start of a finished backup: vzdump-qemu-100-2026_11_23-02_00_01.vma.zst, in the host's time zone; None
+    for others (.notes, .log, .dat). The file's own time is that of its last copy."""
+    found = re.fullmatch(ARCHIVE_NAME, name)
+    began = parse_local_time(f"{found[2].replace('_', '-')} {found[3].replace('_', ':')}") if found else None
+    return None if found is None or began is None else (int(found[1]), began)
 
 
 def parse_vmids(text: str | None) -> list[int]:
-    """A comma list of vmids."""
-    parts = (text or "").replace(";", ",").split(",")
-    return sorted(int(part) for part in parts if is_whole(part.strip()))
+    """A list of vmids."""
+    return sorted(int(word) for word in split_list(text) if is_whole(word))
 
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -1989,7 +2067,7 @@ def parse_local_time(text: str) -> int | None:
 
 DATASET_COLUMNS = (
     "name type used avail refer usedbysnapshots usedbydataset refreservation quota refquota volsize compressratio "
-    "origin mounted encryption keystatus"
+    "origin mounted encryption keystatus canmount mountpoint"
 ).split()
 
 
@@ -2013,6 +2091,8 @@ def parse_datasets(text: str) -> list[dict[str, Any]]:
             mounted=None if row["mounted"] is None else row["mounted"] == "yes",
             encryption=row["encryption"],
             key_available=None if row["keystatus"] is None else row["keystatus"] == "available",
+            canmount=row["canmount"],
+            mountpoint=row["mountpoint"],
             vmid=dataset_vmid(row["name"] or ""),
         )
         for row in parse_columns(text, DATASET_COLUMNS)
@@ -2021,27 +2101,33 @@ def parse_datasets(text: str) -> list[dict[str, Any]]:
 
 def dataset_vmid(name: str) -> int | None:
     """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
-    kind, dash, rest = name.rpartition("/")[2].partition("-")
-    vmid = rest.partition("-")[0]
-    return int(vmid) if dash and kind in ("vm", "base", "subvol", "basevol") and is_whole(vmid) else None
+    found = re.match(r"(?:vm|base|subvol|basevol)-(\d{1,9})(?:-|$)", name.rpartition("/")[2])
+    return int(found[1]) if found else None
+
+
+SNAPSHOT_TOOLS = (  # names by tool, and the class that its series get
+    (r"autosnap_.*_([^_]+)", r"autosnap_\1"),  # sanoid
+    (r"(zfs-auto-snap_[^-]+)-2.*", r"\1"),
+    (r"(__replicate_.*)_\d+__", r"\1"),  # Proxmox's replication
+    (r"(zrepl|syncoid)_.*", r"\1"),
+    (r"pyznap_.*_([^_]+)", r"pyznap_\1"),
+    (r"(auto[a-z][a-z0-9_-]*?)\d{12}", r"\1"),  # cv4pve-autosnap: auto, its label, yyMMddHHmmss
+    (r"(.+)-2\d{13}", r"\1"),  # zfs_autobackup
+    (r"2\d{3}-\d\d-\d\d-\d{6}Z?", "znapzend"),
+    (r"2\d{3}-\d\d-\d\d_\d\d\.\d\d\.\d\d--(\w+)", r"zfsnap_\1"),
+    (r"(.*?)[-_]?2\d{3}-\d\d-\d\d([-_T ]\d\d[-:.]\d\d([-:.]\d\d)?)?([-_]\d+[a-z])?", r"\1"),  # TrueNAS and others
+)
 
 
 def snapshot_class(dataset: str, name: str) -> str:
     """Which tool and which of its series made a snapshot."""
-    if name.startswith("autosnap_"):
-        return f"autosnap_{name.rpartition('_')[2]}"
-    if name.startswith("zfs-auto-snap_"):
-        return name.partition("-20")[0]
-    if name.startswith("__replicate_") and name.endswith("__"):
-        return name[:-2].rpartition("_")[0]
-    for tool in ("zrepl", "syncoid"):
-        if name.startswith(f"{tool}_"):
-            return tool
+    for pattern, series in SNAPSHOT_TOOLS:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return found.expand(series) or "dated"
     # PVE's own names begin with a letter and hold no blank; its own are __base__, __migration__ and vzdump
-    plain = name[:1].isalpha() and name.replace("-", "").replace("_", "").isalnum()
-    if dataset_vmid(dataset) is not None and (plain or name in ("__base__", "__migration__")):
-        return "pve"
-    return "other"
+    plain = re.fullmatch(r"[A-Za-z][\w-]*", name) or name in ("__base__", "__migration__")
+    return "pve" if plain and dataset_vmid(dataset) is not None else "other"
 
 
 # services, time, upkeep
@@ -2073,12 +2159,27 @@ def parse_chrony_tracking(text: str) -> dict[str, Any]:
 
 
 def parse_certificate(text: str) -> dict[str, Any]:
-    """`openssl x509 -noout -enddate -subject -issuer`."""
+    """`openssl x509 -noout -dates -subject -issuer`."""
     values = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
-    expires = parse_ctime(f"? {values.get('notAfter', '').removesuffix(' GMT')}")
+    dates = (values.get(key, "").removesuffix(" GMT") for key in ("notBefore", "notAfter"))
+    starts, expires = (parse_ctime(f"? {date}") for date in dates)
     if expires is None:
         raise SourceError("garbage", f"openssl x509: no end date in {text[:80]!r}")
-    return known(subject=values.get("subject"), issuer=values.get("issuer"), expires_at=expires)
+    return known(subject=values.get("subject"), issuer=values.get("issuer"), starts_at=starts, expires_at=expires)
+
+
+def parse_security(text: str) -> int:
+    """`apt-get -s dist-upgrade`: how many packages come from a security archive, whatever its mirror is called:
+    `Inst libexpat1 [2.5.0-1] (2.5.0-1+deb12u2 Debian-Security:12/oldstable-security [amd64])`."""
+    return len(re.findall(r"^Inst \S+ (?:\[.*?\] )?\(\S+ [^\[)]*[Ss]ecurity", text, re.MULTILINE))
+
+
+def parse_queue_times(text: str) -> list[int]:
+    """`head -v -c 256` of Postfix queue files: when each message arrived, from its time record (`T`, length, seconds).
+    The file's own time is that of the next try [postfix src/global/rec_type.h, mail_queue.c]."""
+    parts = re.split(r"^==> .* <==\n", text, flags=re.MULTILINE)[1:]
+    found = (re.search(r"T[\x0b-\x1f](\d{9,11}) \d", part) for part in parts)
+    return [int(time_record[1]) for time_record in found if time_record]
 
 
 def parse_subscription(text: str) -> dict[str, Any]:
@@ -2117,19 +2218,33 @@ def parse_ceph_status(text: str) -> dict[str, Any]:
 
 # SMART
 
-# Attributes whose normalized value is the percentage that is left of an SSD's life, by vendor.
-WEAR_ATTRIBUTES = (231, 233, 177, 202, 173, 169, 245)
-DAMAGE_ATTRIBUTES = {
-    "reallocated_sectors": 5,
-    "reported_uncorrectable": 187,
-    "pending_sectors": 197,
-    "uncorrectable_errors": 198,
-    "crc_errors": 199,
+# Attributes whose normalized value is what is left of an SSD's life in percent: by the name that smartctl gives them,
+# as makers use one number for different things [pve-storage PVE/Diskmanage.pm; smartmontools drivedb.h].
+LIFE_ATTRIBUTES = (
+    "Percent_Lifetime_Remain Percent_Life_Remaining Perc_Rated_Life_Remain PCT_Life_Remaining Remaining_Lifetime_Perc "
+    "Lifetime_Remaining Lifetime_Remaining% Lifetime_Left SSD_Life_Left Drive_Life_Remaining% Media_Wearout_Indicator "
+    "Percent_Lifetime_Used Perc_Rated_Life_Used Perc_Write/Erase_Ct_BC Wear_Leveling_Count"
+).split()
+# Of these the raw number is a percentage too: of what is used up (Crucial, Micron), of what is left (others).
+RAW_IS_USED = ("Percent_Lifetime_Remain", "Percent_Lifetime_Used", "Perc_Rated_Life_Used")
+RAW_IS_LEFT = ("SSD_Life_Left", "Remaining_Lifetime_Perc", "Lifetime_Left", "PCT_Life_Remaining")
+DAMAGE_ATTRIBUTES = {  # not Current_Pending_ECC_Cnt of Crucial: that one comes and goes on sound disks
+    "reallocated_sectors": "Reallocated_Sector_Ct Retired_Block_Count Reallocate_NAND_Blk_Cnt Reallocated_Block_Count",
+    "reported_uncorrectable": "Reported_Uncorrect Uncorrectable_Error_Cnt Reported_UE_Counts",
+    "pending_sectors": "Current_Pending_Sector Total_Pending_Sectors",
+    "uncorrectable_errors": "Offline_Uncorrectable Off-line_Uncorrectable",
+    "crc_errors": "UDMA_CRC_Error_Count CRC_Error_Count SATA_CRC_Error SATA_CRC_Error_Count",
 }
+ALL_ONES = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFF)  # what is printed of a counter that is not kept
+MOST_HOURS = 300_000  # 34 years: above that minutes or seconds were taken for hours
+NVME_FAILED, SCSI_FAILED = (5, 6, 7), (3, 4, 5, 6, 7)  # results of self-tests; others were not ended, or still run
 
 
 def parse_smart(text: str, now: float) -> dict[str, Any]:
-    """`smartctl -j` of an ATA, NVMe or SAS disk as fields of the report. `asleep` and `type` are for the collector."""
+    """`smartctl -j` of an ATA, NVMe or SAS disk as fields of the report. `asleep` and `type` are for the collector.
+
+    What a disk cannot have measured is unknown: reserved values, all bits set, two fields that contradict each other.
+    """
     smart = parse_object(text, "smartctl")
     run = as_dict(smart.get("smartctl"))
     exit_status = to_count(run.get("exit_status")) or 0
@@ -2139,37 +2254,46 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
         return known(asleep=True, type=device.get("type"))
     if exit_status & 3 and "smart_status" not in smart and "model_name" not in smart:
         raise SourceError("failed", f"smartctl: {'; '.join(messages)[:200] or f'exit status {exit_status}'}")
-    log = as_dict(smart.get("nvme_smart_health_information_log"))
-    attributes = read_smart_attributes(smart)
+    attributes = parse_attributes(smart)
     return known(
         type=device.get("type"),
         protocol=device.get("protocol"),
-        **read_smart_identity(smart),
-        passed=read_bool(as_dict(smart.get("smart_status")).get("passed")),
-        temperature_celsius=read_temperature(smart, log, attributes),
-        power_on_hours=to_count(as_dict(smart.get("power_on_time")).get("hours")),
-        **read_smart_wear(smart, log),
-        **read_smart_damage(smart, log, attributes),
-        selftest=read_selftest(smart, now),
+        **parse_identity(smart),
+        passed=to_bool(as_dict(smart.get("smart_status")).get("passed")),
+        temperature_celsius=parse_temperature(smart, attributes),
+        power_on_hours=parse_hours(smart),
+        **parse_wear(smart, attributes),
+        **parse_damage(smart, attributes),
+        selftest=parse_selftest(smart, now),
     )
 
 
-def read_bool(value: Any) -> bool | None:
+def to_bool(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def read_smart_identity(smart: dict[str, Any]) -> dict[str, Any]:
+def to_share(percent: Any, most: int = 100) -> float | None:
+    """A percentage of 0 … `most` as a ratio. 255 (all bits set) and the like say that it is not measured."""
+    number = to_count(percent)
+    return None if number is None or number > most else round(number / 100, 6)
+
+
+def parse_hours(smart: dict[str, Any]) -> int | None:
+    hours = to_count(as_dict(smart.get("power_on_time")).get("hours"))
+    return hours if hours is not None and hours <= MOST_HOURS else None
+
+
+def parse_identity(smart: dict[str, Any]) -> dict[str, Any]:
     wwn = as_dict(smart.get("wwn"))
     naa, oui, number = (to_count(wwn.get(part)) for part in ("naa", "oui", "id"))
     name = None if naa is None or oui is None or number is None else f"0x{naa:x}{oui:06x}{number:09x}"
-    rate = to_count(smart.get("rotation_rate"))
     return known(
         model=first_text(smart, "model_name", "scsi_model_name"),
         serial=first_text(smart, "serial_number"),
         wwn=name or first_text(smart, "logical_unit_id"),
         firmware=first_text(smart, "firmware_version", "scsi_revision", "revision"),
-        size_bytes=to_count(as_dict(smart.get("user_capacity")).get("bytes")),
-        rotation_rate=rate,
+        size_bytes=to_count(as_dict(smart.get("user_capacity")).get("bytes")) or None,
+        rotation_rate=to_count(smart.get("rotation_rate")),
     )
 
 
@@ -2178,79 +2302,92 @@ def first_text(values: dict[str, Any], *names: str) -> str | None:
     return next((text for text in texts if text), None)
 
 
-def read_smart_attributes(smart: dict[str, Any]) -> dict[int, tuple[int | None, int | None]]:
-    """(normalized, raw) by id. A raw value packs several counters: the first number of its text is meant."""
+def parse_attributes(smart: dict[str, Any]) -> dict[str, tuple[int | None, int | None]]:
+    """(normalized, raw) by name. A raw value packs several counters: the first number of its text is meant."""
     table = {}
-    for row in as_list(as_dict(smart.get("ata_smart_attributes")).get("table")):
-        row = as_dict(row)
-        words = str(as_dict(row.get("raw")).get("string", "")).split()
-        digits = words[0].split("/")[0] if words else ""
-        number = to_count(row.get("id"))
-        if number is not None:
-            table[number] = to_count(row.get("value")), int(digits) if is_whole(digits) else None
+    for row in map(as_dict, as_list(as_dict(smart.get("ata_smart_attributes")).get("table"))):
+        words = re.match(r"\d{1,18}(?![\dx])", str(as_dict(row.get("raw")).get("string", "")))
+        raw = int(words[0]) if words else None
+        table[str(row.get("name"))] = to_count(row.get("value")), None if raw in ALL_ONES else raw
     return table
 
 
-def read_temperature(
-    smart: dict[str, Any], log: dict[str, Any], attributes: dict[int, tuple[int | None, int | None]]
-) -> int | float | None:
-    """0 is what disks say that do not measure it."""
-    told = to_number(as_dict(smart.get("temperature")).get("current")) or to_number(log.get("temperature"))
-    return told or next((raw for raw in (attributes.get(194, (0, 0))[1], attributes.get(190, (0, 0))[1]) if raw), None)
+def parse_temperature(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> int | None:
+    """0 is what disks say that do not measure it, and no disk works beyond 150 °C."""
+    log = as_dict(smart.get("nvme_smart_health_information_log"))
+    names = ("Temperature_Celsius", "Airflow_Temperature_Cel", "Temperature_Internal", "Temperature_Case")
+    told = [to_number(as_dict(smart.get("temperature")).get("current")), to_number(log.get("temperature"))]
+    told += [attributes.get(name, (None, None))[1] for name in names]
+    return next((int(celsius) for celsius in told if celsius and -40 <= celsius <= 150), None)
 
 
-def read_smart_wear(smart: dict[str, Any], log: dict[str, Any]) -> dict[str, Any]:
+def parse_wear(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> dict[str, Any]:
     """wear_ratio is what is used up (it may exceed 1), whatever way round the disk says it."""
-    used = to_number(as_dict(smart.get("endurance_used")).get("current_percent"))  # smartctl 7.5, all kinds
-    for told in (log.get("percentage_used"), smart.get("scsi_percentage_used_endurance_indicator")):
-        used = to_number(told) if used is None else used
-    if used is None and not to_count(smart.get("rotation_rate")):
-        attributes = read_smart_attributes(smart)
-        left = next((attributes[number][0] for number in WEAR_ATTRIBUTES if number in attributes), None)
-        used = None if left is None or left > 100 else 100 - left
+    log = as_dict(smart.get("nvme_smart_health_information_log"))
     spare = as_dict(smart.get("spare_available"))
+    told = (
+        as_dict(smart.get("endurance_used")).get("current_percent"),  # smartctl 7.5, all kinds
+        log.get("percentage_used"),
+        smart.get("scsi_percentage_used_endurance_indicator"),
+    )
+    used = next((share for share in (to_share(percent, 254) for percent in told) if share is not None), None)
+    if used is None and not to_count(smart.get("rotation_rate")):
+        used = parse_life(attributes)
     return known(
-        wear_ratio=to_ratio(used),
-        spare_ratio=to_ratio(log.get("available_spare", spare.get("current_percent"))),
-        spare_threshold_ratio=to_ratio(log.get("available_spare_threshold", spare.get("threshold_percent"))),
+        wear_ratio=used,
+        spare_ratio=to_share(log.get("available_spare", spare.get("current_percent"))),
+        spare_threshold_ratio=to_share(log.get("available_spare_threshold", spare.get("threshold_percent"))),
     )
 
 
-def read_smart_damage(
-    smart: dict[str, Any], log: dict[str, Any], attributes: dict[int, tuple[int | None, int | None]]
-) -> dict[str, Any]:
-    damage = {name: attributes.get(number, (None, None))[1] for name, number in DAMAGE_ATTRIBUTES.items()}
+def parse_life(attributes: dict[str, tuple[int | None, int | None]]) -> float | None:
+    """What an SSD's attributes say is used up; unknown where value and raw number contradict each other, as on firmware
+    that counts the value the other way round [hiyohiyo/CrystalDiskInfo issue 178]."""
+    for name in LIFE_ATTRIBUTES:
+        left, raw = attributes.get(name, (None, None))
+        if left is not None:
+            expected = 100 - left if name in RAW_IS_USED else left
+            percentage = name in RAW_IS_USED + RAW_IS_LEFT and raw is not None and 0 < raw <= 100
+            return None if left > 100 or percentage and abs(expected - (raw or 0)) > 2 else round(1 - left / 100, 6)
+    return None
+
+
+def parse_damage(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> dict[str, Any]:
+    log = as_dict(smart.get("nvme_smart_health_information_log"))
+    damage: dict[str, int | None] = {}
+    for field, names in DAMAGE_ATTRIBUTES.items():
+        damage[field] = next((attributes[name][1] for name in names.split() if name in attributes), None)
     counters = as_dict(smart.get("scsi_error_counter_log")).values()
     uncorrected = [to_count(as_dict(counter).get("total_uncorrected_errors")) for counter in counters]
     if "scsi_grown_defect_list" in smart:
         damage["reallocated_sectors"] = to_count(smart["scsi_grown_defect_list"])
     if uncorrected and None not in uncorrected:
         damage["uncorrectable_errors"] = sum(number or 0 for number in uncorrected)
-    damage.update(
-        media_errors=to_count(log.get("media_errors")), critical_warning=to_count(log.get("critical_warning"))
-    )
-    return known(**damage)
+    warning = to_count(log.get("critical_warning"))
+    damage["critical_warning"] = None if warning is None or warning > 0x3F else warning  # the rest is reserved
+    return known(**damage, media_errors=to_count(log.get("media_errors")))
 
 
-def read_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
-    """The newest self-test: when, by the hours the disk had run then, and whether it passed."""
-    hours = to_count(as_dict(smart.get("power_on_time")).get("hours"))
-    ata = as_dict(smart.get("ata_smart_self_test_log"))
+def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
+    """The newest self-test that came to an end: whether it passed, and when, by the hours the disk had run then."""
+    ata, hours = as_dict(smart.get("ata_smart_self_test_log")), parse_hours(smart)
     rows = as_list(as_dict(ata.get("standard") or ata.get("extended")).get("table"))
-    rows = rows or as_list(as_dict(smart.get("nvme_self_test_log")).get("table"))
-    if rows:
-        row = as_dict(rows[0])
-        result = as_dict(row.get("self_test_result"))
-        passed = read_bool(as_dict(row.get("status")).get("passed"))
-        if passed is None and "value" in result:
-            passed = result["value"] == 0
-        at = to_count(row.get("lifetime_hours", row.get("power_on_hours")))
-    else:
-        row = as_dict(smart.get("scsi_self_test_0"))
-        passed = as_dict(row.get("result")).get("value") == 0 if row else None
-        at = to_count(as_dict(row.get("power_on_time")).get("hours"))
-    ended = None if hours is None or at is None or at > hours else int(now) - (hours - at) * 3600
-    return known(passed=passed, ended_at=ended) or None
+    rows += as_list(as_dict(smart.get("nvme_self_test_log")).get("table"))
+    rows += [smart[name] for name in (f"scsi_self_test_{number}" for number in range(20)) if name in smart]
+    for row in map(as_dict, rows):
+        nvme = to_count(as_dict(row.get("self_test_result")).get("value"))
+        scsi = to_count(as_dict(row.get("result")).get("value"))
+        passed = to_bool(as_dict(row.get("status")).get("passed"))
+        if nvme == 0 or scsi == 0 or nvme in NVME_FAILED or scsi in SCSI_FAILED:
+            passed = not (nvme or scsi)
+        told = row.get("lifetime_hours", row.get("power_on_hours", as_dict(row.get("power_on_time")).get("hours")))
+        at = to_count(told)
+        if passed is not None:
+            if hours is not None and at is not None and at <= hours:  # ATA keeps the lowest 16 bits
+                at += (hours - at) // 0x10000 * 0x10000 if "lifetime_hours" in row else 0
+                return {"passed": passed, "ended_at": int(now) - (hours - at) * 3600}
+            return {"passed": passed}
+    return None
 
 
 # Safeguards: what should speak up when something fails.
@@ -2372,7 +2509,7 @@ ZFS_LIMIT = 20.0  # seconds for a zpool or zfs command
 SHARED = threading.local()  # what several collectors of one tick read: the probe, since when, and the values
 
 
-def shared(probe: Any, name: str, read: Callable[[Any], Any]) -> Any:
+def shared(probe: ProbeLike, name: str, read: Callable[[Any], Any]) -> Any:
     """`read(probe)`, or what it gave (or raised) to another collector of the same tick, which is the same thread."""
     now = probe.monotonic()
     if getattr(SHARED, "probe", None) is not probe or not 0 <= now - SHARED.since < 1:
@@ -2388,7 +2525,7 @@ def shared(probe: Any, name: str, read: Callable[[Any], Any]) -> Any:
     return values[name]
 
 
-def remember(probe: Any, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None) -> Any:
+def remember(probe: ProbeLike, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None) -> Any:
     """`read()`, repeated only after ten minutes or when `key` (of JSON values) is another one."""
     now = probe.now()
     kept = as_dict(memory.get(name))
@@ -2407,7 +2544,12 @@ def attempt(read: Callable[..., Any], *args: Any, default: Any = None) -> Any:
         return default
 
 
-def host_name(probe: Any) -> str:
+def unknown_because(error: SourceError) -> dict[str, Any]:
+    """For the row of an object that could not be asked: it alone is dark, and says why."""
+    return {"unknown_reason": f"{error.code}: {error.detail}"[:DETAIL_LIMIT]}
+
+
+def host_name(probe: ProbeLike) -> str:
     """The short host name, which Proxmox has as the node's name."""
     return probe.read("/proc/sys/kernel/hostname").strip().split(".")[0]
 
@@ -2416,7 +2558,7 @@ def host_name(probe: Any) -> str:
 
 
 @collector("node", tick=FAST)
-def collect_node(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """CPU, memory, load, pressure, network, disks and temperatures of the host, from /proc and /sys."""
     if not probe.exists("/proc/sys/kernel"):
         raise Absent("no /proc here")
@@ -2445,7 +2587,7 @@ def collect_node(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def read_load(probe: Any) -> dict[str, Any]:
+def read_load(probe: ProbeLike) -> dict[str, Any]:
     load = probe.read("/proc/loadavg").split()
     uptime = probe.read("/proc/uptime").split()
     if len(load) < 3 or not uptime:
@@ -2454,7 +2596,7 @@ def read_load(probe: Any) -> dict[str, Any]:
     return known(load1=load1, load5=load5, load15=load15, uptime_seconds=to_count(uptime[0]))
 
 
-def read_cpu(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def read_cpu(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Shares since the last sample of this boot; before there is one, what pvestatd measured."""
     jiffies, count = parse_cpu_times(probe.read("/proc/stat"))
     before = memory.get("jiffies")
@@ -2465,7 +2607,7 @@ def read_cpu(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     return {"cpu_count": count or None, **ratios}
 
 
-def read_pvestatd_cpu(probe: Any) -> dict[str, Any]:
+def read_pvestatd_cpu(probe: ProbeLike) -> dict[str, Any]:
     part = shared(probe, "metrics", read_metrics).get("node", {})
     if not part or abs(probe.now() - part["timestamp"]) > LATE_SECONDS:
         return {}
@@ -2473,7 +2615,7 @@ def read_pvestatd_cpu(probe: Any) -> dict[str, Any]:
     return known(cpu_ratio=to_number(stat.get("cpu")), iowait_ratio=to_number(stat.get("wait")))
 
 
-def read_memory(probe: Any) -> dict[str, Any]:
+def read_memory(probe: ProbeLike) -> dict[str, Any]:
     """MemAvailable does not contain the ARC, though ZFS gives up all above its minimum: memory_free_ratio adds that."""
     sizes = parse_meminfo(probe.read("/proc/meminfo"))
     arc = parse_kstat(attempt(probe.read, f"{ZFS_KSTAT}/arcstats", default=""))
@@ -2502,7 +2644,7 @@ def read_memory(probe: Any) -> dict[str, Any]:
 PRESSURES = {"cpu": ("some_avg10",), "io": ("full_avg10", "full_avg300"), "memory": ("full_avg10", "full_avg300")}
 
 
-def read_pressure(probe: Any) -> dict[str, Any]:
+def read_pressure(probe: ProbeLike) -> dict[str, Any]:
     """PSI; without it (psi=0) the files are absent or unreadable."""
     ratios = {}
     for kind, names in PRESSURES.items():
@@ -2511,7 +2653,7 @@ def read_pressure(probe: Any) -> dict[str, Any]:
     return ratios
 
 
-def read_root(probe: Any) -> dict[str, Any]:
+def read_root(probe: ProbeLike) -> dict[str, Any]:
     """The root file system; used + available < total, as root keeps a reserve."""
     root = probe.statvfs("/")
     return {
@@ -2521,7 +2663,7 @@ def read_root(probe: Any) -> dict[str, Any]:
     }
 
 
-def read_versions(probe: Any, memory: dict[str, Any], kernel: str) -> dict[str, Any]:
+def read_versions(probe: ProbeLike, memory: dict[str, Any], kernel: str) -> dict[str, Any]:
     version = remember(probe, memory, "pve_version", lambda: parse_pve_version(attempt(probe.read, PVECFG, default="")))
     following = remember(probe, memory, "kernel_next", lambda: read_next_kernel(probe, kernel), key=kernel)
     reboot = None if following is None else following != kernel
@@ -2530,7 +2672,7 @@ def read_versions(probe: Any, memory: dict[str, Any], kernel: str) -> dict[str, 
     return known(pve_version=version, kernel_next=following, reboot_needed=reboot)
 
 
-def read_next_kernel(probe: Any, kernel: str) -> str | None:
+def read_next_kernel(probe: ProbeLike, kernel: str) -> str | None:
     """The release that boots next: a pinned one, else the newest of the running one's flavour that is complete."""
     for pin in ("/etc/kernel/next-boot-pin", "/etc/kernel/proxmox-boot-pin"):
         pinned = attempt(probe.read, pin, default="").strip().split("\n")[0].strip()
@@ -2546,7 +2688,7 @@ def read_next_kernel(probe: Any, kernel: str) -> str | None:
     return max(releases, key=version_key, default=None)
 
 
-def read_interfaces(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Physical ones have a device; bridges, bonds, VLANs, taps and veths would count the same bytes again."""
     counters = parse_net_dev(probe.read("/proc/net/dev"))
     names = remember(
@@ -2577,18 +2719,20 @@ def read_interfaces(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-NO_DISKS = ("zd", "loop", "dm-", "md", "sr", "fd", "ram", "zram", "nbd", "rbd", "drbd")
+# Not disks of their own: what lies on others, and the paths of one NVMe namespace, which the kernel lists beside it,
+# hidden: nvme3c33n1 is nvme3n1 by way of controller 33 [linux drivers/nvme/host/multipath.c].
+NO_DISK = re.compile(r"(zd|loop|dm-|md|sr|fd|z?ram|nbd|rbd|drbd)\d|nvme\d+c\d+n\d+$")
 
 
-def read_block_devices(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Whole disks: no partitions, and nothing that lies on other disks."""
     counters = parse_diskstats(probe.read("/proc/diskstats"))
     names = remember(
         probe,
         memory,
         "block_devices",
-        lambda: [name for name in counters if not name.startswith(NO_DISKS) and probe.exists(f"/sys/block/{name}")],
-        key=sorted(name for name in counters if not name.startswith(NO_DISKS)),
+        lambda: [name for name in counters if not NO_DISK.match(name) and probe.exists(f"/sys/block/{name}")],
+        key=sorted(name for name in counters if not NO_DISK.match(name)),
     )
     return {
         "block_devices": [
@@ -2603,7 +2747,7 @@ def read_block_devices(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_temperatures(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def read_temperatures(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """hwmon sensors. Read errors are normal for some. Their numbers change at boot: told by name and device."""
     sensors = remember(probe, memory, "sensors", lambda: find_sensors(probe))
     temperatures = []
@@ -2616,7 +2760,7 @@ def read_temperatures(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]
     return temperatures
 
 
-def find_sensors(probe: Any) -> list[list[Any]]:
+def find_sensors(probe: ProbeLike) -> list[list[Any]]:
     """[sensor, label, path, critical] of every temperature, but not drivetemp: that one talks to the disk each time."""
     found: list[list[Any]] = []
     for folder in attempt(probe.list_dir, "/sys/class/hwmon", default=[]):
@@ -2641,7 +2785,7 @@ def find_sensors(probe: Any) -> list[list[Any]]:
 # cluster
 
 
-def require_pve(probe: Any) -> None:
+def require_pve(probe: ProbeLike) -> None:
     """Absent on a machine without Proxmox VE. An empty /etc/pve is Proxmox with its file system down."""
     if probe.exists(PVECFG) or probe.exists(METRICS):
         return
@@ -2653,7 +2797,7 @@ def require_pve(probe: Any) -> None:
         raise
 
 
-def read_version_file(probe: Any) -> dict[str, Any]:
+def read_version_file(probe: ProbeLike) -> dict[str, Any]:
     """/etc/pve/.version: a counter per file. Without it pmxcfs is not mounted, and /etc/pve is an empty directory."""
     try:
         text = probe.read("/etc/pve/.version")
@@ -2664,24 +2808,30 @@ def read_version_file(probe: Any) -> dict[str, Any]:
     return parse_object(text, "/etc/pve/.version")
 
 
-def read_members(probe: Any) -> dict[str, Any]:
+def read_members(probe: ProbeLike) -> dict[str, Any]:
     """/etc/pve/.members: who is in the cluster, and which of them is this node."""
     return parse_object(probe.read("/etc/pve/.members"), "/etc/pve/.members")
 
 
-def node_name(probe: Any) -> str:
+def node_name(probe: ProbeLike) -> str:
     """This node's name in the cluster; right after a renaming of the host it is still the old one."""
     name = attempt(shared, probe, "members", read_members, default={}).get("nodename")
     return name if isinstance(name, str) and name and "/" not in name else host_name(probe)
 
 
 def read_pve_config(
-    probe: Any, memory: dict[str, Any], name: str, parse: Callable[[str], Any], *, path: str = "", default: Any = None
+    probe: ProbeLike,
+    memory: dict[str, Any],
+    name: str,
+    parse: Callable[[str], Any],
+    *,
+    path: str = "",
+    default: Any = None,
 ) -> Any:
     """A file below /etc/pve, read again only when its counter (or the start of pmxcfs) in .version has changed."""
     version = shared(probe, "version", read_version_file)
     key = [version.get("starttime"), version.get(name)]
-    files = memory.setdefault("files", {})
+    files = memory.setdefault("parsed", {})
     if name not in files or files[name]["key"] != key or key[1] is None:
         try:
             value = parse(probe.read(f"/etc/pve/{path or name}"))
@@ -2694,7 +2844,7 @@ def read_pve_config(
 
 
 @collector("cluster", tick=FAST)
-def collect_cluster(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Name, quorum and members. Membership is what .members says, not the directories under /etc/pve/nodes."""
     require_pve(probe)
     shared(probe, "version", read_version_file)
@@ -2702,65 +2852,64 @@ def collect_cluster(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     cluster = as_dict(members.get("cluster"))
     if not cluster:
         raise Absent("a stand-alone node")
-    nodes = {name: as_dict(node) for name, node in as_dict(members.get("nodelist")).items()}
     quorate = to_flag(cluster["quorate"]) if "quorate" in cluster else None
-    return {
-        **known(name=cluster.get("name"), quorate=quorate),
-        **read_votes(probe, memory, {name for name, node in nodes.items() if to_flag(node.get("online"))}, quorate),
-        "members": [
-            known(name=name, online=to_flag(node["online"]) if "online" in node else None, address=node.get("ip"))
-            for name, node in sorted(nodes.items())
-        ],
-    }
+    nodes = []
+    for name, node in sorted(as_dict(members.get("nodelist")).items()):
+        online = to_flag(as_dict(node)["online"]) if "online" in as_dict(node) else None
+        if online and quorate is False and name != members.get("nodename"):
+            online = None  # where its own corosync has died, pmxcfs goes on saying what it knew last
+        nodes.append(known(name=name, online=online, address=as_dict(node).get("ip")))
+    votes = read_votes(probe, memory, {node["name"]: node.get("online") for node in nodes}, quorate)
+    return {**known(name=cluster.get("name"), quorate=quorate), **votes, "members": nodes}
 
 
-def read_votes(probe: Any, memory: dict[str, Any], online: set[str], quorate: bool | None) -> dict[str, int]:
+def read_votes(
+    probe: ProbeLike, memory: dict[str, Any], online: dict[str, bool | None], quorate: bool | None
+) -> dict[str, Any]:
     """From corosync.conf and who is online; where that cannot tell (quorum device, changed expectation): corosync."""
     text = attempt(probe.read, "/etc/corosync/corosync.conf") or attempt(probe.read, "/etc/pve/corosync.conf")
-    votes, device = parse_corosync_votes(text or "")
-    expected, present = sum(votes.values()), sum(votes.get(name, 0) for name in online)
-    needed = expected // 2 + 1
-    if votes and not device and online <= votes.keys() and (present >= needed) == quorate:
-        return {"votes_expected": expected, "votes_present": present, "votes_needed": needed}
     if not text:
         return {}
-    key = [sorted(online), quorate]
-    return remember(probe, memory, "votes", lambda: run_quorumtool(probe), key=key)
+    votes = parse_corosync_votes(text)
+    present = sum(votes.nodes.get(name, 0) for name, is_online in online.items() if is_online)
+    whole = None not in online.values() and {name for name in online if online[name]} <= votes.nodes.keys()
+    if votes.nodes and votes.needed is not None and whole and (present >= votes.needed) == quorate:
+        return {"votes_expected": votes.expected, "votes_present": present, "votes_needed": votes.needed}
+    return remember(probe, memory, "votes", lambda: run_quorumtool(probe), key=[online, quorate])
 
 
-def run_quorumtool(probe: Any) -> dict[str, int]:
+def run_quorumtool(probe: ProbeLike) -> dict[str, Any]:
     """At most every ten minutes or on a change, as this runs on a fast tick; its exit code says nothing."""
     try:
         return parse_quorumtool(probe.run("corosync-quorumtool", "-siH", limit=3.0, ok=None))
     except SourceError as error:
-        probe.problem("cluster", error.code, error.detail)
-        return {}
+        return unknown_because(error)
 
 
 # guests
 
 
-def read_metrics(probe: Any) -> dict[str, dict[str, Any]]:
+def read_metrics(probe: ProbeLike) -> dict[str, dict[str, Any]]:
     """The first line of /run/pve/metrics: pvestatd's newest snapshot, by part."""
     return parse_metrics(probe.read_line(METRICS))
 
 
-def read_rrd(probe: Any) -> dict[str, dict[str, dict[str, str]]]:
+def read_rrd(probe: ProbeLike) -> dict[str, dict[str, dict[str, str]]]:
     return parse_rrd(probe.read("/etc/pve/.rrd"))
 
 
-def fresh_part(probe: Any, name: str) -> tuple[dict[str, Any] | None, float | None]:
+def fresh_part(probe: ProbeLike, name: str) -> tuple[dict[str, Any] | None, float | None]:
     """A part of the newest snapshot and its time, (None, None) when it is missing there."""
     part = attempt(shared, probe, "metrics", read_metrics, default={}).get(name)
     return (part["data"], part["timestamp"]) if part else (None, None)
 
 
-def is_late(probe: Any, stamp: float | None) -> bool:
+def is_late(probe: ProbeLike, stamp: float | None) -> bool:
     return stamp is None or abs(probe.now() - stamp) > LATE_SECONDS
 
 
 @collector("guests", tick=FAST)
-def collect_guests(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Every VM and container of this node: pvestatd's snapshot, else .rrd; configuration only when it changed."""
     require_pve(probe)
     sources = {kind: fresh_part(probe, kind) for kind in ("qemu", "lxc")}
@@ -2776,11 +2925,14 @@ def collect_guests(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
         rrd = attempt(read_rrd, probe, default={}).get("vm", {})
     states = attempt(read_ha_states, probe, memory, default={})
     datasets = attempt(read_zfs_storages, probe, memory, default={})
+    busy = attempt(read_busy_guests, probe)
     guests = []
     for vmid, config in sorted(configs.items(), key=lambda pair: int(pair[0])):
         raw, stamp = choose_guest(probe, vmid, sources[config["type"]], rrd.get(vmid))
         guest = build_guest(vmid, config, raw)
         guest.update(known(ha_state=states.get(vmid), volumes=build_volumes(config, datasets)))
+        if "lock" in guest and busy is not None:
+            guest["lock_held"] = int(vmid) in busy or (guest["lock"] == "backup" and None in busy)
         if stamp is not None and (is_late(probe, stamp) or is_late(probe, sources[config["type"]][1])):
             guest["as_of"] = stamp
         guests.append(guest)
@@ -2788,12 +2940,30 @@ def collect_guests(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
     return guests
 
 
-def read_guest_configs(probe: Any, memory: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_busy_guests(probe: ProbeLike) -> set[int | None]:
+    """The guests on which a task of this node is at work; None stands for a backup of several. A lock without a task
+    was left behind: Proxmox takes back those of backups only, when the host starts [pve-manager PVE/API2/Nodes.pm]."""
+    busy: set[int | None] = set()
+    for line in probe.read(f"{TASKS_FOLDER}/active").splitlines():
+        upid, _, state = line.partition(" ")
+        task = parse_upid(upid)
+        if task and state[:1] == "0" and is_process(probe, *upid.split(":")[2:4]):
+            busy |= {task["vmid"]} if "vmid" in task else {None} if task["type"] == "vzdump" else set()
+    return busy
+
+
+def is_process(probe: ProbeLike, pid: str, start: str) -> bool:
+    """Is the worker of a task there? A later process of the same pid began at another time (field 22 of its stat)."""
+    stat = attempt(probe.read, f"/proc/{from_hex(pid)}/stat", default="").rpartition(")")[2].split()
+    return len(stat) > 19 and to_count(stat[19]) == from_hex(start)
+
+
+def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Configuration by vmid of the guests that .vmlist places here; each file is read when its version moved."""
     node = node_name(probe)
     start = shared(probe, "version", read_version_file).get("starttime")
     listing = read_pve_config(probe, memory, "vmlist", parse_vmlist, path=".vmlist", default={})
-    before = as_dict(memory.get("configs"))
+    before = as_dict(memory.get("guest_configs"))
     configs: dict[str, dict[str, Any]] = {}
     for vmid, (home, kind, version) in listing.items():
         if home == node:
@@ -2802,11 +2972,11 @@ def read_guest_configs(probe: Any, memory: dict[str, Any]) -> dict[str, dict[str
             if config.get("key") != key:
                 config = {**read_guest_config(probe, node, kind, vmid), "key": key, "type": kind}
             configs[vmid] = config
-    memory["configs"] = configs
+    memory["guest_configs"] = configs
     return configs
 
 
-def read_guest_config(probe: Any, node: str, kind: str, vmid: str) -> dict[str, Any]:
+def read_guest_config(probe: ProbeLike, node: str, kind: str, vmid: str) -> dict[str, Any]:
     """A guest whose file cannot be read (just removed or moved) is reported without what is in it."""
     folder = "qemu-server" if kind == "qemu" else "lxc"
     try:
@@ -2819,7 +2989,7 @@ def read_guest_config(probe: Any, node: str, kind: str, vmid: str) -> dict[str, 
 
 def guess_guest_configs(memory: dict[str, Any], sources: dict[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
     """While /etc/pve cannot be read: the guests of pvestatd's snapshot, with the configuration known from before."""
-    before = as_dict(memory.get("configs"))
+    before = as_dict(memory.get("guest_configs"))
     found = {}
     for kind, (guests, _) in sources.items():
         for vmid in guests or {}:
@@ -2829,7 +2999,7 @@ def guess_guest_configs(memory: dict[str, Any], sources: dict[str, tuple[Any, An
 
 
 def choose_guest(
-    probe: Any, vmid: str, source: tuple[dict[str, Any] | None, float | None], line: dict[str, str] | None
+    probe: ProbeLike, vmid: str, source: tuple[dict[str, Any] | None, float | None], line: dict[str, str] | None
 ) -> tuple[dict[str, Any], float | None]:
     """The guest's raw values and their time: the snapshot while it is fresh, else the newer of snapshot and .rrd."""
     guests, stamp = source
@@ -2853,7 +3023,7 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
         status=status,
         template=template if template is not None else False if raw else None,
         lock=raw.get("lock") or config.get("lock"),
-        tags=split_tags(raw["tags"]) if "tags" in raw else config.get("tags", []),
+        tags=split_list(raw["tags"]) if "tags" in raw else config.get("tags", []),
         onboot=config.get("onboot"),
         created_at=config.get("created_at"),
         uptime_seconds=to_count(raw.get("uptime")),
@@ -2864,7 +3034,13 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
     )
     if status not in ("stopped", "unknown"):  # of a stopped guest the zeroes are no measurements
         guest.update(read_guest_use(kind, raw))
+    if kind == "qemu" and status == "running" and (guest.get("uptime_seconds") or 0) > ANSWER_SECONDS:
+        # Of a QEMU that does not answer Proxmox goes on saying "running", without what only QEMU can tell.
+        guest["responds"] = any(to_count(raw.get(name)) is not None for name in ("diskread", "diskwrite"))
     return guest
+
+
+ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd several times
 
 
 def read_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
@@ -2889,34 +3065,39 @@ def build_volumes(config: dict[str, Any], datasets: dict[str, str]) -> list[dict
         pool = datasets.get(volume["storage"])
         # a linked clone is written base-9000-disk-0/vm-103-disk-0: its own dataset is the last part
         dataset = f"{pool}/{volume['volume'].rpartition('/')[2]}" if pool else None
-        volumes.append(known(storage=volume["storage"], dataset=dataset, size_bytes=volume.get("size_bytes")))
+        fields = {name: volume.get(name) for name in ("name", "storage", "size_bytes", "backup")}
+        volumes.append(known(**fields, dataset=dataset))
     return volumes
 
 
-def read_zfs_storages(probe: Any, memory: dict[str, Any]) -> dict[str, str]:
+def read_zfs_storages(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, str]:
     """The dataset of each zfspool storage."""
-    sections = read_pve_config(probe, memory, "storage.cfg", parse_sections, default=[])
+    sections = read_storages(probe, memory)
     return {name: values["pool"] for kind, name, values in sections if kind == "zfspool" and values.get("pool")}
 
 
-def read_ha_states(probe: Any, memory: dict[str, Any]) -> dict[str, str]:
+def read_ha_states(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, str]:
     """The state of each guest under HA, by vmid."""
     states = read_pve_config(probe, memory, "ha/manager_status", parse_ha_states, default={})
     return {sid.partition(":")[2]: state for sid, state in states.items() if sid.startswith(("vm:", "ct:"))}
 
 
-def check_guests_age(probe: Any, guests: list[dict[str, Any]]) -> None:
-    """Old values are told as such; above two minutes the status is what the control groups say."""
+def check_guests_age(probe: ProbeLike, guests: list[dict[str, Any]]) -> None:
+    """Old values are told as such; of those above two minutes, and of guests that pvestatd says nothing of, the status
+    is what the control groups say."""
     now = probe.now()
-    ages = {guest["vmid"]: now - guest["as_of"] for guest in guests if "as_of" in guest}
-    if any(abs(age) > LATE_SECONDS for age in ages.values()):
-        oldest = max(ages.values(), key=abs)
-        probe.problem("guests", "stale", f"pvestatd's newest data are {oldest:.0f} s old")
-    if any(abs(age) > DEAD_SECONDS for age in ages.values()):
-        running = attempt(find_running, probe)
-        for guest in guests:
-            if abs(ages.get(guest["vmid"], 0)) > DEAD_SECONDS:
-                guest["status"] = "unknown" if running is None else told_status(guest, running)
+    ages = {guest["vmid"]: abs(now - guest["as_of"]) for guest in guests if "as_of" in guest}
+    silent = [guest for guest in guests if guest["status"] == "unknown" and "as_of" not in guest]
+    if any(age > LATE_SECONDS for age in ages.values()):
+        probe.problem("guests", "stale", f"pvestatd's newest data are {max(ages.values()):.0f} s old")
+    elif silent and len(silent) == len(guests):
+        probe.problem("guests", "unavailable", "pvestatd tells nothing: no /run/pve/metrics, nothing in .rrd")
+    old = silent + [guest for guest in guests if ages.get(guest["vmid"], 0) > DEAD_SECONDS]
+    if old:
+        seen = any(attempt(probe.exists, folder, default=False) for folder in GUEST_GROUPS)
+        running = find_running(probe) if seen else None
+        for guest in old:
+            guest["status"] = "unknown" if running is None else told_status(guest, running)
 
 
 def told_status(guest: dict[str, Any], running: set[int]) -> str:
@@ -2927,16 +3108,17 @@ def told_status(guest: dict[str, Any], running: set[int]) -> str:
 
 
 GUEST_GROUPS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
+GUEST_GROUP = re.compile(r"(\d{3,9})(?:\.scope|-\d+)?$")  # LXC appends -1 where a folder of an earlier run is left
 
 
-def find_running(probe: Any) -> set[int]:
-    """vmids with a control group (cgroup v2): what runs right now, whatever pvestatd says."""
+def find_running(probe: ProbeLike) -> set[int]:
+    """vmids with a process in their control group (cgroup v2): what runs right now, whatever pvestatd says."""
     running = set()
     for folder in GUEST_GROUPS:
         for entry in attempt(probe.list_dir, folder, default=[]):
-            vmid = entry.removesuffix(".scope")
-            if is_whole(vmid):
-                running.add(int(vmid))
+            found = GUEST_GROUP.match(entry)
+            if found and "populated 0" not in attempt(probe.read, f"{folder}/{entry}/cgroup.events", default=""):
+                running.add(int(found[1]))
     return running
 
 
@@ -2944,27 +3126,63 @@ def find_running(probe: Any) -> set[int]:
 
 
 @collector("storages", tick=FAST)
-def collect_storages(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every PVE storage of this node, inactive and disabled ones too."""
+def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every PVE storage of this node, inactive and disabled ones too, but not those limited to other nodes."""
     require_pve(probe)
-    storages, stamp = fresh_part(probe, "storage")
-    datasets = {}
+    metrics, stamp = fresh_part(probe, "storage")
     try:
-        datasets = read_zfs_storages(probe, memory)
+        sections = [section for section in read_storages(probe, memory) if is_here(section[2], node_name(probe))]
     except SourceError as error:
-        probe.problem("storages", error.code, error.detail)
+        if metrics is None or is_late(probe, stamp):
+            raise
+        probe.problem("storages", error.code, error.detail)  # and all that pvestatd names
+        sections = [(str(as_dict(storage).get("type")), name, {}) for name, storage in sorted(metrics.items())]
+    rrd = None
     if is_late(probe, stamp):
         try:
-            return read_rrd_storages(probe, memory)
+            rrd = read_rrd(probe)
         except SourceError:
-            if storages is None:
+            if metrics is None:
                 raise
             probe.problem("storages", "stale", f"pvestatd's newest data are {probe.now() - (stamp or 0):.0f} s old")
-    as_of = stamp if is_late(probe, stamp) else None
-    return [
-        build_storage(name, as_dict(storage), datasets.get(name), as_of)
-        for name, storage in sorted((storages or {}).items())
-    ]
+    thin = read_thin_pools(probe, memory) if any(kind == "lvmthin" for kind, _, _ in sections) else {}
+    storages = []
+    for kind, name, values in sorted(sections, key=lambda section: section[1]):
+        if rrd is not None:
+            raw, as_of = read_rrd_storage(probe, rrd, kind, name, values)
+        elif name in (metrics or {}):
+            raw, as_of = as_dict((metrics or {})[name]), stamp if is_late(probe, stamp) else None
+        else:
+            continue
+        dataset = values.get("pool") if kind == "zfspool" else None
+        metadata = thin.get(f"{values.get('vgname')}/{values.get('thinpool')}") if kind == "lvmthin" else None
+        storages.append({**build_storage(name, raw, dataset, as_of), **known(metadata_used_ratio=metadata)})
+    return storages
+
+
+def read_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+    """storage.cfg, in memory as JSON has it: lists for tuples."""
+    sections = read_pve_config(probe, memory, "storage.cfg", parse_storages, default=parse_storages(""))
+    return [(kind, name, values) for kind, name, values in sections]
+
+
+def is_here(values: dict[str, str], node: str) -> bool:
+    """Is a storage or job meant for this node?"""
+    return not values.get("nodes") or node in split_list(values["nodes"])
+
+
+def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float]:
+    """How full the metadata of each LVM thin pool is, by vg/pool; every ten minutes, as this is a fast tick."""
+    columns = "vg_name,lv_name,data_percent,metadata_percent"
+
+    def ask() -> dict[str, float]:
+        argv = ("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", columns)
+        report = attempt(parse_object, attempt(probe.run, *argv, default="{}"), "lvs", default={})
+        volumes = [as_dict(volume) for part in as_list(report.get("report")) for volume in as_list(part.get("lv"))]
+        names = [f"{volume.get('vg_name')}/{volume.get('lv_name')}" for volume in volumes]
+        return known(**{name: to_ratio(volume.get("metadata_percent")) for name, volume in zip(names, volumes)})
+
+    return remember(probe, memory, "thin_pools", ask)
 
 
 def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of: float | None) -> dict[str, Any]:
@@ -2973,7 +3191,7 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
     return known(
         storage=name,
         type=storage.get("type"),
-        content=storage.get("content"),
+        content=",".join(sorted(split_list(storage.get("content")))) or None,  # pvestatd's order is a Perl hash's
         shared=to_flag(storage.get("shared", 0)),
         enabled=to_flag(storage.get("enabled", 1)),
         active=active,
@@ -2985,61 +3203,40 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
     )
 
 
-SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "glusterfs", "zfs", "esxi")
+SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "glusterfs", "zfs", "drbd")
 
 
-def read_rrd_storages(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """From storage.cfg and .rrd, where a storage has a line only while it is active."""
+def read_rrd_storage(
+    probe: ProbeLike, rrd: dict[str, dict[str, dict[str, str]]], kind: str, name: str, values: dict[str, str]
+) -> tuple[dict[str, Any], float | None]:
+    """The values that pvestatd's snapshot would have, and their time, from .rrd: there a storage has a line only while
+    it is active. What is free is not in it: used and free are less than the total where root has a reserve."""
     node = node_name(probe)
-    sections = read_pve_config(probe, memory, "storage.cfg", parse_sections, default=[])
-    rrd = read_rrd(probe)
     ctime = to_number(rrd["node"].get(node, {}).get("ctime"))
-    late = is_late(probe, ctime)
-    if late:
+    if is_late(probe, ctime) and "storages" not in probe.problems:
         age = "missing" if ctime is None else f"{probe.now() - ctime:.0f} s old"
         probe.problem("storages", "stale", f"this node's data in .rrd are {age}")
-    storages = []
-    for kind, name, values in sections:
-        nodes = values.get("nodes")
-        if nodes and node not in nodes.replace(",", " ").split():
-            continue
-        line = rrd["storage"].get(f"{node}/{name}", {})
-        storages.append(build_rrd_storage(probe, kind, name, values, line, node_is_late=late))
-    return storages
-
-
-def build_rrd_storage(
-    probe: Any, kind: str, name: str, values: dict[str, str], line: dict[str, str], *, node_is_late: bool
-) -> dict[str, Any]:
-    enabled = "disable" not in values or values["disable"] in ("0", "no")
+    line = rrd["storage"].get(f"{node}/{name}", {})
     written = to_number(line.get("ctime"))
+    enabled = not flag_of(values, "disable")
     active: bool | None = written is not None and abs(probe.now() - written) <= DEAD_SECONDS
     if not enabled:
         active = False
-    elif not active and node_is_late:
+    elif not active and is_late(probe, ctime):
         active = None  # the whole node's data are old: nothing is known about this storage
-    total, used = to_count(line.get("total")), to_count(line.get("used"))
-    available = None if total is None or used is None else max(0, total - used)
-    storage = {
-        "type": kind,
-        "content": values.get("content"),
-        "shared": to_flag(values.get("shared", "0")) or kind in SHARED_TYPES,
-        "enabled": enabled,
-        "active": active,
-        "total": total,
-        "used": used,
-        "avail": available,
-    }
-    return build_storage(name, storage, values.get("pool") if kind == "zfspool" else None, written)
+    fields = {"type": kind, "content": values.get("content"), "enabled": enabled, "active": active}
+    shared = flag_of(values, "shared") or kind in SHARED_TYPES
+    return {**fields, "shared": shared, "total": line.get("total"), "used": line.get("used")}, written
 
 
 # tasks
 
-TASK_INDEX = "/var/log/pve/tasks/index"
+TASKS_FOLDER = "/var/log/pve/tasks"
+TASK_INDEX = f"{TASKS_FOLDER}/index"
 TASKS_PER_REPORT = 2000
 
 
-def follow_tasks(probe: Any, place: dict[str, Any], *, from_start: bool) -> list[str]:
+def follow_tasks(probe: ProbeLike, place: dict[str, Any], *, from_start: bool) -> list[str]:
     """The complete lines of the task index since `place`, by inode and offset; after a rotation index.1 first.
 
     At first, all there is or nothing. The text before the offset is compared too: an inode may be used again.
@@ -3083,10 +3280,10 @@ def keep_place(place: dict[str, Any], mark: list[int], text: str, offset: int) -
 
 
 @collector("tasks", tick=FAST)
-def collect_tasks(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]] | None:
+def collect_tasks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Tasks that ended since the last report. What ended before the agent's first start is not news."""
     require_pve(probe)
-    since = memory.setdefault("since", int(probe.now()))
+    since = memory["since"] = min(int(probe.now()), memory.get("since", int(probe.now())))  # a clock set back since
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=False)
     tasks = [task for task in map(parse_task_line, lines) if task and task["ended_at"] >= since]
     if len(tasks) > TASKS_PER_REPORT:
@@ -3097,15 +3294,19 @@ def collect_tasks(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]] | 
 # pools
 
 
-def require_zfs(probe: Any) -> None:
+def require_zfs(probe: ProbeLike) -> None:
     """Absent while the module is not loaded: each zpool or zfs command would load it."""
     if not probe.exists("/sys/module/zfs"):
         raise Absent("the zfs module is not loaded")
 
 
-def read_pool_states(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs."""
-    names = probe.list_dir(ZFS_KSTAT)
+def read_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs.
+
+    `$import` (from 2.3 on with thread and pool behind it) is no pool: `zpool import` looks at one under that name
+    [openzfs module/zfs/spa.c]; so does Proxmox every 10 s while a pool that it wants is missing.
+    """
+    names = [name for name in probe.list_dir(ZFS_KSTAT) if not name.startswith("$")]
     others = memory.get("others", [])
     pools, plain = [], []
     for name in names:
@@ -3124,27 +3325,26 @@ def read_pool_states(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]
 
 
 @collector("pool_states", tick=FAST)
-def collect_pool_states(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """State of each pool; never runs a command."""
     require_zfs(probe)
     return read_pool_states(probe, memory)
 
 
 @collector("pools", tick=MEDIUM)
-def collect_pools(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each pool in full, one pool per command. A suspended one is told from the kernel's files alone."""
+def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each pool in full, one pool per command. A suspended one is told from the kernel's files alone, one that does
+    not answer with the reason."""
     require_zfs(probe)
     pools = []
     for pool in read_pool_states(probe, memory):
-        if pool.get("state") == "SUSPENDED":
-            pools.append({**pool, **kept_scrub(memory, pool.get("guid"))})
-            continue
         try:
+            if pool.get("state") == "SUSPENDED":
+                raise SourceError("unavailable", "suspended: only the kernel's word is known")
             pools.append(read_pool(probe, memory, pool))
         except SourceError as error:
             if probe.exists(f"{ZFS_KSTAT}/{pool['name']}/state"):  # else it was exported meanwhile
-                probe.problem("pools", error.code, f"{pool['name']}: {error.detail}")
-                pools.append({**pool, **kept_scrub(memory, pool.get("guid"))})
+                pools.append({**pool, **kept_scrub(memory, pool.get("guid")), **unknown_because(error)})
     guids = [pool.get("guid") for pool in pools]
     for name in ("scrubs", "damaged"):
         memory[name] = {guid: kept for guid, kept in as_dict(memory.get(name)).items() if guid in guids}
@@ -3154,14 +3354,13 @@ def collect_pools(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
 POOL_COLUMNS = "name guid size alloc free ckpoint frag cap dedup health readonly".split()
 
 
-def read_pool(probe: Any, memory: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     name = found["name"]
     status = read_pool_status(probe, name)
     guid = found.get("guid") or status.get("guid") or ""
     vdevs = status.pop("vdevs", [])
-    for vdev in vdevs:
-        place_disks(probe, vdev)
-    pool = {
+    place_disks(probe, name, vdevs)
+    return {
         **found,
         **status,
         "layout": pool_layout(vdevs),
@@ -3172,10 +3371,9 @@ def read_pool(probe: Any, memory: dict[str, Any], found: dict[str, Any]) -> dict
         **keep_scrub(memory, guid, status["scan"]),
         "vdevs": vdevs,
     }
-    return pool
 
 
-def read_pool_status(probe: Any, name: str) -> dict[str, Any]:
+def read_pool_status(probe: ProbeLike, name: str) -> dict[str, Any]:
     """JSON where the tools have it (2.3 on), else text; by what comes back, as module and tools may differ."""
     if version_key(attempt(probe.read, "/sys/module/zfs/version", default="9"))[:2] >= [2, 3]:
         try:
@@ -3192,7 +3390,7 @@ def read_pool_status(probe: Any, name: str) -> dict[str, Any]:
     return pools[name]
 
 
-def read_pool_space(probe: Any, name: str) -> dict[str, Any]:
+def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
     """Raw space of the pool (raidz counts parity), and what its root dataset leaves users."""
     space: dict[str, Any] = {}
     try:
@@ -3215,15 +3413,14 @@ def read_pool_space(probe: Any, name: str) -> dict[str, Any]:
         usable = known(usable_used_bytes=to_count(row.get("used")), usable_available_bytes=to_count(row.get("avail")))
         return {**space, **usable}
     except SourceError as error:
-        probe.problem("pools", error.code, f"{name}: {error.detail}")
-        return space
+        return {**space, **unknown_because(error)}
 
 
 FEW_ERRORS = 200  # `zpool status -v` costs the kernel more than 20 s for some 900 of them, unkillably
 
 
 def read_damaged_files(
-    probe: Any, memory: dict[str, Any], name: str, guid: str, status: dict[str, Any]
+    probe: ProbeLike, memory: dict[str, Any], name: str, guid: str, status: dict[str, Any]
 ) -> dict[str, list[str]]:
     """The first 20 damaged files, asked for only when the number of errors is another one, and small."""
     count = status.get("data_errors")
@@ -3239,8 +3436,8 @@ def read_damaged_files(
         try:
             text = probe.run("zpool", "status", "-v", "-p", "-P", name, limit=ZFS_LIMIT)
             kept["files"] = parse_zpool_status(text).get(name, {}).get("damaged_files", [])[:20]
-        except SourceError as error:
-            probe.problem("pools", error.code, f"{name}: {error.detail}")
+        except SourceError:
+            pass  # their number is told; the names come when there is another one
     return {"damaged_files": kept["files"]} if kept["files"] else {}
 
 
@@ -3263,17 +3460,26 @@ def kept_scrub(memory: dict[str, Any], guid: str | None) -> dict[str, Any]:
     return {"last_scrub": scrub} if scrub else {}
 
 
-def place_disks(probe: Any, vdev: dict[str, Any]) -> None:
-    """Name the disk of each leaf, as `disks` names it."""
-    for child in vdev.get("children", []):
-        place_disks(probe, child)
-    if vdev["type"] == "disk" and "path" in vdev:
-        disk = attempt(find_disk, probe, vdev["path"])
-        if disk:
-            vdev["disk"] = disk
+def place_disks(probe: ProbeLike, pool: str, vdevs: list[dict[str, Any]]) -> None:
+    """Name the disk of each leaf, as `disks` names it, and keep for `disks` where in which pool it is. A pool that does
+    not answer keeps the places that it had."""
+    places: dict[str, dict[str, str]] = {}
+    for vdev in vdevs:
+        for leaf in list_leaves(vdev):
+            disk = attempt(find_disk, probe, leaf["path"]) if leaf["type"] == "disk" and "path" in leaf else None
+            if disk:
+                leaf["disk"] = disk
+                places.setdefault(disk, {"pool": pool, "vdev": vdev["name"]})  # a spare in use stands there twice
+    others = {disk: place for disk, place in (probe.places or {}).items() if place["pool"] != pool}
+    probe.places = {**places, **others}
 
 
-def find_disk(probe: Any, path: str) -> str | None:
+def list_leaves(vdev: dict[str, Any]) -> list[dict[str, Any]]:
+    children = vdev.get("children", [])
+    return [leaf for child in children for leaf in list_leaves(child)] if children else [vdev]
+
+
+def find_disk(probe: ProbeLike, path: str) -> str | None:
     """The whole disk below a device path: sda for /dev/disk/by-id/…-part3, through device mapper too."""
     name = probe.readlink(path).rpartition("/")[2]
     for _ in range(8):
@@ -3290,10 +3496,13 @@ def find_disk(probe: Any, path: str) -> str | None:
 # datasets, snapshots
 
 
-def ask_pools(probe: Any, section: str, memory: dict[str, Any], ask: Callable[[str], list[Any]]) -> list[Any]:
-    """What `ask` gives for each pool, one pool per command. Without any answer there is no section: not "none".
+def ask_pools(
+    probe: ProbeLike, memory: dict[str, Any], ask: Callable[[str], list[Any]], tell: Callable[[str], dict[str, Any]]
+) -> list[Any]:
+    """What `ask` gives for each pool, one pool per command; for one without an answer the row that `tell` makes of its
+    name, with the reason. Without any answer there is no section.
 
-    Of a suspended pool `zfs list` leaves out everything without a word: it is not asked, and told as an error.
+    Of a suspended pool `zfs list` leaves out everything without a word: it is not asked.
     """
     require_zfs(probe)
     found = []
@@ -3302,26 +3511,30 @@ def ask_pools(probe: Any, section: str, memory: dict[str, Any], ask: Callable[[s
     for pool in pools:
         try:
             if pool.get("state") == "SUSPENDED":
-                raise SourceError("unavailable", "suspended, its datasets cannot be listed")
+                raise SourceError("unavailable", f"{pool['name']} is suspended, its datasets cannot be listed")
             found += ask(pool["name"])
         except SourceError as error:
-            failed.append(SourceError(error.code, f"{pool['name']}: {error.detail}"))
+            failed.append(error)
+            found.append({**tell(pool["name"]), **unknown_because(error)})
     if failed and len(failed) == len(pools):
-        raise SourceError(failed[0].code, "; ".join(one.detail for one in failed))
-    for one in failed:
-        probe.problem(section, one.code, one.detail)
+        raise SourceError(failed[0].code, "; ".join(error.detail for error in failed))
     return found
 
 
 @collector("datasets", tick=MEDIUM)
-def collect_datasets(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Filesystems and volumes of each pool."""
     argv = ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(DATASET_COLUMNS))
-    return ask_pools(probe, "datasets", memory, lambda name: parse_datasets(probe.run(*argv, name, limit=ZFS_LIMIT)))
+    return ask_pools(
+        probe,
+        memory,
+        lambda pool: parse_datasets(probe.run(*argv, pool, limit=ZFS_LIMIT)),
+        lambda pool: {"name": pool, "type": "filesystem"},
+    )
 
 
 @collector("snapshots", tick=SLOW)
-def collect_snapshots(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Snapshots per dataset and class: one cheap listing per pool, times only for guids that are new."""
     before = as_dict(memory.get("created"))
     kept: dict[str, int] = {}
@@ -3332,9 +3545,28 @@ def collect_snapshots(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]
         kept.update(created)
         return [build_snapshot_set(dataset, label, found, created) for (dataset, label), found in groups.items()]
 
-    sets = ask_pools(probe, "snapshots", memory, ask)
-    memory["created"] = {**before, **kept} if "snapshots" in probe.problems else kept
+    sets = ask_pools(probe, memory, ask, lambda pool: {"dataset": pool})
+    dark = any("unknown_reason" in found for found in sets)
+    memory["created"] = {**before, **kept} if dark else kept
+    arrivals = as_dict(memory.get("arrivals"))
+    whole = [row for row in sets if "class" in row]
+    seen = {f"{row['dataset']}@{row['class']}": note_arrival(row, arrivals, probe.now()) for row in whole}
+    memory["arrivals"] = {**arrivals, **seen} if dark else seen
     return sets
+
+
+LAST_ARRIVALS = 6
+
+
+def note_arrival(row: dict[str, Any], arrivals: dict[str, Any], now: float) -> list[Any]:
+    """When a snapshot came here, which on a replication target has little to do with when it was made: the newest
+    one's guid, and when the last newest ones were first seen. The first one that we see may have been here for long."""
+    guid, times = arrivals.get(f"{row['dataset']}@{row['class']}", [row["newest_guid"], []])
+    if guid != row["newest_guid"]:
+        times = [*times, int(now)][-LAST_ARRIVALS:]
+    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+    row.update(known(newest_seen_at=times[-1] if times else None, arrival_interval_seconds=max(gaps, default=None)))
+    return [row["newest_guid"], times]
 
 
 SNAPSHOTS_LIMIT = 60.0  # seconds; 10,000 snapshots take some
@@ -3342,7 +3574,7 @@ LAST_SNAPSHOTS = 20  # so many intervals make the median
 MANY_SNAPSHOTS = 200  # more new ones than this, and one listing with times is cheaper than to name them
 
 
-def group_snapshots(probe: Any, pool: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
+def group_snapshots(probe: ProbeLike, pool: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
     """(name, guid) of the snapshots by dataset and class, oldest first. Only name, guid and createtxg are cheap
     [openzfs cmd/zfs/zfs_iter.c]: anything else looks at every snapshot."""
     columns = ["name", "guid", "createtxg"]
@@ -3356,7 +3588,7 @@ def group_snapshots(probe: Any, pool: str) -> dict[tuple[str, str], list[tuple[s
 
 
 def read_creations(
-    probe: Any, pool: str, groups: dict[tuple[str, str], list[tuple[str, str]]], before: dict[str, int]
+    probe: ProbeLike, pool: str, groups: dict[tuple[str, str], list[tuple[str, str]]], before: dict[str, int]
 ) -> dict[str, int]:
     """Unix time by guid of those that are needed: the oldest and the last of each group."""
     needed = {}
@@ -3404,17 +3636,14 @@ def build_snapshot_set(
 
 
 @collector("backups", tick=MEDIUM)
-def collect_backups(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Backup jobs, and the newest good and failed run of each guest: task logs, vzdump's logs, local dump folders."""
     require_pve(probe)
     read_version_file(probe)
     guests: dict[str, dict[str, Any]] = memory.setdefault("guests", {})
-    parts = (read_task_backups, read_vzdump_logs, read_dump_folders)
-    for part in parts:
-        try:
+    for part in (read_task_backups, read_vzdump_logs, read_dump_folders):
+        with part_of(probe, "backups"):
             part(probe, memory, guests)
-        except SourceError as error:
-            probe.problem("backups", error.code, error.detail)
     listed = attempt(lambda: parse_vmlist(probe.read("/etc/pve/.vmlist")))
     for vmid in [vmid for vmid in guests if listed is not None and vmid not in listed]:
         del guests[vmid]  # no longer in the cluster
@@ -3424,58 +3653,68 @@ def collect_backups(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_pve_sections(probe: Any, name: str) -> list[tuple[str, str, dict[str, str]]]:
+def read_pve_sections(probe: ProbeLike, name: str) -> list[tuple[str, str, dict[str, str]]]:
     """A section file of /etc/pve; one that is not there has no sections."""
-    try:
-        return parse_sections(probe.read(f"/etc/pve/{name}"))
-    except SourceError as error:
-        if error.code != "missing":
-            raise
-        return []
+    return parse_sections(optional(probe.read, f"/etc/pve/{name}", default=""))
 
 
-def read_backup_jobs(probe: Any) -> list[dict[str, Any]]:
-    jobs = []
-    for kind, name, values in read_pve_sections(probe, "jobs.cfg"):
-        if kind == "vzdump":
-            enabled = to_flag(values.get("enabled", "1"))
-            every = to_flag(values.get("all", "0"))
-            jobs.append(
-                known(
-                    id=name,
-                    enabled=enabled,
-                    schedule=values.get("schedule"),
-                    storage=values.get("storage"),
-                    guests="all" if every else parse_vmids(values.get("vmid")),
-                    exclude=parse_vmids(values.get("exclude")),
-                    pool=values.get("pool"),
-                    node=values.get("node"),
-                    mode=values.get("mode"),
-                    last_state=read_job_state(probe, name),
-                    **(due_fields(values.get("schedule", ""), probe.now()) if enabled else {}),
-                )
-            )
-    return jobs
+def read_backup_jobs(probe: ProbeLike) -> list[dict[str, Any]]:
+    """The jobs of jobs.cfg, and those that older releases left in vzdump.cron, with the guests each selects."""
+    jobs = [(name, values) for kind, name, values in read_pve_sections(probe, "jobs.cfg") if kind == "vzdump"]
+    with part_of(probe, "backups"):
+        jobs += parse_vzdump_cron(optional(probe.read, "/etc/pve/vzdump.cron", default=""))
+    pools: dict[str, set[int]] | None = None
+    if any(values.get("pool") for _, values in jobs):
+        with part_of(probe, "backups"):
+            pools = parse_resource_pools(probe.read("/etc/pve/user.cfg"))
+    return [build_backup_job(probe, name, values, pools) for name, values in jobs]
 
 
-def read_job_state(probe: Any, name: str) -> str | None:
-    """What this node last made of the job: OK, an error, or created, starting, started."""
-    if "/" in name:
-        return None
-    try:
-        state = parse_object(probe.read(f"/var/lib/pve-manager/jobs/vzdump-{name}.json"), f"state of backup job {name}")
-    except SourceError as error:
-        if error.code != "missing":
-            probe.problem("backups", error.code, error.detail)
-        return None
+def build_backup_job(
+    probe: ProbeLike, name: str, values: dict[str, str], pools: dict[str, set[int]] | None
+) -> dict[str, Any]:
+    """A pool goes before a list of guests, and that before "all"; only with that does `exclude` count
+    [pve-manager PVE/VZDump.pm get_included_guests]."""
+    enabled, schedule = flag_of(values, "enabled", default=True), values.get("schedule", "")
+    every = not values.get("pool") and not values.get("vmid") and flag_of(values, "all")
+    guests: Any = "all" if every else parse_vmids(values.get("vmid"))
+    if values.get("pool"):
+        guests = None if pools is None else sorted(pools.get(values["pool"], ()))
+    return known(
+        id=name,
+        enabled=enabled,
+        schedule=schedule or None,
+        storage=values.get("storage"),
+        guests=guests,
+        exclude=parse_vmids(values.get("exclude")) if every else [],
+        pool=values.get("pool"),
+        node=values.get("node"),
+        mode=values.get("mode"),
+        **read_job_state(probe, name),
+        **(due_fields(schedule, probe.now()) if enabled else {}),
+    )
+
+
+def read_job_state(probe: ProbeLike, name: str) -> dict[str, Any]:
+    """What this node last made of the job (OK, an error, or created, starting, started), and when that began."""
+    text = None
+    if "/" not in name:
+        with part_of(probe, "backups"):
+            text = optional(probe.read, f"/var/lib/pve-manager/jobs/vzdump-{name}.json")
+    if text is None:
+        return {}
+    state: dict[str, Any] = {}
+    with part_of(probe, "backups"):
+        state = parse_object(text, f"state of backup job {name}")
     told = state.get("msg") if state.get("state") == "stopped" else state.get("state")
-    return told if isinstance(told, str) else None
+    began = as_dict(parse_upid(str(state.get("upid")))).get("started_at", to_count(state.get("time")))
+    return known(last_state=told[:500] if isinstance(told, str) else None, last_run_at=began)
 
 
 FIRST_BACKUPS = 60  # so many finished backup tasks are read back at the first start
 
 
-def read_task_backups(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+def read_task_backups(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
     """Backup tasks that ended since the last time. A job of several guests names them in its log only."""
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=True)
     tasks = [task for task in map(parse_task_line, lines) if task and task["type"] == "vzdump"]
@@ -3508,9 +3747,11 @@ def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: i
     if kept.get(name, {}).get("ended_at", 0) > ended:
         return
     if run["ok"]:
+        duration = run.get("duration_seconds")
         kept[name] = known(
             ended_at=ended,
-            duration_seconds=run.get("duration_seconds"),
+            started_at=None if duration is None else ended - duration,
+            duration_seconds=duration,
             size_bytes=run.get("size_bytes"),
             storage=storage,
             excluded_disks=run.get("excluded_disks", []),
@@ -3519,7 +3760,7 @@ def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: i
         kept[name] = known(ended_at=ended, error=run.get("error"))
 
 
-def read_vzdump_logs(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+def read_vzdump_logs(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
     """/var/log/vzdump: the last run of each guest on this node, for those whose task log is gone."""
     seen = memory.setdefault("logs", {})
     for name in attempt(probe.list_dir, "/var/log/vzdump", default=[]):
@@ -3540,24 +3781,23 @@ def read_vzdump_logs(probe: Any, memory: dict[str, Any], guests: dict[str, dict[
 REMOTE_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "gluster", "9p")
 
 
-def read_dump_folders(probe: Any, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
-    """Archives in the dump folders of local `dir` storages, listed by a process that can be left behind if it hangs."""
+def read_dump_folders(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+    """Archives in the dump folders of local storages, listed by a process that can be left behind if it hangs."""
     node = node_name(probe)
-    for kind, storage, values in read_pve_sections(probe, "storage.cfg"):
-        nodes = values.get("nodes", node).replace(",", " ").split()
-        if kind != "dir" or "backup" not in values.get("content", "") or "disable" in values or node not in nodes:
+    for kind, storage, values in parse_storages(optional(probe.read, "/etc/pve/storage.cfg", default="")):
+        if kind not in ("dir", "btrfs") or flag_of(values, "disable") or not is_here(values, node):
             continue
-        folder = values.get("path", "").rstrip("/") + "/dump"
-        if not folder.startswith("/") or not is_safe_to_list(probe, folder):
+        folders = dict(part.partition("=")[::2] for part in split_list(values.get("content-dirs")))
+        folder = f"{values.get('path', '').rstrip('/')}/{folders.get('backup', 'dump').strip('/')}"
+        if "backup" not in split_list(values.get("content")) or not folder.startswith("/"):
             continue
-        argv = ("find", folder, "-maxdepth", "1", "-type", "f", "-name", "vzdump-*", "-printf", "%s\\t%T@\\t%f\\0")
-        try:
-            note_archives(guests, storage, probe.run(*argv, ok=(0, 1)))
-        except SourceError as error:
-            probe.problem("backups", error.code, f"{storage}: {error.detail}")
+        with part_of(probe, "backups", storage):
+            if is_safe_to_list(probe, folder):
+                argv = ("find", folder, "-maxdepth", "1", "-type", "f", "-name", "vzdump-*")
+                note_archives(guests, storage, probe.run(*argv, "-printf", "%s\\t%T@\\t%f\\0", ok=(0, 1)))
 
 
-def is_safe_to_list(probe: Any, folder: str) -> bool:
+def is_safe_to_list(probe: ProbeLike, folder: str) -> bool:
     """Not on a network file system, and not on a suspended pool: listing may hang there for good."""
     best = ("", "", "")
     for line in probe.read("/proc/mounts").splitlines():
@@ -3571,46 +3811,57 @@ def is_safe_to_list(probe: Any, folder: str) -> bool:
     return best[2] != "zfs" or attempt(probe.read, f"{ZFS_KSTAT}/{pool}/state", default="").strip() != "SUSPENDED"
 
 
+LONGEST_BACKUP = DAY // 2
+
+
 def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str) -> None:
-    """The newest archive of each guest: its size for the run that is known, or a run nobody has told of."""
-    newest: dict[int, tuple[int, int]] = {}
+    """The newest archive of each guest: its size for the run that is known, or a run nobody has told of.
+
+    Its name says when it was begun; the file's time is its end, unless it was copied or touched since.
+    """
+    newest: dict[int, tuple[int, int, int]] = {}
     for entry in listing.split("\0"):
         size, _, rest = entry.partition("\t")
         stamp, _, name = rest.partition("\t")
-        vmid, at = parse_archive_name(name), to_number(stamp)
-        if vmid is not None and at is not None:
-            newest[vmid] = max(newest.get(vmid, (0, 0)), (int(at), to_count(size) or 0))
-    for vmid, (at, length) in newest.items():
+        archive, at = parse_archive_name(name), to_count(stamp)
+        if archive is not None and at is not None:
+            vmid, began = archive
+            ended = at if began <= at <= began + LONGEST_BACKUP else began
+            newest[vmid] = max(newest.get(vmid, (0, 0, 0)), (began, ended, to_count(size) or 0))
+    for vmid, (began, ended, length) in newest.items():
         told = guests.get(str(vmid), {}).get("newest_ok", {})
-        if abs(told.get("ended_at", 0) - at) <= 120 and told.get("storage", storage) == storage:
+        same = told.get("started_at", told.get("ended_at", 0)) - 120 <= began <= told.get("ended_at", 0) + 120
+        if same and told.get("storage", storage) == storage:
             told.update(size_bytes=length, storage=storage)
-        elif at > told.get("ended_at", 0):
-            guests.setdefault(str(vmid), {})["newest_ok"] = {"ended_at": at, "size_bytes": length, "storage": storage}
+        elif ended > told.get("ended_at", 0):
+            run = {"ended_at": ended, "started_at": began, "size_bytes": length, "storage": storage}
+            guests.setdefault(str(vmid), {})["newest_ok"] = run
 
 
 @collector("replication", tick=MEDIUM)
-def collect_replication(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Replication jobs of the guests on this node. A state file that cannot be read makes the state unknown."""
     require_pve(probe)
     require_cluster(probe)
     node = node_name(probe)
     listing = parse_vmlist(probe.read("/etc/pve/.vmlist"))
     states: dict[str, Any] = {}
+    dark: dict[str, Any] = {}
     try:
-        states = parse_object(probe.read("/var/lib/pve-manager/pve-replication-state.json"), "replication state")
+        text = optional(probe.read, "/var/lib/pve-manager/pve-replication-state.json", default="{}")
+        states = parse_object(text, "replication state")
     except SourceError as error:
-        if error.code != "missing":
-            probe.problem("replication", error.code, error.detail)
+        dark = unknown_because(error)
     jobs = []
-    for kind, name, values in read_pve_sections(probe, "replication.cfg"):
-        vmid = name.partition("-")[0]
-        if kind == "local" and vmid in listing and listing[vmid][0] == node:
+    for kind, name, values in parse_sections(optional(probe.read, "/etc/pve/replication.cfg", default=""), r"\d+-\d+"):
+        vmid, number = (str(int(part)) for part in name.split("-"))
+        if kind == "local" and vmid in listing and listing[vmid][0] == node and "remove_job" not in values:
             state = as_dict(as_dict(states.get(vmid)).get(f"local/{values.get('target')}"))
-            jobs.append(build_replication(name, vmid, values, state, probe.now()))
+            jobs.append({**build_replication(f"{vmid}-{number}", vmid, values, state, probe.now()), **dark})
     return jobs
 
 
-def require_cluster(probe: Any) -> None:
+def require_cluster(probe: ProbeLike) -> None:
     """Absent on a stand-alone node. Without pmxcfs nobody can tell."""
     read_version_file(probe)
     if not shared(probe, "members", read_members).get("cluster"):
@@ -3621,7 +3872,7 @@ def build_replication(
     name: str, vmid: str, values: dict[str, str], state: dict[str, Any], now: float
 ) -> dict[str, Any]:
     error = state.get("error")
-    schedule, enabled = values.get("schedule", "*/15"), not to_flag(values.get("disable", "0"))
+    schedule, enabled = values.get("schedule", "*/15"), not flag_of(values, "disable")
     return known(
         id=name,
         vmid=int(vmid),
@@ -3638,23 +3889,22 @@ def build_replication(
 
 
 @collector("ha", tick=MEDIUM)
-def collect_ha(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_ha(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """HA's manager, services and this node's LRM, from the files they keep."""
     require_pve(probe)
     require_cluster(probe)
-    try:
-        text = probe.read("/etc/pve/ha/manager_status")
-    except SourceError as error:
-        if error.code == "missing":
-            raise Absent("no HA manager has ever run") from None
-        raise
+    text = optional(probe.read, "/etc/pve/ha/manager_status")
+    if text is None:
+        raise Absent("no HA manager has ever run")
     status = parse_object(text, "ha/manager_status")
     stamp = to_count(status.get("timestamp"))
-    services = as_dict(status.get("service_status"))
+    services, disarm = as_dict(status.get("service_status")), as_dict(status.get("disarm"))
     return known(
         manager=manager_state(probe.now(), stamp, services),
         master=status.get("master_node"),
         manager_as_of=stamp,
+        disarm=known(mode=disarm.get("mode"), state=disarm.get("state")) or None,
+        nodes=[known(name=name, state=state) for name, state in sorted(as_dict(status.get("node_status")).items())],
         services=[
             known(id=name, node=as_dict(service).get("node"), state=as_dict(service).get("state"))
             for name, service in sorted(services.items())
@@ -3670,27 +3920,27 @@ def manager_state(now: float, stamp: int | None, services: dict[str, Any]) -> st
     return "dead" if services else "idle"
 
 
-def read_lrm(probe: Any) -> dict[str, Any] | None:
-    try:
-        status = parse_object(probe.read(f"/etc/pve/nodes/{node_name(probe)}/lrm_status"), "lrm_status")
-    except SourceError as error:
-        if error.code != "missing":
-            probe.problem("ha", error.code, error.detail)
-        return None
-    return known(state=status.get("state"), mode=status.get("mode"), as_of=to_count(status.get("timestamp")))
+def read_lrm(probe: ProbeLike) -> dict[str, Any] | None:
+    status: dict[str, Any] = {}
+    with part_of(probe, "ha"):
+        path = f"/etc/pve/nodes/{node_name(probe)}/lrm_status"
+        status = parse_object(optional(probe.read, path, default="{}"), "lrm_status")
+    told = known(state=status.get("state"), mode=status.get("mode"), as_of=to_count(status.get("timestamp")))
+    return told or None
 
 
 # services, time_sync
 
 UNITS = (
     "pve-cluster pvestatd pvedaemon pveproxy pvescheduler pve-firewall pve-ha-crm pve-ha-lrm corosync qmeventd "
-    "watchdog-mux zfs-zed smartmontools chrony systemd-timesyncd ntpsec ksmtuned rrdcached ssh postfix"
+    "watchdog-mux zfs-zed zfs-mount zfs-import-cache zfs-import-scan pve-guests pve-lxc-syscalld lxcfs spiceproxy "
+    "smartmontools chrony systemd-timesyncd ntpsec ksmtuned rrdcached ssh postfix"
 ).split()
 UNIT_FIELDS = "Id,LoadState,ActiveState,SubState,UnitFileState,NRestarts"
 
 
 @collector("services", tick=MEDIUM)
-def collect_services(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_services(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """PVE's, ZFS's and time services, in one call; those that are not installed are no fault and left out."""
     require_systemd(probe)
     text = probe.run("systemctl", "show", "-p", UNIT_FIELDS, *[f"{unit}.service" for unit in UNITS], ok=None)
@@ -3712,20 +3962,20 @@ def collect_services(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]
 
 
 @collector("failed_units", tick=MEDIUM)
-def collect_failed_units(probe: Any, memory: dict[str, Any]) -> list[str]:
+def collect_failed_units(probe: ProbeLike, memory: dict[str, Any]) -> list[str]:
     """All units of the system that have failed."""
     require_systemd(probe)
     text = probe.run("systemctl", "list-units", "--failed", "--plain", "--no-legend")
     return [line.split()[0] for line in text.splitlines() if line.split()]
 
 
-def require_systemd(probe: Any) -> None:
+def require_systemd(probe: ProbeLike) -> None:
     if not probe.exists("/run/systemd/system"):
         raise Absent("systemd does not run here")
 
 
 @collector("time_sync", tick=MEDIUM)
-def collect_time_sync(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_time_sync(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """chrony's word; without chrony the kernel's flag, which every daemon sets, but no offset."""
     try:
         return parse_chrony_tracking(probe.run("chronyc", "-c", "-n", "tracking"))
@@ -3746,170 +3996,203 @@ def collect_time_sync(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
 # disks
 
 SMART_LIMIT = 30.0  # seconds for one disk
-VIRTUAL_DISKS = ("vd", "xvd", "mmcblk", "nbd")
+VIRTUAL_DISKS = ("vd", "xvd", "mmcblk")
+VIRTUAL_MODELS = ("QEMU", "VBOX", "VMware", "Virtual disk", "Virtual Disk")
 RAID_NAMES = ("megaraid", "cciss", "areca", "aacraid", "3ware")
+BRIDGE_WORDS = ("Unknown USB bridge", "specify device type", "unsupported field in scsi command")
 
 
 @collector("disks", tick=SLOW)
-def collect_disks(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """Identity, SMART and place in a pool of every disk, one after the other; a sleeping disk is not woken."""
+def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Identity, SMART and place in a pool of every disk, one after the other; a sleeping disk is not woken.
+
+    What is kept of a disk (its type for smartctl, its last values) goes by its identity, never by its letter.
+    """
     if not probe.exists("/sys/block"):
         raise Absent("no /sys here")
-    names = [name for name in probe.list_dir("/sys/block") if is_disk(probe, name)]
     links = attempt(read_disk_links, probe, default={})
-    places = find_places(probe, memory)
+    boot_id = attempt(probe.read, "/proc/sys/kernel/random/boot_id", default="").strip()
     before, kept = as_dict(memory.get("smart")), {}
-    disks = []
-    raid = False
-    for name in names:
-        smart, kept[name] = read_smart(probe, name, as_dict(before.get(name)))
-        raid = raid or (smart.get("protocol") == "SCSI" and "passed" not in smart)
-        disks.append(build_disk(probe, name, smart, links.get(name), places.get(name)))
-    if raid:
-        disks += read_raid_disks(probe, before, kept)
+    disks: list[dict[str, Any]] = []
+    for name in probe.list_dir("/sys/block"):
+        if is_disk(probe, name):
+            disk = read_sysfs_disk(probe, name, links.get(name, []))
+            key = disk_key(disk, boot_id)
+            smart, kept[key] = read_smart(probe, smart_device(probe, name), as_dict(before.get(key)))
+            add_disk(disks, {**disk, **smart})
+    if any(disk.get("protocol") == "SCSI" and "passed" not in disk for disk in disks):
+        for disk in read_raid_disks(probe, before, kept):
+            add_disk(disks, disk)
     memory["smart"] = kept
-    return disks
+    places = find_places(probe)
+    for disk in disks:
+        place = next((places[name] for name in [disk["name"], *disk.get("paths", [])] if name in places), {})
+        disk.update(place)
+    return [{field: value for field, value in disk.items() if field not in SMART_PRIVATE} for disk in disks]
 
 
-def is_disk(probe: Any, name: str) -> bool:
+SMART_PRIVATE = ("type", "protocol", "rotation_rate")  # for the collector, not for the report
+
+
+def is_disk(probe: ProbeLike, name: str) -> bool:
     """A real disk: what lies on others, and virtual ones, have no SMART."""
-    if name.startswith((*NO_DISKS, *VIRTUAL_DISKS)) or not probe.exists(f"/sys/block/{name}/device"):
+    if NO_DISK.match(name) or name.startswith(VIRTUAL_DISKS) or not probe.exists(f"/sys/block/{name}/device"):
         return False
-    return not attempt(probe.read, f"/sys/block/{name}/device/model", default="").startswith("QEMU")
+    return not attempt(probe.read, f"/sys/block/{name}/device/model", default="").startswith(VIRTUAL_MODELS)
 
 
-def read_disk_links(probe: Any) -> dict[str, str]:
-    """The name below /dev/disk/by-id of each whole disk: ata-, nvme- and scsi- before wwn- and others."""
-    found: dict[str, tuple[tuple[bool, bool, str], str]] = {}
+def read_disk_links(probe: ProbeLike) -> dict[str, list[str]]:
+    """The names below /dev/disk/by-id of each whole disk, the telling ones (ata-, nvme-, scsi- with model and serial)
+    first."""
+    found: dict[str, list[tuple[bool, bool, str]]] = {}
     for link in probe.list_dir("/dev/disk/by-id"):
-        if "-part" in link:
-            continue
         target = attempt(probe.readlink, f"/dev/disk/by-id/{link}", default="").rpartition("/")[2]
-        bare = link.startswith(("nvme-eui.", "nvme-nvme.", "nvme-uuid.", "scsi-3", "scsi-S", "wwn-"))
-        rank = (bare, not link.startswith(("ata-", "nvme-", "scsi-")), link)
-        if target and (target not in found or rank < found[target][0]):
-            found[target] = (rank, link)
-    return {target: link for target, (_, link) in found.items()}
+        if target and not re.search(r"-part\d+$", link):
+            bare = link.startswith(("nvme-eui.", "nvme-nvme.", "nvme-uuid.", "scsi-3", "scsi-S", "wwn-"))
+            found.setdefault(target, []).append((bare, not link.startswith(("ata-", "nvme-", "scsi-")), link))
+    return {target: [link for _, _, link in sorted(ranked)] for target, ranked in found.items()}
 
 
-def find_places(probe: Any, memory: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """(pool, top-level vdev) by disk. A pool that does not answer keeps the places it had."""
-    if not attempt(probe.exists, "/sys/module/zfs", default=False):
-        return {}
-    kept = as_dict(memory.get("places"))
-    places: dict[str, Any] = {}
-    for pool in attempt(read_pool_states, probe, memory, default=[]):
-        name = pool["name"]
-        places.update({disk: place for disk, place in kept.items() if place[0] == name})
-        if pool.get("state") != "SUSPENDED":
-            vdevs = attempt(read_pool_status, probe, name, default={}).get("vdevs", [])
-            if vdevs:
-                places = {disk: place for disk, place in places.items() if place[0] != name}
-            for vdev in vdevs:
-                for path in leaf_paths(vdev):
-                    disk = attempt(find_disk, probe, path)
-                    if disk:
-                        places.setdefault(disk, [name, vdev["name"]])
-    memory["places"] = places
-    return {disk: (pool, vdev) for disk, (pool, vdev) in places.items()}
+def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> dict[str, Any]:
+    """What the kernel says of a disk, without asking the disk. `listed`: it is there, whatever smartctl says."""
+    base = f"/sys/block/{name}"
+    sectors, spinning, model, serial, firmware = (
+        attempt(probe.read, f"{base}/{file}", default="").strip() or None
+        for file in ("size", "queue/rotational", "device/model", "device/serial", "device/firmware_rev")
+    )
+    wwn = next((link.removeprefix("wwn-") for link in links if re.fullmatch(r"wwn-0x[0-9a-f]+", link)), None)
+    return known(
+        name=name,
+        by_id=links[0] if links else None,
+        listed=True,
+        size_bytes=(to_count(sectors) or 0) * 512 or None,
+        kind="nvme" if name.startswith("nvme") else {"1": "hdd", "0": "ssd"}.get(spinning or ""),
+        model=model,
+        serial=serial,
+        wwn=wwn,
+        firmware=firmware,
+    )
 
 
-def leaf_paths(vdev: dict[str, Any]) -> list[str]:
-    children = vdev.get("children", [])
-    if children:
-        return [path for child in children for path in leaf_paths(child)]
-    return [vdev["path"]] if vdev["type"] == "disk" and "path" in vdev else []
+def disk_key(disk: dict[str, Any], boot_id: str) -> str:
+    """By what to remember a disk: what moves with it. Where nothing is known of that, the letter, for this boot."""
+    for field in ("by_id", "wwn", "serial"):
+        if disk.get(field):
+            return f"{field} {disk[field]}"
+    return f"{disk['name']} {disk.get('model')} {disk.get('size_bytes')} {boot_id}"
 
 
-def read_smart(probe: Any, name: str, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """SMART values of a block device, and what to keep of them. Asleep: the last ones, with their time."""
-    return run_smartctl(probe, smart_device(name), before, nvme=name.startswith("nvme"))
+def add_disk(disks: list[dict[str, Any]], disk: dict[str, Any]) -> None:
+    """One row for a disk, however many ways lead to it: two ports, multipath, or a RAID controller beside. Serials of
+    USB bridges are not unique, so a disk counts as the same only with its wwn or its model too."""
+    for other in disks:
+        fields = [field for field in ("wwn", "model", "size_bytes") if field in disk and field in other]
+        if "serial" in disk and all(disk[field] == other.get(field) for field in ("serial", *fields)) and fields:
+            other.setdefault("paths", []).append(disk["name"])
+            return
+    disks.append(disk)
 
 
-def smart_device(name: str) -> str:
-    """NVMe is asked by controller: /dev/nvme0 for nvme0n1."""
-    if not name.startswith("nvme"):
-        return f"/dev/{name}"
-    return "/dev/nvme" + name[4:].partition("n")[0]
+def find_places(probe: ProbeLike) -> dict[str, dict[str, str]]:
+    """Pool and top-level vdev by disk, from the pools as they were read last; read here where they were not yet."""
+    if probe.places is None and attempt(probe.exists, "/sys/module/zfs", default=False):
+        for pool in attempt(read_pool_states, probe, {}, default=[]):
+            if pool.get("state") != "SUSPENDED":
+                vdevs = attempt(read_pool_status, probe, pool["name"], default={}).get("vdevs", [])
+                place_disks(probe, pool["name"], vdevs)
+    return probe.places or {}
 
 
-def run_smartctl(
-    probe: Any, device: str, before: dict[str, Any], *, nvme: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """-n standby,3: do not wake it, and tell sleep (3) from failure (2). A known type spares the detection, which wakes
-    some disks too."""
-    argv = ["smartctl", "-j", "-i", "-H", "-A"]
-    argv += [] if nvme else ["-n", "standby,3", "-l", "error", "-l", "selftest"]
-    if before.get("type"):
-        argv += ["-d", before["type"]]
-    now = int(probe.now())
+def smart_device(probe: ProbeLike, name: str) -> str:
+    """What to ask. An NVMe disk by the controller it hangs on; where several do (native multipath), by its namespace,
+    as the numbers of the two have nothing in common then: nvme3n1 may hang on nvme33."""
+    controller = re.search(r"/(nvme\d+)/", attempt(probe.readlink, f"/sys/block/{name}", default=""))
+    return f"/dev/{controller[1] if controller else name}"
+
+
+def read_smart(probe: ProbeLike, device: str, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """SMART values, and what to keep of them. Asleep: the last ones, with their time. Without an answer: who it is, and
+    why no more is known."""
+    values, now = as_dict(before.get("values")), int(probe.now())
     try:
-        smart = parse_smart(probe.run(*argv, device, limit=SMART_LIMIT, ok=None), now)
+        smart = ask_smartctl(probe, device, before.get("type"), now)
     except SourceError as error:
-        if error.code == "missing" and probe.problems.get("disks", {}).get("code") == "missing":
-            return {}, before
-        probe.problem("disks", error.code, f"{device}: {error.detail}")
-        return {}, before
+        identity = {field: values[field] for field in SMART_IDENTITY if field in values}
+        return {**identity, **unknown_because(error)}, before
     if smart.pop("asleep", False):
-        values = as_dict(before.get("values"))
         return {**values, **known(standby=True, as_of=before.get("at") if values else None)}, before or smart
     values = {field: value for field, value in smart.items() if field != "type"}
-    kept = {"type": smart.get("type"), "at": now, "values": values}
-    return {**values, "standby": False}, kept
+    if "passed" not in smart:
+        smart["unknown_reason"] = "smartctl gives no verdict: a RAID volume, or a bridge that hides the disk"
+    return {**smart, "standby": False}, {"type": smart.get("type"), "at": now, "values": values}
 
 
-SMART_PRIVATE = ("type", "protocol", "rotation_rate", "size_bytes")  # of use here, not in the report
+SMART_IDENTITY = ("model", "serial", "wwn", "firmware", "size_bytes", "protocol", "rotation_rate")
 
 
-def build_disk(
-    probe: Any, name: str, smart: dict[str, Any], link: str | None, place: tuple[str, str] | None
-) -> dict[str, Any]:
-    """A disk as the report has it. What smartctl cannot say, sysfs may."""
-    base = f"/sys/block/{name}"
-    sectors = to_count(attempt(probe.read, f"{base}/size", default="").strip())
-    spinning = attempt(probe.read, f"{base}/queue/rotational", default="").strip()
-    kind = "nvme" if name.startswith("nvme") else {"1": "hdd", "0": "ssd"}.get(spinning)
-    texts = {
-        field: attempt(probe.read, f"{base}/device/{file}", default="").strip() or None
-        for field, file in (("model", "model"), ("serial", "serial"), ("firmware", "firmware_rev"))
-        if field not in smart
-    }
-    pool, vdev = place or (None, None)
-    size = smart.get("size_bytes") or (sectors * 512 if sectors else None)
-    values = {field: value for field, value in smart.items() if field not in SMART_PRIVATE}
-    return known(name=name, by_id=link, size_bytes=size, kind=kind, pool=pool, vdev=vdev, **{**texts, **values})
-
-
-def read_raid_disks(probe: Any, before: dict[str, Any], kept: dict[str, Any]) -> list[dict[str, Any]]:
-    """Disks behind a RAID controller, whose volume has no SMART: smartctl knows how to reach them."""
+def ask_smartctl(probe: ProbeLike, device: str, kind: str | None, now: int) -> dict[str, Any]:
+    """-n standby,3: do not wake it, and tell sleep (3) from failure (2). A known type spares the detection, which wakes
+    some disks too; where it does not fit any more, or a bridge is not known, the next way is tried once."""
+    argv = ["smartctl", "-j", "-i", "-H", "-A"]
+    argv += [] if device.startswith("/dev/nvme") else ["-n", "standby,3", "-l", "error", "-l", "selftest"]
     try:
-        found = parse_object(probe.run("smartctl", "--scan", "-j", limit=SMART_LIMIT, ok=None), "smartctl --scan")
+        typed = ["-d", kind] if kind else []
+        return parse_smart(probe.run(*argv, *typed, device, limit=SMART_LIMIT, ok=None), now)
     except SourceError as error:
-        probe.problem("disks", error.code, error.detail)
-        return []
-    disks, serials = [], set()
-    for device in as_list(found.get("devices")):
+        if error.code != "failed" or kind and device.startswith("/dev/bus/"):
+            raise
+        if kind:
+            return ask_smartctl(probe, device, None, now)
+        if not any(words in error.detail for words in BRIDGE_WORDS):
+            raise
+        told = error
+    try:
+        return parse_smart(probe.run(*argv, "-d", "sat", device, limit=SMART_LIMIT, ok=None), now)
+    except SourceError:
+        raise told from None
+
+
+def read_raid_disks(probe: ProbeLike, before: dict[str, Any], kept: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Disks behind a RAID controller, whose volume has no SMART: smartctl knows how to reach them."""
+    scan = attempt(probe.run, "smartctl", "--scan", "-j", default="{}")
+    for device in as_list(attempt(parse_object, scan, "smartctl --scan", default={}).get("devices")):
         name, kind = as_dict(device).get("name"), as_dict(device).get("type")
         if not isinstance(name, str) or not isinstance(kind, str) or not any(raid in kind for raid in RAID_NAMES):
             continue
         label = f"{name.removeprefix('/dev/')} {kind}"
-        smart, kept[label] = run_smartctl(probe, name, {**as_dict(before.get(label)), "type": kind})
-        if smart and smart.get("serial") not in serials:  # the same disk may be reached in two ways
-            serials.add(smart.get("serial") or label)
-            rate = smart.get("rotation_rate")
-            values = {field: value for field, value in smart.items() if field not in SMART_PRIVATE[:3]}
-            disks.append(known(name=label, kind=None if rate is None else "hdd" if rate else "ssd", **values))
-    return disks
+        smart, kept[label] = read_smart(probe, name, {**as_dict(before.get(label)), "type": kind})
+        rate = smart.get("rotation_rate")
+        yield known(name=label, kind=None if rate is None else "hdd" if rate else "ssd", **smart)
 
 
-# updates, certificates, subscription, versions, ceph
+# mail_queue, updates, certificates, subscription, versions, ceph
+
+POSTFIX = "/var/spool/postfix"
+QUEUE_LOOKS = 200  # so many of the oldest files are looked into
+
+
+@collector("mail_queue", tick=SLOW)
+def collect_mail_queue(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+    """How many messages wait in Postfix's folders, and since when the oldest: the host's own warnings go that way."""
+    if not probe.exists(POSTFIX):
+        raise Absent("no Postfix here")
+    folders = ("active", "deferred", "hold", "incoming")
+    # deferred/ is spread over folders of one letter; %C@ is when a file was moved or tried last
+    argv = ("find", *(f"{POSTFIX}/{folder}" for folder in folders), "-maxdepth", "3", "-type", "f")
+    files = [line.partition("\t") for line in probe.run(*argv, "-printf", "%C@\\t%p\\n", ok=(0, 1)).splitlines()]
+    counts = {folder: sum(path.startswith(f"{POSTFIX}/{folder}/") for _, _, path in files) for folder in folders}
+    oldest = [path for _, path in sorted((to_number(at) or 0, path) for at, _, path in files)[:QUEUE_LOOKS]]
+    # a message that was delivered meanwhile is gone: exit code 1
+    text = probe.run("head", "-v", "-c", "256", *oldest, ok=(0, 1)) if oldest else ""
+    return known(**counts, oldest_at=min(parse_queue_times(text), default=None))
+
 
 PACKAGE_LISTS = ("/var/cache/apt/pkgcache.bin", "/var/lib/dpkg/status")
 PKGUPDATES = "/var/lib/pve-manager/pkgupdates"
 
 
 @collector("updates", tick=SLOW)
-def collect_updates(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_updates(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Pending updates as PVE's daily job listed them; where dpkg's state is newer, without those done since."""
     require_pve(probe)
     written = probe.stat(PKGUPDATES).st_mtime
@@ -3921,16 +4204,28 @@ def collect_updates(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     if any(at > written for at in changed):
         installed = read_packages(probe)
         updates = [update for update in updates if installed.get(update["Package"], "?") != update.get("Version")]
-    security = sum("security" in f"{update.get('Origin')} {update.get('Section')}".lower() for update in updates)
+    key = [written, *changed]
     return known(
         pending=len(updates),
-        security=security or None,  # the list seldom says so: none marked is not none
+        security=count_security(probe, memory, key) if updates else 0,
         as_of=int(written),
         packages=[update["Package"] for update in updates[:50]],
     )
 
 
-def read_packages(probe: Any, *names: str) -> dict[str, str]:
+def count_security(probe: ProbeLike, memory: dict[str, Any], key: list[float]) -> int | None:
+    """How many of them close holes, by the archive that apt would take them from: in Proxmox's own list all of Debian's
+    look alike. Asked anew when a list has changed; apt simulates, writes nothing and needs no lock."""
+    if as_dict(memory.get("security")).get("key") != key:
+        try:
+            text = probe.run("apt-get", "-s", "-qq", "-o", "Debug::NoLocking=1", "dist-upgrade", limit=60.0)
+        except SourceError:
+            return None
+        memory["security"] = {"key": key, "count": parse_security(text)}
+    return to_count(memory["security"].get("count"))
+
+
+def read_packages(probe: ProbeLike, *names: str) -> dict[str, str]:
     """Installed versions by package name."""
     text = probe.run("dpkg-query", "-W", "-f", "${Package}\\t${Version}\\n", *names, ok=(0, 1))
     return dict(line.partition("\t")[::2] for line in text.splitlines())
@@ -3940,7 +4235,7 @@ CERTIFICATES = ("nodes/{node}/pveproxy-ssl.pem", "nodes/{node}/pve-ssl.pem", "pv
 
 
 @collector("certificates", tick=SLOW)
-def collect_certificates(probe: Any, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_certificates(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Who they are for, who signed, until when. Never the certificate itself."""
     require_pve(probe)
     read_version_file(probe)
@@ -3952,36 +4247,28 @@ def collect_certificates(probe: Any, memory: dict[str, Any]) -> list[dict[str, A
         path = f"/etc/pve/{file.format(node=node)}"
         if not probe.exists(path):
             continue
+        name = path.rpartition("/")[2]
         try:
-            text = probe.run("openssl", "x509", "-in", path, "-noout", "-enddate", "-subject", "-issuer")
-            name = path.rpartition("/")[2]
+            text = probe.run("openssl", "x509", "-in", path, "-noout", "-dates", "-subject", "-issuer")
             certificates.append({"file": name, **parse_certificate(text), "acme": acme and name == "pveproxy-ssl.pem"})
         except SourceError as error:
-            probe.problem("certificates", error.code, error.detail)
+            certificates.append({"file": name, **unknown_because(error)})
     return certificates
 
 
 @collector("subscription", tick=SLOW)
-def collect_subscription(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_subscription(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Status, level and due date; the key and the server's id are not sent."""
     require_pve(probe)
-    try:
-        return parse_subscription(probe.read("/etc/subscription"))
-    except SourceError as error:
-        if error.code == "missing":
-            return {"status": "notfound"}
-        raise
+    return parse_subscription(optional(probe.read, "/etc/subscription", default=""))
 
 
 @collector("versions", tick=SLOW)
-def collect_versions(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """What runs here. The module and the tools of ZFS differ after an upgrade without a reboot."""
     packages: dict[str, str] = {}
-    try:
-        packages = read_packages(probe, "pve-qemu-kvm", "smartmontools", "zfsutils-linux")
-    except SourceError as error:
-        if error.code != "missing":
-            probe.problem("versions", error.code, error.detail)
+    with part_of(probe, "versions"):
+        packages = optional(read_packages, probe, "pve-qemu-kvm", "smartmontools", "zfsutils-linux", default={})
     return known(
         pve=parse_pve_version(attempt(probe.read, PVECFG, default="")),
         zfs_module=attempt(probe.read, "/sys/module/zfs/version", default="").strip() or None,
@@ -3992,7 +4279,7 @@ def collect_versions(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def read_zfs_userland(probe: Any) -> str | None:
+def read_zfs_userland(probe: ProbeLike) -> str | None:
     """`zfs version` where the tools are not Debian's package; it would load the module where that is not loaded."""
     if not probe.exists("/sys/module/zfs"):
         return None
@@ -4061,7 +4348,7 @@ def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
 
 
 @collector("ceph", tick=SLOW)
-def collect_ceph(probe: Any, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Health and its checks; only where Ceph is set up."""
     require_pve(probe)
     read_version_file(probe)
@@ -5104,8 +5391,7 @@ def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
         for pool in attempt(read_pool_states, probe, memory, default=())
     }
-    names = {name.removesuffix(".scope") for path in GUEST_PATHS for name in attempt(probe.list_dir, path, default=())}
-    guests = {name for name in names if name.isdigit()}
+    guests = find_running(probe)
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
     return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
@@ -5117,9 +5403,9 @@ class GuestChanges:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[bool, float]] = {}  # vmid -> runs, until when to believe it
 
-    def note(self, before: set[str], after: set[str], now: float) -> None:
+    def note(self, before: set[int], after: set[int], now: float) -> None:
         for vmid in before ^ after:
-            self.seen[int(vmid)] = (vmid in after, now + GUEST_SECONDS)
+            self.seen[vmid] = (vmid in after, now + GUEST_SECONDS)
 
     def apply(self, guests: Any, now: float) -> None:
         """Correct the status of those that pvestatd has not caught up with."""

@@ -1228,8 +1228,9 @@ SECTION_TYPES: dict[str, type] = {
     "node": dict, "cluster": dict, "guests": list, "storages": list, "pool_states": list, "tasks": list,
     "pools": list, "datasets": list, "backups": dict, "replication": list, "ha": dict, "time_sync": dict,
     "snapshots": list, "disks": list, "updates": dict, "certificates": list, "subscription": dict,
-    "versions": dict, "ceph": dict,
+    "versions": dict, "ceph": dict, "services": list, "failed_units": list, "mail_queue": dict, "safeguards": dict,
 }
+TEXT_LISTS = frozenset(("failed_units",))  # of the lists, those that hold text and not objects
 KEY_FIELDS: dict[str, tuple[str, type]] = {
     "guests": ("vmid", int), "storages": ("storage", str), "pool_states": ("name", str), "pools": ("name", str),
     "datasets": ("name", str), "disks": ("name", str), "snapshots": ("dataset", str), "tasks": ("upid", str),
@@ -1374,8 +1375,10 @@ def check_section(name: str, value: Any) -> None:
     if isinstance(value, list):
         key, key_type = KEY_FIELDS.get(name, (None, None))
         for number, one in enumerate(value):
+            if name in TEXT_LISTS and type(one) is str:
+                continue
             if type(one) is not dict:
-                raise BadReport([name, number], "should be an object")
+                raise BadReport([name, number], f"should be {'text' if name in TEXT_LISTS else 'an object'}")
             if key is not None and type(one.get(key)) is not key_type:
                 raise BadReport([name, number, key], f"should be {'a number' if key_type is int else 'text'}")
 

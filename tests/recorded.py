@@ -45,6 +45,7 @@ class RecordedProbe:
         self.layers = [self._layer("files", number) for number in range(tick + 1)][::-1]
         self.commands = self._load_commands()
         self.problems: dict[str, dict[str, str]] = {}
+        self.places: dict[str, dict[str, str]] | None = None
         self.trace: Any = None
         self.stopping = False
         self.calls: list[tuple[str, str]] = []  # what was asked, for tests

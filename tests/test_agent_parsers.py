@@ -159,6 +159,61 @@ def test_sections_take_flags_without_a_value_and_ids_with_colons() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text, sections",
+    [
+        ("dir: aa\n\tpath\t/x y\n", [("dir", "aa", {"path": "/x y"})]),  # a tab between key and value
+        ("DIR:aa\n path /x\n", [("dir", "aa", {"path": "/x"})]),  # no blank behind the colon, capitals
+        ("dir: aa\n path /x\n path /y\n", [("dir", "aa", {"path": "/x"})]),  # of two equal keys the first
+        ("dir: aa\n shared\n", [("dir", "aa", {"shared": ""})]),
+        ("dir: aa\n path /x\nnfs: bb\n path /y\n server z\n", [("dir", "aa", {"path": "/x", "server": "z"})]),
+        ("dir: aa\n # path /z\n  # \n path /x\n", [("dir", "aa", {"path": "/x"})]),
+        ("dir: aa\r\n path /x\r\n\r\nnfs: bb\r\n", [("dir", "aa", {"path": "/x"})]),  # no line is empty
+        ("rubbish\ndir: aa\n path /x\n", [("dir", "aa", {"path": "/x"})]),
+        ("dir: 1aa\n path /x\n\ndir: bb\n", [("dir", "bb", {})]),  # an id that no storage may have
+        ("dir: aa bb\n path /x\n", []),
+    ],
+)
+def test_section_files_are_read_as_proxmox_reads_them(text: str, sections: Any) -> None:
+    assert agent.parse_sections(text, agent.STORAGE_NAMES) == sections
+
+
+@pytest.mark.parametrize("word, flag", [("", True), ("1", True), ("0", False), ("yes", None), ("off", None), ("false", None)])
+def test_flags_of_section_files(word: str, flag: bool | None) -> None:
+    assert agent.flag_of({"disable": word}, "disable") is (flag or False)
+    assert agent.flag_of({"enabled": word}, "enabled", default=True) is (True if flag is None else flag)
+
+
+def test_local_is_a_storage_of_every_node() -> None:
+    (local,) = agent.parse_storages("")
+    assert local[:2] == ("dir", "local") and local[2]["path"] == "/var/lib/vz"
+    ((_, _, values),) = agent.parse_storages("dir: local\n path /var/lib/vz\n content backup\n nodes b\n")
+    assert values == {"path": "/var/lib/vz", "content": "backup"}
+
+
+def test_members_of_resource_pools_are_those_of_pools_within_them_too() -> None:
+    text = "user:a@pam:1:0:::::\npool:prod:comment:100,300:local:\npool:prod/sub:inner:302::\npool:product:x:7::\n"
+    assert agent.parse_resource_pools(text) == {"prod": {100, 300, 302}, "prod/sub": {302}, "product": {7}}
+    assert agent.parse_vmids("100 101;102,103") == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize(
+    "line, job",
+    [
+        ("0 2 * * * root vzdump --all 1 --storage nas --exclude 105",
+         {"schedule": "2:00", "all": "1", "storage": "nas", "exclude": "105", "vmid": "", "enabled": "1"}),
+        ("30 21 * * 1-5 root vzdump 100 101 --quiet 1",
+         {"schedule": "mon..fri 21:30", "quiet": "1", "vmid": "100,101", "enabled": "1"}),
+        ("5 1 * * 0,7,sat root #vzdump 100", {"schedule": "sun,sun,sat 1:05", "vmid": "100", "enabled": "0"}),
+        ("0 2 1 * * root vzdump 100", None),  # not one that Proxmox wrote
+    ],
+)  # fmt: skip
+def test_jobs_of_vzdump_cron(line: str, job: dict[str, str] | None) -> None:
+    told = agent.parse_vzdump_cron(f"PATH=/bin\n{line}\n")
+    assert told == ([("cron:1", job)] if job else [])
+    assert not job or agent.next_event(job["schedule"], NOON)
+
+
 def test_guest_config_ends_at_the_first_section_and_skips_notes() -> None:
     config = agent.parse_guest_config(
         "#name%3A evil\nname: web\nonboot: 1\ntags: a;b,c d\nmeta: creation-qemu=9.0,ctime=1718000000\n"
@@ -173,18 +228,32 @@ def test_guest_config_ends_at_the_first_section_and_skips_notes() -> None:
         "onboot": True,
         "created_at": 1718000000,
         "volumes": [
-            {"storage": "tank", "volume": "vm-1-disk-0", "size_bytes": 2 << 40},
-            {"storage": "pool", "volume": "subvol-1-disk-1", "size_bytes": 8 << 30},
+            {"name": "scsi0", "storage": "tank", "volume": "vm-1-disk-0", "size_bytes": 2 << 40, "backup": True},
+            {"name": "mp0", "storage": "pool", "volume": "subvol-1-disk-1", "size_bytes": 8 << 30, "backup": False},
         ],
     }
 
 
-def test_votes_of_corosync_conf_include_a_quorum_device() -> None:
-    text = (
-        "nodelist {\n node {\n  name: a\n  quorum_votes: 1\n }\n node {\n  name: b\n  quorum_votes: 2\n }\n}\n"
-        "quorum {\n device {\n  model: net\n  net {\n   host: x\n  }\n  votes: 1\n }\n provider: y\n}\n"
-    )
-    assert agent.parse_corosync_votes(text) == ({"a": 1, "b": 2}, 1)
+def corosync_conf(quorum: str, *votes: int) -> str:
+    nodes = "".join(f" node {{\n  name: {name}\n  quorum_votes: {vote}\n }}\n" for name, vote in zip("abcd", votes))
+    return f"nodelist {{\n{nodes}}}\nquorum {{\n{quorum}\n provider: y\n}}\n"
+
+
+@pytest.mark.parametrize(
+    "quorum, votes, expected, needed",
+    [
+        ("", (1, 1, 1), 3, 2),
+        ("", (1, 2), 3, 2),
+        (" two_node: 1", (1, 1), 2, 1),  # one node alone goes on
+        (" expected_votes: 5", (1, 1, 1), 5, 3),  # by hand, it goes before the sum
+        (" two_node: 1\n expected_votes: 3", (1, 1), 3, 2),
+        (" device {\n  model: net\n  net {\n   host: x\n  }\n  votes: 1\n }", (1, 1), 2, None),
+        (" last_man_standing: 1", (1, 1, 1), 3, None),  # it counts anew as nodes leave
+    ],
+)
+def test_votes_of_corosync_conf(quorum: str, votes: tuple[int, ...], expected: int, needed: int | None) -> None:
+    told = agent.parse_corosync_votes(corosync_conf(quorum, *votes))
+    assert told == (dict(zip("abcd", votes)), expected, needed)
 
 
 def test_metrics_keep_only_usable_parts() -> None:
@@ -386,27 +455,32 @@ def test_margin_without_any_vdev_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    "status, result",
+    "status, kind, result",
     [
-        ("OK", "ok"),
-        ("WARNINGS: 2", "warning"),
-        ("unexpected status", "unknown"),
-        ("interrupted by signal", "unknown"),
-        ("", "unknown"),
-        ("job errors", "error"),
-        ("OKAY", "error"),
+        ("OK", "vzdump", "ok"),
+        ("WARNINGS: 2", "vzdump", "warning"),
+        ("unexpected status", "qmstart", "unknown"),
+        ("interrupted by signal", "vzdump", "error"),
+        ("received interrupt", "qmigrate", "error"),
+        ("interrupted by signal", "vncproxy", "unknown"),
+        ("", "vzdump", "unknown"),
+        ("job errors", "vzdump", "error"),
+        ("OKAY", "vzdump", "error"),
     ],
 )
-def test_task_results(status: str, result: str) -> None:
-    assert agent.task_result(status) == result
+def test_task_results(status: str, kind: str, result: str) -> None:
+    assert agent.task_result(status, kind) == result
+
+
+BEGAN = 1795399201  # 2026-11-23 02:00:01
 
 
 @pytest.mark.parametrize(
-    "name, vmid",
+    "name, archive",
     [
-        ("vzdump-qemu-100-2026_11_23-02_00_01.vma.zst", 100),
-        ("vzdump-lxc-101-2026_11_23-02_00_01.tar", 101),
-        ("vzdump-openvz-102-2026_11_23-02_00_01.tgz", 102),
+        ("vzdump-qemu-100-2026_11_23-02_00_01.vma.zst", (100, BEGAN)),
+        ("vzdump-lxc-101-2026_11_23-02_00_01.tar", (101, BEGAN)),
+        ("vzdump-openvz-102-2026_11_23-02_00_01.tgz", (102, BEGAN)),
         ("vzdump-qemu-100-2026_11_23-02_00_01.vma.zst.notes", None),
         ("vzdump-qemu-100-2026_11_23-02_00_01.log", None),
         ("vzdump-qemu-100-2026_11_23-02_00_01.vma.dat", None),
@@ -414,8 +488,8 @@ def test_task_results(status: str, result: str) -> None:
         ("vzdump", None),
     ],
 )
-def test_archive_names(name: str, vmid: int | None) -> None:
-    assert agent.parse_archive_name(name) == vmid
+def test_archive_names(name: str, archive: tuple[int, int] | None) -> None:
+    assert agent.parse_archive_name(name) == archive
 
 
 def test_a_vzdump_log_cut_short_has_no_outcome() -> None:
@@ -526,6 +600,32 @@ def test_due_times_are_the_last_ones_over_pauses_and_clock_changes() -> None:
         "2020-02-29 00:00:00", "2024-02-29 00:00:00"]  # fmt: skip
     assert agent.list_due_times("whenever", monday_noon) == []
     assert agent.list_due_times("2030-1-1", monday_noon) == []
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("autosnap_2026-11-23_06:00:01_hourly", "autosnap_hourly"),  # sanoid
+        ("zfs-auto-snap_daily-2026-11-23-0625", "zfs-auto-snap_daily"),
+        ("__replicate_100-0_1795430102__", "__replicate_100-0"),
+        ("zrepl_20261123_100000_000", "zrepl"),
+        ("syncoid_backup_2026-11-23:10:00:00-GMT00:00", "syncoid"),
+        ("pyznap_2026-11-23_10:00:00_weekly", "pyznap_weekly"),
+        ("autodaily261123104500", "autodaily"),  # cv4pve-autosnap: https://github.com/Corsinvest/cv4pve-autosnap
+        ("autoevery-hour261123104500", "autoevery-hour"),
+        ("offsite1-20261123111122", "offsite1"),  # zfs_autobackup
+        ("2026-11-23-100000", "znapzend"),
+        ("2026-11-23_10.00.00--1w", "zfsnap_1w"),
+        ("auto-2026-11-23_10-00", "auto"),  # TrueNAS
+        ("daily-2026-11-23", "daily"),
+        ("2026-11-23", "dated"),
+        ("before-upgrade", "pve"),
+        ("automatic", "pve"),
+        ("with blank", "other"),
+    ],
+)
+def test_snapshot_classes_of_a_guests_disk(name: str, label: str) -> None:
+    assert agent.snapshot_class("rpool/data/vm-100-disk-0", name) == label
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def make_reports(path: Path) -> Iterator[dict[str, Any]]:
-    """The reports of the first and of the second moment, as the agent builds and encodes them."""
+    """The reports of three moments, as the agent builds and encodes them."""
     memories: dict[str, dict[str, Any]] = {}
     reporter = agent.Reporter("host-1", RecordedProbe(path).now())
-    for tick in (0, 1):
+    for tick in (0, 1, 2):
         probe = RecordedProbe(path, tick)
         collected = agent.collect(probe, memories, list(agent.COLLECTORS))
         yield json.loads(agent.encode_report(reporter.build_report("slow", probe.now(), collected)))
