@@ -332,10 +332,12 @@ DROP INDEX notification_waiting;
 ALTER TABLE notification DROP COLUMN not_before;
 CREATE INDEX notification_waiting ON notification (channel) WHERE message_id IS NULL;
 CREATE INDEX notification_message ON notification (message_id);
+CREATE INDEX notification_alert ON notification (alert_id, channel);
 CREATE INDEX message_made ON message (channel, created_at);
 
 -- +migrate Down
 DROP INDEX message_made;
+DROP INDEX notification_alert;
 DROP INDEX notification_message;
 CREATE TABLE notification_kept AS SELECT * FROM notification;
 DROP TABLE notification;

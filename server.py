@@ -4888,8 +4888,8 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | No
     kind, _, name = alert.object.partition("/")
     cause: Alert | None = None
     if alert.rule == "host-offline":
-        state, cause = fleet.shared, next((other for other in fleet.concerned.get(state.id, ())
-                                           if other.rule == "site-offline"), None)
+        site = next((other for other in fleet.concerned.get(state.id, ()) if other.rule == "site-offline"), None)
+        state, cause = fleet.shared, site and fleet.shared.alerts.get((site.rule, site.object))  # as it is by now
     elif kind == "storages":
         cause = broken_pool(state, [pool_of(storage.get("dataset")) for storage in state.items("storages")
                                     if storage["storage"] == name])
@@ -5412,6 +5412,7 @@ def tell(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: fl
     for earlier in [old for old in state.over.values() if (old.rule, old.object) == (alert.rule, alert.object)]:
         new = new.changed(told={**earlier.told, **new.told})  # it was not over for those who have not heard of its end
         write_alert(db, state, earlier, earlier.changed(told={}), now)
+        db.execute("UPDATE notification SET alert_id = :new WHERE alert_id = :old", {"new": new.id, "old": earlier.id})
     new = new.changed(told=tell_channels(db, fleet, state, new, causes, now))
     if new is not alert:
         state.alerts = {**state.alerts, (new.rule, new.object): new}
@@ -5442,6 +5443,8 @@ def tell_end(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now
     silenced = is_silenced(fleet, state, alert, now)
     for name, (severity, _) in alert.told.items():
         if name not in channels or not channels[name].recoveries:
+            db.execute("UPDATE notification SET message_id = '-' WHERE alert_id = :alert AND channel = :channel "
+                       "AND message_id IS NULL", {"alert": alert.id, "channel": name})
             del left[name]
         elif not silenced and not channels[name].is_quiet(severity or alert.severity, now):
             body = notification_body(fleet, state, alert, "resolved", now)
@@ -5456,10 +5459,9 @@ def news_of(alert: Alert, told: tuple[str, float] | None, now: float) -> str | N
     if told is None:
         return "firing"
     severity, told_at = told
-    rank, told_rank = SEVERITIES.index(alert.severity), (*SEVERITIES, "").index(severity)
-    if rank < told_rank:
+    if SEVERITIES.index(alert.severity) < (*SEVERITIES, "").index(severity):
         return "worse"
-    if rank > told_rank and now - told_at > HOUR:
+    if alert.severity != severity and severity and now - told_at > HOUR:
         return "less"
     rule = RULE.get(alert.rule)
     return "reminder" if rule is not None and rule.data_risk and now - told_at >= REMINDER_SECONDS else None
@@ -5480,10 +5482,11 @@ def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: fl
     limits = fleet.layers.limits(state, rule) if rule else None
     followers = sum(other.because_of == alert.id for owner in fleet.everything()
                     for other in owner.alerts.values()) if alert.rule in CAUSES else 0
-    sites = {host.site for host in concerned_by(fleet, state, alert)}
+    kind_of, _, name = alert.object.partition("/")
+    site = state.site or (name if kind_of == "sites" and name else None)  # the same when it begins and when it ends
     link = fleet.public_url + ("/?host=" + urllib.parse.quote(state.name) if state.name else "/")
     return {"kind": kind, "alert_id": alert.id, "rule": alert.rule, "severity": alert.severity, "host": state.name,
-            "site": sites.pop() if len(sites) == 1 else None, "object": alert.object or None, "message": alert.message,
+            "site": site, "object": alert.object or None, "message": alert.message,
             "value": alert.value, "since": alert.since, "at": now, "why": rule.why if rule else "",
             "todo": rule.todo if rule else "", "threshold": threshold_text(limits), "children": followers, "link": link}
 
@@ -5549,25 +5552,45 @@ def has_token(made: list[float], now: float) -> bool:
 
 
 def waiting_items(db: sqlite3.Connection, channel: Channel) -> dict[int, dict[str, Any]]:
-    """What waits for a channel, by row. Of what happened to one object meanwhile only the last counts, and nothing if
-    it began and ended."""
-    groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
-    for row in db.execute("SELECT id, body FROM notification WHERE channel = :channel AND message_id IS NULL "
-                          "ORDER BY id", {"channel": channel.name}):
-        item = json.loads(row["body"])
-        key = (item["host"], item["rule"], item["object"]) if item["rule"] else row["id"]
-        groups.setdefault(key, []).append((row["id"], item))
-    kept, dropped = {}, []
-    for rows in groups.values():
-        (_, first), (last_id, last) = rows[0], rows[-1]
-        dropped += [row_id for row_id, _ in rows[:-1]]
-        if first["kind"] == "firing" and last["kind"] == "resolved":
-            dropped.append(last_id)
-        else:
-            begins = first["kind"] == "firing" and last["kind"] in ("worse", "reminder")
-            kept[last_id] = {**last, "kind": "firing"} if begins else last
-    db.executemany("UPDATE notification SET message_id = '-' WHERE id = ?", [(row_id,) for row_id in dropped])
-    return dict(sorted(kept.items()))
+    """What waits for a channel and is true now, by row. Of one alert only the last counts."""
+    kept: dict[int, dict[str, Any]] = {}
+    latest: dict[Any, int] = {}
+    for row in db.execute("SELECT id, alert_id, body FROM notification WHERE channel = :channel AND message_id IS NULL "
+                          "ORDER BY id", {"channel": channel.name}).fetchall():
+        kept[row["id"]] = json.loads(row["body"])
+        if row["alert_id"] is not None:
+            dropped = latest.get(row["alert_id"])
+            latest[row["alert_id"]] = row["id"]
+            if dropped is not None:
+                drop_waiting(db, kept, dropped)
+    for alert_id, row_id in latest.items():
+        look_again(db, channel, kept, alert_id, row_id)
+    return kept
+
+
+def drop_waiting(db: sqlite3.Connection, kept: dict[int, dict[str, Any]], row_id: int) -> None:
+    db.execute("UPDATE notification SET message_id = '-' WHERE id = :id", {"id": row_id})
+    del kept[row_id]
+
+
+def look_again(db: sqlite3.Connection, channel: Channel, kept: dict[int, dict[str, Any]], alert_id: int,
+               row_id: int) -> None:
+    """Make what waited say what is so now: what eased meanwhile is told as it is, or not yet if the channel does not
+    ask for that; the end of what was never said to begin is not told."""
+    item = kept[row_id]
+    sent, dropped = db.execute("""
+        SELECT count(*) FILTER (WHERE message_id <> '-'), count(*) FILTER (WHERE message_id = '-') FROM notification
+        WHERE alert_id = :alert AND channel = :channel""", {"alert": alert_id, "channel": channel.name}).fetchone()
+    if item["kind"] == "resolved":
+        if dropped and not sent:
+            drop_waiting(db, kept, row_id)
+        return
+    alert = db.execute("SELECT state, severity, message FROM alert WHERE id = :id", {"id": alert_id}).fetchone()
+    if alert is None or alert["state"] != "firing" or alert["severity"] not in channel.severities:
+        del kept[row_id]  # its end is held back by a silence, or it may rise again
+    else:
+        kept[row_id] = {**item, "kind": item["kind"] if sent else "firing", "severity": alert["severity"],
+                        "message": alert["message"]}
 
 
 MESSAGE_ORDER = {"test": 0, "digest": 0, "firing": 1, "worse": 1, "many": 1, "lost": 1, "reminder": 2, "resolved": 3}
