@@ -9622,7 +9622,9 @@ def get_page(call: Call) -> Any:
 
 @route("GET", "/admin/hosts", auth="page")
 def get_host_administration(call: Call) -> Any:
-    """The page, opened at host administration."""
+    """The page, opened at host administration; for others than admins the page as it is."""
+    if not call.admin:
+        return Answer(303, b"", {"Location": "/"})
     return page_answer(call, managing=True)
 
 
@@ -9661,6 +9663,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
         "host": page_host(call, alerts), "pool": query.get("pool", ""),
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
+        "access": page_access(call) if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
         "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01"),
@@ -9691,6 +9694,14 @@ def level_of(fleet: Fleet, rule: str, host: str | None, value: Any, object: str 
     if not (is_number(value) and limits.enabled):
         return ""
     return limits.level(value, None) or ""
+
+
+def page_access(call: Call) -> dict[str, Rows]:
+    """Who is let in, for administration: sessions, users, and links for wall displays."""
+    own = call.session_key.hex()[:16]
+    return {"sessions": [{**row, "current": row["id"] == own} for row in list_sessions(call.db, call.now)],
+            "users": list_users(call.db, call.monitor.config.password_hash),
+            "kiosks": [row for row in list_api_tokens(call.db) if row["kind"] == "kiosk"]}
 
 
 def add_sparks(call: Call, rows: Rows) -> Rows:

@@ -397,6 +397,24 @@
     await doing(null, () => write("DELETE", apiOf(name)));
   }
 
+  // A button with data-call="METHOD /path", asked about first if it has a data-title; a form whose fields are the body.
+  async function callApi(button) {
+    const { title, text, yes } = button.dataset;
+    if (title && !await ask(title, text, yes)) return;
+    const [method, path] = button.dataset.call.split(" ");
+    await doing(null, () => write(method, path));
+  }
+
+  function sendForm(form) {
+    const [method, path] = form.dataset.send.split(" ");
+    return doing(form, async () => {
+      const made = await write(method, path, Object.fromEntries(new FormData(form)));
+      form.reset();
+      const shown = $("[data-made]", form);
+      if (shown) { shown.textContent = made.link; shown.parentElement.hidden = false; }
+    });
+  }
+
   // --- charts: the history API as SVG; average line, band from minimum to maximum, gaps as gaps, marks below ---
   const SVG = "http://www.w3.org/2000/svg";
   const CHART_HEIGHT = 112, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 30;
@@ -731,6 +749,7 @@
     else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);
     else if ((button = on("[data-remove]"))) remove(button);
+    else if ((button = on("[data-call]"))) callApi(button);
     else if ((button = on("[data-range]"))) chooseRange(button);
     else if ((button = on("[data-test-channel]"))) testChannel(button);
     else if ((button = on("[data-end-maintenance]"))) doing(null, () => write("PATCH", apiOf(button.dataset.endMaintenance), { maintenance_until: null }));
@@ -742,6 +761,7 @@
     if (form.matches(".search")) { event.preventDefault(); search(false); }
     if (form.matches("[data-register]")) { event.preventDefault(); register(form); }
     if (form.matches("[data-edit]")) { event.preventDefault(); edit(form); }
+    if (form.matches("[data-send]")) { event.preventDefault(); sendForm(form); }
     if (form.matches("[data-preview]")) { event.preventDefault(); preview(form); }
   }
 

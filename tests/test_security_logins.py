@@ -294,6 +294,18 @@ def test_users_are_managed_by_command(monitor, client, monkeypatch, capsys):
     assert log_in(client, "vera", "another long sentence").status == 401
 
 
+def test_administration_shows_who_is_let_in_to_admins_alone(add_user, admin):
+    anna, vera = add_user("anna", "admin"), add_user("vera", "viewer")
+    admin.send("POST", "/api/v1/tokens", {"name": "hallway", "kind": "kiosk"})
+    page = anna.get("/admin/hosts").text
+    assert "Logged in" in page and "vera" in page and "hallway" in page and "this browser" in page
+    answer = vera.get("/admin/hosts")
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+    tag = anna.get("/admin/hosts").headers["etag"]
+    assert admin.send("DELETE", "/api/v1/users/vera").status == 204
+    assert anna.get("/admin/hosts", If_None_Match=tag).status == 200  # and not: nothing has changed
+
+
 # --- who did it ---
 
 
