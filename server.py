@@ -885,6 +885,44 @@ def add_to_ranges(ranges: list[list[int]], number: int) -> bool:
     return True
 
 
+HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
+
+
+def report_span(host_id: int, since: float, until: float | None) -> tuple[int, int]:
+    """First and last possible id of a host's reports in a span of time."""
+    most = (1 << HOST_SHIFT) - 1
+    last = most if until is None else max(0, min(most, int(until * 1000)))
+    return host_id << HOST_SHIFT | max(0, min(most, int(since * 1000))), host_id << HOST_SHIFT | last
+
+
+def report_time(report_id: int) -> float:
+    return (report_id & ((1 << HOST_SHIFT) - 1)) / 1000
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """A stored report; how it was packed shows in its first bytes."""
+    return json.loads(zlib.decompress(body, 47))
+
+
+def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
+                  body: bytes) -> int:
+    """Keep a report; gives back its id. When its millisecond is taken, the next free one after its neighbours: the
+    id is a place, the time that counts stands in the report."""
+    report_id, window = report_span(host_id, at, None)[0], 1000
+    while True:
+        added = db.execute("""
+            INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
+            WHERE NOT EXISTS (SELECT 1 FROM kept_report WHERE id = :id)""",
+            {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
+        if added.rowcount:
+            return report_id
+        span = {"first": report_id, "last": report_id + window}
+        last = db.execute("""
+            SELECT max(ifnull((SELECT max(id) FROM report WHERE id BETWEEN :first AND :last), 0),
+                       ifnull((SELECT max(id) FROM kept_report WHERE id BETWEEN :first AND :last), 0))""", span)
+        report_id, window = last.fetchone()[0] + 1, window * 2
+
+
 # --- auth: host keys and signatures, API tokens, passwords, sessions ---
 
 
@@ -6244,10 +6282,10 @@ CHUNK_LEVEL = 1  # of zlib: 6 takes three times as long and saves 3 %
 NAN = math.nan
 
 
-def pack_column(values: Sequence[float]) -> bytes:
+def pack_column(values: Sequence[float], scaled: tuple[int, list[int]] | None = None) -> bytes:
     """Doubles, NaN where there is none. What agents send are decimals: whole numbers of 1, 0.1 … 0.000001, whose
     differences are small; bytes of the same weight stand together, which zlib likes. What is no such decimal stays
-    as it is."""
+    as it is. `scaled` is what scale() would find, if it is known."""
     how, holes = 0, b""
     total = sum(values)
     if total != total:
@@ -6256,7 +6294,7 @@ def pack_column(values: Sequence[float]) -> bytes:
     if not values or values.count(values[0]) == len(values):
         kind, decimals, packed = CONSTANT, 0, struct.pack("<d", values[0] if values else NAN)
     else:
-        scaled = scale(values)
+        scaled = scaled or scale(values)
         kind, decimals, packed = pack_whole(*scaled) if scaled else (DOUBLES, 0, b"")
         if kind == DOUBLES:
             packed = array("d", values).tobytes()
@@ -6386,44 +6424,6 @@ def inflate(segment: bytes) -> bytes:
 
 
 # --- history: reports as they came, the numbers in them, and what time leaves of these ---
-
-HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
-
-
-def report_span(host_id: int, since: float, until: float | None) -> tuple[int, int]:
-    """First and last possible id of a host's reports in a span of time."""
-    most = (1 << HOST_SHIFT) - 1
-    last = most if until is None else max(0, min(most, int(until * 1000)))
-    return host_id << HOST_SHIFT | max(0, min(most, int(since * 1000))), host_id << HOST_SHIFT | last
-
-
-def report_time(report_id: int) -> float:
-    return (report_id & ((1 << HOST_SHIFT) - 1)) / 1000
-
-
-def read_body(body: bytes) -> dict[str, Any]:
-    """A stored report; how it was packed shows in its first bytes."""
-    return json.loads(zlib.decompress(body, 47))
-
-
-def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
-                  body: bytes) -> int:
-    """Keep a report; gives back its id. When its millisecond is taken, the next free one after its neighbours: the
-    id is a place, the time that counts stands in the report."""
-    report_id, window = report_span(host_id, at, None)[0], 1000
-    while True:
-        added = db.execute("""
-            INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
-            WHERE NOT EXISTS (SELECT 1 FROM kept_report WHERE id = :id)""",
-            {"id": report_id, "run": run, "seq": seq, "received_at": received_at, "body": body})
-        if added.rowcount:
-            return report_id
-        span = {"first": report_id, "last": report_id + window}
-        last = db.execute("""
-            SELECT max(ifnull((SELECT max(id) FROM report WHERE id BETWEEN :first AND :last), 0),
-                       ifnull((SELECT max(id) FROM kept_report WHERE id BETWEEN :first AND :last), 0))""", span)
-        report_id, window = last.fetchone()[0] + 1, window * 2
-
 
 # The steps of history: how long each is kept, and what span of time one chunk of it holds.
 RAW, FINE, COARSE = 30, 5 * MINUTE, HOUR
@@ -6897,14 +6897,12 @@ def pack_field(cells: list[Any]) -> bytes:
     there = [cell == cell for cell in cells]
     averages, lowest, highest, counts = zip(*compress(cells, there))
     size, scaled = len(averages), scale((*averages, *lowest, *highest))
-    columns: list[Sequence[float]]
     if scaled is None or max(scaled[1]) >= 1 << 52 or min(scaled[1]) <= -(1 << 52):  # differences have to be exact
-        columns, decimals = [averages, lowest, highest, counts], NOT_SCALED
-    else:
-        decimals, whole = scaled
-        middle, low, high = whole[:size], whole[size : 2 * size], whole[2 * size :]
-        columns = [middle, list(map(sub, middle, low)), list(map(sub, high, middle)), counts]
-    return bytes([decimals]) + pack_bits(there) + b"".join(map(pack_column, columns))
+        return bytes([NOT_SCALED]) + pack_bits(there) + b"".join(map(pack_column, (averages, lowest, highest, counts)))
+    decimals, whole = scaled
+    middle, low, high = whole[:size], whole[size : 2 * size], whole[2 * size :]
+    columns = (middle, list(map(sub, middle, low)), list(map(sub, high, middle)), list(map(int, counts)))
+    return bytes([decimals]) + pack_bits(there) + b"".join(pack_column(column, (0, column)) for column in columns)
 
 
 NOT_SCALED = 255
@@ -7133,24 +7131,13 @@ def list_silences(keys: list[TickKey]) -> list[dict]:
             for a, b in zip(ordered, ordered[1:]) if b - a > OFFLINE_SECONDS * 1000]
 
 
-class Span(NamedTuple):
-    """All there is of a host in a span of time, for its export; `asked`: without what is there for rates only."""
-
-    frame: Frame
-    step: int
-    since: float
-    until: float
-    asked: Wanted = None
-
-
-def export_span(span: Span) -> Iterator[list[Any]]:
-    """[time, step, series, average, minimum, maximum, count]"""
-    for key, columns in sorted(span.frame.objects.items()):
-        for field in sorted(columns.keys() - {BOOT} if span.asked is None else span.asked[key] & columns.keys()):
-            points = list_points(span.frame, key, field) if span.step != RAW else list_raw(
-                span.frame, key, field, span.since, span.until)
+def export_frame(frame: Frame, step: int, since: float, until: float, asked: Wanted = None) -> Iterator[list[Any]]:
+    """Everything asked for: [time, step, series, average, minimum, maximum, count]. What is there for rates is not."""
+    for key, columns in sorted(frame.objects.items()):
+        for field in sorted(columns.keys() - {BOOT} if asked is None else asked[key] & columns.keys()):
+            points = list_raw(frame, key, field, since, until) if step == RAW else list_points(frame, key, field)
             name = series_name(*key, field)
-            yield from ([at, span.step, name, *point] for at, *point in points)
+            yield from ([at, step, name, *point] for at, *point in points)
 
 
 # Replay: what the rules would have said of the past
@@ -7228,20 +7215,18 @@ class Keeper:
     def __init__(self, store: Store, history: History, fleet: Fleet):
         self.store, self.history, self.fleet = store, history, fleet
         self._after = 0  # the host whose turn was last
-        self._names = NamesInUse()
+        self._layouts: dict[int, set[int]] = {}  # host -> numbers of layouts in its chunks
+        self._looked_at: set[int] = set()  # hosts, since unused layouts were deleted
 
     def turn(self, now: float, seconds: float = 0.5) -> None:
         """Work for about so long; the next turn goes on with the next host."""
         end = time.monotonic() + seconds
         ids = sorted(self.fleet.hosts)
         self.history.forget_hosts(but=set(ids))
-        self.prune_names(ids)
         start = bisect.bisect_right(ids, self._after)
         for host_id in [*ids[start:], *ids[:start]]:
-            while self._attempt(host_id, now):
-                if time.monotonic() > end:
-                    self._after = host_id
-                    return
+            while self._attempt(host_id, now) and time.monotonic() <= end:
+                pass
             if time.monotonic() > end:
                 self._after = host_id
                 return
@@ -7316,6 +7301,7 @@ class Keeper:
         chunks = [(chunk_id(host_id, step, at), pack_points(frame, *self.numbers(db, state, stored_names(frame))))
                   for step, at, frame in ((FINE, day, fine), (COARSE, begin, replace_day(hours, day, fine, COARSE)))]
         self.store.write(partial(put_day, host_id, day, chunks, now), urgent=False)
+        self.prune_names(db, host_id)
 
     def numbers(self, db: sqlite3.Connection, state: HostState,
                 names: dict[ObjectKey, tuple[str, ...]]) -> tuple[ObjectIds, LayoutIds]:
@@ -7325,36 +7311,38 @@ class Keeper:
         new_objects = sorted(names.keys() - objects.keys())
         new_layouts = sorted(set(names.values()) - layouts.keys())
         if new_objects or new_layouts:
-            room = max(0, OBJECTS_KEPT - len(objects)), self._names.room(state.id)
+            room = OBJECTS_KEPT - len(objects), LAYOUTS_KEPT - len(self._layouts.get(state.id, ()))
             if len(new_objects) > room[0] or len(new_layouts) > room[1]:
                 log(f"history: {state.name} has sent more than {OBJECTS_KEPT} objects or {LAYOUTS_KEPT} kinds of them; "
                     "new ones have no history until old ones are forgotten")
-            self.store.write(partial(number_names, state.id, new_objects[: room[0]], new_layouts[: room[1]]))
+            self.store.write(partial(number_names, state.id, new_objects[: max(0, room[0])],
+                                     new_layouts[: max(0, room[1])]))
             objects = {key: number for number, key in find_objects(db, state.id, None).items()}
             layouts = self.history.read_layouts(db)
-        self._names.use(state.id, {layouts[fields] for fields in names.values() if fields in layouts})
+        self._layouts.setdefault(state.id, set()).update(
+            layouts[fields] for fields in names.values() if fields in layouts)
         return objects, layouts
 
-    def prune_names(self, ids: list[int]) -> None:
-        """Forget the names of what is in no chunk any more: of one host's objects at each turn; of the kinds, which
-        hosts share, after a round through all of them."""
-        host_id = self._names.next_host(ids)
-        db = self.store.reader()
-        if host_id is None:
-            unused = [number for (number,) in db.execute("SELECT id FROM history_layout WHERE id <= :last", {
-                "last": self._names.last_layout}) if number not in self._names.layouts]
-            if unused:
-                self.store.write(partial(delete_names, "history_layout", unused))
-                self.history.read_layouts(db)
-            self._names.begin(db)
-            return
+    def prune_names(self, db: sqlite3.Connection, host_id: int) -> None:
+        """Forget the names of what is in none of a host's chunks any more, by their directories; of layouts, which
+        hosts share, when all hosts have been looked at."""
         objects = find_objects(db, host_id, None)
-        used, layouts = names_in_chunks(db, host_id, len(objects))
-        self._names.found(host_id, layouts)
-        if objects.keys() - used:
-            self.store.write(partial(delete_names, "history_object", sorted(objects.keys() - used)))
+        used, layouts, unused = set[int](), set[int](), set[int]()
+        for (head,) in db.execute("SELECT substr(body, 1, :size) FROM chunk WHERE id BETWEEN :first AND :last", {
+                "size": 8 * len(objects) + 12, "first": chunk_id(host_id, RAW, 0),
+                "last": chunk_id(host_id + 1, RAW, 0) - 1}):
+            count = int.from_bytes(head[:4], "little")
+            numbers = array("I", head[4 : 4 + 8 * count])
+            used.update(numbers[:count])
+            layouts.update(numbers[count:])
+        self._layouts[host_id] = layouts
+        self._looked_at.add(host_id)
+        if self._looked_at >= self.fleet.hosts.keys():
+            unused = set(self.history.read_layouts(db).values()).difference(*self._layouts.values())
+            self._looked_at.clear()
+        self.store.write(partial(delete_names, objects.keys() - used, unused))
 
-    # Questions. What another keeper (see remote) gets from elsewhere: begin, frame, stored_keys, hourly, spans.
+    # Questions. What another keeper (see remote) gets from elsewhere: begin, frame, stored_keys, hourly, export.
 
     def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
         """Points [time, average, minimum, maximum] of each series. A guest is looked for on all hosts given: it may
@@ -7419,11 +7407,7 @@ class Keeper:
             **{int(hour): value for hour, value in packed.get(host_id, {}).items()}} for host_id in host_ids}
 
     def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
-        """Everything there is of a host, by step, then by time: [time, step, series, average, minimum, maximum,
-        count]. Memory holds one span at a time."""
-        return chain.from_iterable(map(export_span, self.spans(db, host_id, now)))
-
-    def spans(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[Span]:
+        """Everything there is of a host, by step, then by time. Memory holds one span at a time."""
         first, last = report_span(host_id, 0, None)
         for step, size in SPANS.items():
             begins = {chunk_begin(row[0]) for row in db.execute(
@@ -7435,56 +7419,9 @@ class Keeper:
                 "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
             for begin in sorted(begins):
                 reader, end = Reader(self.history, db, host_id, None), begin + size - 0.001
-                yield Span(reader.reports(begin - RATE_MOST, end) if step == RAW else
-                           reader.points(step, begin, begin + size), step, begin, end)
-
-
-class NamesInUse:
-    """Which layouts were found in chunks, host after host, since a round through all hosts began. Nothing is deleted
-    that is younger than the round, or was used since."""
-
-    def __init__(self) -> None:
-        self.layouts: set[int] = set()
-        self.last_layout = 0  # the youngest when the round began
-        self._of_host: dict[int, set[int]] = {}
-        self._after = 0
-
-    def begin(self, db: sqlite3.Connection) -> None:
-        self.layouts, self._after = set(), 0
-        self.last_layout = db.execute("SELECT ifnull(max(id), 0) FROM history_layout").fetchone()[0]
-
-    def next_host(self, ids: list[int]) -> int | None:
-        """Whose turn it is; None when the round is over."""
-        at = bisect.bisect_right(ids, self._after)
-        if at == len(ids):
-            return None
-        self._after = ids[at]
-        return self._after
-
-    def found(self, host_id: int, layouts: set[int]) -> None:
-        self._of_host[host_id] = layouts
-        self.layouts |= layouts
-
-    def use(self, host_id: int, layouts: set[int]) -> None:
-        self._of_host.setdefault(host_id, set()).update(layouts)
-        self.layouts |= layouts
-
-    def room(self, host_id: int) -> int:
-        """How many more kinds of objects a host may bring."""
-        return max(0, LAYOUTS_KEPT - len(self._of_host.get(host_id, ())))
-
-
-def names_in_chunks(db: sqlite3.Connection, host_id: int, objects: int) -> tuple[set[int], set[int]]:
-    """Numbers of objects and layouts that a host's chunks have, from their directories."""
-    used: tuple[set[int], set[int]] = set(), set()
-    rows = db.execute("SELECT substr(body, 1, :size) FROM chunk WHERE id BETWEEN :first AND :last", {
-        "size": 4 + 8 * (objects + 1), "first": chunk_id(host_id, RAW, 0), "last": chunk_id(host_id + 1, RAW, 0) - 1})
-    for (head,) in rows:
-        count = int.from_bytes(head[:4], "little")
-        numbers = array("I", head[4 : 4 + 8 * count])
-        used[0].update(numbers[:count])
-        used[1].update(numbers[count:])
-    return used
+                frame = reader.reports(begin - RATE_MOST, end) if step == RAW else reader.points(
+                    step, begin, begin + size)
+                yield from export_frame(frame, step, begin, end)
 
 
 def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str, ...]],
@@ -7498,8 +7435,9 @@ def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str
                    [(json.dumps(names),) for names in layouts])
 
 
-def delete_names(table: str, numbers: list[int], db: sqlite3.Connection) -> None:
-    db.executemany(f"DELETE FROM {table} WHERE id = ?", [(number,) for number in numbers])
+def delete_names(objects: Set[int], layouts: Set[int], db: sqlite3.Connection) -> None:
+    db.executemany("DELETE FROM history_object WHERE id = ?", [(number,) for number in objects])
+    db.executemany("DELETE FROM history_layout WHERE id = ?", [(number,) for number in layouts])
 
 
 def find_due_hour(db: sqlite3.Connection, host_id: int, now: float) -> int | None:
@@ -7611,7 +7549,7 @@ def expire(db: sqlite3.Connection, now: float) -> int:
     how many."""
     found = list_expired(db, now)[:EXPIRE_ROWS]
     db.executemany("DELETE FROM chunk WHERE id = ?", [(number,) for number in found])
-    db.execute("DELETE FROM history_day WHERE day < :before", {"before": now - KEPT[FINE] - DAY})
+    db.execute("DELETE FROM history_day WHERE day < :before AND state = 2", {"before": now - KEPT[FINE] - DAY})
     return len(found)
 
 
@@ -7633,28 +7571,6 @@ def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
                     {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, ends), "most": EXPIRE_ROWS})]
         after = ((host_id + 1) << CHUNK_SHIFT + 2) - 1
     return found
-
-
-VACUUM_PAGES = 256  # 1 MiB: some milliseconds
-
-
-def vacuum(db: sqlite3.Connection) -> None:
-    """Give free pages back to the file system, a few at a time; a tenth stays for what comes next."""
-    free, pages = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
-    if free > max(pages // 10, 2 * VACUUM_PAGES):
-        db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
-
-
-def prune(db: sqlite3.Connection, now: float) -> None:
-    """Drop what is older than it is kept, of what is not history."""
-    db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
-    db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
-    db.execute(f"DELETE FROM session WHERE NOT ({LIVING_SESSION})", {"now": now})
-    db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
-    db.execute("DELETE FROM notification WHERE message_id IS NOT NULL AND created_at < :before",
-               {"before": now - KEEP_RESOLVED})
-    db.execute("DELETE FROM message WHERE created_at < :before AND (sent_at IS NOT NULL OR given_up_at IS NOT NULL)",
-               {"before": now - KEEP_RESOLVED})
 
 
 # --- remote: the same history, in and out of a VictoriaMetrics (HISTORY_URL=http…) ---
@@ -8022,21 +7938,21 @@ class RemoteKeeper(Keeper):
         return {host_id: self._host_lines.get(state.name, {}) if state else {} for host_id, state in states.items()}
 
     def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
-        self.begin(db, host_id)  # a store that is away is told before the answer has begun
-        return super().export(db, host_id, now)
+        begin = self.begin(db, host_id)  # a store that is away is told before the answer has begun
+        return self._export_days(db, host_id, begin, now) if begin is not None else iter(())
 
-    def spans(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[Span]:
-        """All values as received, a day and some objects at a time."""
+    def _export_days(self, db: sqlite3.Connection, host_id: int, begin: float, now: float) -> Iterator[list[Any]]:
+        """All values as received, a day and an object at a time."""
         which = f'{{__name__=~"proxmon_.+",host={quoted(self.fleet.hosts[host_id].name)},job=""}}'
-        begin = self.begin(db, host_id)
-        for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY) if begin is not None else ():
+        for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY):
             objects: dict[ObjectKey, set[str]] = {}
             for labels, _ in self.remote.query(f"last_over_time({which}[1d] offset 1ms)", day + DAY):
                 if (series := series_of(labels)) is not None:
                     objects.setdefault(series[0], set()).add(series[1])
             for key, fields in sorted(objects.items()):
                 question = Question([], day, day + DAY - 0.001, RAW)
-                yield Span(self.frame(db, host_id, {key: fields}, question), RAW, day, question.until, {key: fields})
+                frame = self.frame(db, host_id, {key: fields}, question)
+                yield from export_frame(frame, RAW, day, question.until, {key: fields})
 
 
 def read_run(labels: dict[str, str]) -> int | None:
@@ -8137,12 +8053,34 @@ def tell_systemd(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
             wire.sendto(b"WATCHDOG=1", "\0" + address[1:] if address.startswith("@") else address)
 
 
+VACUUM_PAGES = 256  # 1 MiB: some milliseconds
+
+
+def vacuum(db: sqlite3.Connection) -> None:
+    """Give free pages back to the file system, a few at a time; a tenth stays for what comes next."""
+    free, pages = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
+    if free > max(pages // 10, 2 * VACUUM_PAGES):
+        db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+
+
+def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """Drop what is older than it is kept, of what is not history."""
+    db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
+    db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
+    db.execute(f"DELETE FROM session WHERE NOT ({LIVING_SESSION})", {"now": now})
+    db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
+    db.execute("DELETE FROM notification WHERE message_id IS NOT NULL AND created_at < :before",
+               {"before": now - KEEP_RESOLVED})
+    db.execute("DELETE FROM message WHERE created_at < :before AND (sent_at IS NOT NULL OR given_up_at IS NOT NULL)",
+               {"before": now - KEEP_RESOLVED})
+
+
 JOBS = (
     Job("judge", 5, judge_fleet),
     Job("alive", 30, sign_of_life, first_after=0),
     Job("watchdog", 30, tell_systemd, beside=True, first_after=0),
     Job("digest", 5 * MINUTE, run_digest, first_after=5 * MINUTE),
-    Job("prune", HOUR, lambda monitor, now, db: prune(db, now), first_after=HOUR),
+    Job("prune", HOUR, prune, first_after=HOUR),
     Job("history", 5, keep_history, beside=True),
     Job("expire", 10 * MINUTE, expire_history, beside=True, first_after=10 * MINUTE),
 )

@@ -548,23 +548,21 @@ def test_names_that_are_in_no_step_any_more_are_forgotten(recorder):
     recorder.take(made_up(1, 5))
     recorder.pack()
     recorder.take(made_up(2, 0))
-    recorder.clock.now = DAY_START + 2 * 86400
-    recorder.pack()
+    for seconds in (2 * 86400, 60):
+        recorder.clock.advance(seconds)
+        recorder.pack()
     before = recorder.ask("guests/1000.field1_0", since=DAY_START, until=DAY_START + 86400, step=3600)
-    for _ in range(4):
-        recorder.monitor.keeper.turn(recorder.clock())
     objects, layouts = recorder.count("history_object"), recorder.count("history_layout")
     assert before[0] and recorder.ask("guests/1000.field1_0", since=DAY_START, until=DAY_START + 86400, step=3600) == before
     recorder.clock.now = DAY_START + 740 * 86400
     recorder.take(build_report(seq=3, at=recorder.clock.now, node={"cpu_ratio": 0.5}, guests=[]))
-    recorder.clock.advance(7200)
-    recorder.pack()
     recorder.expire()
-    for _ in range(4):
-        recorder.monitor.keeper.turn(recorder.clock())
+    for seconds in (2 * 86400, 60):
+        recorder.clock.advance(seconds)
+        recorder.pack()
     assert recorder.count("history_object") == objects - 5
     assert recorder.count("history_layout") < layouts
-    assert recorder.ask("node.cpu_ratio", since=recorder.clock.now - 86400, until=recorder.clock.now, step=30)[0]
+    assert recorder.ask("node.cpu_ratio", since=recorder.clock.now - 3 * 86400, until=recorder.clock.now, step=30)[0]
 
 
 # --- guests: a guest's history follows it through its cluster ---
