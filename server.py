@@ -1626,7 +1626,7 @@ class Growth(NamedTuple):
 
 def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
     """What version 0.1.0 remembered, in today's shape."""
-    if "shape" in kept:
+    if not kept or "shape" in kept:
         return kept
     found = dict(kept)
     for rule in ("reboot-needed", "updates-security", "scrub-age"):
@@ -1635,9 +1635,8 @@ def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
         found[rule] = {f"{disk} {field}": [*pair, []] for disk, fields in kept.get(rule, {}).items()
                        for field, pair in fields.items() if field}
     down = kept.get("guest-down", {})
-    found["guest-down"] = {**{f"guests/{vmid}": [RUNNING, 0] for vmid in down.get("up", ())},
-                           **{f"guests/{vmid}": [words, at] for vmid, (at, words) in down.get("down", {}).items()}}
-    found["boot"] = {"": down["boot"]} if "boot" in down else {}
+    guests = {**dict.fromkeys(down.get("up", ()), (0, RUNNING)), **down.get("down", {})}
+    found["guest-down"] = {f"guests/{vmid}": [words, at, down.get("boot")] for vmid, (at, words) in guests.items()}
     oom, dropped = kept.get("oom", {}), kept.get("spool-dropped", {}).get("")
     found["oom"] = {"": [oom["last"], oom["last"], []]} if "last" in oom else {}
     found["spool-dropped"] = {"": [0, dropped[0], [dropped[1:]]]} if dropped else {}
@@ -4228,10 +4227,13 @@ def coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
 def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
     """Work the coverage out, and remember since when a guest without a backup is known in which job."""
     jobs = [job for job in host.items("backups.jobs") if job.get("enabled") not in (False, 0)]
-    for guest in host.items("guests"):
-        known = host.memory.get("backup-overdue", f"guests/{guest['vmid']}", {})
+    guests = dict(host.objects("guests"))
+    for object in set(host.memory.keys("backup-overdue")) - guests.keys():
+        host.memory.drop("backup-overdue", object)
+    for object, guest in guests.items():
+        known = host.memory.get("backup-overdue", object, {})
         holding = [str(job.get("id")) for job in jobs if job_holds(job, guest["vmid"], host)]
-        host.memory.keep("backup-overdue", f"guests/{guest['vmid']}", {job: known.get(job, now) for job in holding})
+        host.memory.keep("backup-overdue", object, {job: known.get(job, now) for job in holding})
     host.coverage = None
     found = coverage(host, fleet, now)
     host.coverage = (host.sections.get("backups", NOTHING).stamp, host.guest_counts[2]), now, found
