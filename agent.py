@@ -702,7 +702,7 @@ def load_stuck(path: str) -> dict[tuple[str, ...], tuple[int, str | None]]:
             return {tuple(argv): (int(pid), ticks) for argv, pid, ticks in json.load(handle)}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         log(f"probe: {path} cannot be used; commands stuck before the restart are not known")
         return {}
 

@@ -3,7 +3,10 @@
 
     sink -> processes -> recorded host -> measurements -> main
 
-    bench/agent.py [--ticks 100] [--pace 2] [--python /usr/bin/python3]
+    bench/agent.py [--ticks 100] [--pace 2] [--python /usr/bin/python3] [--program agent.py]
+    bench/agent.py --field --ticks 10      30 s pace on the recorded host alone, as in the field
+
+Reports go over TLS, as they must anywhere but on loopback.
 
 CPU is the kernel's account of the process (and, apart, of the commands it ran), memory is PSS from smaps_rollup.
 `recorded` is this machine with the files of a recorded PVE host of 28 guests in place of its own /proc, /sys, /etc/pve
@@ -20,6 +23,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "agent.py"
 HOST = ROOT / "tests" / "hosts" / "pve9-raidz2-draid"
 DAY = 86400
 TOKEN = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -42,10 +47,17 @@ HERTZ = os.sysconf("SC_CLK_TCK")
 
 
 class Sink(threading.Thread):
-    """Counts the reports of each tick, and what they weigh."""
+    """Counts the reports of each tick, and what they weigh. TLS, with a certificate of its own."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self.folder = tempfile.TemporaryDirectory()
+        self.certificate, key = f"{self.folder.name}/cert.pem", f"{self.folder.name}/key.pem"
+        argv = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+        names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", self.certificate]
+        subprocess.run([*argv.split(), *names], check=True, capture_output=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(self.certificate, key)
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.ticks = {"fast": 0, "medium": 0, "slow": 0}
@@ -56,7 +68,8 @@ class Sink(threading.Thread):
         while True:
             threading.Thread(target=self.serve, args=(self.listening.accept()[0],), daemon=True).start()
 
-    def serve(self, peer: socket.socket) -> None:
+    def serve(self, raw: socket.socket) -> None:
+        peer = self.context.wrap_socket(raw, server_side=True)
         stream = peer.makefile("rb")
         while line := stream.readline():
             size = 0
@@ -67,10 +80,12 @@ class Sink(threading.Thread):
             body = stream.read(size)
             content = zlib.decompress(body, 31)
             value_read = json.loads(content)
-            for report in value_read if isinstance(value_read, list) else [value_read]:
+            reports = value_read if isinstance(value_read, list) else [value_read]
+            for report in reports:
                 self.ticks[report["tick"]] += 1
                 self.sizes[report["tick"]] = (len(content), len(body))
-            answer = b'{"status":"ok","accepted":1,"duplicates":0,"server_time":%.3f}' % time.time()
+            told = (len(reports), time.time())
+            answer = b'{"status":"ok","accepted":%d,"duplicates":0,"server_time":%.3f}' % told
             peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
 
 
@@ -103,10 +118,11 @@ def running_agent(python: str, sink: Sink, intervals: dict[str, int], recorded: 
         seconds = "".join(f"{tick}_seconds = {value}\n" for tick, value in intervals.items())
         config = folder / "agent.toml"
         config.write_text(
-            f'server_url = "http://127.0.0.1:{sink.port}"\ntoken = "{TOKEN}"\nhost_id = "bench"\n[intervals]\n{seconds}'
+            f'server_url = "https://localhost:{sink.port}"\nca_file = "{sink.certificate}"\n'
+            f'token = "{TOKEN}"\nhost_id = "bench"\n[intervals]\n{seconds}'
         )
         config.chmod(0o600)
-        program = [str(ROOT / "agent.py")] if recorded is None else [__file__, "--recorded-agent", str(recorded)]
+        program = [str(PROGRAM)] if recorded is None else [__file__, "--recorded-agent", str(PROGRAM), str(recorded)]
         process = subprocess.Popen(
             [python, *program, "start", "--config", str(config)],
             env={"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(folder / "state"), "MALLOC_ARENA_MAX": "2"},
@@ -161,9 +177,9 @@ def live_recording() -> Iterator[Path]:
             writer.join()
 
 
-def run_recorded_agent(files: str, argv: list[str]) -> int:
+def run_recorded_agent(program: str, files: str, argv: list[str]) -> int:
     """`start` with the paths of a host moved to its recording. Costs one more call for each file."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, os.path.dirname(program))
     agent = importlib.import_module("agent")  # the one above, not this file
 
     def move(path: Any) -> Any:
@@ -263,15 +279,20 @@ def measure_node_exporter(scrapes: int, pace: int) -> dict[str, float] | None:
 
 
 def main() -> int:
+    global PROGRAM
     if sys.argv[1:2] == ["--recorded-agent"]:
-        return run_recorded_agent(sys.argv[2], sys.argv[3:])
+        return run_recorded_agent(sys.argv[2], sys.argv[3], sys.argv[4:])
     parser = argparse.ArgumentParser(description="What the agent costs.")
     parser.add_argument("--ticks", type=int, default=100, help="fast ticks, and scrapes")
     parser.add_argument("--rounds", type=int, default=15, help="medium and slow rounds")
     parser.add_argument("--pace", type=int, default=2, help="seconds between fast ticks")
     parser.add_argument("--idle", type=int, default=60, help="seconds without a tick")
     parser.add_argument("--python", default="/usr/bin/python3", help="the interpreter that runs the agent")
+    parser.add_argument("--program", type=Path, default=PROGRAM, help="another agent.py, to compare with")
+    parser.add_argument("--field", action="store_true", help="only the recorded host, at the pace of the field: 30 s")
     options = parser.parse_args()
+    PROGRAM = options.program.resolve()
+    options.pace = 30 if options.field else options.pace
 
     print(f"{options.ticks} fast ticks at {options.pace} s, {options.rounds} rounds, {os.cpu_count()} cores")
     print(f"{'':36} {'CPU ms':>8} {'commands':>9} {'PSS MB':>8} {'bytes':>8} {'sent':>7}")
@@ -282,6 +303,11 @@ def main() -> int:
         print(f"{name:36} {ms:8.2f} {cells[0]:>9} {cells[1]:>8} {told}", flush=True)
 
     python = options.python
+    if options.field:
+        with live_recording() as files:
+            field = measure_fast(python, options.ticks, options.pace, files)
+        row("30 s in the field, recorded", field["ms"], "", field["pss_mb"], field["bytes"], field["packed"])
+        return 0
     fast = measure_fast(python, options.ticks, options.pace)
     row("fast tick, this machine", fast["ms"], fast["children_ms"], fast["pss_mb"], fast["bytes"], fast["packed"])
     with live_recording() as files:
