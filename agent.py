@@ -163,8 +163,6 @@ SETTINGS: dict[str, dict[str, tuple[type, int, int]]] = {  # table -> key -> typ
     "alert": {"mail_root_after_hours": (int, 0, 8760)},
 }
 TYPE_NAMES = {str: "a text in quotes", int: "a whole number", dict: "a table"}
-HOST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-HOST_NAME_CHARACTERS = HOST_ID_CHARACTERS | {":"}  # an IPv6 address too
 
 
 def config_path(flag: str | None) -> str:
@@ -234,16 +232,11 @@ def check_settings(path: str, table: str, settings: dict[str, Any]) -> None:
 
 
 def find_host_id(path: str, settings: dict[str, Any]) -> str:
-    host_id = settings.get("host_id", short_host_name())
-    if not is_host_id(host_id):
-        raise ConfigError(
-            path, "host_id", f"{host_id!r}: 1 to 63 of a-z A-Z 0-9 . _ -, beginning with a letter or digit"
-        )
+    host_id: str = settings.get("host_id", short_host_name())
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", host_id):
+        reason = f"{host_id!r}: 1 to 63 of a-z A-Z 0-9 . _ -, beginning with a letter or digit"
+        raise ConfigError(path, "host_id", reason)
     return host_id
-
-
-def is_host_id(text: str) -> bool:
-    return 1 <= len(text) <= 63 and text[0] not in "._-" and HOST_ID_CHARACTERS.issuperset(text)
 
 
 def parse_url(path: str, url: str | None) -> Address:
@@ -262,7 +255,7 @@ def parse_url(path: str, url: str | None) -> Address:
         reason = f"{parts.scheme}:// was the old agent's; {better}"
     elif parts.scheme not in ("https", "http"):
         reason = f'{url!r}: write "https://" and the server\'s name'
-    elif not host.isascii() or not HOST_NAME_CHARACTERS.issuperset(host) or not host or "@" in parts.netloc:
+    elif not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or "@" in parts.netloc:  # a name, or an address of either kind
         reason = f"{url!r}: no server name that can be used"
     elif not port or parts.netloc.endswith(":"):
         pass  # the reason above
@@ -2787,7 +2780,7 @@ def find_sensors(probe: ProbeLike) -> list[list[Any]]:
 
 def require_pve(probe: ProbeLike) -> None:
     """Absent on a machine without Proxmox VE. An empty /etc/pve is Proxmox with its file system down."""
-    if probe.exists(PVECFG) or probe.exists(METRICS):
+    if probe.exists(METRICS) or probe.exists(PVECFG):  # the first costs no thread: it lies in RAM
         return
     try:
         probe.list_dir("/etc/pve")
@@ -4364,48 +4357,48 @@ def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
 # --- report: run what is due, keep sections and errors apart, wrap with host, tick, time and sequence ---
 
 
+Gathered = tuple[dict[str, Any], list[str], dict[str, dict[str, str]]]  # sections, absent, errors
+
+
 def names_of(*ticks: str) -> list[str]:
     """The sections of these ticks, in the report's order."""
-    return [name for name, one in COLLECTORS.items() if one.tick in ticks]
+    return [name for name, collector in COLLECTORS.items() if collector.tick in ticks]
 
 
-def collect(
-    probe: Probe, memories: dict[str, dict[str, Any]], names: Iterable[str]
-) -> tuple[dict[str, Any], list[str], dict[str, dict[str, str]]]:
+def collect(probe: ProbeLike, memories: dict[str, dict[str, Any]], names: Iterable[str]) -> Gathered:
     """Sections, absent, errors of these collectors. One that fails costs only its own section."""
     sections: dict[str, Any] = {}
     absent: list[str] = []
     errors: dict[str, dict[str, str]] = {}
     for name in names:
-        collect_one(probe, memories, name, sections, absent, errors)
+        try:
+            section, problem = collect_section(probe, name, memories.setdefault(name, {}))
+        except Absent:
+            absent.append(name)
+            continue
+        if section is not None:
+            sections[name] = section
+        if problem:
+            errors[name] = problem
     return sections, absent, errors
 
 
-def collect_one(
-    probe: Probe,
-    memories: dict[str, dict[str, Any]],
-    name: str,
-    sections: dict[str, Any],
-    absent: list[str],
-    errors: dict[str, dict[str, str]],
-) -> None:
-    """Run one collector, and file what it gave where it belongs. Never twice at a time: its memory is its own."""
-    one = COLLECTORS[name]
-    with one.lock:
+def collect_section(probe: ProbeLike, name: str, memory: dict[str, Any]) -> tuple[Any, dict[str, str] | None]:
+    """A section (None: nothing to report this time), and what went wrong in it. Never twice at a time: its memory is
+    its own."""
+    section, problem = None, None
+    with COLLECTORS[name].lock:
         probe.problems.pop(name, None)
         try:
-            section = one.function(probe, memories.setdefault(name, {}))
-            if section is not None:
-                sections[name] = section
-        except Absent:
-            absent.append(name)
+            section = COLLECTORS[name].function(probe, memory)
         except SourceError as error:
-            errors[name] = {"code": error.code, "detail": error.detail[:DETAIL_LIMIT]}
+            problem = {"code": error.code, "detail": error.detail}
+        except Absent:
+            raise
         except Exception as error:  # a fault of ours in one section must not darken the others
-            errors[name] = {"code": "failed", "detail": f"fault in the agent: {describe_fault(error)}"}
-        problem = probe.problems.pop(name, None)
-        if problem is not None and name not in errors:
-            errors[name] = {"code": problem["code"], "detail": problem["detail"][:DETAIL_LIMIT]}
+            problem = {"code": "failed", "detail": f"fault in the agent: {describe_fault(error)}"}
+        problem = problem or probe.problems.pop(name, None)
+    return section, problem and {**problem, "detail": problem["detail"][:DETAIL_LIMIT]}
 
 
 def describe_fault(error: BaseException) -> str:
@@ -4426,35 +4419,17 @@ class Reporter:
         self.started = now
         self.seq = 0
 
-    def build_report(
-        self,
-        tick: str,
-        now: float,
-        collected: tuple[dict[str, Any], list[str], dict[str, dict[str, str]]],
-        *,
-        spooled: int = 0,
-        dropped: int = 0,
-        clock_offset: float | None = None,
-    ) -> dict[str, Any]:
+    def build_report(self, tick: str, now: float, gathered: Gathered, *, spooled: int = 0, dropped: int = 0,
+                     clock_offset: float | None = None) -> dict[str, Any]:  # fmt: skip
         """A report as the contract has it. `spooled` reports wait on disk, `dropped` were lost since it was last told;
         `clock_offset` is server minus host in seconds, null before the first answer."""
-        sections, absent, errors = collected
+        sections, absent, errors = gathered
         self.seq += 1
-        agent = {
-            "version": VERSION,
-            "started": round(self.started, 3),
-            "spooled": spooled,
-            "dropped": dropped,
-            "clock_offset": clock_offset,
-            "cpu_seconds": cpu_seconds(),
-            "rss_bytes": rss_bytes(),
-        }
-        report: dict[str, Any] = {"version": 1, "host_id": self.host_id, "tick": tick, "time": round(now, 3)}
-        report |= {"run_id": self.run_id, "seq": self.seq, "agent": agent}
-        report.update(sections)
-        report["absent"] = absent
-        report["errors"] = errors
-        return report
+        agent = {"version": VERSION, "started": round(self.started, 3), "spooled": spooled, "dropped": dropped,
+                 "clock_offset": clock_offset, "cpu_seconds": cpu_seconds(), "rss_bytes": rss_bytes()}  # fmt: skip
+        head: dict[str, Any] = {"version": 1, "host_id": self.host_id, "tick": tick, "time": round(now, 3)}
+        head |= {"run_id": self.run_id, "seq": self.seq, "agent": agent}
+        return {**head, **sections, "absent": absent, "errors": errors}
 
 
 def cpu_seconds() -> float:
@@ -5306,18 +5281,10 @@ class Notifier:
 class Collected:
     """Sections, absent, errors, and the memories to be saved with them."""
 
-    __slots__ = ("absent", "errors", "memories", "sections")
-
-    def __init__(
-        self,
-        sections: dict[str, Any] | None = None,
-        absent: list[str] | None = None,
-        errors: dict[str, dict[str, str]] | None = None,
-    ) -> None:
-        self.sections = sections or {}
-        self.absent = absent or []
-        self.errors = errors or {}
-        self.memories: dict[str, bytes] = {}
+    def __init__(self, gathered: Gathered | None = None, memories: dict[str, bytes] | None = None) -> None:
+        nothing: Gathered = ({}, [], {})
+        self.sections, self.absent, self.errors = gathered or nothing
+        self.memories = memories or {}
 
     def add(self, other: Collected) -> None:
         self.sections |= other.sections
@@ -5370,9 +5337,8 @@ class Lane:
     def _work(self, names: list[str]) -> None:
         try:
             for name in names:
-                part = Collected(*collect(self.probe, self.memories.values, [name]))
-                part.memories = self.memories.changed([name], time.monotonic())
-                self.finished.put(part)
+                collected = collect(self.probe, self.memories.values, [name])
+                self.finished.put(Collected(collected, self.memories.changed([name], time.monotonic())))
         finally:
             self.finished.put(None)
             self.wake()
@@ -5649,25 +5615,21 @@ class Agent:
                     log_once(tick, f"agent: the last {tick} round is still under way, this one is left out")
 
     def _collect(self, names: list[str]) -> Collected:
-        collected = Collected(*collect(self.probe, self.memories.values, names))
-        self.guest_changes.apply(collected.sections.get("guests"), self.probe.monotonic())
-        collected.memories = self.memories.changed(names, self.probe.monotonic())
+        now = self.probe.monotonic()
+        collected = Collected(collect(self.probe, self.memories.values, names), self.memories.changed(names, now))
+        self.guest_changes.apply(collected.sections.get("guests"), now)
         return collected
 
     def _report(self, tick: str, collected: Collected) -> None:
         """Number it, hand it over. What was cut short by a stop is not reported as a failure."""
         if self.stopping:
             return
-        report = self.reporter.build_report(
-            tick,
-            self.probe.now(),
-            (collected.sections, collected.absent, collected.errors),
-            spooled=self.spool.count,
-            dropped=self.spool.dropped,
-            clock_offset=self.sender.client.clock_offset,
-        )
-        body = encode_report(report)
-        self.sender.offer(Message(body, memories=collected.memories, dropped_total=self.spool.dropped_total))
+        gathered = (collected.sections, collected.absent, collected.errors)
+        spool, total = self.spool, self.spool.dropped_total
+        offset = self.sender.client.clock_offset
+        report = self.reporter.build_report(tick, self.probe.now(), gathered, clock_offset=offset,
+                                            spooled=spool.count, dropped=spool.dropped)  # fmt: skip
+        self.sender.offer(Message(encode_report(report), memories=collected.memories, dropped_total=total))
 
     def _beat(self, now: float) -> None:
         """Tell systemd that the loop turns: from here, so that a loop that hangs is not covered up."""
@@ -5677,10 +5639,7 @@ class Agent:
             self.notifier.tell("READY=1")
         self.next_beat = now + (self.notifier.watchdog_seconds / 3 or BEAT_SECONDS)
         self.notifier.tell("WATCHDOG=1")
-        waiting = f"{self.spool.count} reports wait on disk"
-        self.notifier.tell_status(
-            f"{self.sender.trouble}; {waiting}" if self.sender.trouble else f"reporting; {waiting}"
-        )
+        self.notifier.tell_status(f"{self.sender.trouble or 'reporting'}; {self.spool.count} reports wait on disk")
 
 
 class PidFile:
@@ -5909,12 +5868,8 @@ def check_server(config: Config) -> list[tuple[bool, str]]:
         client = Client(config)
         answer = client.send(b"[]")
     except (Unreachable, OSError) as error:
-        return [
-            (
-                False,
-                f"server: cannot reach {config.address.url}: {error}; is it running, does a firewall stand between?",
-            )
-        ]
+        advice = "is it running, does a firewall stand between?"
+        return [(False, f"server: cannot reach {config.address.url}: {error}; {advice}")]
     results = [(True, f"server: {config.address.url} answers")]
     if judge(answer, 0) in (ACCEPTED, REFUSED):
         results.append((True, f"token: accepted for host:{config.host_id}"))
@@ -5956,28 +5911,23 @@ class CommandError(Exception):
 
 
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    "start": command_start,
-    "once": command_once,
-    "check": command_check,
-    "stop": command_stop,
+    "start": command_start, "once": command_once, "check": command_check, "stop": command_stop,
     "version": command_version,
-}
+}  # fmt: skip
 
 
 def parse_arguments(argv: list[str]) -> Any:
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    shared.add_argument("--config", metavar="FILE", help=f"settings (default: $AGENT_CONFIG or {CONFIG_PATH})")
-    parser = argparse.ArgumentParser(prog=NAME, parents=[shared], description="Reports a Proxmox host to its monitor.")
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", metavar="FILE", help=f"settings (default: $AGENT_CONFIG or {CONFIG_PATH})")
+    parser = argparse.ArgumentParser(prog=NAME, parents=[common], description="Reports a Proxmox host to its monitor.")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, function in COMMANDS.items():
-        one = commands.add_parser(name, parents=[shared], help=function.__doc__)
-        one.set_defaults(command=name)
+        command = commands.add_parser(name, parents=[common], help=function.__doc__)
+        command.set_defaults(command=name)
         if name == "once":
-            one.add_argument("--tick", choices=TICKS, default=None, help="only the sections of this tick")
-            one.add_argument("--send", action="store_true", default=False, help="send it and print the answer")
-            one.add_argument(
-                "--explain", action="store_true", default=False, help="list each file read and command run"
-            )
+            command.add_argument("--tick", choices=TICKS, default=None, help="only the sections of this tick")
+            command.add_argument("--send", action="store_true", default=False, help="send it and print the answer")
+            command.add_argument("--explain", action="store_true", default=False, help="list each file and command")
     # Not set_defaults(): the commands share the actions, and their defaults would undo a --config before the command.
     return parser.parse_args(argv, argparse.Namespace(command="start", config=None))
 
