@@ -22,6 +22,7 @@ import email.message
 import email.utils
 import fcntl
 import getpass
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -1862,9 +1863,11 @@ class Fleet:
         self.generation += 1
 
     def sorted(self, now: float) -> list[HostState]:
-        """Worst first, then the longest silent, then by name."""
+        """Worst first, of the silent ones the longest silent, then by name: rows stand still from report to report."""
         def order(state: HostState) -> tuple[int, float, str]:
-            return VERDICTS.index(self.verdict(state, now)[0]), state.last_seen_at or 0.0, state.name.lower()
+            verdict = self.verdict(state, now)[0]
+            silent_since = state.last_seen_at or 0.0 if verdict in ("offline", "stale") else 0.0
+            return VERDICTS.index(verdict), silent_since, state.name.lower()
         return sorted(self.hosts.values(), key=order)
 
     def everything(self) -> list[Any]:
@@ -8155,8 +8158,9 @@ def pick(fields: Row, columns: Iterable[str]) -> Row:
 HOST_COLUMNS = tuple("""
     name verdict reason site tags note maintenance_until last_seen_at pve_version agent_version cluster pools_total
     pools_worst_state pools_max_capacity_ratio days_until_full guests_running guests_total cpu_ratio memory_free_ratio
-    io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect backups_worst
-    updates_pending reboot_needed clock_offset_seconds alerts_critical alerts_warning""".split())
+    io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect backups_worst backups_state
+    updates_pending updates_security reboot_needed kernel clock_offset_seconds alerts_critical alerts_warning
+    watching""".split())
 
 
 def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
@@ -8178,12 +8182,26 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
         "root_used_ratio": None if None in root else ratio(root[0], sum_known(root)),
         "load1": number(node, "load1"), "uptime_seconds": number(node, "uptime_seconds"),
         "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state),
-        "backups_worst": worst_backup(state, fleet, now),
+        "backups_worst": worst_backup(state, fleet, now), "backups_state": backups_state(state, fleet, now),
         "updates_pending": number(state.body("updates"), "pending"),
+        "updates_security": number(state.body("updates"), "security"), "kernel": text(node, "kernel"),
         "reboot_needed": node.get("reboot_needed") if isinstance(node.get("reboot_needed"), bool) else None,
         "clock_offset_seconds": state.clock_ahead or number(state.agent, "clock_offset"),
         "alerts_critical": firing.count("critical"), "alerts_warning": firing.count("warning"),
+        "watching": watching(fleet, state, "", now),
     }
+
+
+def watching(fleet: Fleet, state: HostState, object: str, now: float) -> str | None:
+    """What is not well but not yet for long enough to fire, with how far it is: 'Pool a is 87% full. (9 of 15 min)'."""
+    pending = [alert for alert in state.alerts.values()
+               if alert.state == "pending" and alert.rule in RULE and alert.object.startswith(object)]
+    if not pending:
+        return None
+    worst = min(pending, key=lambda alert: (SEVERITIES.index(alert.severity), alert.since))
+    hold = fleet.layers.limits(state, RULE[worst.rule]).hold
+    more = f" (+{len(pending) - 1} more)" if len(pending) > 1 else ""
+    return f"{worst.message} ({int((now - worst.since) // MINUTE)} of {int(hold // MINUTE)} min){more}"
 
 
 POOL_STATES = ("SUSPENDED", "UNAVAIL", "FAULTED", "REMOVED", "OFFLINE", "DEGRADED", "UNKNOWN", "ONLINE")  # worst first
@@ -8220,21 +8238,71 @@ def count_suspect(state: HostState) -> int | None:
 
 
 GUEST_COLUMNS = tuple("""
-    host vmid type name status verdict template lock tags cpu_count cpu_ratio memory_used_bytes memory_max_bytes
-    disk_used_bytes disk_max_bytes uptime_seconds onboot ha_state as_of""".split())
+    host vmid type name status verdict reason template lock tags cpu_count cpu_ratio memory_used_bytes
+    memory_max_bytes disk_used_bytes disk_max_bytes uptime_seconds onboot ha_state backup backup_at job
+    oldest_snapshot_at as_of""".split())
 
 
-def guest_rows(state: HostState, now: float) -> Iterator[Row]:
-    """A host's guests as the fleet's list shows them."""
+def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iterator[Row]:
+    """A host's guests as the fleet's list shows them; what is told of their backups takes the fleet."""
     as_of = state.sections.get("guests", NOTHING).time
-    usual = None if state.alerts else object_verdict(state, "guests", "", now)[0]  # the same for all, mostly
+    covers = {cover.vmid: cover for cover in (known_coverage(state, fleet, now) or () if fleet else ())}
+    snapshots = oldest_snapshots(state)
+    usual = None if state.alerts else object_verdict(state, "guests", "", now)  # the same for all, mostly
     for guest in state.body("guests", ()):
-        verdict = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)[0]
+        verdict, reason = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)
         if verdict == "ok" and guest.get("status") in (None, "unknown"):
-            verdict = "unknown"
+            verdict, reason = "unknown", "Proxmox does not say whether it runs."
+        cover = covers.get(str(guest.get("vmid")))
         own = number(guest, "as_of")  # pvestatd's time; a clock that is ahead makes nothing fresher than its report
-        yield {**pick(guest, GUEST_COLUMNS), "host": state.name, "verdict": verdict,
+        yield {**pick(guest, GUEST_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
+               "backup": cover and backup_word(cover, guest), "backup_at": cover and cover.newest_ok_at,
+               "job": cover and {True: "yes", False: "none", None: None}[cover.covered],
+               "oldest_snapshot_at": min((snapshots[dataset] for dataset in volumes_of(guest) if dataset in snapshots),
+                                         default=None),
                "as_of": as_of if own is None or as_of is None else min(own, as_of)}
+
+
+def oldest_snapshots(state: HostState) -> dict[str, float]:
+    """By dataset, when the oldest of the snapshots was made that somebody made by hand in Proxmox."""
+    return {str(entry.get("dataset")): at for entry in dicts(state.body("snapshots"))
+            if text(entry, "class") == "pve" and (at := number(entry, "oldest_at")) is not None}
+
+
+def known_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage] | None:
+    """The backups of a host's guests; None where they are not known, or told in a way that nobody can read."""
+    if not (state.has("backups") and state.has("guests")):
+        return None
+    try:
+        return coverage(state, fleet, now)
+    except ODD:  # the list of backups says so
+        return None
+
+
+# A guest's backup in a word, worst first.
+BACKUP_WORDS = ("late", "in no job", "none yet", "not known", "due", "fresh", "not wanted")
+
+
+def backup_word(cover: Coverage, guest: Row) -> str:
+    """Green is only what has a good backup that is in time: 'fresh', and 'due' while the next one is under way."""
+    if cover.late_seconds is not None and cover.late_seconds > BACKUP_GRACE:
+        return "late"
+    if cover.covered is False:
+        return "not wanted" if {"no-backup", "nobackup"} & set(tags_of(guest)) else "in no job"
+    if cover.newest_ok_at is None:
+        return "none yet" if cover.covered else "not known"
+    return "due" if cover.late_seconds is not None and cover.late_seconds > 0 else "fresh"
+
+
+def backups_state(state: HostState, fleet: Fleet, now: float) -> str | None:
+    """The worst word of a host's guests, with how many it holds for: '2 late'; None if nothing is known of backups."""
+    covers = known_coverage(state, fleet, now)
+    if covers is None:
+        return None
+    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())}
+    words = [backup_word(cover, guests.get(cover.vmid, {})) for cover in covers]
+    worst = min(words, key=BACKUP_WORDS.index, default="not wanted")
+    return worst if worst in ("fresh", "not wanted") else f"{words.count(worst)} {worst}"
 
 
 VOLUME_COLUMNS = ("host", "vmid", "name", "storage", "dataset", "pool", "size_bytes", "as_of")
@@ -8252,8 +8320,9 @@ def volume_rows(state: HostState, now: float) -> Iterator[Row]:
 
 POOL_COLUMNS = tuple("""
     host name guid state verdict reason layout size_bytes allocated_bytes free_bytes usable_used_bytes
-    usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin data_errors read_errors
-    write_errors checksum_errors scan_function scan_state scan_progress_ratio last_scrub_at as_of""".split())
+    usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin margin_with_suspects
+    suspects data_errors read_errors write_errors checksum_errors scan_function scan_state scan_progress_ratio
+    last_scrub_at as_of""".split())
 
 
 def pool_rows(state: HostState, now: float) -> Iterator[Row]:
@@ -8265,12 +8334,24 @@ def pool_rows(state: HostState, now: float) -> Iterator[Row]:
         verdict, reason = object_verdict(state, "pools", name, now)
         if verdict == "ok" and pool.get("state") is None:
             verdict, reason = "unknown", "The pool's state could not be read."
+        weak = weak_members(state, pool)
+        if verdict == "ok" and weak["suspects"] and weak["margin_with_suspects"] < 1:
+            left = may_fail(max(0, weak["margin_with_suspects"]))
+            verdict, reason = "warning", f"{', '.join(weak['suspects'])} may fail next: in effect {left}."
         scan = pool.get("scan")
-        yield {**pick(pool, POOL_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
+        yield {**pick(pool, POOL_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason, **weak,
                **vdev_errors(pool), "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
                "scan_progress_ratio": number(scan, "progress_ratio"),
                "last_scrub_at": number(pool.get("last_scrub"), "ended_at"),
                "as_of": state.sections.get("pools", NOTHING).time}
+
+
+def weak_members(state: HostState, pool: Row) -> Row:
+    """The margin of the vdev that is nearest to loss if the suspects fail first, and all suspects of the pool."""
+    margins = pool_margins(state, pool)
+    suspects = [str(leaf.get("disk") or leaf.get("name")) for vdev in margins for leaf, _, _ in vdev.suspects]
+    least = min((vdev.with_suspects for vdev in margins), default=None)
+    return {"margin_with_suspects": least, "suspects": suspects}
 
 
 STORAGE_COLUMNS = tuple("""
@@ -8290,7 +8371,7 @@ def storage_rows(state: HostState, now: float) -> Iterator[Row]:
 
 
 BACKUP_COLUMNS = tuple("""
-    host vmid name verdict reason covered late_seconds newest_ok_at duration_seconds size_bytes storage
+    host vmid name verdict reason state covered late_seconds newest_ok_at duration_seconds size_bytes storage
     excluded_disks newest_failed_at error as_of""".split())
 
 
@@ -8301,21 +8382,38 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
         return
     known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
     alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
+    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())}
     for cover in coverage(state, fleet, now):
         guest = known.get(int(cover.vmid), {})
+        word = backup_word(cover, guests.get(cover.vmid, {}))
         worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{cover.vmid}")
         verdict, reason = worst or "ok", message or None
-        if verdict == "ok" and cover.late_seconds is None:
-            verdict, reason = "unknown", "Neither a backup nor a job that makes one is known."
+        if verdict == "ok" and word not in ("fresh", "due"):
+            verdict, reason = backup_verdict(word, cover)
         elif verdict == "ok" and is_stale(state, "backups", now):
             verdict, reason = "stale", "What is shown is old."
         good, failed = guest.get("newest_ok") or {}, guest.get("newest_failed")
         yield {"host": state.name, "vmid": int(cover.vmid), "name": cover.name, "verdict": verdict, "reason": reason,
-               "covered": cover.covered, "late_seconds": cover.late_seconds, "newest_ok_at": number(good, "ended_at"),
+               "state": word, "covered": cover.covered, "late_seconds": cover.late_seconds,
+               "newest_ok_at": number(good, "ended_at"),
                "duration_seconds": number(good, "duration_seconds"), "size_bytes": number(good, "size_bytes"),
                "storage": text(good, "storage"), "excluded_disks": good.get("excluded_disks") if good else None,
                "newest_failed_at": number(failed, "ended_at"),
                "error": text(failed, "error"), "as_of": state.sections["backups"].time}
+
+
+def backup_verdict(word: str, cover: Coverage) -> tuple[str, str]:
+    """What is said of a guest without a good backup in time while no alert fires: never that it is well."""
+    if word == "late":
+        return "warning", f"Its backup is {format_duration(cover.late_seconds or 0)} late."
+    if word == "none yet":
+        ahead = cover.late_seconds is not None and cover.late_seconds < 0
+        first = f"; the first run is due in {format_duration(-(cover.late_seconds or 0))}" if ahead else ""
+        return "unknown", f"It has no backup yet{first}."
+    if word == "not wanted":
+        return "info", "It is tagged no-backup."
+    return "unknown", {"in no job": "It is in no backup job."}.get(
+        word, "Neither a backup nor a job that makes one is known.")
 
 
 DISK_COLUMNS = tuple("""
@@ -8491,7 +8589,8 @@ RESOURCES = {resource.name: resource for resource in (
         words={"host": ("name",), "version": ("pve_version",), "pool": ("pools_max_capacity_ratio",),
                "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",), "io": ("io_pressure_ratio",),
                "root": ("root_used_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
-               "load": ("load1",)},
+               "load": ("load1",), "security": ("updates_security",), "reboot": ("reboot_needed",),
+               "seen": ("last_seen_at",), "backup": ("backups_state",), "agent": ("agent_version",)},
         labels={"host": "name"},
         metrics=(
             Metric("cpu_ratio", "CPU in use, 0-1."),
@@ -8511,23 +8610,24 @@ RESOURCES = {resource.name: resource for resource in (
                ("Disks", "-disks_suspect", "c-num opt-3"), ("Updates", "-updates_pending", "c-num opt-2"))),
     Resource(
         "guests", "Every guest of the fleet.", GUEST_COLUMNS,
-        of_host=lambda fleet, state, now: guest_rows(state, now),
-        words={"cpu": ("cpu_ratio",)},
+        of_host=lambda fleet, state, now: guest_rows(state, now, fleet),
+        words={"cpu": ("cpu_ratio",), "backup": ("backup", "backup_at"), "snapshots": ("oldest_snapshot_at",)},
         labels={"host": "host", "vmid": "vmid", "name": "name"},
         metrics=(
             Metric("running", "Whether it runs.", is_running),
             Metric("cpus", "Virtual CPUs.", lambda row: row["cpu_count"]),
             Metric("cpu_ratio", "Of its own CPUs, 0-1."),
             Metric("memory_used_bytes", "Memory in use."), Metric("memory_max_bytes", "Memory it may use.")),
-        heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("Host", "host", "c-text"),
-               ("CPU", "-cpu_ratio", "c-meter"), ("Memory", "-memory_used_bytes", "c-meter"),
+        heads=(("Verdict", "verdict", "c-state"), ("Guest", "name", "c-name"), ("Status", "status", "c-text opt-2"),
+               ("Host", "host", "c-text"), ("Backup", "backup_at", "c-num"), ("CPU", "-cpu_ratio", "c-meter"),
+               ("Memory", "-memory_used_bytes", "c-meter"),
                ("Disk", "-disk_max_bytes", "c-num opt-2"), ("Uptime", "-uptime_seconds", "c-num opt-2"),
                ("As of", "-as_of", "c-num opt-3"))),
     Resource(
         "pools", "Every ZFS pool of the fleet.", POOL_COLUMNS,
         of_host=lambda fleet, state, now: pool_rows(state, now),
         words={"pool": ("capacity_ratio", "name"), "used": ("capacity_ratio",), "frag": ("fragmentation_ratio",),
-               "margin": ("redundancy_margin",)},
+               "margin": ("margin_with_suspects", "redundancy_margin"), "scrub": ("last_scrub_at",)},
         labels={"host": "host", "pool": "name"},
         metrics=(
             Metric("size_bytes", "Raw size."), Metric("allocated_bytes", "Raw space in use."),
@@ -8552,8 +8652,9 @@ RESOURCES = {resource.name: resource for resource in (
         labels={"host": "host", "storage": "storage"},
         metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),
                  Metric("active", "Whether it is active.")),
-        heads=(("State", "verdict", "c-state"), ("Storage", "storage", "c-name"), ("Host", "host", "c-text"),
-               ("Type", "type", "c-text opt-2"), ("Used", "-used_ratio", "c-meter"),
+        heads=(("Verdict", "verdict", "c-state"), ("Storage", "storage", "c-name"),
+               ("Status", "active", "c-text opt-2"), ("Host", "host", "c-text"), ("Type", "type", "c-text opt-2"),
+               ("Used", "-used_ratio", "c-meter"),
                ("Free", "available_bytes", "c-num"), ("Size", "-total_bytes", "c-num opt-2"),
                ("Content", "content", "c-text opt-3"), ("As of", "-as_of", "c-num opt-3"))),
     Resource(
@@ -8571,13 +8672,13 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "backups", "The backup of every guest of the fleet: the newest good and failed run, and how late it is.",
         BACKUP_COLUMNS, of_host=lambda fleet, state, now: backup_rows(state, fleet, now),
-        words={"late": ("late_seconds",)},
+        words={"late": ("late_seconds",), "backup": ("state", "newest_ok_at"), "job": ("covered",)},
         labels={"host": "host", "vmid": "vmid"},
         metrics=(Metric("late_seconds", "Seconds since the run that was missed; below 0: until the next."),
                  Metric("newest_ok_timestamp_seconds", "End of the newest good backup.",
                         lambda row: row["newest_ok_at"])),
-        heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
-               ("Host", "host", "c-text"), ("Newest good", "newest_ok_at", "c-num"),
+        heads=(("Verdict", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
+               ("Host", "host", "c-text"), ("Backup", "state", "c-text"), ("Newest good", "newest_ok_at", "c-num"),
                ("Late", "-late_seconds", "c-num"), ("Size", "-size_bytes", "c-num opt-2"),
                ("Took", "-duration_seconds", "c-num opt-3"), ("Where", "storage", "c-text opt-2"),
                ("Last failed", "-newest_failed_at", "c-num opt-3"))),
@@ -8846,7 +8947,7 @@ def get_list(resource: Resource, call: Call) -> Answer:
     if not (0 <= limit <= LIST_MOST and offset >= 0):
         raise Problem("invalid_request", f"limit: 0 to {LIST_MOST}; offset: from 0", parameter="limit")
     rows, failed = list_rows(resource, call)
-    rows = filter_rows(resource, rows, call.query)
+    rows = find_rows(call, resource, filter_rows(resource, rows, call.query), parse_terms(call.query.get("q", "")))
     rows = iter(sort_rows(list(rows), sort) if sort else rows)
     before, page = sum(1 for _ in islice(rows, offset)), list(islice(rows, limit))
     total = before + len(page) + sum(1 for _ in rows)
@@ -9336,20 +9437,99 @@ def host_detail(call: Call, state: HostState) -> dict[str, Any]:
 
 
 def filter_rows(resource: Resource, rows: Iterable[Row], query: dict[str, str]) -> Iterator[Row]:
-    """Rows whose columns equal what the query says of them; `q` is found anywhere in a row's texts."""
+    """Rows whose columns equal what the query says of them."""
     wanted = {column: query[column].lower() for column in resource.columns
               if column in query and column not in resource.queries}
-    words = query.get("q", "").lower().split()
-    for row in rows:
-        if all(to_cell(row[column]).lower() == value for column, value in wanted.items()) and matches(row, words):
-            yield row
+    return (row for row in rows if all(to_cell(row[column]).lower() == value for column, value in wanted.items()))
 
 
-def matches(row: dict[str, Any], words: list[str]) -> bool:
-    """Whether every word occurs in one of the row's texts or is its vmid."""
+# The search box: `site:par -tag:test state:crit pool>80 "two words"`, all of which must hold. A word before the sign is
+# one of a resource's own, one of these, or a column; the first of its columns that a row has is meant. Ratios are
+# written as percent.
+WORDS = {"tag": ("tags",), "state": ("verdict", "severity", "state", "status")}
+KNOWN_WORDS = {"site", *WORDS, *(word for listed in RESOURCES.values() for word in (*listed.words, *listed.columns))}
+
+
+class Term(NamedTuple):
+    """One word of a search. `operator`: ':', '<', '>', or '' for a word that may stand anywhere."""
+
+    wanted: bool
+    field: str
+    operator: str
+    value: str
+
+
+def parse_terms(text: str) -> list[Term]:
+    """What was typed; a quote that is not closed yet is no mistake."""
+    words = re.findall(r'(?:[^\s"]|"[^"]*"?)+', text[:500])
+    return [term for word in words if (term := parse_term(word.replace('"', "").lower())).value]
+
+
+def parse_term(word: str) -> Term:
+    wanted = not (word.startswith("-") and len(word) > 1)
+    bare = word if wanted else word[1:]
+    for operator in ":<>":
+        field, _, value = bare.partition(operator)
+        fits = value if operator == ":" else MEASURE.fullmatch(value)
+        if field in KNOWN_WORDS and fits:
+            return Term(wanted, field, operator, value)
+    return Term(wanted, "", "", bare)
+
+
+def find_rows(call: Call, resource: Resource, rows: Iterable[Row], terms: list[Term]) -> Iterator[Row]:
+    """The rows for which every term holds."""
+    return (row for row in rows if all(term_holds(call, resource, term, row) == term.wanted for term in terms))
+
+
+def term_holds(call: Call, resource: Resource, term: Term, row: Row) -> bool:
+    if term.operator == "":
+        return matches(row, term.value)
+    host = call.fleet.names.get((row.get("host") or row.get("name") or "").lower())
+    if term.field == "site":
+        return term.value in ((host and host.site) or "").lower()
+    if term.field == "tag" and host and term.value in (tag.lower() for tag in host.tags):
+        return True
+    columns = [column for column in resource.words.get(term.field) or WORDS.get(term.field) or (term.field,)
+               if column in row]
+    if term.operator == ":":
+        return any(field_holds(row[column], column, term.value) for column in columns)
+    return number_holds(term, row, columns, call.now)
+
+
+def field_holds(value: Any, column: str, wanted: str) -> bool:
+    """Tags and vmids as a whole, states from their beginning, other texts anywhere."""
+    found = to_cell(value).lower()
+    if isinstance(value, bool):
+        return wanted in (("yes", "true") if value else ("no", "none", "false"))
+    if column in ("tags", "vmid"):
+        return wanted in re.split("[;, ]+", found)
+    return found.startswith(wanted) if column in WORDS["state"] else wanted in found
+
+
+MEASURE = re.compile(r"(-?\d{1,15}(?:\.\d{1,9})?)(%|s|min|h|d|w)?", re.ASCII)
+UNITS = {"%": 0.01, "s": 1, "min": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+
+
+def number_holds(term: Term, row: Row, columns: list[str], now: float) -> bool:
+    """A comparison; of a time its age counts. What is not known is neither more nor less, but what has no backup has
+    had none for any time."""
+    if term.field == "backup" and row[columns[0]] in ("none yet", "in no job"):
+        return term.operator == ">"
+    column = next((column for column in columns if is_number(row[column])), None)
+    measure = MEASURE.fullmatch(term.value)
+    if column is None or measure is None:
+        return False
+    value = now - row[column] if is_time(column) else row[column]
+    unit = UNITS[measure[2]] if measure[2] else 0.01 if column.endswith("_ratio") else 1
+    limit = float(measure[1]) * (1 if unit == 0.01 and not column.endswith("_ratio") else unit)
+    return value > limit if term.operator == ">" else value < limit
+
+
+def matches(row: Row, word: str) -> bool:
+    """Whether a word occurs in one of the row's texts or in its vmid."""
     found = " ".join([value if isinstance(value, str) else to_cell(value) for key, value in row.items()
                       if isinstance(value, (str, list)) or key == "vmid"]).lower()
-    return all(word in found for word in words)
+    return word in found
 
 
 def sort_rows(rows: Rows, by: str) -> Rows:
@@ -9582,7 +9762,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     resource = TABS.get(query.get("tab", ""), TABS["hosts"])
     tab = resource.name
     everything, failed = tab_rows(call, resource)
-    rows = order_rows(resource, find_rows(call, resource, everything, terms), query.get("sort", ""))
+    rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), open_alerts(call.fleet.everything())
     posture, sentence = describe_posture(overview, alerts)
@@ -9601,7 +9781,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "states": count_states(everything), "counts": {**count_tabs(call, terms, tab), tab: len(rows)},
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
-        "host": page_host(call, alerts), "pool": query.get("pool", ""),
+        "host": page_host(call), "pool": query.get("pool", ""),
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
         "access": page_access(call) if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
@@ -9614,7 +9794,7 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
     """What a tab shows, of the whole fleet whatever the address says, and the hosts whose rows could not be made."""
     if resource.name == "alerts":
         over = islice(stored_alerts(call.db, "alert.state = 'resolved'"), LIST_MOST)
-        return [*open_alerts(call.fleet.everything()), *over], []
+        return [*open_alerts(call.fleet.everything(), "all"), *over], []
     if resource.name == "events":
         return list_events(call.db, since=0, limit=LIST_MOST), []
     if resource.of_hosts is not None:
@@ -9670,7 +9850,7 @@ def page_offset(asked: str, total: int) -> int:
     return offset // PAGE_LIMIT * PAGE_LIMIT if offset < total else 0
 
 
-def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
+def page_host(call: Call) -> dict[str, Any] | None:
     """The host that is opened, with all that its drawer shows; None if there is none of that name."""
     try:
         state = call.fleet.find(call.query.get("host", ""))
@@ -9684,8 +9864,8 @@ def page_host(call: Call, alerts: Rows) -> dict[str, Any] | None:
         "row": host_row(call.fleet, state, call.now), "sections": sections,
         "absent": [name for name, one in state.sections.items() if one.absent],
         "errors": {name: one.error for name, one in state.sections.items() if one.error},
-        "alerts": [{**alert, "silence": silence_of(call, state, alert)} for alert in alerts
-                   if alert["host"] == state.name],
+        "alerts": [{**alert, "silence": silence_of(call, state, alert)} for alert in open_alerts([state])],
+        "watching": open_alerts([state], "pending"),
         "missing_reports": missing_reports(call.db, state.id),
         **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")
            for name in ("pools", "guests", "storages", "backups")},
@@ -9811,7 +9991,7 @@ def count_states(rows: Rows) -> list[tuple[str, int]]:
 def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int | None]:
     """How many rows each other tab would show; without a search only what is cheap to count."""
     if terms:
-        return {name: len(find_rows(call, resource, tab_rows(call, resource)[0], terms))
+        return {name: sum(1 for _ in find_rows(call, resource, tab_rows(call, resource)[0], terms))
                 for name, resource in TABS.items() if name != shown and not resource.title}
     states = call.fleet.hosts.values()
     firing = sum(alert.state == "firing" for owner in call.fleet.everything() for alert in owner.alerts.values())
@@ -9828,76 +10008,6 @@ def order_rows(resource: Resource, rows: Rows, sort: str) -> Rows:
     if resource.name == "hosts" or resource.title or "verdict" not in resource.columns:
         return rows
     return sorted(rows, key=lambda row: (verdict_rank(row["verdict"]), row["host"].lower()))
-
-
-# The search box: `site:par -tag:test state:crit pool>80 "two words"`, all of which must hold. A word before the sign is
-# one of a resource's own, one of these, or a column; the first of its columns that a row has is meant. Ratios are
-# written as percent.
-WORDS = {"tag": ("tags",), "state": ("verdict", "severity", "state", "status")}
-KNOWN_WORDS = {"site", *WORDS, *(word for resource in TABS.values() for word in (*resource.words, *resource.columns))}
-
-
-class Term(NamedTuple):
-    """One word of a search. `operator`: ':', '<', '>', or '' for a word that may stand anywhere."""
-
-    wanted: bool
-    field: str
-    operator: str
-    value: str
-
-
-def parse_terms(text: str) -> list[Term]:
-    """What was typed; a quote that is not closed yet is no mistake."""
-    words = re.findall(r'(?:[^\s"]|"[^"]*"?)+', text[:500])
-    return [term for word in words if (term := parse_term(word.replace('"', "").lower())).value]
-
-
-def parse_term(word: str) -> Term:
-    wanted = not (word.startswith("-") and len(word) > 1)
-    bare = word if wanted else word[1:]
-    for operator in ":<>":
-        field, _, value = bare.partition(operator)
-        fits = value if operator == ":" else re.fullmatch(r"-?\d{1,15}(\.\d{1,9})?%?", value, re.ASCII)
-        if field in KNOWN_WORDS and fits:
-            return Term(wanted, field, operator, value)
-    return Term(wanted, "", "", bare)
-
-
-def find_rows(call: Call, resource: Resource, rows: Rows, terms: list[Term]) -> Rows:
-    """The rows for which every term holds."""
-    return [row for row in rows if all(term_holds(call.fleet, resource, term, row) == term.wanted for term in terms)]
-
-
-def term_holds(fleet: Fleet, resource: Resource, term: Term, row: Row) -> bool:
-    if term.operator == "":
-        return matches(row, [term.value])
-    host = fleet.names.get((row.get("host") or row.get("name") or "").lower())
-    if term.field == "site":
-        return term.value in ((host and host.site) or "").lower()
-    if term.field == "tag" and host and term.value in (tag.lower() for tag in host.tags):
-        return True
-    columns = [column for column in resource.words.get(term.field) or WORDS.get(term.field) or (term.field,)
-               if column in row]
-    if term.operator == ":":
-        return any(field_holds(row[column], column, term.value) for column in columns)
-    return number_holds(term, row, columns)
-
-
-def field_holds(value: Any, column: str, wanted: str) -> bool:
-    """Tags and vmids as a whole, states from their beginning, other texts anywhere."""
-    found = to_cell(value).lower()
-    if column in ("tags", "vmid"):
-        return wanted in re.split("[;, ]+", found)
-    return found.startswith(wanted) if column in WORDS["state"] else wanted in found
-
-
-def number_holds(term: Term, row: Row, columns: list[str]) -> bool:
-    """A comparison; what is not known is neither more nor less."""
-    column = next((column for column in columns if is_number(row[column])), None)
-    if column is None:
-        return False
-    limit = float(term.value.rstrip("%")) / (100 if column.endswith("_ratio") else 1)
-    return row[column] > limit if term.operator == ">" else row[column] < limit
 
 
 # How the page writes values: what is not known is a dash, never 0, and so is what an agent sent in its place.
@@ -10302,7 +10412,20 @@ def finish(call: Call, result: Any) -> Answer:
         result.headers.update({"ETag": tag, "Cache-Control": "private, no-cache"})
         if call.header("if-none-match") == tag:
             return Answer(304, b"", {"ETag": tag})
-    return result
+    return packed(call, result)
+
+
+def packed(call: Call, answer: Answer) -> Answer:
+    """The answer as gzip for whoever takes that. Not where another site made the browser ask: by the length of what
+    comes it could guess at what is in it (BREACH)."""
+    kind = answer.headers.get("Content-Type", "application/json")
+    takes = re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", call.header("accept-encoding"))
+    if not takes or len(answer.body) < 1000 or kind == "application/octet-stream" or call.header(
+            "sec-fetch-site") not in ("", "same-origin", "none"):
+        return answer
+    answer.body = gzip.compress(answer.body, 4, mtime=0)
+    answer.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
+    return answer
 
 
 STATUS_LINES = {**bottle._HTTP_STATUS_LINES}

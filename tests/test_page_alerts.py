@@ -104,7 +104,7 @@ def test_silences_are_listed_and_ended(page, fleet):
     page.locator(".problem", has_text="DEGRADED").locator("[data-mute]").select_option("86400")
     page.goto(page.url.split("?")[0] + "?tab=alerts")
     line = page.locator("#silences li")
-    expect(line).to_contain_text(re.compile(r"pool-state.*pve1.*pools/tank.*ends in 23 h.*by session", re.S))
+    expect(line).to_contain_text(re.compile(r"pool-state.*pve1.*pools/tank.*ends in 23 h.*by admin", re.S))
     line.get_by_role("button", name="End").click()
     expect(page.locator("#silences")).to_have_count(0)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import socket
 import subprocess
+import urllib.parse
 
 import pytest
 from conftest import START, build_disk, build_guest, build_pool, build_report, build_storage, find_program
@@ -335,6 +337,7 @@ def test_a_write_that_is_no_json_object_is_a_400(admin, body):
 
 
 def test_a_host_with_odd_values_costs_the_others_no_row_and_is_named(register, post, admin, capsys):
+    server.log_once.cache_clear()
     jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all", "exclude": 5}]
     post(register("odd"), build_report("odd", backups={"jobs": jobs, "guests": []}), host="odd")
     jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}]
@@ -428,6 +431,51 @@ def test_an_alert_is_the_same_from_memory_and_from_the_disk(fleet, admin, store)
     alert = items(admin.get("/api/v1/alerts"))[0]
     admin.send("POST", f"/api/v1/alerts/{alert['id']}/acknowledge", {"note": "ordered"})
     assert items(admin.get("/api/v1/alerts?state=all")) == server.list_alerts(store.reader(), "all")
+
+
+FACETS = {
+    "hosts": {"reboot:yes": ["old"], "reboot:no": ["new"], "kernel:6.8": ["old"], "security>0": ["old"], "seen>1min": [],
+              "seen<1h": ["new", "old"], "backup:late": ["old"], "full<30": []},
+    "guests": {"backup>24h": ["bare", "stale"], "backup<24h": ["fresh"], "backup:none": [], "job:none": ["bare"],
+               "backup:fresh": ["fresh"], "snapshots>30d": ["stale"], "snapshots<5w": [], "cpu>50": ["fresh"],
+               "cpu>0.5": ["bare", "fresh", "stale"], "-backup:fresh": ["bare", "new1", "new2", "stale"]},
+    "pools": {"scrub>30d": ["tank"], "scrub>41d": [], "used>10%": ["tank", "tank"], "state:online": ["tank", "tank"]},
+    "disks": {"serial:rgx": ["sda"], "9RGX03": ["sda"], "temp>40": ["sda"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, query", [(name, query) for name, wanted in FACETS.items() for query in wanted])
+def test_what_operators_ask_every_week_is_found(register, post, admin, name, query):
+    day = 86400
+    volumes = [{"storage": "tank-vm", "dataset": "tank/vm-101"}]
+    jobs = [{"id": "j", "enabled": True, "schedule": "08:00", "guests": [100, 101]}]
+    backups = [{"vmid": 100, "newest_ok": {"ended_at": START - 3600}}, {"vmid": 101, "newest_ok": {"ended_at": START - 2 * day}}]
+    guests = [build_guest(100, name="fresh", cpu_ratio=0.9), build_guest(101, name="stale", cpu_ratio=0.01, volumes=volumes),
+              build_guest(102, name="bare", cpu_ratio=0.01)]  # fmt: skip
+    old = build_report("old", guests=guests, backups={"jobs": jobs, "guests": backups},
+                       pools=[build_pool(last_scrub={"ended_at": START - 40 * day})],
+                       updates={"pending": 9, "security": 2},
+                       disks=[{"name": "sda", "serial": "9RGX03", "temperature_celsius": 44, "passed": True}],
+                       snapshots=[{"dataset": "tank/vm-101", "class": "pve", "count": 1, "oldest_at": START - 40 * day}])  # fmt: skip
+    old["node"] |= {"reboot_needed": True, "kernel": "6.8.12-1-pve"}
+    new = build_report("new", guests=[build_guest(200, name="new1", cpu_ratio=None), build_guest(201, name="new2", cpu_ratio=None)])
+    new["node"] |= {"reboot_needed": False}
+    post(register("old"), old, host="old")
+    post(register("new"), new, host="new")
+    rows = items(admin.get(f"/api/v1/{name}?q={urllib.parse.quote(query)}"))
+    assert sorted(row["name"] for row in rows) == FACETS[name][query]
+
+
+def test_an_answer_is_packed_for_whoever_takes_gzip(fleet, admin):
+    plain = admin.get("/api/v1/guests")
+    for accepted in ("gzip", "br, gzip;q=0.5", "gzip, deflate"):
+        answer = admin.get("/api/v1/guests", Accept_Encoding=accepted)
+        assert answer.headers["content-encoding"] == "gzip" and answer.headers["vary"] == "Accept-Encoding"
+        assert gzip.decompress(answer.body) == plain.body and answer.headers["etag"] == plain.headers["etag"]
+        assert len(answer.body) < len(plain.body) / 2
+    for headers in ({}, {"Accept_Encoding": "br"}, {"Accept_Encoding": "gzip;q=0"},
+                    {"Accept_Encoding": "gzip", "Sec_Fetch_Site": "cross-site"}):  # fmt: skip
+        assert "content-encoding" not in admin.get("/api/v1/guests", **headers).headers, headers
 
 
 def test_volumes_tell_where_the_disks_of_guests_lie(register, post, admin):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -153,13 +154,64 @@ def test_looking_changes_nothing(page, admin, register, post, monitor, clock):
     backups = {"jobs": [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}], "guests": []}
     post(register("pve1"), build_report(backups=backups))
     state = monitor.fleet.find("pve1")
-    before = copy.deepcopy(state.memory), state.memory_changed, dict(state.alerts)
+    state.memory, state.coverage = server.Memory(), None  # as before the first judging after a start
+    before = copy.deepcopy(state.memory.rules), dict(state.alerts)
     clock.advance(20 * 60)
     for path in ("/", "/?tab=guests", "/?tab=backups", "/?host=pve1", "/admin/hosts"):
         page(path)
     for path in ("hosts", "guests", "backups", "alerts?state=all", "hosts/pve1"):
         assert admin.get(f"/api/v1/{path}").status == 200
-    assert (state.memory, state.memory_changed, state.alerts) == before
+    assert (state.memory.rules, state.alerts, state.memory.changed, state.coverage) == (*before, False, None)
+
+
+def test_a_mirror_with_a_dying_half_is_not_green_and_says_why(page, admin, register, post):
+    disks = [{"name": "sda", "passed": False}, {"name": "sdb", "passed": True}]
+    leaves = [build_disk(name, disk=name) for name in ("sda", "sdb")]
+    vdevs = [{"name": "mirror-0", "type": "mirror", "state": "ONLINE", "children": leaves}]
+    post(register("pve1"), build_report(pools=[build_pool(vdevs=vdevs, redundancy_margin=1)], disks=disks))
+    row = admin.get("/api/v1/pools").json()["items"][0]
+    assert (row["redundancy_margin"], row["margin_with_suspects"], row["suspects"]) == (1, 0, ["sda"])
+    assert row["verdict"] == "warning" and row["reason"] == "sda may fail next: in effect no more disk may fail."
+    assert "in effect 0" in page("/?tab=pools") and "in effect 0" in page("/?host=pve1")
+    assert "tank" in page("/?tab=pools&q=margin<1") and "#pool-tank" not in page("/?tab=pools&q=margin>0")
+
+
+def test_what_is_on_its_way_to_an_alert_is_seen(page, admin, register, post, clock):
+    token = register("pve1")
+    for seq in range(1, 4):
+        post(token, build_report(seq=seq, at=clock(), pools=[build_pool(capacity_ratio=0.85)]))
+        clock.advance(150)
+    watching = admin.get("/api/v1/hosts").json()["items"][0]["watching"]
+    assert re.fullmatch(r"Pool tank is 85% full.*\((5|7) of 15 min\)", watching), watching
+    assert "watching: Pool tank" in page("/?q=pve1") or "stale" in page("/?q=pve1")
+    assert 'id="watching"' in page("/?host=pve1") and "Pool tank is 85% full" in page("/?tab=alerts")
+
+
+BACKUP_NOW = 1_800_000_000.0  # START: Friday 08:00 UTC
+
+
+@pytest.mark.parametrize("jobs, newest, word, verdict", [
+    ([{"id": "j", "enabled": True, "schedule": "02:00", "guests": "all"}], 3600 * 6 - 60, "fresh", "ok"),
+    ([{"id": "j", "enabled": True, "schedule": "07:00", "guests": "all"}], 86400 + 600, "due", "ok"),
+    ([{"id": "j", "enabled": True, "schedule": "00:30", "guests": "all"}], 86400 * 3, "late", "critical"),
+    ([{"id": "j", "enabled": True, "schedule": "02:00", "guests": "all"}], None, "none yet", "unknown"),
+    ([{"id": "j", "enabled": True, "schedule": "02:00", "guests": [999]}], None, "in no job", "unknown"),
+    ([{"id": "j", "enabled": True, "schedule": "02:00", "guests": [999]}], 600, "in no job", "unknown"),
+])  # fmt: skip
+def test_five_words_tell_how_a_guests_backup_stands(page, admin, register, post, monkeypatch, jobs, newest, word, verdict):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    told = [] if newest is None else [{"vmid": 100, "newest_ok": {"ended_at": BACKUP_NOW - newest, "storage": "pbs"}}]
+    post(register("pve1"), build_report(guests=[build_guest(100, name="mail")], backups={"jobs": jobs, "guests": told}))
+    row = admin.get("/api/v1/backups").json()["items"][0]
+    assert (row["state"], row["verdict"]) == (word, verdict)
+    guest = admin.get("/api/v1/guests").json()["items"][0]
+    assert guest["backup"] == word and guest["job"] == ("none" if word == "in no job" else "yes")
+    host = admin.get("/api/v1/hosts").json()["items"][0]["backups_state"]
+    assert host == ("fresh" if word == "fresh" else f"1 {word}")
+    assert "on time" not in page("/")
+    if verdict == "unknown":
+        assert row["reason"] in ("It is in no backup job.", "It has no backup yet; the first run is due in 18 h.")
 
 
 def test_an_override_of_direction_in_a_name_is_shown_as_a_mark(page, register, post):
