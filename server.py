@@ -1173,6 +1173,12 @@ def verify_password(encoded: str, password: str | bytes) -> bool:
             return False
 
 
+def unlock_logins(db: sqlite3.Connection, now: float) -> None:
+    """Have a running server forget the failed log-ins."""
+    set_meta(db, "logins_unlocked", secrets.token_hex(8))
+    insert_event(db, now, "login-unlocked", "Failed log-ins forgotten")
+
+
 class LoginLimiter:
     """After some failures of one origin, and after 50 from everywhere, each further try has to wait longer:
     1, 2, 4 … 900 s. A success clears the origin; 15 minutes without a failure clear everything."""
@@ -10571,17 +10577,17 @@ def stop_serving(*_: Any) -> None:
 
 # --- commands: what an operator types ---
 
-Handler = Callable[[Config, argparse.Namespace], int]
+Handler = Callable[[Config, argparse.Namespace], int | None]
 Argument = tuple[str, dict[str, Any]]
-COMMANDS: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+COMMANDS: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}  # with help and arguments
 AS_ROOT = {"backup", "restore"}  # open a file of root's; all others become the owner of the database's directory
 
 
-def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    """Register a command with its arguments; its docstring is its help."""
+def command(name: str, *arguments: Argument, help: str = "") -> Callable[[Handler], Handler]:
+    """Register a command with its arguments; its docstring is its help. Nothing given back is exit code 0."""
 
     def register(handler: Handler) -> Handler:
-        COMMANDS[name] = handler, arguments
+        COMMANDS[name] = handler, help or handler.__doc__ or "", arguments
         return handler
 
     return register
@@ -10623,10 +10629,9 @@ def typist() -> str:
 ASKED_AS = os.getuid()  # before root's commands become somebody else
 
 
-def print_list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> int:
+def print_list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     """Rows for people, or for programs."""
     print(json.dumps(rows, indent=2) + "\n" if as_json else to_text(rows, columns), end="")
-    return OK
 
 
 NAME_ARGUMENT = ("name", {"help": "the name"})
@@ -10636,13 +10641,59 @@ ROLE_ARGUMENT = ("--role", {"choices": ROLES, "required": True, "help": "an oper
 SHOWN_ONCE = "Store this token NOW — it will never be shown again."
 
 
+# Commands that write one thing and say so: name, help, arguments, what is done, what is said.
+Writing = tuple[str, str, tuple[Argument, ...], Callable[[sqlite3.Connection, Any, float], Any], str]
+WRITES: tuple[Writing, ...] = (
+    ("remove-host", "Remove a host with all it has sent.", (NAME_ARGUMENT,),
+     lambda db, args, now: delete_host(db, args.name, now), "Host '{name}' removed."),
+    ("rename-host", "Rename a host; its token stays, its agent's host_id must follow.", (("old", {}), ("new", {})),
+     lambda db, args, now: update_host(db, args.old, {"name": args.new}, now),
+     "Host '{old}' renamed to '{new}'.\nSet host_id = \"{new}\" in its agent.toml and restart the agent."),
+    ("revoke-api-token", "Revoke an API token or a kiosk's link.", (NAME_ARGUMENT,),
+     lambda db, args, now: revoke_api_token(db, args.name, now), "API token '{name}' revoked."),
+    ("remove-user", "Let a user log in no longer; his sessions end.", (NAME_ARGUMENT,),
+     lambda db, args, now: delete_user(db, args.name, now), "User '{name}' removed."),
+    ("unlock-login", "Forget the failed log-ins: nobody has to wait for the next try.", (),
+     lambda db, args, now: unlock_logins(db, now), "The next log-in counts at once."),
+)
+HOST_RECORD = ("id", "name", "site", "tags", "note", "maintenance_until", "created_at", "last_seen_at")
+# Commands that show rows: name, help, columns, rows.
+Listed = tuple[str, str, tuple[str, ...], Callable[[sqlite3.Connection, Config], list[dict[str, Any]]]]
+LISTED: tuple[Listed, ...] = (
+    ("list-hosts", "List the registered hosts.", ("id", "name", "site", "tags", "created_at", "last_seen_at"),
+     lambda db, config: [{key: json.loads(row[key]) if key == "tags" else row[key] for key in HOST_RECORD}
+                         for row in list_host_records(db)]),
+    ("list-api-tokens", "List the API tokens' names.", RESOURCES["tokens"].columns,
+     lambda db, config: list_api_tokens(db)),
+    ("list-sessions", "List who is logged in.", RESOURCES["sessions"].columns[:-1],
+     lambda db, config: list_sessions(db, time.time())),
+    ("list-users", "List who may log in, and as what.", RESOURCES["users"].columns,
+     lambda db, config: list_users(db, config.password_hash)),
+)
+
+
+def run_write(row: Writing, config: Config, args: argparse.Namespace) -> None:
+    with database(config) as db:
+        row[3](db, args, time.time())
+    print(row[4].format_map(vars(args)))
+
+
+def run_list(row: Listed, config: Config, args: argparse.Namespace) -> None:
+    print_list(row[3](open_database(config, readonly=True), config), row[2], args.json)
+
+
+for _writing in WRITES:
+    command(_writing[0], *_writing[2], help=_writing[1])(partial(run_write, _writing))
+for _listed in LISTED:
+    command(_listed[0], JSON_ARGUMENT, help=_listed[1])(partial(run_list, _listed))
+
+
 @command("serve")
-def command_serve(config: Config, args: argparse.Namespace) -> int:
+def command_serve(config: Config, args: argparse.Namespace) -> None:
     """Run the server."""
     open_database(config, create=True).close()
     with only_server(config):
         run_server(Monitor(config))
-    return OK
 
 
 @contextmanager
@@ -10659,16 +10710,15 @@ def only_server(config: Config) -> Iterator[None]:
 
 
 @command("migrate")
-def command_migrate(config: Config, args: argparse.Namespace) -> int:
+def command_migrate(config: Config, args: argparse.Namespace) -> None:
     """Bring the database's schema up to date."""
     db = connect(config.database_path)
     taken = migrate(db, load_migrations())
     print(f"schema {schema_version(db)}, {taken} migration{'' if taken == 1 else 's'} applied")
-    return OK
 
 
 @command("rollback", ("--to", {"type": int, "metavar": "N", "help": "the schema to go back to (default: one step)"}))
-def command_rollback(config: Config, args: argparse.Namespace) -> int:
+def command_rollback(config: Config, args: argparse.Namespace) -> None:
     """Take the schema back, before an older version of this program is installed."""
     db = open_database(config, any_older=True)
     have = schema_version(db)
@@ -10677,18 +10727,16 @@ def command_rollback(config: Config, args: argparse.Namespace) -> int:
         raise Failure(f"--to: 0 to {have}, not {to}")
     taken = rollback(db, load_migrations(), to=to)
     print(f"schema {schema_version(db)}, {taken} migration{'' if taken == 1 else 's'} taken back")
-    return OK
 
 
-def show_token(config: Config, record: sqlite3.Row, said: str) -> int:
+def show_token(config: Config, record: sqlite3.Row, said: str) -> None:
     print(f"Host '{record['name']}' {said}")
     print(f"TOKEN: {host_token(config.secret(), record['nonce'])}")
     print(SHOWN_ONCE)
-    return OK
 
 
 @command("register-host", NAME_ARGUMENT)
-def command_register_host(config: Config, args: argparse.Namespace) -> int:
+def command_register_host(config: Config, args: argparse.Namespace) -> None:
     """Register a host and print its token, once."""
     with database(config, create=True) as db:
         record = insert_host(db, args.name, time.time())
@@ -10697,34 +10745,14 @@ def command_register_host(config: Config, args: argparse.Namespace) -> int:
     if sys.stderr.isatty():  # for people: scripts get the three lines and nothing else
         for line in ("", "Then, as root on the host:", "", *install_commands(config, record["name"])):
             print(line and f"  {line}", file=sys.stderr)
-    return OK
 
 
 @command("rotate-token", NAME_ARGUMENT)
-def command_rotate_token(config: Config, args: argparse.Namespace) -> int:
+def command_rotate_token(config: Config, args: argparse.Namespace) -> None:
     """Give a host a new token; the old one is refused from here on."""
     with database(config) as db:
         record = rotate_nonce(db, args.name, time.time())
-    return show_token(config, record, "has a new token.")
-
-
-@command("remove-host", NAME_ARGUMENT)
-def command_remove_host(config: Config, args: argparse.Namespace) -> int:
-    """Remove a host with all it has sent."""
-    with database(config) as db:
-        delete_host(db, args.name, time.time())
-    print(f"Host '{args.name}' removed.")
-    return OK
-
-
-@command("rename-host", ("old", {"help": "the name it has"}), ("new", {"help": "the name it gets"}))
-def command_rename_host(config: Config, args: argparse.Namespace) -> int:
-    """Rename a host; its token stays, its agent's host_id must follow."""
-    with database(config) as db:
-        update_host(db, args.old, {"name": args.new}, time.time())
-    print(f"Host '{args.old}' renamed to '{args.new}'.")
-    print(f'Set host_id = "{args.new}" in its agent.toml and restart the agent.')
-    return OK
+    show_token(config, record, "has a new token.")
 
 
 def load_fleet(db: sqlite3.Connection) -> Fleet:
@@ -10737,16 +10765,6 @@ def load_fleet(db: sqlite3.Connection) -> Fleet:
         fleet.serving_since = float(since)
     fleet.load(db)
     return fleet
-
-
-@command("list-hosts", JSON_ARGUMENT)
-def command_list_hosts(config: Config, args: argparse.Namespace) -> int:
-    """List the registered hosts."""
-    db = open_database(config, readonly=True)
-    rows = [{"id": row["id"], "name": row["name"], "site": row["site"], "tags": json.loads(row["tags"]),
-             "note": row["note"], "maintenance_until": row["maintenance_until"], "created_at": row["created_at"],
-             "last_seen_at": row["last_seen_at"]} for row in list_host_records(db)]
-    return print_list(rows, ("id", "name", "site", "tags", "created_at", "last_seen_at"), args.json)
 
 
 @command("status", JSON_ARGUMENT)
@@ -10783,36 +10801,32 @@ def ask_password() -> str:
 
 
 @command("hash-password")
-def command_hash_password(config: Config, args: argparse.Namespace) -> int:
+def command_hash_password(config: Config, args: argparse.Namespace) -> None:
     """Make DASHBOARD_PASSWORD_HASH from a password: asks twice, or reads standard input."""
     print(hash_password(ask_password()))
-    return OK
 
 
 @command("generate-secret")
-def command_generate_secret(config: Config, args: argparse.Namespace) -> int:
+def command_generate_secret(config: Config, args: argparse.Namespace) -> None:
     """Make a SECRET_KEY_BASE."""
     print(secrets.token_urlsafe(48))
-    return OK
 
 
 @command("create-api-token", NAME_ARGUMENT, ("--admin", {"action": "store_true", "help": "may also write"}),
          EXPIRES_ARGUMENT)
-def command_create_api_token(config: Config, args: argparse.Namespace) -> int:
+def command_create_api_token(config: Config, args: argparse.Namespace) -> None:
     """Create an API token and print it, once."""
     token = make_token(config, args, admin=args.admin, kind="token")
     print(f"API token '{args.name}' created ({'admin' if args.admin else 'read only'}).")
     print(f"TOKEN: {token}")
     print(SHOWN_ONCE)
-    return OK
 
 
 @command("create-kiosk-link", NAME_ARGUMENT, EXPIRES_ARGUMENT)
-def command_create_kiosk_link(config: Config, args: argparse.Namespace) -> int:
+def command_create_kiosk_link(config: Config, args: argparse.Namespace) -> None:
     """Create a link that shows the page to a wall display, to look at only; revoke-api-token ends it."""
     print(f"LINK: {kiosk_link(config, make_token(config, args, admin=False, kind='kiosk'))}")
     print("Open it once on the display: it will never be shown again.")
-    return OK
 
 
 def make_token(config: Config, args: argparse.Namespace, *, admin: bool, kind: str) -> str:
@@ -10822,89 +10836,37 @@ def make_token(config: Config, args: argparse.Namespace, *, admin: bool, kind: s
         return create_api_token(db, args.name, time.time(), admin=admin, days=args.expires, kind=kind)
 
 
-@command("revoke-api-token", NAME_ARGUMENT)
-def command_revoke_api_token(config: Config, args: argparse.Namespace) -> int:
-    """Revoke an API token or a kiosk's link."""
-    with database(config) as db:
-        revoke_api_token(db, args.name, time.time())
-    print(f"API token '{args.name}' revoked.")
-    return OK
-
-
-@command("list-api-tokens", JSON_ARGUMENT)
-def command_list_api_tokens(config: Config, args: argparse.Namespace) -> int:
-    """List the API tokens' names."""
-    return print_list(list_api_tokens(open_database(config, readonly=True)), RESOURCES["tokens"].columns, args.json)
-
-
-@command("list-sessions", JSON_ARGUMENT)
-def command_list_sessions(config: Config, args: argparse.Namespace) -> int:
-    """List who is logged in."""
-    rows = list_sessions(open_database(config, readonly=True), time.time())
-    return print_list(rows, RESOURCES["sessions"].columns[:-1], args.json)
-
-
 @command("end-sessions", ("id", {"nargs": "?", "metavar": "ID", "help": "only this one, as list-sessions has it"}))
-def command_end_sessions(config: Config, args: argparse.Namespace) -> int:
+def command_end_sessions(config: Config, args: argparse.Namespace) -> None:
     """End all sessions, or one: whoever it is has to log in again."""
     with database(config) as db:
         ended = end_sessions(db, time.time(), id=args.id)
         if args.id and not ended:
             raise Failure(f"no session '{args.id}'")
     print(f"{ended} session{'' if ended == 1 else 's'} ended.")
-    return OK
-
-
-@command("unlock-login")
-def command_unlock_login(config: Config, args: argparse.Namespace) -> int:
-    """Forget the failed log-ins: nobody has to wait for the next try."""
-    with database(config) as db:
-        set_meta(db, "logins_unlocked", secrets.token_hex(8))
-        insert_event(db, time.time(), "login-unlocked", "Failed log-ins forgotten")
-    print("The next log-in counts at once.")
-    return OK
 
 
 @command("add-user", NAME_ARGUMENT, ROLE_ARGUMENT)
-def command_add_user(config: Config, args: argparse.Namespace) -> int:
+def command_add_user(config: Config, args: argparse.Namespace) -> None:
     """Let somebody log in by name; asks for the password twice, or reads standard input."""
     hashed = hash_password(ask_password())
     with database(config, create=True) as db:
         insert_user(db, args.name, args.role, hashed, time.time())
     print(f"User '{args.name}' added ({args.role}).")
-    return OK
 
 
 @command("set-password", NAME_ARGUMENT)
-def command_set_password(config: Config, args: argparse.Namespace) -> int:
+def command_set_password(config: Config, args: argparse.Namespace) -> None:
     """Give a user another password, which ends his sessions."""
-    with database(config) as db:  # before it is asked for: is there such a user?
-        required_user(db, args.name)
+    required_user(open_database(config, readonly=True), args.name)
     hashed = hash_password(ask_password())
     with database(config) as db:
         update_user(db, args.name, time.time(), password_hash=hashed)
     print(f"Password of '{args.name}' set.")
-    return OK
-
-
-@command("remove-user", NAME_ARGUMENT)
-def command_remove_user(config: Config, args: argparse.Namespace) -> int:
-    """Let a user log in no longer; his sessions end."""
-    with database(config) as db:
-        delete_user(db, args.name, time.time())
-    print(f"User '{args.name}' removed.")
-    return OK
-
-
-@command("list-users", JSON_ARGUMENT)
-def command_list_users(config: Config, args: argparse.Namespace) -> int:
-    """List who may log in, and as what."""
-    db = open_database(config, readonly=True)
-    return print_list(list_users(db, config.password_hash), RESOURCES["users"].columns, args.json)
 
 
 @command("backup", ("file", {"help": "where to write the copy"}))
-def command_backup(config: Config, args: argparse.Namespace) -> int:
+def command_backup(config: Config, args: argparse.Namespace) -> None:
     """Write a consistent copy of the database while the server runs."""
     target = os.path.abspath(args.file)
     folder = f"{target}.{secrets.token_hex(8)}"
@@ -10925,7 +10887,6 @@ def command_backup(config: Config, args: argparse.Namespace) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     where = "SECRET_KEY_BASE of the environment" if config.given_secret else config.secret_path
     print(f"{target}: {os.path.getsize(target)} bytes. Keep the secret apart from it: {where}")
-    return OK
 
 
 def copy_database(source: sqlite3.Connection, path: str) -> None:
@@ -10938,7 +10899,7 @@ def copy_database(source: sqlite3.Connection, path: str) -> None:
 
 
 @command("restore", ("file", {"help": "a copy that `backup` wrote"}))
-def command_restore(config: Config, args: argparse.Namespace) -> int:
+def command_restore(config: Config, args: argparse.Namespace) -> None:
     """Put a backup in the place of the database while the server is stopped; ends all sessions."""
     path, now = config.database_path, time.time()
     kept = f"{path}.before-restore-{int(now)}"
@@ -10953,7 +10914,6 @@ def command_restore(config: Config, args: argparse.Namespace) -> int:
     except (OSError, sqlite3.Error) as error:
         raise Failure(f"{args.file}: {getattr(error, 'strerror', None) or error}") from None
     tell_restored(args.file, path, kept, undone)
-    return OK
 
 
 @contextmanager
@@ -11061,8 +11021,8 @@ def check_channels(config: Config) -> Iterator[Check]:
         return
     there = os.path.exists(config.settings_path)
     yield Check(True, f"rules: {config.settings_path if there else 'as shipped'}")
-    if there and settings.channels and os.stat(config.settings_path).st_mode & 0o077:
-        yield Check(None, f"rules: {config.settings_path} holds secrets and others can read it: chmod 600")
+    if there and settings.channels and os.stat(config.settings_path).st_mode & 0o007:
+        yield Check(None, f"rules: {config.settings_path} holds secrets and others can read it: chmod o=")
     if not settings.channels:
         yield Check(None, "channels: none is set up, alerts are shown on the page only")
     for channel in settings.channels:
@@ -11109,7 +11069,7 @@ def command_test_notification(config: Config, args: argparse.Namespace) -> int:
          ("--config", {"metavar": "FILE", "help": "rules to try, instead of SERVER_CONFIG; - reads them from stdin"}),
          ("--seconds", {"type": float, "metavar": "N", "help": "stop after so long and tell what was found by then"}),
          JSON_ARGUMENT)
-def command_replay_rules(config: Config, args: argparse.Namespace) -> int:
+def command_replay_rules(config: Config, args: argparse.Namespace) -> None:
     """Run the rules over the reports that are kept and say what would have fired; nothing is changed or sent."""
     found = re.fullmatch(r"(\d+)([shd])", args.since)
     if found is None:
@@ -11126,13 +11086,13 @@ def command_replay_rules(config: Config, args: argparse.Namespace) -> int:
              "rule": one.rule, "object": one.object or None, "message": one.message} for one in past]
     if args.json:
         print(json.dumps({"since": first, "complete": complete, "alerts": rows}, indent=2))
-        return OK
+        return
     if not complete:
         print(f"Stopped after {args.seconds:g} s: this is only a part.")
     reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
     print(f"{len(rows)} alert(s) would have fired ({reach}).")
-    columns = ("fired_at", "over_at", "severity", "host", "rule", "object", "message")
-    return print_list(rows, columns, False) if rows else OK
+    if rows:
+        print_list(rows, ("fired_at", "over_at", "severity", "host", "rule", "object", "message"), False)
 
 
 def check_database(config: Config) -> Iterator[Check]:
@@ -11155,10 +11115,9 @@ def check_database(config: Config) -> Iterator[Check]:
 
 
 @command("version")
-def command_version(config: Config, args: argparse.Namespace) -> int:
+def command_version(config: Config, args: argparse.Namespace) -> None:
     """Print the version."""
     print(f"proxmox-monitor-server {VERSION}")
-    return OK
 
 
 SETTINGS_FILE = "/etc/default/proxmox-monitor"
@@ -11196,10 +11155,10 @@ def read_environ() -> dict[str, str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="proxmox-monitor-server", description="Monitor for Proxmox VE hosts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (handler, arguments) in COMMANDS.items():
-        one = commands.add_parser(name, help=handler.__doc__, description=handler.__doc__)
+    for name, (_, text, arguments) in COMMANDS.items():
+        subparser = commands.add_parser(name, help=text, description=text)
         for argument, settings in arguments:
-            one.add_argument(argument, **settings)
+            subparser.add_argument(argument, **settings)
     return parser
 
 
@@ -11210,7 +11169,7 @@ def main(argv: list[str] | None = None) -> int:
         config = Config(read_environ())
         if args.command not in AS_ROOT:
             become_owner(config.database_path)
-        return COMMANDS[args.command][0](config, args)
+        return COMMANDS[args.command][0](config, args) or OK
     except (Failure, Problem) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
     except sqlite3.Error as error:
