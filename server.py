@@ -40,6 +40,7 @@ import smtplib
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -2904,6 +2905,126 @@ def config_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, 
     before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
     if before and after and before != after:
         yield at, "config", "", "storage.cfg changed"
+
+
+# When it is full, and what grew: from values of the past that history gives.
+
+
+class Forecast(NamedTuple):
+    """When a space is full, as a range of days: `soonest` by the fastest growth that is likely, `latest` by the
+    slowest. Neither: it does not grow. No `latest`: it grew in one of the last 7 and 30 days only, and may stop."""
+
+    soonest: float | None
+    latest: float | None
+    bytes_per_day: float  # the median of the last 7 days; negative: it shrinks
+    known_days: float  # of how much of the past that was made
+
+
+FORECAST_SPANS = (7 * DAY, 30 * DAY)
+FORECAST_PARTS = 56  # of each span: the medians of so many make 1,540 slopes
+FORECAST_MOST = 3650 * DAY  # what lies beyond is not told
+LIKELY = 1.645  # so many standard deviations to either side hold 90 % of a normal distribution
+
+
+def fill_forecast(points: Sequence[tuple[float, float]], capacity: float, now: float) -> Forecast | None:
+    """When a space of so many bytes is full, from (unix time, bytes used), oldest first; None: unknown, since less
+    than 3 of the last 7 days is there to see. One import and one big deletion are no growth."""
+    growths = [likely_growth([point for point in points if now - span < point[0] <= now], span)
+               for span in FORECAST_SPANS]
+    if growths[0] is None:
+        return None
+    known = [growth for growth in growths if growth]
+    rising = [growth for growth in known if growth[0] > 0]
+    left = capacity - points[-1][1]
+    soonest, latest = None, None
+    if left <= 0:
+        soonest = latest = 0.0
+    elif rising and left / max(most for _, _, most in rising) < FORECAST_MOST:
+        soonest = left / max(most for _, _, most in rising) / DAY
+        if rising == known and left / min(least for least, _, _ in rising) < FORECAST_MOST:
+            latest = left / min(least for least, _, _ in rising) / DAY
+    return Forecast(soonest, latest, growths[0][1] * DAY, (now - points[0][0]) / DAY)
+
+
+def likely_growth(points: list[tuple[float, float]], span: float) -> tuple[float, float, float] | None:
+    """Bytes per second at the least, in the middle and at the most that is likely; None if less than 3/7 of a span is
+    known. The median of the slopes between any two points (Theil 1950) and its bounds (Sen 1968); but no more than
+    three of four sevenths of the span grew by, whichever way it is cut: one import lies in one of them."""
+    part = span / FORECAST_PARTS
+    parts: dict[int, list[tuple[float, float]]] = {}
+    for at, used in points:
+        parts.setdefault(int(at // part), []).append((at, used))
+    middles = [(statistics.median(at for at, _ in some), statistics.median(used for _, used in some))
+               for some in parts.values()]
+    count = len(middles)
+    if count < FORECAST_PARTS // 4 or middles[-1][0] - middles[0][0] < span * 3 / 7 - part:
+        return None
+    slopes = sorted((used - before) / (at - then)
+                    for nth, (then, before) in enumerate(middles) for at, used in middles[nth + 1 :])
+    reach = LIKELY * math.sqrt(count * (count - 1) * (2 * count + 5) / 18)  # in ranks: Kendall's deviation
+    least = slopes[max(0, int((len(slopes) - reach) / 2))]
+    most = slopes[min(len(slopes) - 1, math.ceil((len(slopes) + reach) / 2))]
+    stride = FORECAST_PARTS // 7
+    strides = sorted((used - before) / (at - then) for (then, before), (at, used) in zip(middles, middles[stride:]))
+    bound = strides[len(strides) * 3 // 4]
+    return min(least, bound), min(statistics.median(slopes), bound), min(most, bound)
+
+
+def describe_forecast(forecast: Forecast | None) -> str:
+    """"9–14 d", "9 d or later", "no growth", "full", "unknown"."""
+    if forecast is None:
+        return "unknown"
+    if forecast.soonest is None:
+        return "no growth"
+    if not forecast.soonest:
+        return "full"
+    soonest = math.floor(forecast.soonest)
+    if forecast.latest is None:
+        return f"{soonest} d or later"
+    latest = math.ceil(forecast.latest)
+    return f"{soonest}–{latest} d" if soonest < latest else f"{soonest} d"
+
+
+class GrownSpace(NamedTuple):
+    """What a dataset itself, without its children, or its snapshots grew by."""
+
+    dataset: str
+    kind: str  # "snapshots", "data", or "both": how much of it is snapshots is not known
+    vmid: int | None  # the guest whose volume it is
+    bytes: float
+
+
+def what_grew(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[GrownSpace] | None:
+    """What made a pool grow, the most first, from {dataset: {"used_bytes": …, "used_by_snapshots_bytes": …}} of two
+    times. A dataset that was not there before grew by all it has. None: nothing is known of one of the two times."""
+    if not before or not after:
+        return None
+    now, then = own_space(after), own_space(before)
+    growths = []
+    for name, (own, snapshots) in now.items():
+        own_before, snapshots_before = then.get(name, (0.0, 0.0))
+        kinds = {"both": own - own_before}
+        if snapshots is not None and snapshots_before is not None:
+            kinds = {"snapshots": snapshots - snapshots_before, "data": own - snapshots - own_before + snapshots_before}
+        volume = GUEST_VOLUME.fullmatch(name.rpartition("/")[2])
+        growths += [GrownSpace(name, kind, int(volume[1]) if volume else None, grown)
+                    for kind, grown in kinds.items() if grown > 0]
+    return sorted(growths, key=lambda growth: -growth.bytes)
+
+
+# Names of PVE's ZFS volumes: ZFSPoolPlugin.pm, parse_volname
+GUEST_VOLUME = re.compile(r"(?:base|subvol|basevol|vm)-([0-9]+)-.+")
+
+
+def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Bytes that each dataset uses without its children, and those of its snapshots in it, if they are known."""
+    used = {name: bytes for name, space in datasets.items() if (bytes := number(space, "used_bytes")) is not None}
+    own = dict(used)
+    for name, bytes in used.items():
+        parent = name.rpartition("/")[0]
+        if parent in own:
+            own[parent] -= bytes
+    return {name: (bytes, number(datasets[name], "used_by_snapshots_bytes")) for name, bytes in own.items()}
 
 
 # --- rules: what is wrong, from when on, and until when ---
@@ -7390,6 +7511,22 @@ class Keeper:
         since = int(question.since // question.step * question.step)
         frame = reader.points(base, since, int(question.until) + 1)
         return frame if question.step == base else coarsen(frame, question.step)
+
+    def past_values(self, db: sqlite3.Connection, host_id: int, series: str, now: float) -> list[tuple[float, float]]:
+        """(unix time, average of the hour) of 30 days, as fill_forecast() wants them."""
+        (points,) = self.ask(db, [host_id], Question([series], now - 30 * DAY, now, COARSE))
+        return [(at, average) for at, average, _, _ in points]
+
+    def past_space(self, db: sqlite3.Connection, host_id: int, datasets: Iterable[str],
+                   at: float) -> dict[str, dict[str, float]]:
+        """What datasets used at a time, as what_grew() wants it: the last that is known of the 6 hours around it."""
+        wanted = {("datasets", name): {"used_bytes", "used_by_snapshots_bytes"} for name in datasets}
+        frame = self.frame(db, host_id, wanted, Question([], at - 3 * HOUR, at + 3 * HOUR, COARSE))
+        found: dict[str, dict[str, float]] = {}
+        for (_, name), columns in frame.objects.items():
+            known = {field: [cell[0] for cell in column if cell == cell] for field, column in columns.items()}
+            found[name] = {field: values[-1] for field, values in known.items() if values}
+        return {name: space for name, space in found.items() if space}
 
     def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
         """Which reports of a span of time there are, oldest first."""
