@@ -1295,10 +1295,10 @@ def parse_zpool_status_json(text: str, now: float) -> dict[str, dict[str, Any]]:
     pools = parse_object(text, "zpool status -j").get("pools")
     if not isinstance(pools, dict):
         raise SourceError("garbage", "zpool status -j: no `pools` in the answer")
-    return {name: read_json_pool(name, pool, now) for name, pool in pools.items() if isinstance(pool, dict)}
+    return {name: parse_json_pool(name, pool, now) for name, pool in pools.items() if isinstance(pool, dict)}
 
 
-def read_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any]:
     stats = as_dict(pool.get("scan_stats"))
     resilvering = stats.get("function") == "RESILVER" and stats.get("state") == "SCANNING"
     rebuilds = as_dict(stats.get("rebuild_stats") or pool.get("rebuild_stats"))
@@ -1309,8 +1309,9 @@ def read_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any
     for key, label in {"vdevs": "normal", **JSON_CLASSES}.items():
         tops = root.get("vdevs") if key == "vdevs" else pool.get(key)
         for vdev_name, vdev in as_dict(tops).items():
-            busy = resilvering or vdev_name in rebuilding
-            vdevs.append(read_json_vdev(vdev_name, as_dict(vdev), label, resilvering=busy))
+            vdevs.append(parse_json_vdev(vdev_name, as_dict(vdev), label, resilvering=resilvering))
+            if vdev_name in rebuilding and not note_rebuild(vdevs[-1]):
+                vdevs[-1].setdefault("reason", "resilvering")
     return known(
         name=name,
         guid=to_guid(pool.get("pool_guid")),
@@ -1319,8 +1320,8 @@ def read_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any
         action_text=squeeze(pool.get("action")),
         data_errors=to_count(pool.get("error_count")),
         damaged_files=[file for file in as_list(pool.get("errlist")) if isinstance(file, str)] or None,
-        scan=read_json_scan(stats, rebuilds, now),
-        expansion=read_json_expansion(as_dict(pool.get("raidz_expand_stats"))),
+        scan=parse_json_scan(stats, rebuilds, now),
+        expansion=parse_json_expansion(as_dict(pool.get("raidz_expand_stats"))),
         vdevs=vdevs,
     )
 
@@ -1336,9 +1337,9 @@ def squeeze(text: Any) -> str | None:
     return " ".join(text.split()) or None if isinstance(text, str) else None
 
 
-def read_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering: bool) -> dict[str, Any]:
+def parse_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering: bool) -> dict[str, Any]:
     children = [
-        read_json_vdev(child_name, as_dict(child), label, resilvering=resilvering)
+        parse_json_vdev(child_name, as_dict(child), label, resilvering=resilvering)
         for child_name, child in as_dict(vdev.get("vdevs")).items()
     ]
     name = str(vdev.get("name") or name)
@@ -1349,9 +1350,9 @@ def read_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering: 
     flags = [note for note in VDEV_NOTES if vdev.get(note)]
     if vdev.get("resilver_deferred"):
         flags.append("awaiting resilver")
-    if resilvering and not children and (vdev.get("scan_processed") or vdev.get("rebuild_processed")):
+    if resilvering and not children and vdev.get("scan_processed"):
         flags.insert(0, "resilvering")
-    reason = "missing device" if vdev.get("not_present") else read_aux(vdev.get("aux"))
+    reason = "missing device" if vdev.get("not_present") else parse_aux(vdev.get("aux"))
     return build_vdev(
         name=name,
         kind=str(vdev.get("vdev_type") or ""),
@@ -1364,7 +1365,18 @@ def read_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering: 
     )
 
 
-def read_aux(aux: Any) -> str | None:
+def note_rebuild(vdev: dict[str, Any]) -> bool:
+    """Of a sequential rebuild JSON says in which top-level vdev it runs, not which disk it fills: the last one of a
+    group that replaces another; False where there is no such group."""
+    children = vdev.get("children", [])
+    if vdev["type"] in ("replacing", "spare") and children:
+        children[-1].setdefault("reason", "resilvering")
+        return True
+    noted = [note_rebuild(child) for child in children]
+    return any(noted)
+
+
+def parse_aux(aux: Any) -> str | None:
     return VDEV_REASONS.get(aux, "corrupted data") if isinstance(aux, str) and aux not in ("", "NONE") else None
 
 
@@ -1397,6 +1409,7 @@ def build_vdev(
     return known(
         **{"class": label},
         name=short_vdev_name(name, path),
+        guid=to_guid(counters.get("guid")),
         type=kind,
         state=state,
         path=path if kind in ("disk", "file") else None,
@@ -1440,13 +1453,13 @@ SCAN_STATES = {"SCANNING": "scanning", "FINISHED": "finished", "CANCELED": "canc
 NO_SCAN = {"function": "none", "state": "none"}
 
 
-def read_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) -> dict[str, Any]:
     """The scan under way or the last one. Sequential rebuilds are kept beside it: an active or later one counts."""
     scan = dict(NO_SCAN)
     if stats.get("function") in ("SCRUB", "RESILVER") and stats.get("state") in SCAN_STATES:
-        scan = read_scan_stats(stats, now)
+        scan = parse_scan_stats(stats, now)
     for rebuild in rebuilds.values():
-        scan = later_scan(scan, read_rebuild(as_dict(rebuild)))
+        scan = later_scan(scan, parse_rebuild(as_dict(rebuild)))
     return scan
 
 
@@ -1459,7 +1472,7 @@ def later_scan(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return other if other.get("ended_at", 0) > one.get("ended_at", 0) else one
 
 
-def read_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
     state = SCAN_STATES[stats["state"]]
     running = state == "scanning"
     paused = running and bool(to_count(stats.get("scrub_pause")))
@@ -1488,7 +1501,7 @@ def remaining_seconds(stats: dict[str, Any], issued: int | None, total: int | No
     return int(max(0, total - issued) / speed) if speed >= FAST_ENOUGH else None
 
 
-def read_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
+def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
     """A sequential rebuild (`zpool attach -s`, and always draid) told like a resilver."""
     state = {"ACTIVE": "scanning", "COMPLETE": "finished", "CANCELED": "canceled"}.get(str(rebuild.get("state")))
     if state is None:
@@ -1507,7 +1520,7 @@ def read_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def read_json_expansion(stats: dict[str, Any]) -> dict[str, Any] | None:
+def parse_json_expansion(stats: dict[str, Any]) -> dict[str, Any] | None:
     state = SCAN_STATES.get(str(stats.get("state")))
     if state is None or state == "none":
         return None
@@ -1527,7 +1540,7 @@ def parse_zpool_status(text: str) -> dict[str, dict[str, Any]]:
     for block in split_status_blocks(text):
         name = block["pool"][0]
         if name:
-            pools[name] = read_text_pool(name, block)
+            pools[name] = parse_text_pool(name, block)
     if not pools and text.strip():
         raise SourceError("garbage", f"zpool status: no pool in the answer, which begins with {text[:60]!r}")
     return pools
@@ -1554,7 +1567,7 @@ def split_status_blocks(text: str) -> list[dict[str, list[str]]]:
     return blocks
 
 
-def read_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
+def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
     errors = " ".join(block.get("errors", [""])[:1])
     files = [line.strip() for line in block.get("errors", [])[1:]]
     status = squeeze(" ".join(block.get("status", [])))
@@ -1563,22 +1576,22 @@ def read_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
         state=" ".join(block.get("state", [])) or None,
         status_text=status,
         action_text=squeeze(" ".join(block.get("action", []))),
-        data_errors=read_error_count(errors),
+        data_errors=parse_error_count(errors),
         damaged_files=[file for file in files if file] or None,
-        scan=read_text_scan(block.get("scan", [])),
-        expansion=read_text_expansion(block.get("expand", [])),
-        vdevs=read_text_vdevs(block.get("config", [])),
+        scan=parse_text_scan(block.get("scan", [])),
+        expansion=parse_text_expansion(block.get("expand", [])),
+        vdevs=parse_text_vdevs(block.get("config", [])),
     )
 
 
-def read_error_count(text: str) -> int | None:
+def parse_error_count(text: str) -> int | None:
     if text.startswith("No known data errors"):
         return 0
     words = text.split()
     return to_count(words[0]) if len(words) > 2 and words[1:3] == ["data", "errors,"] else None
 
 
-def read_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
+def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
     """The `config:` table: depth is two blanks a level, sections of other classes start at depth 0 without a state."""
     header = next((line for line in lines if line.split()[:2] == ["NAME", "STATE"]), None)
     if header is None:
@@ -1593,7 +1606,7 @@ def read_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
         if body.strip() in VDEV_CLASSES and not body.startswith(" "):
             label = VDEV_CLASSES[body.strip()]
             continue
-        row = read_vdev_row(line, column, counters)
+        row = parse_vdev_row(line, column, counters)
         if row is not None:
             row["label"] = label
             rows.append(row)
@@ -1601,7 +1614,7 @@ def read_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
     return nest_vdev_rows(rows[1:])
 
 
-def read_vdev_row(line: str, column: int, counters: list[str]) -> dict[str, Any] | None:
+def parse_vdev_row(line: str, column: int, counters: list[str]) -> dict[str, Any] | None:
     name, rest = line[:column], line[column:]
     if not rest.split()[:1] or rest.split()[0] not in VDEV_STATES:  # a name with other than one-byte signs shifts it
         state = next((word for word in line.split() if word in VDEV_STATES), None)
@@ -1656,26 +1669,26 @@ def build_text_vdev(row: dict[str, Any], children: list[dict[str, Any]]) -> dict
     )
 
 
-def read_text_scan(lines: list[str]) -> dict[str, Any]:
+def parse_text_scan(lines: list[str]) -> dict[str, Any]:
     """One or several scan texts (a scrub, and one for each rebuilt draid vdev), each with its continuation lines."""
     scan = dict(NO_SCAN)
     group: list[str] = []
     for line in [*lines, ""]:
         if group and not line.startswith("\t"):
-            scan = later_scan(scan, read_scan_text(group))
+            scan = later_scan(scan, parse_scan_text(group))
             group = []
         group.append(line.strip())
     return scan
 
 
-def read_scan_text(lines: list[str]) -> dict[str, Any]:
+def parse_scan_text(lines: list[str]) -> dict[str, Any]:
     head = lines[0]
     words = head.split()
     if not words or words[0] not in ("scrub", "resilver", "resilvered"):
         return dict(NO_SCAN)
     function = "scrub" if words[0] == "scrub" else "resilver"
     if " in progress since " in head or " paused since " in head:
-        return read_running_scan(function, lines)
+        return parse_running_scan(function, lines)
     if " canceled on " in head:
         return known(function=function, state="canceled", ended_at=parse_ctime(head.partition(" canceled on ")[2]))
     before, _, when = head.rpartition(" on ")
@@ -1694,7 +1707,7 @@ def read_scan_text(lines: list[str]) -> dict[str, Any]:
     )
 
 
-def read_running_scan(function: str, lines: list[str]) -> dict[str, Any]:
+def parse_running_scan(function: str, lines: list[str]) -> dict[str, Any]:
     head = lines[0]
     paused = " paused since " in head
     since = head.partition(" since ")[2]
@@ -1720,7 +1733,7 @@ def read_running_scan(function: str, lines: list[str]) -> dict[str, Any]:
     )
 
 
-def read_text_expansion(lines: list[str]) -> dict[str, Any] | None:
+def parse_text_expansion(lines: list[str]) -> dict[str, Any] | None:
     """`expansion of raidz1-0 in progress since …` with a line of figures, or `expanded raidz1-0 … on …`."""
     head = lines[0] if lines else ""
     if " in progress since " in head:
@@ -1784,9 +1797,9 @@ def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
         children = children[:-1]  # the new disk comes last, and is not complete as long as this vdev is there
     each = sorted(failures_to_lose(child, trust_resilvering=trust_resilvering) for child in children)
     if kind.startswith(("raidz", "draid")):
-        parity = to_count(kind[5:6]) or 1
-        return sum(each[: parity + 1])  # the cheapest parity + 1 children
-    return sum(each)  # mirror, replacing, spare: all sides hold the same
+        each = each[: (to_count(kind[5:6]) or 1) + 1]  # the cheapest parity + 1 children
+    filling = not trust_resilvering and vdev.get("reason") == "resilvering"  # one of its disks, nobody says which
+    return max(0, sum(each) - filling)  # mirror, replacing, spare: all sides hold the same
 
 
 # tasks and backups
@@ -3349,7 +3362,7 @@ POOL_COLUMNS = "name guid size alloc free ckpoint frag cap dedup health readonly
 
 def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     name = found["name"]
-    status = read_pool_status(probe, name)
+    status = read_pool_status(probe, memory, name)
     guid = found.get("guid") or status.get("guid") or ""
     vdevs = status.pop("vdevs", [])
     place_disks(probe, name, vdevs)
@@ -3366,7 +3379,7 @@ def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -
     }
 
 
-def read_pool_status(probe: ProbeLike, name: str) -> dict[str, Any]:
+def read_pool_status(probe: ProbeLike, memory: dict[str, Any], name: str) -> dict[str, Any]:
     """JSON where the tools have it (2.3 on), else text; by what comes back, as module and tools may differ."""
     if version_key(attempt(probe.read, "/sys/module/zfs/version", default="9"))[:2] >= [2, 3]:
         try:
@@ -3380,7 +3393,27 @@ def read_pool_status(probe: ProbeLike, name: str) -> dict[str, Any]:
     pools = parse_zpool_status(probe.run("zpool", "status", "-p", "-P", "-s", name, limit=ZFS_LIMIT))
     if name not in pools:
         raise SourceError("garbage", f"zpool status: nothing about pool {name!r} in the answer")
+    note_guids(probe, memory, name, pools[name]["vdevs"])
     return pools[name]
+
+
+def note_guids(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dict[str, Any]]) -> None:
+    """The text form shows either names or guids: the guids are asked for once, as long as the names stay."""
+    rows = list_vdevs(vdevs)
+    names = [row.get("path", row["name"]) for row in rows]
+    kept = memory.setdefault("guids", {})
+    if as_dict(kept.get(name)).get("names") != names:
+        text = attempt(probe.run, "zpool", "status", "-g", name, default="")
+        told = list_vdevs(attempt(parse_zpool_status, text, default={}).get(name, {}).get("vdevs", []))
+        kept[name] = {"names": names, "guids": [row["name"] for row in told]}
+    if len(kept[name]["guids"]) == len(rows):
+        for row, guid in zip(rows, kept[name]["guids"]):
+            row.update(known(guid=to_guid(guid)))
+
+
+def list_vdevs(vdevs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A tree of vdevs as a list, each before its children."""
+    return [row for vdev in vdevs for row in (vdev, *list_vdevs(vdev.get("children", [])))]
 
 
 def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
@@ -3458,18 +3491,13 @@ def place_disks(probe: ProbeLike, pool: str, vdevs: list[dict[str, Any]]) -> Non
     not answer keeps the places that it had."""
     places: dict[str, dict[str, str]] = {}
     for vdev in vdevs:
-        for leaf in list_leaves(vdev):
+        for leaf in list_vdevs([vdev]):
             disk = attempt(find_disk, probe, leaf["path"]) if leaf["type"] == "disk" and "path" in leaf else None
             if disk:
                 leaf["disk"] = disk
                 places.setdefault(disk, {"pool": pool, "vdev": vdev["name"]})  # a spare in use stands there twice
     others = {disk: place for disk, place in (probe.places or {}).items() if place["pool"] != pool}
     probe.places = {**places, **others}
-
-
-def list_leaves(vdev: dict[str, Any]) -> list[dict[str, Any]]:
-    children = vdev.get("children", [])
-    return [leaf for child in children for leaf in list_leaves(child)] if children else [vdev]
 
 
 def find_disk(probe: ProbeLike, path: str) -> str | None:
@@ -4091,7 +4119,7 @@ def find_places(probe: ProbeLike) -> dict[str, dict[str, str]]:
     if probe.places is None and attempt(probe.exists, "/sys/module/zfs", default=False):
         for pool in attempt(read_pool_states, probe, {}, default=[]):
             if pool.get("state") != "SUSPENDED":
-                vdevs = attempt(read_pool_status, probe, pool["name"], default={}).get("vdevs", [])
+                vdevs = attempt(read_pool_status, probe, {}, pool["name"], default={}).get("vdevs", [])
                 place_disks(probe, pool["name"], vdevs)
     return probe.places or {}
 

@@ -114,6 +114,8 @@ class RecordedProbe:
 
     def exists(self, path: str) -> bool:
         self.calls.append(("stat", path))
+        if self.meta.get("errors", {}).get(path, [""])[0] == "missing":
+            return False
         self._fail_as_recorded(path)
         try:
             found = self._find(path)

@@ -447,6 +447,57 @@ def test_layout_and_margin(vdevs: list[dict[str, Any]], layout: str, margin: int
     assert agent.redundancy_margin(vdevs) == margin
 
 
+def disk_json(name: str, state: str = "ONLINE") -> dict[str, Any]:
+    return {"name": name, "vdev_type": "disk", "path": f"/dev/{name}1", "state": state, "guid": 1}
+
+
+@pytest.mark.parametrize(
+    "top, members, rows, margin",
+    [
+        (
+            "mirror-0",
+            {"sda": disk_json("sda"), "sdb": disk_json("sdb")},  # attached with -s: nobody says which is the new one
+            ("    mirror-0  ONLINE 0 0 0", "      /dev/sda1  ONLINE 0 0 0", "      /dev/sdb1  ONLINE 0 0 0  (resilvering)"),
+            0,
+        ),
+        (
+            "draid2:2d:5c:1s-0",
+            {"spare-0": {"name": "spare-0", "vdev_type": "spare", "state": "DEGRADED",
+                         "vdevs": {"sda": disk_json("sda", "CANT_OPEN"),
+                                   "draid2-0-0": {"name": "draid2-0-0", "vdev_type": "dspare", "state": "ONLINE"}}},
+             **{name: disk_json(name) for name in ("sdb", "sdc", "sdd", "sde")}},
+            ("    draid2:2d:5c:1s-0  DEGRADED 0 0 0", "      spare-0  DEGRADED 0 0 0", "        /dev/sda1  UNAVAIL 0 0 0",
+             "        draid2-0-0  ONLINE 0 0 0  (resilvering)", "      /dev/sdb1  ONLINE 0 0 0", "      /dev/sdc1  ONLINE 0 0 0",
+             "      /dev/sdd1  ONLINE 0 0 0", "      /dev/sde1  ONLINE 0 0 0"),
+            1,
+        ),
+        (
+            "mirror-0",
+            {"sda": disk_json("sda"),
+             "replacing-1": {"name": "replacing-1", "vdev_type": "replacing", "state": "DEGRADED",
+                             "vdevs": {"sdb": disk_json("sdb", "OFFLINE"), "sdc": disk_json("sdc")}}},
+            ("    mirror-0  DEGRADED 0 0 0", "      /dev/sda1  ONLINE 0 0 0", "      replacing-1  DEGRADED 0 0 0",
+             "        /dev/sdb1  OFFLINE 0 0 0", "        /dev/sdc1  ONLINE 0 0 0  (resilvering)"),
+            0,
+        ),
+    ],
+)  # fmt: skip
+def test_a_sequential_rebuild_leaves_one_disk_less_in_both_forms(
+    top: str, members: dict[str, Any], rows: tuple[str, ...], margin: int
+) -> None:
+    """JSON says in which top-level vdev a rebuild is active, and of no disk that it is the one being filled."""
+    vdev = {"name": top, "vdev_type": top.split("-")[0].split(":")[0].rstrip("2"), "state": "ONLINE", "vdevs": members}
+    stats = {"rebuild_stats": {top: {"state": "ACTIVE", "start_time": 1}}}
+    pool = {"name": "p", "state": "ONLINE", "scan_stats": stats, "vdevs": {"p": {"vdevs": {top: vdev}}}}
+    from_json = agent.parse_zpool_status_json(json.dumps({"pools": {"p": pool}}), 10)["p"]
+    assert (from_json["scan"]["function"], from_json["scan"]["state"]) == ("resilver", "scanning")
+    assert agent.redundancy_margin(from_json["vdevs"]) == margin
+    assert agent.redundancy_margin(status_of("  p  ONLINE 0 0 0", *rows)["vdevs"]) == margin
+    pool["scan_stats"] = {"rebuild_stats": {top: {"state": "COMPLETE"}}}
+    over = agent.parse_zpool_status_json(json.dumps({"pools": {"p": pool}}), 10)["p"]
+    assert not [row for row in agent.list_vdevs(over["vdevs"]) if row.get("reason") == "resilvering"]
+
+
 def test_margin_without_any_vdev_is_unknown() -> None:
     assert agent.redundancy_margin([]) is None
 

@@ -47,7 +47,9 @@ def test_json_and_text_of_a_pool_give_the_same(state: Path) -> None:
     assert list(from_json) == list(from_text) and from_json
     for name, one in from_json.items():
         other = from_text[name]
-        assert one.pop("guid").isdigit()  # the text has none: the kernel's file has it
+        assert one.pop("guid").isdigit()  # the text has none: the kernel's file has it, and `zpool status -g`
+        for vdev in leaves(one["vdevs"]):
+            assert vdev.pop("guid", "0").isdigit()
         if "data_errors" not in other:
             assert one.pop("data_errors") > 0
         exact, rounded = (pool["scan"].pop("repaired_bytes", 0) for pool in (one, other))

@@ -328,3 +328,326 @@ def test_disks_know_their_place_from_the_pools_that_were_just_read() -> None:
     probe.answers["zpool status -j --json-int -P vault"] = agent.SourceError("timeout", "no answer")
     agent.collect_pools(probe, {})
     assert by(agent.collect_disks(probe, {}), "name", "sdi")["pool"] == "vault"
+
+
+def test_on_openzfs_2_2_vdevs_have_their_guids_and_are_asked_for_them_once() -> None:
+    probe = FakeProbe("pve8-mirror")
+    memory: dict[str, Any] = {}
+    for _ in range(2):
+        (pool,) = agent.collect_pools(probe, memory)
+        memory = json.loads(json.dumps(memory))
+        assert [row["guid"] for row in agent.list_vdevs(pool["vdevs"])] == [
+            "8140222222222222222", "8140333333333333333", "8140444444444444444"]  # fmt: skip
+    assert [words for kind, words in probe.calls if words.startswith("zpool status -g")] == ["zpool status -g rpool"]
+    status = probe.commands["zpool status -p -P -s rpool"]
+    replaced = (status[0] / status[1]["stdout"]).read_text().replace("S6PTNX0T123457B", "S6PTNX0T999999Z")
+    probe.answers["zpool status -p -P -s rpool"] = replaced
+    agent.collect_pools(probe, memory)
+    assert len([words for kind, words in probe.calls if words.startswith("zpool status -g")]) == 2
+
+
+# guests and storages
+
+
+def test_a_group_without_a_process_is_no_running_guest_and_a_group_may_have_a_number_behind_it() -> None:
+    probe = FakeProbe("pve8-mirror")
+    assert agent.find_running(probe) == {*range(100, 108), 200, 201, 202, 203}
+    probe.texts["/sys/fs/cgroup/lxc/202/cgroup.events"] = "populated 0\nfrozen 0\n"
+    # LXC makes 201-1 where the folder of an earlier run is left [lxc src/lxc/cgroups/cgfsng.c]
+    probe.texts["/sys/fs/cgroup/lxc/201/cgroup.events"] = "populated 0\nfrozen 0\n"
+    probe.meta["links"]["/sys/fs/cgroup/lxc/201-1"] = "/sys/fs/cgroup/lxc/200"
+    assert agent.find_running(probe) == {*range(100, 108), 200, 201, 203}
+    assert agent.look(probe, {})["guests"] == agent.find_running(probe)
+
+
+def test_without_any_word_of_pvestatd_the_control_groups_tell_what_runs() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.meta["errors"] = {agent.METRICS: ["missing", "not there"]}
+    probe.texts["/etc/pve/.rrd"] = ""
+    guests = agent.collect_guests(probe, {})
+    assert probe.problems["guests"]["code"] == "unavailable"
+    assert {guest["vmid"] for guest in guests if guest["status"] == "running"} == agent.find_running(probe)
+    assert {guest["status"] for guest in guests} == {"running", "stopped"}
+
+
+def running_task(probe: FakeProbe, kind: str, vmid: str, pid: int = 6699) -> None:
+    """A task of the host that is at work, with its process."""
+    probe.texts["/var/log/pve/tasks/active"] = f"UPID:pve8:{pid:08X}:0436A3B1:6B041000:{kind}:{vmid}:root@pam: 0\n"
+    stat = "6699 (task UPID:pve8:) S " + "0 " * 18 + f"{0x0436A3B1} 0 0"
+    probe.texts["/proc/6699/stat"] = stat
+
+
+@pytest.mark.parametrize(
+    "kind, vmid, pid, held",
+    [
+        ("vzdump", "102", 6699, True),
+        ("vzdump", "", 6699, True),  # a backup of several
+        ("qmigrate", "102", 6699, True),
+        ("vzdump", "103", 6699, False),
+        ("aptupdate", "", 6699, False),
+        ("vzdump", "102", 6700, False),  # its worker is dead: `active` is rewritten only when somebody looks
+    ],
+)
+def test_a_lock_is_held_only_while_a_task_is_at_work(kind: str, vmid: str, pid: int, held: bool) -> None:
+    # https://github.com/prometheus-pve/prometheus-pve-exporter/issues/303, https://cr0x.net/en/proxmox-remove-vm-lock-safely
+    probe = FakeProbe("pve8-mirror")
+    running_task(probe, kind, vmid, pid)
+    guest = by(agent.collect_guests(probe, {}), "vmid", 102)
+    assert (guest["lock"], guest["lock_held"]) == ("backup", held)
+
+
+def test_who_holds_a_lock_is_unknown_where_the_tasks_cannot_be_read() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.meta["errors"] = {"/var/log/pve/tasks/active": ["timeout", "no answer in 2 s"]}
+    guest = by(agent.collect_guests(probe, {}), "vmid", 102)
+    assert guest["lock"] == "backup" and "lock_held" not in guest
+
+
+def test_a_qemu_that_does_not_answer_is_told_though_proxmox_says_running() -> None:
+    """vmstatus falls back to the process then: what QEMU alone can tell is missing [qemu-server PVE/QemuServer.pm]."""
+    probe = FakeProbe("pve8-mirror")
+    metrics = json.loads(probe.read_line(agent.METRICS))
+    guests = metrics["qemu"]["data"]
+    for name in ("diskread", "diskwrite", "blockstat", "running-qemu"):
+        guests["101"].pop(name, None)
+        guests["103"].pop(name, None)
+    guests["103"]["uptime"] = 40
+    probe.texts[agent.METRICS] = json.dumps(metrics)
+    told = {guest["vmid"]: guest.get("responds") for guest in agent.collect_guests(probe, {})}
+    assert (told[101], told[104], told[103], told[108], told[200]) == (False, True, None, None, None)
+
+
+def test_storages_of_other_nodes_are_none_of_this_host_on_both_ways() -> None:
+    probe, without = FakeProbe("pve8-mirror"), FakeProbe("pve8-mirror")
+    limited = probe.read("/etc/pve/storage.cfg").replace("\tserver 192.0.2.20", "\tnodes other")
+    probe.texts["/etc/pve/storage.cfg"] = without.texts["/etc/pve/storage.cfg"] = limited
+    before = [storage["storage"] for storage in agent.collect_storages(FakeProbe("pve8-mirror"), {})]
+    from_metrics = agent.collect_storages(probe, {})
+    assert [storage["storage"] for storage in from_metrics] == [name for name in before if name != "nas-backup"]
+    without.meta["errors"] = {agent.METRICS: ["missing", "not there"]}
+    from_rrd = agent.collect_storages(without, {})
+    assert [storage["storage"] for storage in from_rrd] == [storage["storage"] for storage in from_metrics]
+    assert [storage["content"] for storage in from_rrd] == [storage["content"] for storage in from_metrics]
+    # total − used is more than what is free, where root has a reserve
+    assert not [storage for storage in from_rrd if "available_bytes" in storage]
+
+
+def test_metadata_of_a_thin_pool_is_told_and_asked_for_every_ten_minutes_at_most() -> None:
+    # https://github.com/thaum-xyz/ankhmorpork/issues/1350: guests with io-error behind a full one
+    probe = FakeProbe("suspended-pool")
+    memory: dict[str, Any] = {}
+    for _ in range(3):
+        storage = by(agent.collect_storages(probe, memory), "storage", "local-lvm")
+        assert storage["metadata_used_ratio"] == 0.971
+        memory = json.loads(json.dumps(memory))
+    assert len([words for kind, words in probe.calls if kind == "run"]) == 1
+    probe.answers["lvs"] = agent.SourceError("timeout", "no answer")
+    probe.calls.clear()
+    memory = {}
+    for _ in range(2):
+        assert "metadata_used_ratio" not in by(agent.collect_storages(probe, memory), "storage", "local-lvm")
+    assert len([words for kind, words in probe.calls if kind == "run"]) == 1  # what hangs is not asked at each tick
+
+
+def test_members_that_a_node_without_corosync_names_are_not_known_to_be_there() -> None:
+    """pmxcfs goes on saying what it knew when its corosync died, but for quorate 0 [pve-cluster src/pmxcfs/status.c]."""
+    probe = FakeProbe("cluster-ha")
+    members = json.loads(probe.read("/etc/pve/.members"))
+    members["cluster"]["quorate"] = 0
+    probe.texts["/etc/pve/.members"] = json.dumps(members)
+    probe.answers["corosync-quorumtool"] = agent.SourceError("failed", "cannot initialise")
+    cluster = agent.collect_cluster(probe, {})
+    assert {node["name"]: node.get("online") for node in cluster["members"]} == {"alpha": True, "beta": None, "gamma": None}
+    assert "votes_present" not in cluster and "cannot initialise" in cluster["unknown_reason"]
+
+
+def test_a_pair_that_needs_one_vote_has_one_to_spare() -> None:
+    probe = FakeProbe("cluster-qdevice")
+    conf = probe.read("/etc/corosync/corosync.conf")
+    two_node = re.sub(r"device \{.*?votes: 1\n  \}", "two_node: 1", conf, flags=re.DOTALL)
+    probe.texts["/etc/corosync/corosync.conf"] = two_node
+    cluster = agent.collect_cluster(probe, {})
+    assert (cluster["votes_expected"], cluster["votes_present"], cluster["votes_needed"]) == (2, 2, 1)
+
+
+# backups and schedules
+
+
+def vzdump_task(probe: FakeProbe, log: str, end: str, vmid: str = "", start: int = 1795430000) -> None:
+    upid = f"UPID:pve8:00000001:00000007:{start:08X}:vzdump:{vmid}:root@pam:"
+    probe.texts[agent.TASK_INDEX] = f"{upid} {start + 100:08X} {end}\n"
+    probe.texts[f"{agent.TASK_INDEX}.1"] = ""
+    probe.texts[f"/var/log/pve/tasks/{upid.split(':')[4][-1]}/{upid}"] = log
+
+
+def backups_of(probe: FakeProbe) -> dict[int, dict[str, Any]]:
+    probe.meta["errors"] = {"/var/log/vzdump": ["missing", "not there"]}
+    probe.answers.setdefault("find", "")
+    return {guest["vmid"]: guest for guest in agent.collect_backups(probe, {})["guests"]}
+
+
+def test_the_mark_of_a_line_of_vzdump_is_its_first_word() -> None:
+    probe = FakeProbe("pve8-mirror")
+    log = (
+        "INFO: starting new backup job: vzdump 100 --storage nas --notes-template '{{guestname}} ERROR: x'\n"
+        "INFO: Starting Backup of VM 100 (qemu)\nERROR: Backup of VM 100 failed - hook: INFO: not ready\n"
+        "INFO: Starting Backup of VM 101 (qemu)\nINFO: Finished Backup of VM 101 (00:01:00)\n"
+        "ERROR: Backup of VM 999 failed - unable to find configuration file for VM 999\n"
+    )
+    vzdump_task(probe, log, "job errors")
+    storage, runs = agent.parse_vzdump_log(log)
+    assert storage == "nas" and [run["vmid"] for run in runs] == [100, 101, 999]
+    guests = backups_of(probe)
+    assert guests[100]["newest_failed"]["error"] == "hook: INFO: not ready"
+    assert guests[101]["newest_ok"]["storage"] == "nas"
+    dated = "2026-11-23 02:00:01 INFO: Starting Backup of VM 100 (qemu)\n2026-11-23 02:00:02 ERROR: Backup of VM 100 failed - x\n"
+    assert agent.parse_vzdump_log(dated)[1] == [{"vmid": 100, "ok": False, "error": "x"}]
+
+
+def test_a_job_that_dies_before_its_first_guest_is_told_with_its_reason() -> None:
+    # pve-manager PVE/VZDump.pm `could not activate storage …`; the same elsewhere: https://github.com/NAUbackup/VmBackup/issues/30
+    probe = FakeProbe("pve8-mirror")
+    words = "could not activate storage 'nas': storage 'nas' is not online"
+    upid = "UPID:pve8:00000002:0000000E:6B024CA0:vzdump::root@pam:"
+    state = {"state": "stopped", "msg": words, "upid": upid}
+    probe.texts["/var/lib/pve-manager/jobs/vzdump-backup-7c1f1d2e-3b55.json"] = json.dumps(state)
+    job = agent.collect_backups(probe, {})["jobs"][0]
+    assert (job["last_state"], job["last_run_at"]) == (words, 0x6B024CA0)
+
+
+def test_a_copied_archive_is_as_old_as_its_name_says() -> None:
+    probe = FakeProbe("pve8-mirror")
+    vzdump_task(probe, "", "OK", "103")
+    now = 1795430400
+    listing = [
+        (now - 10, "vzdump-qemu-100-2026_01_10-02_00_00.vma.zst"),  # `cp` of an old folder
+        (now - 3600, "vzdump-qemu-101-2026_11_23-09_00_00.vma.zst"),
+    ]
+    probe.answers["find"] = "".join(f"7\t{at}.5\t{name}\0" for at, name in listing)
+    guests = backups_of(probe)
+    assert guests[100]["newest_ok"] == {
+        "started_at": 1768010400, "ended_at": 1768010400, "size_bytes": 7, "storage": "local"}  # fmt: skip
+    assert (guests[101]["newest_ok"]["ended_at"], guests[101]["newest_ok"]["started_at"]) == (now - 3600, now - 6000)
+
+
+def test_dump_folders_lie_where_the_storage_says() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.texts["/etc/pve/storage.cfg"] = (
+        "dir: one\n\tpath /srv/one\n\tcontent-dirs backup=old/dump,iso=isos\n\tcontent backup\n\n"
+        "btrfs: two\n\tpath /srv/two\n\tcontent backup,images\n\ndir: off\n\tpath /srv/off\n\tcontent backup\n\tdisable\n\n"
+        "dir: elsewhere\n\tpath /srv/x\n\tcontent backup\n\tnodes other\n"
+    )
+    backups_of(probe)
+    listed = [words.split()[1] for kind, words in probe.calls if kind == "run" and words.startswith("find")]
+    assert listed == ["/srv/one/old/dump", "/srv/two/dump"]
+
+
+def test_a_job_by_pool_whose_members_cannot_be_read_selects_nobody_knows_whom() -> None:
+    # https://github.com/adminsyspro/proxcenter-ui/issues/746, https://github.com/rcourtman/Pulse/issues/762
+    probe = FakeProbe("pve8-mirror")
+    probe.meta["errors"] = {"/etc/pve/user.cfg": ["denied", "no"]}
+    job = by(agent.collect_backups(probe, {})["jobs"], "id", "vzdump.cron:1:/etc/pve")
+    assert job["pool"] == "production" and "guests" not in job
+    probe.meta["errors"] = {}
+    probe.texts["/etc/pve/jobs.cfg"] = "vzdump: j\n\tpool nobody\n\tvmid 100\n\texclude 5\n\nvzdump: k\n\tall\n\texclude 5 6\n"
+    jobs = agent.collect_backups(probe, {})["jobs"]
+    assert [(job["guests"], job["exclude"], job["enabled"]) for job in jobs[:2]] == [([], [], True), ("all", [5, 6], True)]
+
+
+def test_a_replication_job_that_is_being_removed_is_none_to_watch() -> None:
+    probe = FakeProbe("cluster-ha")
+    text = probe.read("/etc/pve/replication.cfg").replace("\trate 20\n", "\tremove_job full\n")
+    probe.texts["/etc/pve/replication.cfg"] = text.replace("local: 104-0", "local: 0104-00")
+    assert [job["id"] for job in agent.collect_replication(probe, {})] == ["104-0", "105-0"]
+
+
+def test_tasks_are_told_again_after_a_clock_that_was_ahead() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.texts[agent.TASK_INDEX] = ""
+    now = probe.now()
+    memory: dict[str, Any] = {}
+    probe.meta["now"] = now + 10 * 365 * 86400
+    agent.collect_tasks(probe, memory)
+    probe.meta["now"] = now
+    agent.collect_tasks(probe, memory)
+    line = f"UPID:pve8:00000001:00000007:{int(now):08X}:qmstart:100:root@pam: {int(now) + 5:08X} OK\n"
+    probe.texts[agent.TASK_INDEX] = line
+    assert len(agent.collect_tasks(probe, memory) or []) == 1
+
+
+# upkeep
+
+
+def test_ha_that_was_disarmed_and_nodes_that_are_fenced_are_told() -> None:
+    probe = FakeProbe("cluster-ha")
+    status = json.loads(probe.read("/etc/pve/ha/manager_status"))
+    status["disarm"] = {"mode": "ignore", "state": "disarmed"}
+    status["node_status"]["gamma"] = "fence"
+    status["service_status"]["vm:101"]["state"] = "recovery"
+    probe.texts["/etc/pve/ha/manager_status"] = json.dumps(status)
+    ha = agent.collect_ha(probe, {})
+    assert ha["disarm"] == {"mode": "ignore", "state": "disarmed"}
+    assert by(ha["nodes"], "name", "gamma")["state"] == "fence" and by(ha["services"], "id", "vm:101")["state"] == "recovery"
+    assert "disarm" not in section("cluster-ha", "ha")
+
+
+def section(host: str, name: str) -> Any:
+    return agent.COLLECTORS[name].function(FakeProbe(host), {})
+
+
+def test_mail_that_waits_is_as_old_as_its_arrival_not_as_its_next_try() -> None:
+    assert section("pve8-mirror", "mail_queue") == {
+        "active": 1, "deferred": 2, "hold": 0, "incoming": 0, "oldest_at": 1795398000}  # fmt: skip
+    probe = FakeProbe("pve8-mirror")
+    probe.answers["find"] = ""
+    assert agent.collect_mail_queue(probe, {}) == {"active": 0, "deferred": 0, "hold": 0, "incoming": 0}
+    probe.answers["find"] = "".join(f"{at}.0\t{agent.POSTFIX}/deferred/A/{at}\n" for at in range(1000, 1400))
+    probe.answers["head"] = ""
+    agent.collect_mail_queue(probe, {})
+    (looked,) = [words for kind, words in probe.calls if words.startswith("head")]
+    assert len(looked.split()) == 4 + agent.QUEUE_LOOKS and looked.endswith("/1199")  # the oldest ones, and no more
+    probe.answers["find"] = agent.SourceError("denied", "no")
+    with pytest.raises(agent.SourceError):  # unknown is not "no mail"
+        agent.collect_mail_queue(probe, {})
+
+
+def test_snapshots_are_known_by_when_they_came() -> None:
+    # https://github.com/jimsalterjrs/sanoid/issues/432: hourly ones that come once a day
+    probe = FakeProbe("debian-zfs")
+    memory: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    names = [f"autosnap_2026-11-{day:02}_0{hour}:00:01_hourly" for day in range(1, 8) for hour in range(4)]
+    for hour in range(0, 96):
+        present = names[: 4 * (1 + hour // 24)]
+        probe.meta["now"] = 1795430400 + hour * 3600
+        listing = "".join(f"tank/a@{name}\t{number + 1}\t{number}\n" for number, name in enumerate(present))
+        probe.answers = {"zfs list -Hp -r -t snapshot": listing, "zfs get": ""}
+        rows = agent.collect_snapshots(probe, memory)
+        memory = json.loads(json.dumps(memory))
+        if hour < 24:
+            assert "newest_seen_at" not in rows[0]  # it may have been here for long
+    assert rows[0]["newest_seen_at"] == 1795430400 + 72 * 3600
+    assert rows[0]["arrival_interval_seconds"] == 86400
+
+
+def test_what_closes_holes_is_asked_of_apt_only_when_a_list_has_changed() -> None:
+    probe = FakeProbe("pve8-mirror")
+    memory: dict[str, Any] = {}
+    for _ in range(2):
+        assert agent.collect_updates(probe, memory)["security"] == 2
+        memory = json.loads(json.dumps(memory))
+    assert len([words for kind, words in probe.calls if words.startswith("apt-get -s")]) == 1
+    probe.meta.setdefault("stat", {})["/var/lib/dpkg/status"] = {"mtime": probe.now()}
+    probe.answers["apt-get"] = agent.SourceError("failed", "E: broken")
+    probe.answers["dpkg-query"] = ""
+    assert "security" not in agent.collect_updates(probe, memory)  # unknown is not none
+
+
+def test_a_certificate_that_cannot_be_read_leaves_the_others_told() -> None:
+    probe = FakeProbe("pve9-raidz2-draid")
+    path = "openssl x509 -in /etc/pve/nodes/pve9/pve-ssl.pem"
+    probe.answers[path] = agent.SourceError("failed", "unable to load certificate")
+    told = agent.collect_certificates(probe, {})
+    assert "unable to load" in by(told, "file", "pve-ssl.pem")["unknown_reason"] and probe.problems == {}
+    acme = by(told, "file", "pveproxy-ssl.pem")
+    assert acme["expires_at"] - acme["starts_at"] == 90 * 86400
