@@ -254,7 +254,7 @@ class Play:
         server.write_alert(self.db, owner, old, new, self.now)
         if new.state == "firing":
             owner.alerts[identity[1:]] = new
-        self.fleet.shared.scratch = {"views": {}, "silent": {}, "concerns": {"sites/par": self.concerns}}
+        self.fleet.shared.concerns = {"sites/par": set(self.concerns)}
         self.fleet.concerned = server.concerned_hosts(self.fleet.shared)
 
     def fire(self, identity):
@@ -417,7 +417,7 @@ def play(db, seed):
                 sequence.fleet.silences = silences
                 for state in sequence.fleet.hosts.values():
                     state.sections, state.maintenance_until = sections[state.name], until[state.name]
-                sequence.fleet.shared.scratch["concerns"] = {"sites/par": sequence.concerns}
+                sequence.fleet.shared.concerns = {"sites/par": set(sequence.concerns)}
                 sequence.fleet.concerned = server.concerned_hosts(sequence.fleet.shared)
         sequence.finish()
         return sequence.counts
