@@ -194,6 +194,10 @@ def heal_services(sections: dict[str, Any]) -> None:
         sections["failed_units"] = []
     if sections.get("time_sync"):
         sections["time_sync"]["synchronised"] = True
+    if "safeguards" in sections:
+        told = sections["safeguards"]
+        told.update({key: True for key in ("zed_mail", "root_mail", "scrub_scheduled", "security_source") if key in told},
+                    matchers_without_target=[], enterprise_source=False)
     for service in (sections.get("ha") or {}).get("services") or ():
         service["state"] = "started"
     if (sections.get("updates") or {}).get("security"):
