@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
-    constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> ingest -> answers -> rules
+    constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> answers -> ingest -> rules
         -> notifications -> columns -> history -> remote -> jobs -> resources -> api -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
@@ -89,6 +89,7 @@ FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Sto
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 KEEP_EVENTS = 90 * DAY
+KEEP_TASKS = 14 * DAY  # of these a busy host has a hundred a day
 KEEP_RESOLVED = 90 * DAY
 SESSION_SECONDS, SESSION_MOST = 7 * DAY, 30 * DAY  # without use, and from the log-in on
 LIST_LIMIT, LIST_MOST = 200, 10_000
@@ -812,13 +813,14 @@ def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, 
 AUDIT = "audit"  # in the place of a kind: all that somebody did or was refused
 
 
-def each_event(db: sqlite3.Connection, *, since: float, kind: str | None = None) -> Iterator[dict[str, Any]]:
+def each_event(db: sqlite3.Connection, *, since: float, until: float | None = None,
+               kind: str | None = None) -> Iterator[dict[str, Any]]:
     """What changed since then, newest first; of one kind, or of all that people, tokens and commands did."""
     for row in db.execute("""
             SELECT id, at, kind, host, object, message, "by", address FROM event
-            WHERE at >= :since AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR
-                  address IS NOT NULL))
-            ORDER BY id DESC""", {"since": since, "kind": kind}):
+            WHERE at >= :since AND (:until IS NULL OR at <= :until)
+              AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR address IS NOT NULL))
+            ORDER BY at DESC, id DESC""", {"since": since, "until": until, "kind": kind}):
         yield dict(row)
 
 
@@ -1696,6 +1698,7 @@ class HostState(AlertOwner):
         self.id = record["id"]
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
+        self.guest_words: dict[int, str | None] = {}  # status by vmid: what the next report is held against
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
         self.last_seen_at: float | None = record["last_seen_at"]
@@ -1743,6 +1746,7 @@ class HostState(AlertOwner):
         self.sections = sections
         if "guests" in changed:
             self.guest_counts = count_guests(self.body("guests"))
+            self.guest_words = {guest["vmid"]: text(guest, "status") for guest in self.items("guests")}
         if stamp.newer_than(self.stamp):
             self.stamp, self.agent = stamp, report.get("agent") or {}
             ahead = report["time"] - stamp.received_at
@@ -1831,6 +1835,7 @@ class Fleet:
         self.freed: dict[int, float] = {}  # alerts whose cause has just ended, and when: they may be about to end too
         self.public_url = ""
         self.certificate_ends_at: float | None = None  # of this server itself
+        self.copies: SnapshotIndex | None = None  # whose snapshots lie where; see index_copies()
 
     def load(self, db: sqlite3.Connection) -> None:
         """Build everything anew."""
@@ -2062,218 +2067,6 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
-
-
-# --- ingest: a report counts whole or not at all, and once ---
-
-
-class Monitor:
-    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
-
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
-        self.config, self.clock = config, clock
-        self.secret = config.secret()
-        self.fleet = Fleet()
-        self.fleet.serving_since = clock()
-        self.fleet.public_url = config.public_url
-        self.judged_at: float | None = None  # monotonic: the rules' last round
-        self.looked_at = clock()
-        self.use_settings(load_settings(config))
-        self.runs: dict[tuple[int, str], Run] = {}
-        self.history = History()
-        self.logins = LoginLimiter()
-        self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
-        self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
-        self.reports_accepted = self.reports_duplicate = 0
-        self.store = Store(config.database_path, self.reload)
-        self.store.write(self._start)
-        self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
-        self.keeper = open_keeper(config, self.store, self.history, self.fleet, self.stop)
-        self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
-        self.replaying = threading.Lock()
-
-    def _start(self, db: sqlite3.Connection) -> None:
-        check_secret(db, self.secret)
-        end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
-        set_meta(db, "serving_since", self.fleet.serving_since)
-        self.fleet.load(db)
-        drop_orphans(db, self.fleet, self.clock())
-
-    def use_settings(self, settings: Settings) -> None:
-        """Take over what server.toml says."""
-        self.settings = settings
-        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
-
-    def reload_settings(self) -> bool:
-        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
-        try:
-            self.use_settings(load_settings(self.config))
-        except Failure as failure:
-            log(f"server: {failure}; the old rules stay")
-            told = f"{failure}; the old rules stay"
-            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
-            return False
-        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
-        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
-        self.notifier.start()
-        return True
-
-    def reload(self) -> None:
-        """After a failed commit memory is ahead of the disk: take the disk's word."""
-        self.runs.clear()
-        self.history.clear()
-        try:
-            self.fleet.load(self.store.db)
-        except Exception as error:  # the server lives on, and the next failure tries again
-            log(f"database: the state could not be read again: {error}")
-
-    def close(self) -> None:
-        self.stop.set()
-        self.store.close()
-
-
-class Run(NamedTuple):
-    """A run of an agent as the database has it: row id and the sequence numbers that have come."""
-
-    id: int
-    ranges: list[list[int]]
-
-
-def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
-    """Remember which secret the tokens were made with; say so in the log if it is another now. What is kept for that
-    is slow to try guesses on, for whoever has the database."""
-    known = get_meta(db, "secret_check")
-    if known is None or hmac.compare_digest(known, hmac.digest(secret, b"proxmon secret check", "sha256").hex()):
-        set_meta(db, "secret_check", PASSWORDS.hash(secret))
-    elif not verify_password(known, secret):
-        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
-            "restore it, or rotate the token of every host")
-
-
-class Answer(Exception):
-    """A finished answer; raised or returned."""
-
-    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
-                 stream: Iterator[bytes] | None = None):
-        super().__init__(status)
-        self.status, self.body, self.headers = status, body, headers or {}
-        self.stream = stream  # instead of a body, when it would be too long to hold
-
-
-def error_answer(error: Exception) -> Answer:
-    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
-    if isinstance(error, Problem):
-        return problem_answer(error)
-    log("".join(traceback.format_exception(error)).replace("\n", " | "))
-    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
-                  {"Content-Type": "application/problem+json"})
-
-
-def problem_answer(problem: Problem) -> Answer:
-    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
-    return Answer(problem.status, problem.body(), headers)
-
-
-def media_type(text: str) -> str:
-    return text.partition(";")[0].strip().lower()
-
-
-def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
-    """Take the reports of one request: media type, signature, shape and rate are looked at by the thread that has the
-    request; it returns when what is new is on the disk. `Problem` for everything else."""
-    now = monitor.clock()
-    encoding = header("content-encoding").lower()
-    if media_type(header("content-type")) != "application/json":
-        raise Problem("unsupported_media_type", "send application/json")
-    if encoding not in ("", "identity", "gzip"):
-        raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
-    host = monitor.fleet.names.get(host_name.lower())
-    if host is None:
-        raise Problem("unknown_host", "no host of this name is registered")
-    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
-    text = unpack(body, encoding)
-    parsed = parse_json(text)
-    reports = check_reports(parsed, host.name)
-    wait = monitor.ingest_rate.take(host.id, len(reports), now)
-    if wait:
-        raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
-    as_it_came = body if encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(text) else None
-    accepted = monitor.store.write(partial(insert_reports, monitor, host.id, reports, as_it_came, now), urgent=False)
-    return Answer(200, json.dumps({"status": "ok", "accepted": accepted, "duplicates": len(reports) - accepted,
-                                   "server_time": now}).encode())
-
-
-def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
-                   db: sqlite3.Connection) -> int:
-    """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write."""
-    monitor.fleet.refresh(db)
-    state = monitor.fleet.hosts.get(host_id)
-    if state is None:
-        raise Problem("unknown_host", "the host has just been removed")
-    accepted, bodies = 0, {}
-    changed: set[str] = set()
-    runs: dict[int, Run] = {}
-    for report in reports:
-        run = find_run(monitor, db, state, report["run_id"], now)
-        if not add_to_ranges(run.ranges, report["seq"]):
-            continue
-        at = min(report["time"], now)
-        packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
-        report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
-        stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
-        changed |= take_report(db, monitor.fleet, state, report, stamp)
-        monitor.history.remember(host_id, report_id, report, now)
-        runs[run.id] = run
-        accepted += 1
-    if accepted:
-        write_state(db, state, runs.values())
-        judge_host(db, monitor.fleet, state, now, changed)
-        dispatch(db, monitor.fleet, [state], now)
-        state.let_go(bodies)
-        monitor.fleet.generation += 1
-    monitor.reports_accepted += accepted
-    monitor.reports_duplicate += len(reports) - accepted
-    return accepted
-
-
-def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
-                stamp: Stamp) -> set[str]:
-    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
-    newest = stamp.newer_than(state.stamp)
-    watch_agent(state, report, stamp)
-    changed = state.apply(report, stamp)
-    absorb_tasks(state, report.get("tasks"), stamp.time)
-    if newest:
-        state.heard += 1
-    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
-        judge_backlog(db, fleet, state, report, stamp)
-    return set(changed)
-
-
-def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
-    """The run a report belongs to, made with its first report."""
-    run = monitor.runs.get((state.id, run_id))
-    if run is None:
-        row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
-                         {"host": state.id, "run": run_id}).fetchone()
-        if row is None:
-            new_id = db.execute("""
-                INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
-                VALUES (:host, :run, '', :now, :now)""", {"host": state.id, "run": run_id, "now": now}).lastrowid
-            run = Run(new_id or 0, [])
-        else:
-            run = Run(row["id"], parse_ranges(row["ranges"]))
-        monitor.runs[state.id, run_id] = run
-    return run
-
-
-def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
-    """Write which sequence numbers have come, and which reports hold the latest state."""
-    for run in runs:
-        db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
-                   {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
-    db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
-               {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
 
 
 # --- answers: what an operator would otherwise work out by hand, pure functions over the latest states ---
@@ -2840,18 +2633,28 @@ def volumes_without_guest(host: HostState) -> Iterator[dict[str, Any]]:
 # What changed: facts of a report that belong on the time line.
 
 
-def chronicle(host: HostState, report: dict[str, Any], now: float) -> Iterator[tuple[float, str, str, str]]:
-    """(at, kind, object, message) for what a report tells beyond the one before it; called before it is applied."""
+Change = tuple[float, str, str, str]  # at, kind, object, message
+
+
+def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bool = True) -> Iterator[Change]:
+    """What a report tells beyond the one before it; called before it is applied."""
     at = min(number(report, "time") or now, now)
-    for task in dicts(report.get("tasks")):
-        ended = number(task, "ended_at")
-        if ended is not None:
-            yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
+    yield from ended_tasks(report.get("tasks"), now)
+    if not newest:
+        return  # it is held against a state that is newer
     yield from node_changes(host.body("node"), report.get("node"), at)
     yield from version_changes(host.body("versions"), report.get("versions"), at)
     yield from scrub_ends(host.body("pools"), report.get("pools"), now)
-    yield from guest_changes(host.body("guests"), report.get("guests"), at)
+    if host.has("guests"):
+        yield from guest_changes(host.guest_words, report.get("guests"), at)
     yield from config_changes(host.body("versions"), report.get("versions"), at)
+
+
+def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
+    for task in dicts(tasks):
+        ended = number(task, "ended_at")
+        if ended is not None:
+            yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
 
 
 def describe_task(task: dict[str, Any]) -> str:
@@ -2860,21 +2663,21 @@ def describe_task(task: dict[str, Any]) -> str:
     return f"Task {text(task, 'type') or '?'}{of} by {text(task, 'user') or '?'}: {result}"[:500]
 
 
-def node_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+def node_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
     before, after = text(old, "boot_id"), text(new, "boot_id")
     if before and after and before != after:
         uptime = number(new, "uptime_seconds")
         yield at - (uptime or 0), "reboot", "", f"Host started, kernel {text(new, 'kernel') or '?'}"
 
 
-def version_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+def version_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
     for name in ("pve", "zfs_module", "zfs_userland", "qemu"):
         before, after = text(old, name), text(new, name)
         if before and after and before != after:
             yield at, "update", "", f"{name.replace('_', ' ')} {before} → {after}"
 
 
-def scrub_ends(old: Any, new: Any, now: float) -> Iterator[tuple[float, str, str, str]]:
+def scrub_ends(old: Any, new: Any, now: float) -> Iterator[Change]:
     known = {pool.get("guid"): pool for pool in dicts(old)}
     for pool in dicts(new):
         scrub = pool.get("last_scrub")
@@ -2887,21 +2690,21 @@ def scrub_ends(old: Any, new: Any, now: float) -> Iterator[tuple[float, str, str
                 + (f", {int(repaired)} bytes repaired" if repaired else "")
 
 
-def guest_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
-    if not isinstance(old, list) or not isinstance(new, list):
+def guest_changes(before: dict[int, str | None], guests: Any, at: float) -> Iterator[Change]:
+    if not isinstance(guests, list):
         return
-    before = {guest.get("vmid"): guest for guest in dicts(old)}
-    after = {guest.get("vmid"): guest for guest in dicts(new)}
-    for vmid in after.keys() | before.keys():
-        was, now_is = before.get(vmid), after.get(vmid)
-        name = text(now_is or was, "name") or ""
-        if was is None or now_is is None:
-            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} {'appeared' if was is None else 'is gone'}"
-        elif text(was, "status") and text(now_is, "status") and was["status"] != now_is["status"]:
-            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was['status']} → {now_is['status']}"
+    after = {guest["vmid"]: guest for guest in dicts(guests)}
+    for vmid, guest in after.items():
+        was, word, name = before.get(vmid), text(guest, "status"), text(guest, "name") or ""
+        if vmid not in before:
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} appeared"
+        elif was and word and was != word and "unknown" not in (was, word):
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was} → {word}"
+    for vmid in before.keys() - after.keys():
+        yield at, "guest", f"guests/{vmid}", f"Guest {vmid} is gone from this host"
 
 
-def config_changes(old: Any, new: Any, at: float) -> Iterator[tuple[float, str, str, str]]:
+def config_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
     before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
     if before and after and before != after:
         yield at, "config", "", "storage.cfg changed"
@@ -3025,6 +2828,220 @@ def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, flo
         if parent in own:
             own[parent] -= bytes
     return {name: (bytes, number(datasets[name], "used_by_snapshots_bytes")) for name, bytes in own.items()}
+
+
+# --- ingest: a report counts whole or not at all, and once ---
+
+
+class Monitor:
+    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock = config, clock
+        self.secret = config.secret()
+        self.fleet = Fleet()
+        self.fleet.serving_since = clock()
+        self.fleet.public_url = config.public_url
+        self.judged_at: float | None = None  # monotonic: the rules' last round
+        self.looked_at = clock()
+        self.use_settings(load_settings(config))
+        self.runs: dict[tuple[int, str], Run] = {}
+        self.history = History()
+        self.logins = LoginLimiter()
+        self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
+        self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
+        self.reports_accepted = self.reports_duplicate = 0
+        self.store = Store(config.database_path, self.reload)
+        self.store.write(self._start)
+        self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
+        self.keeper = open_keeper(config, self.store, self.history, self.fleet, self.stop)
+        self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
+        self.replaying = threading.Lock()
+
+    def _start(self, db: sqlite3.Connection) -> None:
+        check_secret(db, self.secret)
+        end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
+        set_meta(db, "serving_since", self.fleet.serving_since)
+        self.fleet.load(db)
+        drop_orphans(db, self.fleet, self.clock())
+
+    def use_settings(self, settings: Settings) -> None:
+        """Take over what server.toml says."""
+        self.settings = settings
+        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
+
+    def reload_settings(self) -> bool:
+        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
+        try:
+            self.use_settings(load_settings(self.config))
+        except Failure as failure:
+            log(f"server: {failure}; the old rules stay")
+            told = f"{failure}; the old rules stay"
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
+            return False
+        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
+        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
+        self.notifier.start()
+        return True
+
+    def reload(self) -> None:
+        """After a failed commit memory is ahead of the disk: take the disk's word."""
+        self.runs.clear()
+        self.history.clear()
+        try:
+            self.fleet.load(self.store.db)
+        except Exception as error:  # the server lives on, and the next failure tries again
+            log(f"database: the state could not be read again: {error}")
+
+    def close(self) -> None:
+        self.stop.set()
+        self.store.close()
+
+
+class Run(NamedTuple):
+    """A run of an agent as the database has it: row id and the sequence numbers that have come."""
+
+    id: int
+    ranges: list[list[int]]
+
+
+def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
+    """Remember which secret the tokens were made with; say so in the log if it is another now. What is kept for that
+    is slow to try guesses on, for whoever has the database."""
+    known = get_meta(db, "secret_check")
+    if known is None or hmac.compare_digest(known, hmac.digest(secret, b"proxmon secret check", "sha256").hex()):
+        set_meta(db, "secret_check", PASSWORDS.hash(secret))
+    elif not verify_password(known, secret):
+        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
+            "restore it, or rotate the token of every host")
+
+
+class Answer(Exception):
+    """A finished answer; raised or returned."""
+
+    def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
+                 stream: Iterator[bytes] | None = None):
+        super().__init__(status)
+        self.status, self.body, self.headers = status, body, headers or {}
+        self.stream = stream  # instead of a body, when it would be too long to hold
+
+
+def error_answer(error: Exception) -> Answer:
+    """What the asker is told of an error. A fault of ours: a sender keeps its report, the log has the reason."""
+    if isinstance(error, Problem):
+        return problem_answer(error)
+    log("".join(traceback.format_exception(error)).replace("\n", " | "))
+    return Answer(500, b'{"status":500,"title":"Internal error","detail":"see the log","code":"internal"}',
+                  {"Content-Type": "application/problem+json"})
+
+
+def problem_answer(problem: Problem) -> Answer:
+    headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **problem.headers}
+    return Answer(problem.status, problem.body(), headers)
+
+
+def media_type(text: str) -> str:
+    return text.partition(";")[0].strip().lower()
+
+
+def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
+    """Take the reports of one request: media type, signature, shape and rate are looked at by the thread that has the
+    request; it returns when what is new is on the disk. `Problem` for everything else."""
+    now = monitor.clock()
+    encoding = header("content-encoding").lower()
+    if media_type(header("content-type")) != "application/json":
+        raise Problem("unsupported_media_type", "send application/json")
+    if encoding not in ("", "identity", "gzip"):
+        raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
+    host = monitor.fleet.names.get(host_name.lower())
+    if host is None:
+        raise Problem("unknown_host", "no host of this name is registered")
+    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
+    text = unpack(body, encoding)
+    parsed = parse_json(text)
+    reports = check_reports(parsed, host.name)
+    wait = monitor.ingest_rate.take(host.id, len(reports), now)
+    if wait:
+        raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
+    as_it_came = body if encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(text) else None
+    accepted = monitor.store.write(partial(insert_reports, monitor, host.id, reports, as_it_came, now), urgent=False)
+    return Answer(200, json.dumps({"status": "ok", "accepted": accepted, "duplicates": len(reports) - accepted,
+                                   "server_time": now}).encode())
+
+
+def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
+                   db: sqlite3.Connection) -> int:
+    """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write."""
+    monitor.fleet.refresh(db)
+    state = monitor.fleet.hosts.get(host_id)
+    if state is None:
+        raise Problem("unknown_host", "the host has just been removed")
+    accepted, bodies = 0, {}
+    changed: set[str] = set()
+    runs: dict[int, Run] = {}
+    for report in reports:
+        run = find_run(monitor, db, state, report["run_id"], now)
+        if not add_to_ranges(run.ranges, report["seq"]):
+            continue
+        at = min(report["time"], now)
+        packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
+        report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
+        stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
+        changed |= take_report(db, monitor.fleet, state, report, stamp)
+        monitor.history.remember(host_id, report_id, report, now)
+        runs[run.id] = run
+        accepted += 1
+    if accepted:
+        write_state(db, state, runs.values())
+        judge_host(db, monitor.fleet, state, now, changed)
+        dispatch(db, monitor.fleet, [state], now)
+        state.let_go(bodies)
+        monitor.fleet.generation += 1
+    monitor.reports_accepted += accepted
+    monitor.reports_duplicate += len(reports) - accepted
+    return accepted
+
+
+def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
+                stamp: Stamp) -> set[str]:
+    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
+    newest = stamp.newer_than(state.stamp)
+    watch_agent(state, report, stamp)
+    for at, kind, object, message in chronicle(state, report, stamp.received_at, newest=newest):
+        insert_event(db, at, kind, message, host=state.name, object=object or None)
+    changed = state.apply(report, stamp)
+    absorb_tasks(state, report.get("tasks"), stamp.time)
+    if newest:
+        state.heard += 1
+    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
+        judge_backlog(db, fleet, state, report, stamp)
+    return set(changed)
+
+
+def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
+    """The run a report belongs to, made with its first report."""
+    run = monitor.runs.get((state.id, run_id))
+    if run is None:
+        row = db.execute("SELECT id, ranges FROM run WHERE host_id = :host AND run_id = :run",
+                         {"host": state.id, "run": run_id}).fetchone()
+        if row is None:
+            new_id = db.execute("""
+                INSERT INTO run (host_id, run_id, ranges, first_at, last_seen_at)
+                VALUES (:host, :run, '', :now, :now)""", {"host": state.id, "run": run_id, "now": now}).lastrowid
+            run = Run(new_id or 0, [])
+        else:
+            run = Run(row["id"], parse_ranges(row["ranges"]))
+        monitor.runs[state.id, run_id] = run
+    return run
+
+
+def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
+    """Write which sequence numbers have come, and which reports hold the latest state."""
+    for run in runs:
+        db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
+                   {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
+    db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
+               {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
 
 
 # --- rules: what is wrong, from when on, and until when ---
@@ -4435,6 +4452,58 @@ def backup_missing(backups: dict[str, Any], host: HostState, fleet: Fleet, now: 
     shown = ", ".join(f"{guest.vmid} ({guest.name})" for guest in bare[:10])
     more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
     return warning(f"{len(bare)} guest(s) are in no backup job: {shown}{more}.", len(bare))
+
+
+# Answers that are a danger: see the section answers
+
+
+@rule("copy-missing", on="backups", warn=None, hold=HOUR, always=True,
+      reads="backups.guests.newest_ok guests.volumes guests.created_at storages.type storages.shared storages.server "
+            "snapshots.newest_guid snapshots.newest_at replication.last_sync_at",
+      why="If this host burned now, these guests would be lost with their backups.",
+      todo="Back them up to a storage of another machine (PBS, NFS, CIFS), replicate them, or tag them no-backup.")
+def copy_missing(backups: dict[str, Any], host: HostState, fleet: Fleet, now: float) -> Found:
+    """Guests that are backed up, but only onto their own host. The backup rules tell who is late or in no job."""
+    if fleet.copies is None:
+        return UNKNOWN
+    in_time = {guest.vmid for guest in coverage(host, fleet, now) if guest.newest_ok_at is not None}
+    muted = {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
+    bare = [row for row in copy_rows(host, fleet.copies, now) if row["verdict"] == "warning"
+            and str(row["vmid"]) in in_time - muted and "only copy" in row["reason"]]
+    if not bare:
+        return None
+    shown = ", ".join(f"{row['vmid']} ({row['name']})" for row in bare[:10])
+    more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
+    return warning(f"{len(bare)} guest{'' if len(bare) == 1 else 's'} would be lost with this host, backups included: "
+                   f"{shown}{more}.", len(bare))
+
+
+@rule("suspects-hold-pool", each="pools", on="disks pools", always=True, data_risk=True,
+      reads="pools.vdevs disks.passed disks.critical_warning disks.pending_sectors disks.wear_ratio",
+      why="If the disks that are suspect fail, the pool is lost.",
+      todo="Replace the suspect disk before anything else; until then no scrub, and check the backups.")
+def suspects_hold_pool(pool: dict[str, Any], host: HostState) -> Found:
+    """A vdev that would not outlive the failure of the members that SMART or their errors make suspect."""
+    worst = min(pool_margins(host, pool), key=lambda vdev: vdev.with_suspects, default=None)
+    if worst is None or worst.with_suspects >= 0 or worst.margin < 0:
+        return None
+    named = ", ".join(f"{leaf.get('disk') or leaf.get('name')} ({why[0]})" for leaf, _, why in worst.suspects[:3])
+    return critical(f"{worst.vdev} of {worst.pool} hangs on suspect disks: {named}; {may_fail(worst.margin)}.",
+                    worst.with_suspects)
+
+
+@rule("blind-spot", on="safeguards", always=True, hold=HOUR,
+      reads="safeguards.zed_mail safeguards.root_mail safeguards.scrub_scheduled safeguards.matchers_without_target "
+            "safeguards.security_source safeguards.enterprise_source services.active subscription.status",
+      why="When something fails here, nobody hears of it.",
+      todo="The list of blind spots names what to do for each.")
+def blind_spot(safeguards: dict[str, Any], host: HostState) -> Found:
+    """What would stay silent on this host, in one line; a danger by itself where ZFS or the cluster counts on it."""
+    found = list(silent_failures(host))
+    if not found:
+        return None
+    grave = any(what in ("zed", "fencing", "security-source") for what, _, _ in found)
+    return (warning if grave else info)("Blind spots: " + "; ".join(why for _, why, _ in found) + ".", len(found))
 
 
 # Upkeep
@@ -8213,7 +8282,8 @@ def vacuum(db: sqlite3.Connection) -> None:
 
 def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """Drop what is older than it is kept, of what is not history."""
-    db.execute("DELETE FROM event WHERE at < :before", {"before": now - KEEP_EVENTS})
+    db.execute("""DELETE FROM event WHERE at < :before OR (at < :seldom AND kind IN ('task', 'guest'))""",
+               {"before": now - KEEP_EVENTS, "seldom": now - KEEP_TASKS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
     db.execute(f"DELETE FROM session WHERE NOT ({LIVING_SESSION})", {"now": now})
     db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
@@ -8223,6 +8293,11 @@ def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
                {"before": now - KEEP_RESOLVED})
 
 
+def index_copies(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+    """Look over all hosts' snapshots beside the writes: a thousand hosts take most of a second."""
+    monitor.fleet.copies = SnapshotIndex(list(monitor.fleet.hosts.values()))
+
+
 JOBS = (
     Job("judge", 5, judge_fleet),
     Job("alive", 30, sign_of_life, first_after=0),
@@ -8230,6 +8305,7 @@ JOBS = (
     Job("digest", 5 * MINUTE, run_digest, first_after=5 * MINUTE),
     Job("prune", HOUR, prune, first_after=HOUR),
     Job("history", 5, keep_history, beside=True),
+    Job("copies", 10 * MINUTE, index_copies, beside=True, first_after=MINUTE),
     Job("expire", 10 * MINUTE, expire_history, beside=True, first_after=10 * MINUTE),
 )
 
@@ -8639,7 +8715,8 @@ def asked_events(call: Call) -> Iterator[Row]:
     """What changed since then, newest first, of the hosts asked for."""
     everything = not call.query.keys() & {"host", "site", "tag"}
     hosts = {state.name for state in call.states()}
-    events = each_event(call.db, since=call.number("since", 0), kind=call.query.get("kind"))
+    until = call.number("until", 0) if "until" in call.query else None
+    events = each_event(call.db, since=call.number("since", 0), until=until, kind=call.query.get("kind"))
     return (event for event in events if everything or event["host"] in hosts)
 
 
@@ -8880,7 +8957,7 @@ RESOURCES = {resource.name: resource for resource in (
         "events",
         "What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did.",
         ("id", "at", "kind", "host", "object", "message", "by", "address"),
-        of_fleet=asked_events, queries=("since", "kind", "host", "site", "tag"),
+        of_fleet=asked_events, queries=("since", "until", "kind", "host", "site", "tag"),
         words={"name": ("object",)},
         heads=(("When", "-at", "c-num"), ("What", "message", "c-name"), ("Kind", "kind", "c-text"),
                ("Host", "host", "c-text"), ("Object", "object", "c-text opt-2"))),

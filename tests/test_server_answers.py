@@ -7,6 +7,7 @@ missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,7 @@ def test_a_thick_volume_a_clone_and_an_orphan(sim: Simulation) -> None:
 
 
 def chronicle(sim: Simulation, before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str]]:
-    host = state(sim, **before)
+    host = state(sim, "other", **before)
     return [(kind, message) for _, kind, _, message in server.chronicle(host, {"time": sim.now, **after}, sim.now)]
 
 
@@ -379,6 +380,77 @@ def test_a_change_is_told(sim: Simulation, before: Any, after: Any, kind: str, w
 def test_the_first_report_is_no_change(sim: Simulation) -> None:
     assert chronicle(sim, {"guests": None}, {"node": {"boot_id": "b"}, "versions": {"pve": "9"}, "guests": [guest()],
                                              "pools": [pool(last_scrub={"ended_at": START})]}) == []
+
+
+def test_the_chronicle_becomes_events_and_a_backlog_tells_its_tasks_only(sim: Simulation) -> None:
+    state(sim, node={"boot_id": "a"})
+    sim.now += 60
+    sim.send("pve1", node={"boot_id": "b", "uptime_seconds": 20}, guests=[guest(status="stopped")])
+    sim.send("pve1", at=sim.now - DAY, run="old", node={"boot_id": "z"}, guests=[guest(status="paused")],
+             tasks=[{"upid": "U", "type": "qmstop", "vmid": "104", "user": "root@pam", "ended_at": sim.now - DAY, "status": "OK"}])
+    told = [(row["kind"], row["object"]) for row in server.list_events(sim.monitor.store.reader(), since=0, limit=99)]
+    assert [row for row in told if row[0] in ("reboot", "guest", "task")] == [
+        ("guest", "guests/104"), ("reboot", None), ("task", "guests/104")]
+
+
+def test_tasks_are_kept_for_two_weeks(sim: Simulation) -> None:
+    state(sim, tasks=[{"upid": "U", "type": "qmstop", "vmid": "104", "ended_at": START, "status": "OK"}])
+    for days, kept in ((13, 1), (15, 0)):
+        sim.write(partial(server.prune, sim.monitor, START + days * DAY))
+        assert len(server.list_events(sim.monitor.store.reader(), since=0, limit=99, kind="task")) == kept
+
+
+# the rules made of answers
+
+
+def fired(sim: Simulation, rule: str, **sections: Any) -> list[tuple[str, str]]:
+    state(sim, **sections)
+    server.index_copies(sim.monitor, sim.now, sim.monitor.store.reader())
+    for _ in range(2):  # what holds for an hour is told after it
+        sim.now += 2 * HOUR
+        state(sim, **sections)
+    return [(row["severity"], row["message"]) for row in sim.alerts(rule)]
+
+
+JOB = {"id": "nightly", "enabled": True, "guests": "all", "exclude": [], "schedule": "02:00", "storage": "local"}
+
+
+def test_backups_on_the_own_host_only_are_told_in_one_line(sim: Simulation) -> None:
+    runs = [{"vmid": number, "newest_ok": {"ended_at": START - HOUR, "storage": "local"}} for number in (101, 102)]
+    told = fired(sim, "copy-missing", guests=[guest(101), guest(102)], backups={"jobs": [JOB], "guests": runs})
+    assert len(told) == 1 and told[0][0] == "warning" and "2 guests would be lost" in told[0][1], told
+
+
+@pytest.mark.parametrize("fields", [{"tags": ["no-backup"]}, {"template": True}])
+def test_who_is_meant_to_have_no_backup_has_no_copy_in_peace(sim: Simulation, fields: dict[str, Any]) -> None:
+    runs = [{"vmid": 104, "newest_ok": {"ended_at": START - HOUR, "storage": "local"}}]
+    assert fired(sim, "copy-missing", guests=[guest(**fields)], backups={"jobs": [JOB], "guests": runs}) == []
+
+
+def test_a_backup_elsewhere_is_no_missing_copy(sim: Simulation) -> None:
+    runs = [{"vmid": 104, "newest_ok": {"ended_at": START - HOUR, "storage": "pbs"}}]
+    assert fired(sim, "copy-missing", backups={"jobs": [JOB], "guests": runs}) == []
+
+
+def test_a_vdev_that_hangs_on_a_suspect_is_critical(sim: Simulation) -> None:
+    half = pool(vdev("mirror", leaf("a", "FAULTED"), leaf("b")), redundancy_margin=0)
+    told = fired(sim, "suspects-hold-pool", pools=[half], disks=[disk("b", pending_sectors=9)])
+    assert told == [("critical", "mirror-0 of tank hangs on suspect disks: b (9 pending sectors); no more disk may fail.")]
+
+
+@pytest.mark.parametrize("disks", [[], [disk("b")], [disk("b", pending_sectors=None)]])
+def test_a_vdev_without_a_known_suspect_is_not(sim: Simulation, disks: list[dict[str, Any]]) -> None:
+    half = pool(vdev("mirror", leaf("a", "FAULTED"), leaf("b")), redundancy_margin=0)
+    assert fired(sim, "suspects-hold-pool", pools=[half], disks=disks) == []
+
+
+def test_blind_spots_are_one_line_and_as_grave_as_the_gravest(sim: Simulation) -> None:
+    told = fired(sim, "blind-spot", safeguards={**LOUD, "root_mail": False, "security_source": False})
+    assert [severity for severity, _ in told] == ["warning"] and "root@pam" in told[0][1]
+
+
+def test_a_missing_address_alone_is_information(sim: Simulation) -> None:
+    assert [severity for severity, _ in fired(sim, "blind-spot", safeguards={**LOUD, "root_mail": False})] == ["info"]
 
 
 # the lists of the API
