@@ -68,6 +68,7 @@ OUTPUT_LIMIT = 16 * MIB
 STDERR_LIMIT = 4 * KIB
 STDIN_LIMIT = 16 * KIB  # fits a pipe, so that writing it never waits
 READ_DEADLINE = 2.0  # seconds for one read of what may block: all but what the kernel has in memory
+LANE_DEADLINE = 10.0  # the same in a lane's thread, which keeps nobody waiting: a busy disk may take its time
 MEMORY_PATHS = ("/proc/", "/sys/", "/dev/", "/run/")  # file systems that answer from the kernel's memory
 HWMON_PATH = "/sys/class/hwmon/"  # but not these: some drivers ask the device, an NVMe by its admin queue
 KILL_GRACE = 1.0  # seconds a killed child gets to be gone before it counts as stuck (state D)
@@ -445,8 +446,9 @@ class Worker:
         self.late: tuple[str, queue.SimpleQueue[Any]] | None = None  # what it hangs on, and where the answer will come
         self.waiting: set[queue.SimpleQueue[Any]] = set()
 
-    def call(self, what: str, job: Callable[[], Any]) -> Any:
+    def call(self, what: str, job: Callable[[], Any], deadline: float = 0.0) -> Any:
         """The job's result; SourceError('timeout') when it takes too long, 'stuck' while an earlier one still does."""
+        deadline = deadline or self.deadline
         if self.late is not None:
             if self.late[1].empty():
                 raise SourceError("stuck", f"{what}: left out, {self.late[0]} still does not answer")
@@ -459,10 +461,10 @@ class Worker:
         self.waiting.add(answer)
         self.jobs.put((job, answer))
         try:
-            result = answer.get(timeout=self.deadline)
+            result = answer.get(timeout=deadline)
         except queue.Empty:
             self.late = (what, answer)
-            raise SourceError("timeout", f"{what}: no answer in {self.deadline:g} s") from None
+            raise SourceError("timeout", f"{what}: no answer in {deadline:g} s") from None
         finally:
             self.waiting.discard(answer)
         if isinstance(result, BaseException):
@@ -559,7 +561,8 @@ class Probe:
         began = time.monotonic()
         try:
             worker = self.worker_of(kind, path)
-            result = worker.call(path, job) if worker else job()
+            deadline = LANE_DEADLINE if threading.current_thread().name in TICKS else self.deadline
+            result = worker.call(path, job, deadline) if worker else job()
         except OSError as error:
             told = source_error(error, path)
             self._note(kind, path, began, 0, told.code)

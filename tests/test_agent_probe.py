@@ -146,6 +146,17 @@ def test_what_hangs_costs_its_own_values_alone(hanging):
         disk.folders = ("//none",)
 
 
+def test_a_lane_gives_a_busy_disk_more_time_than_the_loop(monkeypatch):
+    monkeypatch.setattr(agent, "LANE_DEADLINE", 5.0)
+    monkeypatch.setattr(os, "listdir", lambda path: time.sleep(0.4) or ["vmlinuz"])
+    probe, found = agent.Probe(deadline=0.1), []
+    lane = threading.Thread(target=lambda: found.append(probe.list_dir("/boot")), name=agent.SLOW)
+    lane.start()
+    lane.join()
+    assert found == [["vmlinuz"]]
+    assert failure(probe.list_dir, "/boot").code == "timeout"
+
+
 def test_it_answers_again_once_it_is_let_go(hanging):
     probe = agent.Probe(deadline=0.1)
     disk = hanging("/etc/pve/")
