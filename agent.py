@@ -4649,7 +4649,7 @@ class Spool:
         try:
             self.open()
         except SourceError as error:  # a full or broken disk is what there is to report: go on without
-            log(f"spool: cannot be used ({error}); reports are kept in RAM")
+            log(f"spool: cannot be used ({error}); reports are kept in memory")
 
     @property
     def dropped(self) -> int:
@@ -5155,7 +5155,7 @@ class Sender:
             try:
                 self.spool.push(message, time.time())
             except SourceError as error:
-                log_once("spool", f"spool: cannot write ({error}); reports are kept in RAM")
+                log_once("spool", f"spool: cannot write ({error}); reports are kept in memory")
                 return True
         if self.trouble:  # from now on they are found on disk
             with self.lock:

@@ -360,7 +360,7 @@ def test_disk_that_cannot_be_used_at_all_does_not_keep_the_agent_from_starting(t
     (tmp_path / "spool").write_text("a file where the folder should be")
     spool = new_spool(tmp_path)
     assert spool.count == 0
-    assert "kept in RAM" in capsys.readouterr().out
+    assert "kept in memory" in capsys.readouterr().out
     with pytest.raises(agent.SourceError):
         push(spool, b"1")
 
