@@ -5908,11 +5908,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("=?", "= ?")
 
 
-def as_it_is(text: str) -> str:
-    return text
-
-
-def message_text(body: dict[str, Any], limit: int = 100_000, escape: Callable[[str], str] = as_it_is) -> str:
+def message_text(body: dict[str, Any], limit: int = 100_000, escape: Callable[[str], str] = str) -> str:
     """A message as plain text: what, where, since, why, what to do, link. `escape`: what the far end would take for
     markup; names come from agents."""
     parts = [item_text(item, escape) for item in body["items"]]
