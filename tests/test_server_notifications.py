@@ -795,7 +795,7 @@ HOSTILE = [
     {"disks": [{"name": "sda", "serial": {"a": 1}, "passed": "x", "kind": []}]},
     {"snapshots": [{"dataset": "d", "class": 5, "newest_at": 1}]}, {"replication": [{"id": "x", "schedule": [],
                                                                                      "target": {}}]},
-    {"ha": {"services": 5, "lrm": "x"}}, {"services": [5, {"unit": {}}]}, {"services": {"units": 7}},
+    {"ha": {"services": 5, "lrm": "x"}}, {"services": [{"unit": {}}, {"unit": "cron.service", "active": 5}]},
     {"certificates": [{"file": {}, "issuer": 5, "expires_at": 5}]}, {"tasks": [{"upid": "x", "type": [], "vmid": {}}]},
     {"(shared)": {}, "(agent)": 1, "(clock)": []}, {"updates": {"security": 5, "as_of": 5}},
     {"time_sync": {"synchronised": "x"}},

@@ -152,6 +152,23 @@ def test_which_mail_errors_find_fault_with_the_message(monkeypatch, error, tries
     assert undelivered.value.tries == tries
 
 
+def test_what_ends_in_maintenance_while_it_waits_is_never_said(make, sink):  # noqa: F811
+    sim = make(hook(sink.url))
+
+    def report(*names):
+        sim.send("pve1", pool_states=[{"name": name, "guid": name, "state": state} for name, state in names])
+
+    report(("a", "DEGRADED"), ("b", "ONLINE"))
+    deliver(sim)
+    sim.now += 5
+    report(("a", "DEGRADED"), ("b", "DEGRADED"))  # waits for the 30 s of its group
+    sim.write(lambda db: server.update_host(db, "pve1", {"maintenance_until": sim.now + 5 * MINUTE}, sim.now))
+    sim.now += 5
+    report(("a", "DEGRADED"), ("b", "ONLINE"))
+    live(sim, 10 * MINUTE, step=20, report=lambda: report(("a", "DEGRADED"), ("b", "ONLINE")))
+    assert [item["object"] for number in range(len(sink.got)) for item in sink.json(number)["alerts"]] == ["pools/a"]
+
+
 # --- whatever goes wrong is on record, and no address is told ---
 
 
