@@ -884,15 +884,17 @@ def to_size(text: str) -> int | None:
     return None if number is None or number < 0 else int(number * (unit or 1))
 
 
+def find_text(pattern: str, text: str) -> str:
+    """What the pattern's first group matches, "" where it does not."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
+
+
 def to_seconds(text: str) -> int | None:
     """`00:01:02`, `1 days 02:55:32`, `0 days 00:01:02` in seconds."""
-    words = text.split()
-    days = to_count(words[0]) if len(words) == 3 and words[1].startswith("day") else 0
-    parts = [to_count(part) for part in words[-1].split(":")] if words else []
-    if len(parts) != 3 or days is None or None in parts:
-        return None
-    hours, minutes, seconds = (part or 0 for part in parts)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    found = re.fullmatch(r"(?:(\d{1,9}) days? )?(\d{1,9}):(\d{1,9}):(\d{1,9})", text.strip())
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, -1)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds if found else None
 
 
 def to_unix(year: int, month: int, day: int, clock: str = "00:00:00") -> int | None:
@@ -965,35 +967,21 @@ def parse_cpu_ratios(before: list[int], after: list[int]) -> dict[str, float]:
 
 def parse_meminfo(text: str) -> dict[str, int]:
     """/proc/meminfo: bytes by name."""
-    sizes = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if words and is_whole(words[0]):
-            sizes[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
-    return sizes
+    found = re.findall(r"^(\S+):\s+(\d{1,38})(?: (kB))?$", text, re.MULTILINE)
+    return {name: int(size) * (1024 if unit else 1) for name, size, unit in found}
 
 
 def parse_kstat(text: str) -> dict[str, int]:
     """A named kstat of SPL (arcstats …): two head lines, then `name type value`."""
-    values = {}
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) == 3 and is_whole(words[2]):
-            values[words[0]] = int(words[2])
-    return values
+    return {name: int(value) for name, value in re.findall(r"^(\S+)\s+\S+\s+(\d{1,38})$", text, re.MULTILINE)}
 
 
 def parse_pressure(text: str) -> dict[str, float]:
     """/proc/pressure/*: ratios by `some_avg10` … `full_avg300`."""
     ratios = {}
-    for line in text.splitlines():
-        kind, *pairs = line.split() or [""]
-        for pair in pairs:
-            name, _, value = pair.partition("=")
-            number = to_number(value)
-            if name.startswith("avg") and number is not None:
-                ratios[f"{kind}_{name}"] = round(number / 100, 4)
+    for kind, values in re.findall(r"^(\w+) (.*)$", text, re.MULTILINE):
+        for name, percent in re.findall(r"\b(avg\d+)=([\d.]+)(?: |$)", values):
+            ratios.update(known(**{f"{kind}_{name}": to_ratio(percent)}))
     return ratios
 
 
@@ -1020,8 +1008,7 @@ def parse_diskstats(text: str) -> dict[str, list[int]]:
 
 def version_key(release: str) -> list[int]:
     """The numbers in a version, for sorting: 6.8.12-4-pve comes before 6.8.12-11-pve."""
-    digits = "".join(char if "0" <= char <= "9" else " " for char in release)
-    return [int(part) for part in digits.split() if is_whole(part)]
+    return [int(number) for number in re.findall(r"[0-9]{1,38}", release)]
 
 
 # Proxmox: status files
@@ -1181,13 +1168,9 @@ def parse_guest_config(text: str) -> dict[str, Any]:
     meta = dict(pair.partition("=")[::2] for pair in values.get("meta", "").split(","))
     volumes = [volume for key, value in values.items() if (volume := parse_volume(key, value))]
     return known(
-        name=values.get("name") or values.get("hostname"),
-        lock=values.get("lock"),
-        template=to_flag(values.get("template", "0")),
-        tags=split_list(values.get("tags")),
-        onboot=to_flag(values.get("onboot", "0")),
-        created_at=to_count(meta.get("ctime")),
-        volumes=volumes,
+        name=values.get("name") or values.get("hostname"), lock=values.get("lock"),
+        template=to_flag(values.get("template", "0")), tags=split_list(values.get("tags")),
+        onboot=to_flag(values.get("onboot", "0")), created_at=to_count(meta.get("ctime")), volumes=volumes,
     )
 
 
@@ -1246,22 +1229,13 @@ def parse_corosync_votes(text: str) -> CorosyncVotes:
 def parse_quorumtool(text: str) -> dict[str, int]:
     """`corosync-quorumtool -s`: expected, present and needed votes. Its exit code says nothing."""
     names = {"Expected votes": "votes_expected", "Total votes": "votes_present", "Quorum": "votes_needed"}
-    votes = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        words = value.split()
-        if key.strip() in names and words and is_whole(words[0]):
-            votes[names[key.strip()]] = int(words[0])
-    return votes
+    found = re.findall(r"^\s*([A-Z][a-z ]+):\s+(\d{1,9})\b", text, re.MULTILINE)
+    return {names[name]: int(votes) for name, votes in found if name in names}
 
 
 def parse_pve_version(text: str) -> str | None:
     """pvecfg.pm: the version as string constant (what `pveversion` prints, without Perl)."""
-    _, found, rest = text.partition("sub version ")
-    for quote in "'\"":
-        if found and quote in rest[:80]:
-            return rest.split(quote)[1] or None
-    return None
+    return find_text(r"""sub version [^}]{0,80}?['"]([^'"]+)""", text) or None
 
 
 # ZFS
@@ -1316,16 +1290,12 @@ def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, An
             if vdev_name in rebuilding and not note_rebuild(vdevs[-1]):
                 vdevs[-1].setdefault("reason", "resilvering")
     return known(
-        name=name,
-        guid=to_guid(pool.get("pool_guid")),
-        state=pool.get("state"),
-        status_text=squeeze(pool.get("status")),
-        action_text=squeeze(pool.get("action")),
+        name=name, guid=to_guid(pool.get("pool_guid")), state=pool.get("state"),
+        status_text=squeeze(pool.get("status")), action_text=squeeze(pool.get("action")),
         data_errors=to_count(pool.get("error_count")),
         damaged_files=[file for file in as_list(pool.get("errlist")) if isinstance(file, str)] or None,
         scan=parse_json_scan(stats, rebuilds, now),
-        expansion=parse_json_expansion(as_dict(pool.get("raidz_expand_stats"))),
-        vdevs=vdevs,
+        expansion=parse_json_expansion(as_dict(pool.get("raidz_expand_stats"))), vdevs=vdevs,
     )
 
 
@@ -1357,14 +1327,10 @@ def parse_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering:
         flags.insert(0, "resilvering")
     reason = "missing device" if vdev.get("not_present") else parse_aux(vdev.get("aux"))
     return build_vdev(
-        name=name,
-        kind=str(vdev.get("vdev_type") or ""),
-        label=label,
+        name=name, kind=str(vdev.get("vdev_type") or ""), label=label,
         state=state if isinstance(state, str) else "UNKNOWN",
-        path=path if isinstance(path, str) and not children else None,
-        counters=vdev,
-        reason=reason or (flags[0] if flags else None),
-        children=children,
+        path=path if isinstance(path, str) and not children else None, counters=vdev,
+        reason=reason or (flags[0] if flags else None), children=children,
     )
 
 
@@ -1410,18 +1376,10 @@ def build_vdev(
     elif not kind:
         kind = guess_vdev_type(name, path, children)
     return known(
-        **{"class": label},
-        name=short_vdev_name(name, path),
-        guid=to_guid(counters.get("guid")),
-        type=kind,
-        state=state,
-        path=path if kind in ("disk", "file") else None,
-        read_errors=to_count(counters.get("read_errors")),
-        write_errors=to_count(counters.get("write_errors")),
-        checksum_errors=to_count(counters.get("checksum_errors")),
-        slow_ios=None if children else to_count(counters.get("slow_ios")),
-        reason=reason,
-        children=children or None,
+        **{"class": label}, name=short_vdev_name(name), guid=to_guid(counters.get("guid")), type=kind,
+        state=state, path=path if kind in ("disk", "file") else None, read_errors=to_count(counters.get("read_errors")),
+        write_errors=to_count(counters.get("write_errors")), checksum_errors=to_count(counters.get("checksum_errors")),
+        slow_ios=None if children else to_count(counters.get("slow_ios")), reason=reason, children=children or None,
     )
 
 
@@ -1438,18 +1396,11 @@ def guess_vdev_type(name: str, path: str | None, children: list[dict[str, Any]])
     return prefix if prefix in ("hole", "indirect", "missing") else "disk"
 
 
-def short_vdev_name(name: str, path: str | None) -> str:
+def short_vdev_name(name: str) -> str:
     """As `zpool status` without -P prints it: no directory, and no partition that ZFS made for a whole disk."""
-    if not name.startswith("/dev/"):
-        return name
-    short = name.rpartition("/")[2]
-    if short.endswith("-part1"):
-        return short[:-6]
-    if short.endswith("p1") and is_whole(short[-3:-2]):
-        return short[:-2]
-    if short.startswith(("sd", "vd", "xvd")) and short.endswith("1") and short[-2:-1].isalpha():
-        return short[:-1]
-    return short
+    short = name.rpartition("/")[2] if name.startswith("/dev/") else name
+    whole = re.fullmatch(r"(.+)-part1|(.*\d)p1|((?:s|v|xv)d[a-z]+)1", short) if name.startswith("/dev/") else None
+    return next(filter(None, whole.groups())) if whole else short
 
 
 SCAN_STATES = {"SCANNING": "scanning", "FINISHED": "finished", "CANCELED": "canceled", "NONE": "none"}
@@ -1466,13 +1417,15 @@ def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float)
     return scan
 
 
-def later_scan(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def later_scan(scan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Which of two scans to show: what still runs, else what ended last."""
-    if one["state"] == "none":
-        return other
-    if "scanning" in (one["state"], other["state"]):
-        return other if other["state"] == "scanning" else one
-    return other if other.get("ended_at", 0) > one.get("ended_at", 0) else one
+    if scan["state"] == "none" or "scanning" in (scan["state"], other["state"]):
+        return other if other["state"] == "scanning" or scan["state"] == "none" else scan
+    return other if other.get("ended_at", 0) > scan.get("ended_at", 0) else scan
+
+
+def share_done(done: int | None, total: int | None) -> float | None:
+    return round(min(1.0, done / total), 4) if done is not None and total else None
 
 
 def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
@@ -1481,13 +1434,12 @@ def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
     paused = running and bool(to_count(stats.get("scrub_pause")))
     issued, examine = to_count(stats.get("issued")), to_count(stats.get("to_examine"))
     total = None if examine is None else examine - (to_count(stats.get("skipped")) or 0)
-    progress = None if issued is None or not total else round(min(1.0, issued / total), 4)
     return known(
         function=stats["function"].lower(),
         state="paused" if paused else state,
         started_at=to_count(stats.get("start_time")) or None if state != "canceled" else None,  # as the text form
         ended_at=None if running else to_count(stats.get("end_time")) or None,
-        progress_ratio=progress if running else None,
+        progress_ratio=share_done(issued, total) if running else None,
         remaining_seconds=None if paused or not running else remaining_seconds(stats, issued, total, now),
         repaired_bytes=to_count(stats.get("processed")) if state != "canceled" else None,
         errors=to_count(stats.get("errors")) if state == "finished" else None,
@@ -1511,13 +1463,10 @@ def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
         return dict(NO_SCAN)
     issued = to_count(rebuild.get("bytes_issued", rebuild.get("issued")))
     total = to_count(rebuild.get("bytes_est", rebuild.get("to_scan")))
-    progress = round(min(1.0, issued / total), 4) if issued is not None and total else None
     return known(
-        function="resilver",
-        state=state,
-        started_at=to_count(rebuild.get("start_time")) or None,
+        function="resilver", state=state, started_at=to_count(rebuild.get("start_time")) or None,
         ended_at=None if state == "scanning" else to_count(rebuild.get("end_time")) or None,
-        progress_ratio=progress if state == "scanning" else None,
+        progress_ratio=share_done(issued, total) if state == "scanning" else None,
         repaired_bytes=to_count(rebuild.get("bytes_rebuilt", rebuild.get("rebuilt"))),
         errors=to_count(rebuild.get("errors")) if state == "finished" else None,
     )
@@ -1533,7 +1482,7 @@ def parse_json_expansion(stats: dict[str, Any]) -> dict[str, Any] | None:
         state=state,
         started_at=to_count(stats.get("start_time")) or None,
         ended_at=None if running else to_count(stats.get("end_time")) or None,
-        progress_ratio=round(min(1.0, done / total), 4) if running and done is not None and total else None,
+        progress_ratio=share_done(done, total) if running else None,
     )
 
 
@@ -1575,23 +1524,15 @@ def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
     files = [line.strip() for line in block.get("errors", [])[1:]]
     status = squeeze(" ".join(block.get("status", [])))
     return known(
-        name=name,
-        state=" ".join(block.get("state", [])) or None,
-        status_text=status,
-        action_text=squeeze(" ".join(block.get("action", []))),
-        data_errors=parse_error_count(errors),
-        damaged_files=[file for file in files if file] or None,
-        scan=parse_text_scan(block.get("scan", [])),
-        expansion=parse_text_expansion(block.get("expand", [])),
-        vdevs=parse_text_vdevs(block.get("config", [])),
+        name=name, state=" ".join(block.get("state", [])) or None, status_text=status,
+        action_text=squeeze(" ".join(block.get("action", []))), data_errors=parse_error_count(errors),
+        damaged_files=[file for file in files if file] or None, scan=parse_text_scan(block.get("scan", [])),
+        expansion=parse_text_expansion(block.get("expand", [])), vdevs=parse_text_vdevs(block.get("config", [])),
     )
 
 
 def parse_error_count(text: str) -> int | None:
-    if text.startswith("No known data errors"):
-        return 0
-    words = text.split()
-    return to_count(words[0]) if len(words) > 2 and words[1:3] == ["data", "errors,"] else None
+    return 0 if text.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", text))
 
 
 def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
@@ -1649,103 +1590,66 @@ def build_text_vdev(row: dict[str, Any], children: list[dict[str, Any]]) -> dict
     name, notes = row["name"], row["notes"]
     path = name if name.startswith("/") else None
     words, _, brackets = notes.partition("(")
-    reason = words.strip() or None
-    if reason and reason.startswith("was "):
-        path, reason = reason[4:].strip(), "missing device"
-    elif reason and reason.startswith("block size:"):
-        reason = None
-    elif reason and reason.startswith("in use by pool"):
-        reason = "currently in use"
-    if reason is None:
-        reason = next((note for note in VDEV_NOTES if f"{note})" in brackets), None)
+    reason = re.sub(r"^(in use by pool|was|block size:).*", r"\1", words.strip())
+    if reason == "was":
+        path, reason = words.strip()[4:].strip(), "missing device"
+    reason = {"block size:": "", "in use by pool": "currently in use"}.get(reason, reason)
+    reason = reason or next((note for note in VDEV_NOTES if f"{note})" in brackets), "")
     if name.startswith("draid") and not children:
         path = name  # as JSON has it for distributed spares
     return build_vdev(
-        name=name,
-        kind="",
-        label=row["label"],
-        state=row["state"],
-        path=path,
-        counters=row["counters"],
-        reason=reason,
-        children=children,
+        name=name, kind="", label=row["label"], state=row["state"], path=path, counters=row["counters"],
+        reason=reason or None, children=children,
     )
 
 
 def parse_text_scan(lines: list[str]) -> dict[str, Any]:
     """One or several scan texts (a scrub, and one for each rebuilt draid vdev), each with its continuation lines."""
     scan = dict(NO_SCAN)
-    group: list[str] = []
-    for line in [*lines, ""]:
-        if group and not line.startswith("\t"):
-            scan = later_scan(scan, parse_scan_text(group))
-            group = []
-        group.append(line.strip())
+    for text in re.split(r"\n(?!\t)", "\n".join(lines)):
+        scan = later_scan(scan, parse_scan_text(" ".join(text.split())))
     return scan
 
 
-def parse_scan_text(lines: list[str]) -> dict[str, Any]:
-    head = lines[0]
-    words = head.split()
-    if not words or words[0] not in ("scrub", "resilver", "resilvered"):
-        return dict(NO_SCAN)
-    function = "scrub" if words[0] == "scrub" else "resilver"
-    if " in progress since " in head or " paused since " in head:
-        return parse_running_scan(function, lines)
-    if " canceled on " in head:
-        return known(function=function, state="canceled", ended_at=parse_ctime(head.partition(" canceled on ")[2]))
-    before, _, when = head.rpartition(" on ")
-    work, _, errors = before.partition(" with ")
-    amount, _, duration = work.partition(" in ")
-    ended, seconds = parse_ctime(when), to_seconds(duration)
-    if ended is None:
-        return dict(NO_SCAN)
-    return known(
-        function=function,
-        state="finished",
-        started_at=None if seconds is None else ended - seconds,
-        ended_at=ended,
-        repaired_bytes=to_size(amount.split()[-1]),
-        errors=to_count((errors.split() or [""])[0]),
-    )
+SCAN_DATE = r"(\w{3} \w{3} \d{1,2} [\d:]{8}(?: \w+)? \d{4})"
 
 
-def parse_running_scan(function: str, lines: list[str]) -> dict[str, Any]:
-    head = lines[0]
-    paused = " paused since " in head
-    since = head.partition(" since ")[2]
-    repaired = progress = remaining = None
-    for line in lines[1:]:
-        if line.startswith(("scrub started on ", "resilver started on ")):
-            since = line.partition(" on ")[2]
-        for part in line.split(","):
-            part = part.strip()
-            if part.endswith((" repaired", " resilvered")):
-                repaired = to_size(part.split()[0])
-            elif part.endswith("% done"):
-                progress = to_ratio(part.split()[0])
-            elif part.endswith(" to go"):
-                remaining = to_seconds(part[:-6])
+def parse_scan_text(text: str) -> dict[str, Any]:
+    function = find_text(r"^(scrub|resilver)", text)
+    done = re.fullmatch(r"\w+ (?:repaired )?(?:\(\S+\) )?(\S+) in (.+) with (\d+) errors on (.+)", text)
+    if not function:
+        return dict(NO_SCAN)
+    if done and (ended := parse_ctime(done[4])):
+        seconds = to_seconds(done[2])
+        began = None if seconds is None else ended - seconds
+        repaired, errors = to_size(done[1]), to_count(done[3])
+        return known(
+            function=function, state="finished", started_at=began, ended_at=ended, repaired_bytes=repaired, errors=errors
+        )
+    if canceled := find_text(r" canceled on (.+)", text):
+        return known(function=function, state="canceled", ended_at=parse_ctime(canceled))
+    state = find_text(r"^\w+ (?:\(\S+\) )?(in progress|paused) since ", text)
+    if not state:
+        return dict(NO_SCAN)
+    since = find_text(f" started on {SCAN_DATE}", text) or find_text(f" since {SCAN_DATE}", text)
     return known(
-        function=function,
-        state="paused" if paused else "scanning",
-        started_at=parse_ctime(since),
-        progress_ratio=progress,
-        remaining_seconds=remaining,
-        repaired_bytes=repaired,
+        function=function, state="paused" if state == "paused" else "scanning", started_at=parse_ctime(since),
+        progress_ratio=to_ratio(find_text(r"([\d.]+)% done", text)),
+        remaining_seconds=to_seconds(find_text(r", ([^,]+) to go", text)),
+        repaired_bytes=to_size(find_text(r"(\S+) (?:repaired|resilvered),", text)),
     )
 
 
 def parse_text_expansion(lines: list[str]) -> dict[str, Any] | None:
     """`expansion of raidz1-0 in progress since …` with a line of figures, or `expanded raidz1-0 … on …`."""
-    head = lines[0] if lines else ""
-    if " in progress since " in head:
-        shares = [part.strip() for line in lines[1:] for part in line.split(",") if part.strip().endswith("% done")]
-        progress = to_ratio(shares[0].split()[0]) if shares else None
-        return known(state="scanning", started_at=parse_ctime(head.partition(" since ")[2]), progress_ratio=progress)
-    if head.startswith("expanded "):
-        ended = parse_ctime(head.rpartition(" on ")[2])
-        seconds = to_seconds(head.partition(" in ")[2].partition(",")[0])
+    text = " ".join(" ".join(lines).split())
+    if " in progress since " in text:
+        progress = to_ratio(find_text(r"([\d.]+)% done", text))
+        return known(
+            state="scanning", started_at=parse_ctime(find_text(f" since {SCAN_DATE}", text)), progress_ratio=progress
+        )
+    if text.startswith("expanded "):
+        ended, seconds = parse_ctime(find_text(f" on {SCAN_DATE}", text)), to_seconds(find_text(r" in ([^,]+),", text))
         started = None if ended is None or seconds is None else ended - seconds
         return known(state="finished", started_at=started, ended_at=ended)
     return None
@@ -2202,8 +2106,8 @@ def parse_subscription(text: str) -> dict[str, Any]:
     except (binascii.Error, ValueError):
         raise SourceError("garbage", "/etc/subscription: its status cannot be decoded") from None
     due = told.get("nextduedate")
-    parts = [to_count(part) for part in due.split("-")] if isinstance(due, str) else []
-    due_at = to_unix(*parts) if len(parts) == 3 and None not in parts else to_count(due)  # type: ignore[arg-type]
+    date = re.fullmatch(r"(\d{4})-(\d\d?)-(\d\d?)", str(due))
+    due_at = to_unix(int(date[1]), int(date[2]), int(date[3])) if date else to_count(due)
     status = told.get("status")
     return known(
         status=status.lower() if isinstance(status, str) else None,
@@ -2265,15 +2169,10 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
         raise SourceError("failed", f"smartctl: {'; '.join(messages)[:200] or f'exit status {exit_status}'}")
     attributes = parse_attributes(smart)
     return known(
-        type=device.get("type"),
-        protocol=device.get("protocol"),
-        **parse_identity(smart),
+        type=device.get("type"), protocol=device.get("protocol"), **parse_identity(smart),
         passed=to_bool(as_dict(smart.get("smart_status")).get("passed")),
-        temperature_celsius=parse_temperature(smart, attributes),
-        power_on_hours=parse_hours(smart),
-        **parse_wear(smart, attributes),
-        **parse_damage(smart, attributes),
-        selftest=parse_selftest(smart, now),
+        temperature_celsius=parse_temperature(smart, attributes), power_on_hours=parse_hours(smart),
+        **parse_wear(smart, attributes), **parse_damage(smart, attributes), selftest=parse_selftest(smart, now),
     )
 
 
@@ -2636,15 +2535,9 @@ def read_memory(probe: ProbeLike) -> dict[str, Any]:
     vmstat = attempt(probe.read, "/proc/vmstat", default="")
     kills = vmstat.partition("\noom_kill ")[2].partition("\n")[0]
     return known(
-        memory_total_bytes=total,
-        memory_available_bytes=available,
-        memory_free_ratio=free,
-        arc_size_bytes=arc.get("size"),
-        arc_min_bytes=arc.get("c_min"),
-        arc_max_bytes=arc.get("c_max"),
-        arc_hits_total=arc.get("hits"),
-        arc_misses_total=arc.get("misses"),
-        swap_total_bytes=swap_total,
+        memory_total_bytes=total, memory_available_bytes=available, memory_free_ratio=free,
+        arc_size_bytes=arc.get("size"), arc_min_bytes=arc.get("c_min"), arc_max_bytes=arc.get("c_max"),
+        arc_hits_total=arc.get("hits"), arc_misses_total=arc.get("misses"), swap_total_bytes=swap_total,
         swap_used_bytes=None if swap_total is None or swap_free is None else swap_total - swap_free,
         oom_kills_total=to_count(kills),
     )
@@ -2701,9 +2594,7 @@ def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Physical ones have a device; bridges, bonds, VLANs, taps and veths would count the same bytes again."""
     counters = parse_net_dev(probe.read("/proc/net/dev"))
     names = remember(
-        probe,
-        memory,
-        "interfaces",
+        probe, memory, "interfaces",
         lambda: [name for name in counters if "/" not in name and probe.exists(f"/sys/class/net/{name}/device")],
         key=sorted(counters),
     )
@@ -2713,12 +2604,8 @@ def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
         state = attempt(probe.read, f"/sys/class/net/{name}/operstate", default="").strip()
         interfaces.append(
             known(
-                name=name,
-                receive_bytes_total=received,
-                transmit_bytes_total=sent,
-                receive_errors_total=receive_errors,
-                transmit_errors_total=send_errors,
-                up=None if state in ("", "unknown") else state == "up",
+                name=name, receive_bytes_total=received, transmit_bytes_total=sent, receive_errors_total=receive_errors,
+                transmit_errors_total=send_errors, up=None if state in ("", "unknown") else state == "up",
             )
         )
     return {
@@ -2737,9 +2624,7 @@ def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
     """Whole disks: no partitions, and nothing that lies on other disks."""
     counters = parse_diskstats(probe.read("/proc/diskstats"))
     names = remember(
-        probe,
-        memory,
-        "block_devices",
+        probe, memory, "block_devices",
         lambda: [name for name in counters if not NO_DISK.match(name) and probe.exists(f"/sys/block/{name}")],
         key=sorted(name for name in counters if not NO_DISK.match(name)),
     )
@@ -2829,12 +2714,7 @@ def node_name(probe: ProbeLike) -> str:
 
 
 def read_pve_config(
-    probe: ProbeLike,
-    memory: dict[str, Any],
-    name: str,
-    parse: Callable[[str], Any],
-    *,
-    path: str = "",
+    probe: ProbeLike, memory: dict[str, Any], name: str, parse: Callable[[str], Any], *, path: str = "",
     default: Any = None,
 ) -> Any:
     """A file below /etc/pve, read again only when its counter (or the start of pmxcfs) in .version has changed."""
@@ -3026,18 +2906,12 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
     template = to_flag(raw["template"]) if "template" in raw else config.get("template")
     name = raw.get("name") or config.get("name") or (f"VM {vmid}" if kind == "qemu" else f"CT{vmid}")
     guest = known(
-        vmid=int(vmid),
-        type=kind,
-        name=str(name),
-        status=status,
+        vmid=int(vmid), type=kind, name=str(name), status=status,
         template=template if template is not None else False if raw else None,
         lock=raw.get("lock") or config.get("lock"),
-        tags=split_list(raw["tags"]) if "tags" in raw else config.get("tags", []),
-        onboot=config.get("onboot"),
-        created_at=config.get("created_at"),
-        uptime_seconds=to_count(raw.get("uptime")),
-        cpu_count=to_number(raw.get("cpus")),
-        memory_max_bytes=to_count(raw.get("maxmem")),
+        tags=split_list(raw["tags"]) if "tags" in raw else config.get("tags", []), onboot=config.get("onboot"),
+        created_at=config.get("created_at"), uptime_seconds=to_count(raw.get("uptime")),
+        cpu_count=to_number(raw.get("cpus")), memory_max_bytes=to_count(raw.get("maxmem")),
         disk_max_bytes=to_count(raw.get("maxdisk")),
         disk_used_bytes=to_count(raw.get("disk")) if kind == "lxc" else None,
     )
@@ -3055,13 +2929,10 @@ ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd severa
 def read_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
     cpu = to_number(raw.get("cpu"))
     return known(
-        cpu_ratio=None if cpu is None or cpu < 0 else round(cpu, 5),
-        memory_used_bytes=to_count(raw.get("mem")),
+        cpu_ratio=None if cpu is None or cpu < 0 else round(cpu, 5), memory_used_bytes=to_count(raw.get("mem")),
         memory_host_bytes=to_count(raw.get("memhost")) or None if kind == "qemu" else None,
-        net_receive_bytes_total=to_count(raw.get("netin")),
-        net_transmit_bytes_total=to_count(raw.get("netout")),
-        disk_read_bytes_total=to_count(raw.get("diskread")),
-        disk_write_bytes_total=to_count(raw.get("diskwrite")),
+        net_receive_bytes_total=to_count(raw.get("netin")), net_transmit_bytes_total=to_count(raw.get("netout")),
+        disk_read_bytes_total=to_count(raw.get("diskread")), disk_write_bytes_total=to_count(raw.get("diskwrite")),
     )
 
 
@@ -3426,12 +3297,9 @@ def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
         text = probe.run("zpool", "list", "-Hp", "-o", ",".join(POOL_COLUMNS), name, limit=ZFS_LIMIT)
         row = next((row for row in parse_columns(text, POOL_COLUMNS) if row["name"] == name), {})
         space = known(
-            size_bytes=to_count(row.get("size")),
-            allocated_bytes=to_count(row.get("alloc")),
-            free_bytes=to_count(row.get("free")),
-            capacity_ratio=to_ratio(row.get("cap")),
-            fragmentation_ratio=to_ratio(row.get("frag")),
-            dedup_ratio=to_number((row.get("dedup") or "").rstrip("x")),
+            size_bytes=to_count(row.get("size")), allocated_bytes=to_count(row.get("alloc")),
+            free_bytes=to_count(row.get("free")), capacity_ratio=to_ratio(row.get("cap")),
+            fragmentation_ratio=to_ratio(row.get("frag")), dedup_ratio=to_number((row.get("dedup") or "").rstrip("x")),
             checkpoint_bytes=to_count(row.get("ckpoint")),
             readonly=None if row.get("readonly") is None else row["readonly"] == "on",
         )
@@ -3476,9 +3344,7 @@ def keep_scrub(memory: dict[str, Any], guid: str, scan: dict[str, Any]) -> dict[
     if scan["function"] == "scrub" and scan["state"] == "finished" and "ended_at" in scan:
         duration = scan["ended_at"] - scan["started_at"] if "started_at" in scan else None
         scrubs[guid] = known(
-            ended_at=scan["ended_at"],
-            duration_seconds=duration,
-            repaired_bytes=scan.get("repaired_bytes"),
+            ended_at=scan["ended_at"], duration_seconds=duration, repaired_bytes=scan.get("repaired_bytes"),
             errors=scan.get("errors"),
         )
     return kept_scrub(memory, guid)
@@ -3550,9 +3416,7 @@ def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
     """Filesystems and volumes of each pool."""
     argv = ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(DATASET_COLUMNS))
     return ask_pools(
-        probe,
-        memory,
-        lambda pool: parse_datasets(probe.run(*argv, pool, limit=ZFS_LIMIT)),
+        probe, memory, lambda pool: parse_datasets(probe.run(*argv, pool, limit=ZFS_LIMIT)),
         lambda pool: {"name": pool, "type": "filesystem"},
     )
 
@@ -3645,13 +3509,8 @@ def build_snapshot_set(
     intervals = sorted(later - earlier for earlier, later in zip(times, times[1:]))
     name, guid = found[-1]
     return known(
-        dataset=dataset,
-        **{"class": label},
-        count=len(found),
-        newest_at=created.get(guid),
-        newest_name=name,
-        newest_guid=guid,
-        oldest_at=created.get(found[0][1]),
+        dataset=dataset, **{"class": label}, count=len(found), newest_at=created.get(guid), newest_name=name,
+        newest_guid=guid, oldest_at=created.get(found[0][1]),
         interval_seconds=intervals[len(intervals) // 2] if intervals else None,
     )
 
@@ -3705,16 +3564,9 @@ def build_backup_job(
     if values.get("pool"):
         guests = None if pools is None else sorted(pools.get(values["pool"], ()))
     return known(
-        id=name,
-        enabled=enabled,
-        schedule=schedule or None,
-        storage=values.get("storage"),
-        guests=guests,
-        exclude=parse_vmids(values.get("exclude")) if every else [],
-        pool=values.get("pool"),
-        node=values.get("node"),
-        mode=values.get("mode"),
-        **read_job_state(probe, name),
+        id=name, enabled=enabled, schedule=schedule or None, storage=values.get("storage"), guests=guests,
+        exclude=parse_vmids(values.get("exclude")) if every else [], pool=values.get("pool"), node=values.get("node"),
+        mode=values.get("mode"), **read_job_state(probe, name),
         **(due_fields(schedule, probe.now()) if enabled else {}),
     )
 
@@ -3773,12 +3625,8 @@ def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: i
     if run["ok"]:
         duration = run.get("duration_seconds")
         kept[name] = known(
-            ended_at=ended,
-            started_at=None if duration is None else ended - duration,
-            duration_seconds=duration,
-            size_bytes=run.get("size_bytes"),
-            storage=storage,
-            excluded_disks=run.get("excluded_disks", []),
+            ended_at=ended, started_at=None if duration is None else ended - duration, duration_seconds=duration,
+            size_bytes=run.get("size_bytes"), storage=storage, excluded_disks=run.get("excluded_disks", []),
         )
     else:
         kept[name] = known(ended_at=ended, error=run.get("error"))
@@ -3973,11 +3821,8 @@ def collect_services(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
         raise SourceError("garbage", f"systemctl show: {text[:80]!r}")
     return [
         known(
-            unit=block.get("Id"),
-            load=block.get("LoadState"),
-            active=block.get("ActiveState"),
-            sub=block.get("SubState"),
-            enabled=block.get("UnitFileState") or None,
+            unit=block.get("Id"), load=block.get("LoadState"), active=block.get("ActiveState"),
+            sub=block.get("SubState"), enabled=block.get("UnitFileState") or None,
             restarts=to_count(block.get("NRestarts")),
         )
         for block in blocks
@@ -4086,15 +3931,9 @@ def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> dict[str, 
     )
     wwn = next((link.removeprefix("wwn-") for link in links if re.fullmatch(r"wwn-0x[0-9a-f]+", link)), None)
     return known(
-        name=name,
-        by_id=links[0] if links else None,
-        listed=True,
-        size_bytes=(to_count(sectors) or 0) * 512 or None,
-        kind="nvme" if name.startswith("nvme") else {"1": "hdd", "0": "ssd"}.get(spinning or ""),
-        model=model,
-        serial=serial,
-        wwn=wwn,
-        firmware=firmware,
+        name=name, by_id=links[0] if links else None, listed=True, size_bytes=(to_count(sectors) or 0) * 512 or None,
+        kind="nvme" if name.startswith("nvme") else {"1": "hdd", "0": "ssd"}.get(spinning or ""), model=model,
+        serial=serial, wwn=wwn, firmware=firmware,
     )
 
 
@@ -4230,9 +4069,7 @@ def collect_updates(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
         updates = [update for update in updates if installed.get(update["Package"], "?") != update.get("Version")]
     key = [written, *changed]
     return known(
-        pending=len(updates),
-        security=count_security(probe, memory, key) if updates else 0,
-        as_of=int(written),
+        pending=len(updates), security=count_security(probe, memory, key) if updates else 0, as_of=int(written),
         packages=[update["Package"] for update in updates[:50]],
     )
 

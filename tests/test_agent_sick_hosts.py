@@ -210,7 +210,7 @@ def test_sdaa_is_a_disk_of_its_own() -> None:
     probe.meta["links"]["/dev/disk/by-id/ata-AA-part1"] = "/dev/sdaa1"
     assert [(disk["name"], disk["by_id"]) for disk in agent.collect_disks(probe, {})] == [
         ("sda", "ata-A"), ("sdaa", "ata-AA")]  # fmt: skip
-    assert agent.short_vdev_name("/dev/sdaa1", "/dev/sdaa1") == "sdaa"
+    assert agent.short_vdev_name("/dev/sdaa1") == "sdaa"
 
 
 @pytest.mark.parametrize(
