@@ -897,22 +897,20 @@ def to_seconds(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds if found else None
 
 
-def to_unix(year: int, month: int, day: int, clock: str = "00:00:00") -> int | None:
-    """A UTC date as unix seconds; None for a day that does not exist."""
-    seconds = to_seconds(clock)
+def to_unix(date: str, clock: str = "00:00:00") -> int | None:
+    """`2026-11-23` UTC as unix seconds; None for a day that does not exist."""
     try:
-        return None if seconds is None else int(datetime(year, month, day, tzinfo=UTC).timestamp()) + seconds
+        return int(datetime.fromisoformat(f"{date}T{clock}+00:00").timestamp())
     except (ValueError, OverflowError):
         return None
 
 
 def parse_ctime(text: str) -> int | None:
     """`Mon Nov 23 09:00:19 2026` (the children's time zone is UTC), also with the zone before the year."""
-    words = text.split()
-    if len(words) < 5 or words[1] not in MONTHS:
+    found = re.search(r"([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d)(?: \w+)? (\d{4})$", text.strip())
+    if found is None or found[1] not in MONTHS:
         return None
-    day, year = to_count(words[2]), to_count(words[-1])
-    return None if day is None or year is None else to_unix(year, MONTHS[words[1]], day, words[3])
+    return to_unix(f"{found[4]}-{MONTHS[found[1]]:02}-{int(found[2]):02}", found[3])
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -1245,20 +1243,11 @@ VDEV_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "cache": 
 JSON_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "l2cache": "cache", "spares": "spare"}
 # What `zpool status` says for vdev_aux [openzfs cmd/zpool/zpool_main.c, print_status_config].
 VDEV_REASONS = {
-    "OPEN_FAILED": "cannot open",
-    "BAD_GUID_SUM": "missing device",
-    "NO_REPLICAS": "insufficient replicas",
-    "VERSION_NEWER": "newer version",
-    "UNSUP_FEAT": "unsupported feature(s)",
-    "ASHIFT_TOO_BIG": "unsupported minimum blocksize",
-    "SPARED": "currently in use",
-    "ERR_EXCEEDED": "too many errors",
-    "IO_FAILURE": "experienced I/O failures",
-    "BAD_LOG": "bad intent log",
-    "EXTERNAL": "external device fault",
-    "SPLIT_POOL": "split into new pool",
-    "ACTIVE": "currently in use",
-    "CHILDREN_OFFLINE": "all children offline",
+    "OPEN_FAILED": "cannot open", "BAD_GUID_SUM": "missing device", "NO_REPLICAS": "insufficient replicas",
+    "VERSION_NEWER": "newer version", "UNSUP_FEAT": "unsupported feature(s)",
+    "ASHIFT_TOO_BIG": "unsupported minimum blocksize", "SPARED": "currently in use", "ERR_EXCEEDED": "too many errors",
+    "IO_FAILURE": "experienced I/O failures", "BAD_LOG": "bad intent log", "EXTERNAL": "external device fault",
+    "SPLIT_POOL": "split into new pool", "ACTIVE": "currently in use", "CHILDREN_OFFLINE": "all children offline",
     "BAD_LABEL": "invalid label",
 }
 VDEV_NOTES = ("resilvering", "awaiting resilver", "removing")  # what `zpool status` adds in brackets, and matters here
@@ -1535,43 +1524,28 @@ def parse_error_count(text: str) -> int | None:
     return 0 if text.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", text))
 
 
+VDEV_ROW = re.compile(rf"\t( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
+VDEV_COUNTERS = {"READ": "read_errors", "WRITE": "write_errors", "CKSUM": "checksum_errors", "SLOW": "slow_ios"}
+
+
 def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
     """The `config:` table: depth is two blanks a level, sections of other classes start at depth 0 without a state."""
-    header = next((line for line in lines if line.split()[:2] == ["NAME", "STATE"]), None)
-    if header is None:
-        return []
-    column = header.index("STATE")
-    names = {"READ": "read_errors", "WRITE": "write_errors", "CKSUM": "checksum_errors", "SLOW": "slow_ios"}
-    counters = [names.get(word, word) for word in header.split()[2:]]
+    head = next((number for number, line in enumerate(lines) if line.split()[:2] == ["NAME", "STATE"]), len(lines) - 1)
+    counters = [VDEV_COUNTERS.get(word, word) for word in lines[head].split()[2:]] if lines else []
     rows = []
     label = "normal"
-    for line in lines[lines.index(header) + 1 :]:
-        body = line.removeprefix("\t")
-        if body.strip() in VDEV_CLASSES and not body.startswith(" "):
-            label = VDEV_CLASSES[body.strip()]
+    for line in lines[head + 1 :]:
+        found = VDEV_ROW.match(line)
+        if found is None:
+            label = VDEV_CLASSES.get(line.strip(), label)
             continue
-        row = parse_vdev_row(line, column, counters)
-        if row is not None:
-            row["label"] = label
-            rows.append(row)
-    # the first row is the pool itself
-    return nest_vdev_rows(rows[1:])
-
-
-def parse_vdev_row(line: str, column: int, counters: list[str]) -> dict[str, Any] | None:
-    name, rest = line[:column], line[column:]
-    if not rest.split()[:1] or rest.split()[0] not in VDEV_STATES:  # a name with other than one-byte signs shifts it
-        state = next((word for word in line.split() if word in VDEV_STATES), None)
-        if state is None:
-            return None
-        name, rest = line[: line.index(f" {state}")], line[line.index(f" {state}") :]
-    state, *words = rest.split()
-    values: dict[str, int | None] = {}
-    while words and len(values) < len(counters) and (words[0] == "-" or to_size(words[0]) is not None):
-        values[counters[len(values)]] = to_size(words.pop(0))  # 2.2 prints - for slow I/Os of groups
-    body = name.strip("\t\n")
-    depth = (len(body) - len(body.lstrip(" "))) // 2
-    return {"name": body.strip(), "depth": depth, "state": state, "counters": values, "notes": " ".join(words)}
+        words = (found[4] or "").split()
+        values: dict[str, int | None] = {}
+        while words and len(values) < len(counters) and (words[0] == "-" or to_size(words[0]) is not None):
+            values[counters[len(values)]] = to_size(words.pop(0))  # 2.2 prints - for slow I/Os of groups
+        row = {"name": found[2], "depth": len(found[1]) // 2, "state": found[3], "counters": values}
+        rows.append({**row, "notes": " ".join(words), "label": label})
+    return nest_vdev_rows(rows[1:])  # the first row is the pool itself
 
 
 def nest_vdev_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1621,10 +1595,9 @@ def parse_scan_text(text: str) -> dict[str, Any]:
         return dict(NO_SCAN)
     if done and (ended := parse_ctime(done[4])):
         seconds = to_seconds(done[2])
-        began = None if seconds is None else ended - seconds
-        repaired, errors = to_size(done[1]), to_count(done[3])
         return known(
-            function=function, state="finished", started_at=began, ended_at=ended, repaired_bytes=repaired, errors=errors
+            function=function, state="finished", started_at=None if seconds is None else ended - seconds,
+            ended_at=ended, repaired_bytes=to_size(done[1]), errors=to_count(done[3]),
         )
     if canceled := find_text(r" canceled on (.+)", text):
         return known(function=function, state="canceled", ended_at=parse_ctime(canceled))
@@ -1814,16 +1787,8 @@ def parse_vmids(text: str | None) -> list[int]:
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 EVENT_NAMES = {
-    "minutely": "*:*",
-    "hourly": "*:0",
-    "daily": "0:0",
-    "weekly": "mon 0:0",
-    "monthly": "*-1 0:0",
-    "yearly": "1-1 0:0",
-    "annually": "1-1 0:0",
-    "quarterly": "1,4,7,10-1 0:0",
-    "semiannually": "1,7-1 0:0",
-    "semi-annually": "1,7-1 0:0",
+    "minutely": "*:*", "hourly": "*:0", "daily": "0:0", "weekly": "mon 0:0", "monthly": "*-1 0:0", "yearly": "1-1 0:0",
+    "annually": "1-1 0:0", "quarterly": "1,4,7,10-1 0:0", "semiannually": "1,7-1 0:0", "semi-annually": "1,7-1 0:0",
 }
 EVENT_DAYS = r"([a-z]++(?:\.\.[a-z]++)?+(?:,[a-z]++(?:\.\.[a-z]++)?+)*+)"
 EVENT_VALUES = r"(\*(?:/\d++)?+|\d++(?:\.\.\d++)?+(?:/\d++)?+(?:,\d++(?:\.\.\d++)?+(?:/\d++)?+)*+)"
@@ -1984,32 +1949,29 @@ DATASET_COLUMNS = (
 ).split()
 
 
+DATASET_SIZES = {
+    "used": "used_bytes", "avail": "available_bytes", "refer": "referenced_bytes",
+    "usedbysnapshots": "used_by_snapshots_bytes", "usedbydataset": "used_by_dataset_bytes",
+    "refreservation": "refreservation_bytes", "quota": "quota_bytes", "refquota": "refquota_bytes",
+    "volsize": "volume_bytes",
+}
+
+
 def parse_datasets(text: str) -> list[dict[str, Any]]:
     """`zfs list -Hp -t filesystem,volume -o …`; the type is zfs's word, not guessed from the name."""
-    return [
-        known(
-            name=row["name"],
-            type=row["type"],
-            used_bytes=to_count(row["used"]),
-            available_bytes=to_count(row["avail"]),
-            referenced_bytes=to_count(row["refer"]),
-            used_by_snapshots_bytes=to_count(row["usedbysnapshots"]),
-            used_by_dataset_bytes=to_count(row["usedbydataset"]),
-            refreservation_bytes=to_count(row["refreservation"]),
-            quota_bytes=to_count(row["quota"]) or None,  # 0 is no quota
-            refquota_bytes=to_count(row["refquota"]) or None,
-            volume_bytes=to_count(row["volsize"]),
-            compress_ratio=to_number((row["compressratio"] or "").rstrip("x")),
-            origin=row["origin"],
-            mounted=None if row["mounted"] is None else row["mounted"] == "yes",
-            encryption=row["encryption"],
-            key_available=None if row["keystatus"] is None else row["keystatus"] == "available",
-            canmount=row["canmount"],
-            mountpoint=row["mountpoint"],
-            vmid=dataset_vmid(row["name"] or ""),
-        )
-        for row in parse_columns(text, DATASET_COLUMNS)
-    ]
+    datasets = []
+    for row in parse_columns(text, DATASET_COLUMNS):
+        sizes = {field: to_count(row[column]) for column, field in DATASET_SIZES.items()}
+        words = {field: row[field] for field in ("name", "type", "origin", "encryption", "canmount", "mountpoint")}
+        quotas = {field: sizes[field] or None for field in ("quota_bytes", "refquota_bytes")}  # 0 is no quota
+        flags = {
+            "mounted": None if row["mounted"] is None else row["mounted"] == "yes",
+            "key_available": None if row["keystatus"] is None else row["keystatus"] == "available",
+        }
+        ratio = to_number((row["compressratio"] or "").rstrip("x"))
+        vmid = dataset_vmid(row["name"] or "")
+        datasets.append(known(**{**words, **sizes, **quotas, **flags}, compress_ratio=ratio, vmid=vmid))
+    return datasets
 
 
 def dataset_vmid(name: str) -> int | None:
@@ -2106,8 +2068,7 @@ def parse_subscription(text: str) -> dict[str, Any]:
     except (binascii.Error, ValueError):
         raise SourceError("garbage", "/etc/subscription: its status cannot be decoded") from None
     due = told.get("nextduedate")
-    date = re.fullmatch(r"(\d{4})-(\d\d?)-(\d\d?)", str(due))
-    due_at = to_unix(int(date[1]), int(date[2]), int(date[3])) if date else to_count(due)
+    due_at = to_unix(due) if isinstance(due, str) and "-" in due else to_count(due)
     status = told.get("status")
     return known(
         status=status.lower() if isinstance(status, str) else None,
@@ -2339,11 +2300,7 @@ def parse_notifications(text: str) -> dict[str, Any]:
         if kind == "matcher" and not targets & set(values.get("target", ()))
     ]
     matchers = sum(kind == "matcher" for kind, _ in enabled)
-    return {
-        "notification_targets": len(targets),
-        "notification_matchers": matchers,
-        "matchers_without_target": silent,
-    }
+    return {"notification_targets": len(targets), "notification_matchers": matchers, "matchers_without_target": silent}
 
 
 def parse_apt_sources(text: str, *, deb822: bool) -> list[tuple[str, list[str], list[str]]]:
@@ -2377,16 +2334,13 @@ def judge_apt_sources(sources: list[tuple[str, list[str], list[str]]]) -> dict[s
 # --- collectors: probe and parsers to one section of the report ---
 
 
-class Collector:
-    """A section of the report and the function that makes it."""
+class Collector(NamedTuple):
+    """A section of the report and the function that makes it. The lock is held while it runs: its memory is its own."""
 
-    __slots__ = ("function", "lock", "name", "tick")
-
-    def __init__(self, name: str, tick: str, function: Callable[[Any, dict[str, Any]], Any]) -> None:
-        self.name = name
-        self.tick = tick
-        self.function = function
-        self.lock = threading.Lock()  # held while it runs: its memory is its own
+    name: str
+    tick: str
+    function: Callable[[Any, dict[str, Any]], Any]
+    lock: threading.Lock
 
 
 COLLECTORS: dict[str, Collector] = {}  # in the order of the report
@@ -2400,7 +2354,7 @@ def collector(name: str, *, tick: str) -> Callable[[Callable[..., Any]], Callabl
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        COLLECTORS[name] = Collector(name, tick, function)
+        COLLECTORS[name] = Collector(name, tick, function, threading.Lock())
         return function
 
     return register
@@ -2457,6 +2411,12 @@ def unknown_because(error: SourceError) -> dict[str, Any]:
     return {"unknown_reason": f"{error.code}: {error.detail}"[:DETAIL_LIMIT]}
 
 
+def read_word(probe: ProbeLike, path: str) -> str:
+    """A small file without the blanks around; "" when it cannot be read."""
+    text: str = attempt(probe.read, path, default="")
+    return text.strip()
+
+
 def host_name(probe: ProbeLike) -> str:
     """The short host name, which Proxmox has as the node's name."""
     return probe.read("/proc/sys/kernel/hostname").strip().split(".")[0]
@@ -2477,21 +2437,14 @@ def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
         memory.clear()
         memory["boot_id"] = boot_id
     parts: tuple[Callable[[], dict[str, Any]], ...] = (
-        lambda: read_load(probe),
-        lambda: read_cpu(probe, memory),
-        lambda: read_memory(probe),
-        lambda: read_pressure(probe),
-        lambda: read_root(probe),
-        lambda: read_versions(probe, memory, kernel),
-        lambda: read_interfaces(probe, memory),
-        lambda: read_block_devices(probe, memory),
+        lambda: read_load(probe), lambda: read_cpu(probe, memory), lambda: read_memory(probe),
+        lambda: read_pressure(probe), lambda: read_root(probe), lambda: read_versions(probe, memory, kernel),
+        lambda: read_interfaces(probe, memory), lambda: read_block_devices(probe, memory),
         lambda: {"temperatures": read_temperatures(probe, memory)},
     )
     for part in parts:
-        try:
+        with part_of(probe, "node"):
             node.update(part())
-        except SourceError as error:
-            probe.problem("node", error.code, error.detail)
     return node
 
 
@@ -2577,7 +2530,7 @@ def read_versions(probe: ProbeLike, memory: dict[str, Any], kernel: str) -> dict
 def read_next_kernel(probe: ProbeLike, kernel: str) -> str | None:
     """The release that boots next: a pinned one, else the newest of the running one's flavour that is complete."""
     for pin in ("/etc/kernel/next-boot-pin", "/etc/kernel/proxmox-boot-pin"):
-        pinned = attempt(probe.read, pin, default="").strip().split("\n")[0].strip()
+        pinned = read_word(probe, pin).split("\n")[0].strip()
         if pinned:
             return pinned
     flavour = kernel.rpartition("-")[2]
@@ -2601,7 +2554,7 @@ def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     interfaces = []
     for name in names:
         received, receive_errors, sent, send_errors = counters[name]
-        state = attempt(probe.read, f"/sys/class/net/{name}/operstate", default="").strip()
+        state = read_word(probe, f"/sys/class/net/{name}/operstate")
         interfaces.append(
             known(
                 name=name, receive_bytes_total=received, transmit_bytes_total=sent, receive_errors_total=receive_errors,
@@ -2631,9 +2584,7 @@ def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
     return {
         "block_devices": [
             {
-                "name": name,
-                "read_bytes_total": counters[name][0] * 512,
-                "write_bytes_total": counters[name][1] * 512,
+                "name": name, "read_bytes_total": counters[name][0] * 512, "write_bytes_total": counters[name][1] * 512,
                 "busy_seconds_total": counters[name][2] / 1000,
             }
             for name in names
@@ -2646,7 +2597,7 @@ def read_temperatures(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str
     sensors = remember(probe, memory, "sensors", lambda: find_sensors(probe))
     temperatures = []
     for sensor, label, path, critical in sensors:
-        raw = attempt(probe.read, path, default="").strip()
+        raw = read_word(probe, path)
         millidegrees = to_number(raw)
         if millidegrees is not None:
             celsius = round(millidegrees / 1000, 1)
@@ -2659,7 +2610,7 @@ def find_sensors(probe: ProbeLike) -> list[list[Any]]:
     found: list[list[Any]] = []
     for folder in attempt(probe.list_dir, "/sys/class/hwmon", default=[]):
         base = f"/sys/class/hwmon/{folder}"
-        name = attempt(probe.read, f"{base}/name", default="").strip()
+        name = read_word(probe, f"{base}/name")
         if not name or name == "drivetemp":
             continue
         device = attempt(probe.readlink, f"{base}/device", default="").rpartition("/")[2]
@@ -2667,10 +2618,10 @@ def find_sensors(probe: ProbeLike) -> list[list[Any]]:
         for file in sorted(files, key=version_key):
             if file.startswith("temp") and file.endswith("_input"):
                 stem = file[:-6]
-                label = attempt(probe.read, f"{base}/{stem}_label", default="").strip() or stem
+                label = read_word(probe, f"{base}/{stem}_label") or stem
                 critical = None
                 if f"{stem}_crit" in files:
-                    critical = to_number(attempt(probe.read, f"{base}/{stem}_crit", default="").strip())
+                    critical = to_number(read_word(probe, f"{base}/{stem}_crit"))
                 limit = round(critical / 1000, 1) if critical else None
                 found.append([f"{name}-{device}" if device else name, label, f"{base}/{file}", limit])
     return found
@@ -2916,7 +2867,7 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
         disk_used_bytes=to_count(raw.get("disk")) if kind == "lxc" else None,
     )
     if status not in ("stopped", "unknown"):  # of a stopped guest the zeroes are no measurements
-        guest.update(read_guest_use(kind, raw))
+        guest.update(build_guest_use(kind, raw))
     if kind == "qemu" and status == "running" and (guest.get("uptime_seconds") or 0) > ANSWER_SECONDS:
         # Of a QEMU that does not answer Proxmox goes on saying "running", without what only QEMU can tell.
         guest["responds"] = any(to_count(raw.get(name)) is not None for name in ("diskread", "diskwrite"))
@@ -2926,14 +2877,18 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
 ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd several times
 
 
-def read_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
+GUEST_COUNTERS = {
+    "netin": "net_receive_bytes_total", "netout": "net_transmit_bytes_total",
+    "diskread": "disk_read_bytes_total", "diskwrite": "disk_write_bytes_total",
+}
+
+
+def build_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
     cpu = to_number(raw.get("cpu"))
-    return known(
-        cpu_ratio=None if cpu is None or cpu < 0 else round(cpu, 5), memory_used_bytes=to_count(raw.get("mem")),
-        memory_host_bytes=to_count(raw.get("memhost")) or None if kind == "qemu" else None,
-        net_receive_bytes_total=to_count(raw.get("netin")), net_transmit_bytes_total=to_count(raw.get("netout")),
-        disk_read_bytes_total=to_count(raw.get("diskread")), disk_write_bytes_total=to_count(raw.get("diskwrite")),
-    )
+    host = to_count(raw.get("memhost")) or None if kind == "qemu" else None
+    counters = {field: to_count(raw.get(name)) for name, field in GUEST_COUNTERS.items()}
+    ratio = None if cpu is None or cpu < 0 else round(cpu, 5)
+    return known(cpu_ratio=ratio, memory_used_bytes=to_count(raw.get("mem")), memory_host_bytes=host, **counters)
 
 
 def build_volumes(config: dict[str, Any], datasets: dict[str, str]) -> list[dict[str, Any]] | None:
@@ -3193,8 +3148,8 @@ def read_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
         if name in others:
             plain.append(name)
             continue
-        state = attempt(probe.read, f"{ZFS_KSTAT}/{name}/state", default="").strip()
-        guid = attempt(probe.read, f"{ZFS_KSTAT}/{name}/guid", default="").strip()
+        state = read_word(probe, f"{ZFS_KSTAT}/{name}/state")
+        guid = read_word(probe, f"{ZFS_KSTAT}/{name}/guid")
         if state or guid:
             pools.append(known(name=name, guid=to_guid(guid), state=state or None))
         elif not probe.exists(f"{ZFS_KSTAT}/{name}/."):
@@ -3241,14 +3196,10 @@ def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -
     vdevs = status.pop("vdevs", [])
     place_disks(probe, name, vdevs)
     return {
-        **found,
-        **status,
-        "layout": pool_layout(vdevs),
-        **read_pool_space(probe, name),
+        **found, **status, "layout": pool_layout(vdevs), **read_pool_space(probe, name),
         **known(redundancy_margin=redundancy_margin(vdevs)),
         "features_disabled": "features are not enabled" in status.get("status_text", ""),
-        **read_damaged_files(probe, memory, name, guid, status),
-        **keep_scrub(memory, guid, status["scan"]),
+        **read_damaged_files(probe, memory, name, guid, status), **keep_scrub(memory, guid, status["scan"]),
         "vdevs": vdevs,
     }
 
@@ -3680,7 +3631,7 @@ def is_safe_to_list(probe: ProbeLike, folder: str) -> bool:
     if best[2].startswith(REMOTE_TYPES):
         return False
     pool = best[0].partition("/")[0]
-    return best[2] != "zfs" or attempt(probe.read, f"{ZFS_KSTAT}/{pool}/state", default="").strip() != "SUSPENDED"
+    return best[2] != "zfs" or read_word(probe, f"{ZFS_KSTAT}/{pool}/state") != "SUSPENDED"
 
 
 LONGEST_BACKUP = DAY // 2
@@ -3880,7 +3831,7 @@ def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
     if not probe.exists("/sys/block"):
         raise Absent("no /sys here")
     links = attempt(read_disk_links, probe, default={})
-    boot_id = attempt(probe.read, "/proc/sys/kernel/random/boot_id", default="").strip()
+    boot_id = read_word(probe, "/proc/sys/kernel/random/boot_id")
     before, kept = as_dict(memory.get("smart")), {}
     disks: list[dict[str, Any]] = []
     for name in probe.list_dir("/sys/block"):
@@ -3926,7 +3877,7 @@ def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> dict[str, 
     """What the kernel says of a disk, without asking the disk. `listed`: it is there, whatever smartctl says."""
     base = f"/sys/block/{name}"
     sectors, spinning, model, serial, firmware = (
-        attempt(probe.read, f"{base}/{file}", default="").strip() or None
+        read_word(probe, f"{base}/{file}") or None
         for file in ("size", "queue/rotational", "device/model", "device/serial", "device/firmware_rev")
     )
     wwn = next((link.removeprefix("wwn-") for link in links if re.fullmatch(r"wwn-0x[0-9a-f]+", link)), None)
@@ -4132,7 +4083,7 @@ def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]
         packages = optional(read_packages, probe, "pve-qemu-kvm", "smartmontools", "zfsutils-linux", default={})
     return known(
         pve=parse_pve_version(attempt(probe.read, PVECFG, default="")),
-        zfs_module=attempt(probe.read, "/sys/module/zfs/version", default="").strip() or None,
+        zfs_module=read_word(probe, "/sys/module/zfs/version") or None,
         zfs_userland=packages.get("zfsutils-linux") or read_zfs_userland(probe),
         qemu=packages.get("pve-qemu-kvm") or None,
         smartctl=packages.get("smartmontools") or None,

@@ -91,7 +91,7 @@ def test_to_seconds_reads_durations_of_all_versions(text: str, seconds: int | No
 @given(st.integers(0, 4_000_000_000))
 def test_dates_are_unix_seconds(at: int) -> None:
     day = time.gmtime(at)
-    assert agent.to_unix(day.tm_year, day.tm_mon, day.tm_mday, time.strftime("%H:%M:%S", day)) == at
+    assert agent.to_unix(time.strftime("%Y-%m-%d", day), time.strftime("%H:%M:%S", day)) == at
     assert agent.parse_ctime(time.strftime("%a %b %e %H:%M:%S %Y", day)) == at
     assert agent.parse_ctime(time.strftime("%a %b %e %H:%M:%S UTC %Y", day)) == at
 
