@@ -2851,6 +2851,7 @@ class Monitor:
         self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
         self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
         self.reports_accepted = self.reports_duplicate = 0
+        self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
         self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
@@ -9186,6 +9187,10 @@ def list_rows(resource: Resource, call: Call) -> tuple[Iterable[Row], list[str]]
     return rows_of_hosts(resource, call.fleet, call.states(), call.now)
 
 
+def body_etag(body: bytes) -> str:
+    return f'W/"{hashlib.sha256(body).hexdigest()[:16]}"'
+
+
 def csv_answer(text: str, name: str, headers: dict[str, str] | None = None) -> Answer:
     """CSV for a file: a browser saves it, whatever it holds."""
     return Answer(200, text.encode("utf-8", "replace"), {
@@ -9935,7 +9940,7 @@ def describe_ingest() -> dict[str, Any]:
 
 COOKIE, KIOSK_COOKIE, SEEN_COOKIE = "proxmon_session", "proxmon_kiosk", "proxmon_seen"
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
-PAGE_LIMIT = 200
+PAGE_LIMIT = 100
 
 TABS = {name: resource for name, resource in RESOURCES.items() if resource.heads}
 
@@ -9965,20 +9970,51 @@ def get_host_administration(call: Call) -> Any:
 
 
 def page_answer(call: Call, *, managing: bool) -> Answer:
-    """The whole document, or for the script's polls what is in its <main> alone. Times are absolute there, so
-    that a state of the fleet is the same bytes whenever it is asked for."""
+    """The whole document, or for the script's polls what is in its <main> alone, and of that only what has changed.
+    Times are absolute there, so that a state of the fleet is the same bytes whenever it is asked for."""
     fragment = call.header("x-fragment") == "main"
     page = build_page(call, managing=managing, fragment=fragment)
-    return html(render("main.html" if fragment else "page.html", page=page, **PAGE_FUNCTIONS))
+    body = render("main.html" if fragment else "page.html", page=page, **PAGE_FUNCTIONS)
+    return changed_pieces(call, body) if fragment else html(body)
+
+
+# A row of any table, and a line of the problems: what a poll leaves out when the browser has it already.
+PIECE = re.compile(rb'<(tr)(?: class="[^"]*")? data-key="([^"]*)"[^>]*>.*?</tr>'
+                   rb'|<(li) class="problem" data-key="([^"]*)">.*?<!--end-->', re.S)
+FRAGMENTS_KEPT = 200
+
+
+def changed_pieces(call: Call, body: bytes) -> Answer:
+    """A fragment in which the rows that are as in the fragment named by X-Base stand as empty marks with their keys:
+    the script leaves them as they are."""
+    kept = call.monitor.fragments
+    tag = body_etag(body)
+    pieces: dict[bytes, int] = {}
+    for piece in PIECE.finditer(body):
+        key = piece[2] or piece[4]
+        pieces[key] = 0 if key in pieces else hash(piece[0])  # two of one key cannot be told apart
+    while len(kept) >= FRAGMENTS_KEPT:
+        kept.pop(next(iter(kept)), None)
+    base, kept[tag] = kept.get(call.header("x-base"), {}), pieces
+
+    def mark(piece: re.Match[bytes]) -> bytes:
+        key, name = piece[2] or piece[4], piece[1] or piece[3]
+        same = pieces[key] and pieces[key] == base.get(key)
+        return b'<%b data-key="%b" data-same></%b>' % (name, key, name) if same else piece[0]
+
+    return html(PIECE.sub(mark, body), headers={"ETag": tag})
 
 
 def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
-    resource = TABS.get(query.get("tab", ""), TABS["hosts"])
+    counts = count_tabs(call, terms)
+    found = next((name for name, count in counts.items() if count), "hosts") if terms else "hosts"
+    resource = TABS.get(query.get("tab", ""), TABS[found])
     tab = resource.name
     everything, failed = tab_rows(call, resource)
     rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
+    of_any_state = [term for term in terms if term.field != "state"]
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), open_alerts(call.fleet.everything())
     posture, sentence = describe_posture(overview, alerts)
@@ -9994,9 +10030,11 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "url": page_url(query), "level": partial(level_of, call.fleet), "tabs": TABS, "tab": tab, "failed": failed,
         "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
-        "states": count_states(everything), "counts": {**count_tabs(call, terms, tab), tab: len(rows)},
+        "states": count_states(find_rows(call, resource, everything, of_any_state)),
+        "counts": {**counts, tab: len(rows)}, "csv": csv_url(resource, query),
         "overview": overview, "posture": posture, "sentence": sentence,
-        "problems": group_problems(call, problems), "next_due": None if unseen else find_next_due(call),
+        "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms)),
+        "next_due": None if unseen else find_next_due(call),
         "host": page_host(call), "pool": query.get("pool", ""),
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
         "access": page_access(call) if managing else None,
@@ -10060,6 +10098,15 @@ def page_url(query: dict[str, str]) -> Callable[..., str]:
     return url
 
 
+def csv_url(resource: Resource, query: dict[str, str]) -> str:
+    """The list as it is searched and sorted, whole, from the API."""
+    wanted = {"format": "csv", "limit": str(LIST_MOST), "q": query.get("q", "").strip(),
+              "sort": query["sort"] if query.get("sort", "").removeprefix("-") in resource.columns else "",
+              "state": "all" if resource.name == "alerts" else ""}
+    return f"/api/v1/{resource.name}?" + urllib.parse.urlencode(
+        {key: value for key, value in wanted.items() if value}, errors="replace")
+
+
 def page_offset(asked: str, total: int) -> int:
     """The first row of the page asked for; nonsense and what is past the end is the first page."""
     offset = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 9 else 0
@@ -10104,7 +10151,7 @@ def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
     return word, f"{reporting}; {', '.join(told) or 'no open problem'}."
 
 
-def group_problems(call: Call, alerts: Rows) -> Rows:
+def group_problems(call: Call, alerts: Iterable[Row]) -> Rows:
     """Firing alerts, worst first and then newest, each with those that follow from it folded in as `children`."""
     url, hosts = page_url(call.query), {state.name: state for state in call.fleet.hosts.values()}
     shown: dict[Any, dict[str, Any]] = {}
@@ -10194,7 +10241,7 @@ def find_next_due(call: Call) -> dict[str, Any] | None:
     return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
 
 
-def count_states(rows: Rows) -> list[tuple[str, int]]:
+def count_states(rows: Iterable[Row]) -> list[tuple[str, int]]:
     """How many rows are in each state, worst first."""
     counts: dict[str, int] = {}
     for row in rows:
@@ -10204,11 +10251,11 @@ def count_states(rows: Rows) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
 
 
-def count_tabs(call: Call, terms: list[Term], shown: str) -> dict[str, int | None]:
-    """How many rows each other tab would show; without a search only what is cheap to count."""
+def count_tabs(call: Call, terms: list[Term]) -> dict[str, int]:
+    """How many rows each tab would show; without a search only what is cheap to count."""
     if terms:
         return {name: sum(1 for _ in find_rows(call, resource, tab_rows(call, resource)[0], terms))
-                for name, resource in TABS.items() if name != shown and not resource.title}
+                for name, resource in TABS.items() if not resource.title}
     states = call.fleet.hosts.values()
     firing = sum(alert.state == "firing" for owner in call.fleet.everything() for alert in owner.alerts.values())
     return {"hosts": len(states), "guests": sum(state.guest_counts[2] for state in states),
@@ -10624,7 +10671,7 @@ def finish(call: Call, result: Any) -> Answer:
         result = Answer(200, json.dumps(result).encode())
     reads = call.environ["REQUEST_METHOD"] in ("GET", "HEAD")
     if reads and result.status == 200 and "Cache-Control" not in result.headers:
-        tag = f'W/"{hashlib.sha256(result.body).hexdigest()[:16]}"'
+        tag = result.headers.get("ETag") or body_etag(result.body)
         result.headers.update({"ETag": tag, "Cache-Control": "private, no-cache"})
         if call.header("if-none-match") == tag:
             return Answer(304, b"", {"ETag": tag})

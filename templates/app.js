@@ -3,7 +3,7 @@
 //     -> problems -> alerting
 "use strict";
 (() => {
-  const POLL_MS = 3000, TIMEOUT_MS = 8000, TYPING_MS = 180;
+  const POLL_MS = 3000, REFRESH_MS = 10000, TIMEOUT_MS = 8000, TYPING_MS = 180;
   const root = document.documentElement;
   const $ = (selector, within = document) => within.querySelector(selector);
   const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -58,6 +58,7 @@
   const alike = (a, b) => a.nodeType === b.nodeType && a.nodeName === b.nodeName && keyOf(a) === keyOf(b);
 
   function morph(old, fresh) {
+    if (fresh.nodeType === 1 && "same" in fresh.dataset) return;             // the server says: as you have it
     if (old.nodeType === 3) { if (old.data !== fresh.data) old.data = fresh.data; return; }
     if (old.nodeType !== 1 || "keep" in old.dataset) return;
     if (old.nodeName === "TIME" && old.dataset.unix === fresh.dataset.unix) return;
@@ -80,6 +81,7 @@
     for (const wanted of [...fresh.childNodes]) {
       const key = keyOf(wanted);
       const moved = key && keyed.get(key);
+      if (key && "same" in wanted.dataset && !moved) { etag = ""; continue; }      // it is not here after all: all of it next time
       if (moved && moved !== here && moved.nodeName === wanted.nodeName) old.insertBefore(moved, here);
       else if (!here || !alike(here, wanted)) { old.insertBefore(document.importNode(wanted, true), here); continue; }
       const current = moved && moved.nodeName === wanted.nodeName ? moved : here;
@@ -94,7 +96,7 @@
 
   async function load(address, { force = false } = {}) {
     const ticket = ++asked;
-    const headers = { "X-Fragment": "main" };
+    const headers = { "X-Fragment": "main", ...(etag ? { "X-Base": etag } : {}) };
     if (!force && etag && etagOf === address) headers["If-None-Match"] = etag;
     let answer, text = "";
     try {
@@ -106,6 +108,7 @@
     if (answer.status !== 200 && answer.status !== 304) return lost();
     const date = Date.parse(answer.headers.get("Date") || "");
     if (date && Math.abs(date / 1000 - now()) > 2) offset = date / 1000 + 0.5 - Date.now() / 1000;
+    loadedAt = Date.now();
     if (answer.status === 200) { etag = answer.headers.get("ETag") || ""; etagOf = address; show(text); }
     found();
   }
@@ -142,7 +145,7 @@
   }
 
   // --- live: poll while the page is seen, and say so when the data stands still ---
-  let timer = 0;
+  let timer = 0, news = "", loadedAt = 0;
 
   function say(text, how) {
     const live = $("#live");
@@ -191,7 +194,9 @@
   async function beat() {
     clearTimeout(timer);
     if (document.hidden) { say("Paused", "paused"); return; }
-    await load(here());
+    const overview = await getJson("/api/v1/overview");      // half a kB; the page itself when that is news, else every 10 s
+    const now = overview && JSON.stringify([overview.hosts, overview.problems, overview.last_notification_at]);
+    if (!now || now !== news || Date.now() - loadedAt >= REFRESH_MS) { await load(here()); news = now; } else found();
     clearTimeout(timer);
     timer = setTimeout(beat, POLL_MS);
   }
@@ -337,6 +342,11 @@
     const label = button.textContent;
     button.textContent = await toClipboard(text) ? "Copied" : "Select it and copy by hand";
     setTimeout(() => { button.textContent = label; }, 1600);
+  }
+
+  async function copyLink(button) {
+    button.textContent = await toClipboard(location.href) ? "Copied" : "Copy it from the address bar";
+    setTimeout(() => { button.textContent = "Copy link"; }, 1600);
   }
 
   async function toClipboard(text) {
@@ -745,6 +755,7 @@
     let button;
     if (on("#theme")) nextTheme();
     else if ((button = on("[data-copy]"))) copy(button);
+    else if ((button = on("[data-copy-link]"))) copyLink(button);
     else if (on("[data-dismiss]")) dismissToken();
     else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);

@@ -48,12 +48,14 @@ def browser(client):
 @pytest.fixture
 def two_hosts(register, post):
     """A host that is well, and one whose pool is not."""
-    post(register("pve1", site="paris", tags=["prod"]), build_report("pve1"))
+    tokens = {"pve1": register("pve1", site="paris", tags=["prod"])}
+    post(tokens["pve1"], build_report("pve1"))
     bad = build_pool(state="DEGRADED", capacity_ratio=0.84)
     states = [{"name": "tank", "guid": bad["guid"], "state": "DEGRADED"}]
     guests = [build_guest(300, name="mail", cpu_ratio=0.95), build_guest(301, name="web mail", status="stopped")]
     report = build_report("pve2", pools=[bad], pool_states=states, guests=guests)
     post(register("pve2", site="berlin", tags=["test"]), report, host="pve2")
+    return tokens
 
 
 def shown(browser, query: str) -> list[str]:
@@ -117,14 +119,40 @@ def test_search_and_order(browser, two_hosts, query, rows):
 
 
 def test_a_search_that_finds_nothing_says_where_there_is_something(browser, two_hosts):
-    page = browser.get("/?q=mail").text
+    page = browser.get("/?q=mail&tab=hosts").text
     assert "None of the hosts matches" in page
     assert "2 guests" in page
 
 
-def test_200_rows_are_shown_and_the_next_page_has_the_rest(browser, register, post):
+def test_a_search_tells_its_hits_of_every_list_and_opens_the_first_that_has_some(browser, two_hosts):
+    page = browser.get("/?q=mail").text
+    found = re.search(r'<nav class="hits".*?</nav>', page, re.S)[0]
+    assert re.findall(r">(\w+ \d+)</a>", found)[:3] == ["hosts 0", "guests 2", "pools 0"]
+    assert shown(browser, "q=mail") == ["mail", "web mail"]
+    assert shown(browser, "q=mail&tab=hosts") == []
+    assert 'class="hits"' not in browser.get("/").text
+
+
+def test_a_search_filters_the_problems_and_the_chips_too(browser, two_hosts):
+    assert 'class="problem"' in browser.get("/?q=pve2").text
+    page = browser.get("/?q=pve1").text
+    assert 'class="problem"' not in page and "No problem matches the search." in page
+    assert "1 critical" in page  # the posture is that of the whole fleet
+    chips = re.search(r'<div class="chips".*?</div>', page, re.S)[0]
+    assert "critical" not in chips and ">ok <" in chips
+
+
+def test_a_list_can_be_had_as_csv_as_it_is_searched_and_sorted(browser, two_hosts):
+    page = browser.get("/?tab=guests&q=cpu>90&sort=-name").text
+    address = re.search(r'href="(/api/v1/[^"]+)" download', page)[1].replace("&amp;", "&")
+    answer = browser.get(address)
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert [line.split(",")[3] for line in answer.text.splitlines()[1:]] == ["mail"]
+
+
+def test_100_rows_are_shown_and_the_next_page_has_the_rest(browser, register, post):
     post(register("pve1"), build_report(guests=[build_guest(100 + n) for n in range(250)]))
-    assert len(shown(browser, "tab=guests")) == 200
+    assert len(shown(browser, "tab=guests")) == 100
     assert len(shown(browser, "tab=guests&offset=200")) == 50
 
 
@@ -169,6 +197,35 @@ def test_the_same_state_is_the_same_fragment_at_any_time(browser, two_hosts, clo
     clock.advance(7)
     assert browser.get("/?host=pve2", X_Fragment="main").body == first.body
     assert browser.get("/?host=pve2", X_Fragment="main", If_None_Match=first.headers["etag"]).status == 304
+
+
+def test_a_poll_brings_only_the_rows_that_have_changed(browser, two_hosts, post, clock):
+    first = browser.get("/", X_Fragment="main")
+    tag = first.headers["etag"]
+    assert browser.get("/", X_Fragment="main", X_Base=tag, If_None_Match=tag).status == 304
+    token = two_hosts["pve1"]
+    post(token, build_report("pve1", seq=9, at=clock(), node={"name": "pve1", "cpu_ratio": 0.777}), host="pve1")
+    second = browser.get("/", X_Fragment="main", X_Base=tag)
+    assert '<tr data-key="host-pve2" data-same></tr>' in second.text and "78%" in second.text
+    assert len(second.body) < len(first.body)
+    whole = browser.get("/", X_Fragment="main", X_Base="W/unknown")
+    assert "data-same" not in whole.text and whole.headers["etag"] == second.headers["etag"]
+    third = browser.get("/", X_Fragment="main", X_Base=second.headers["etag"])
+    assert re.search(r'<li data-key="problem-\d+" data-same></li>', third.text)
+    assert third.text.count("data-same") >= 3 and third.headers["etag"] == second.headers["etag"]
+
+
+def test_what_one_reader_has_is_not_left_out_for_another(browser, two_hosts):
+    tag = browser.get("/?tab=guests", X_Fragment="main").headers["etag"]
+    assert "data-same" not in browser.get("/?tab=pools", X_Fragment="main").text
+    text = browser.get("/?tab=pools", X_Fragment="main", X_Base=tag).text
+    assert '<tr class="row' in text and "data-same" not in text  # its links lead back to another list
+
+
+def test_the_fragments_that_are_remembered_are_few(browser, two_hosts, monitor):
+    for number in range(server.FRAGMENTS_KEPT + 20):
+        browser.get(f"/?q={number}", X_Fragment="main")
+    assert len(monitor.fragments) <= server.FRAGMENTS_KEPT
 
 
 def test_without_hosts_the_page_says_how_to_begin(browser):
