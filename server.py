@@ -59,7 +59,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import accumulate, chain, compress, islice
-from operator import lt, mul, sub
+from operator import eq, itemgetter, lt, mul, sub
 from typing import IO, Any, NamedTuple
 
 import argon2
@@ -6559,8 +6559,10 @@ def unpack_bits(packed: bytes, count: int) -> list[bool]:
 
 def place(values: Iterable[Any], there: Sequence[bool]) -> list[Any]:
     """Values at the rows that have one, NaN at the others."""
-    given = iter(values)
-    return [next(given) if is_there else NAN for is_there in there]
+    column = [NAN] * len(there)
+    for row, value in zip(compress(range(len(there)), there), values):
+        column[row] = value
+    return column
 
 
 def unpack_column(packed: bytes, at: int, rows: int) -> list[float]:
@@ -6864,9 +6866,9 @@ def merge(frames: Iterable[Frame]) -> Frame:
             column += [NAN] * (len(keys) - len(column))
     if all(map(lt, keys, keys[1:])):
         return Frame(keys, objects)
-    order = sorted({key: row for row, key in enumerate(keys)}.values(), key=keys.__getitem__)
-    return Frame([keys[row] for row in order], {
-        name: {field: [column[row] for row in order] for field, column in columns.items()}
+    in_order = itemgetter(*sorted({key: row for row, key in enumerate(keys)}.values(), key=keys.__getitem__), -1)
+    return Frame(list(in_order(keys)[:-1]), {  # of one row alone it would give no tuple
+        name: {field: list(in_order(column)[:-1]) for field, column in columns.items()}
         for name, columns in objects.items()})
 
 
@@ -6917,7 +6919,8 @@ def pack_reports(frame: Frame, objects: ObjectIds, layouts: LayoutIds) -> bytes:
             columns = [frame.objects[key][name] for name in names]
             head = b"\1"
             if all(math.isnan(sum(column)) for column in columns):  # none is whole
-                there = [any(cell == cell for cell in cells) for cells in zip(*columns)]
+                known = [list(map(eq, column, column)) for column in columns]
+                there = known[0] if known.count(known[0]) == len(known) else list(map(any, zip(*known)))
                 if not all(there):
                     head = b"\0" + pack_bits(there)
                     columns = [list(compress(column, there)) for column in columns]
@@ -6984,7 +6987,7 @@ def list_rates(times: list[int], columns: dict[str, list[float]], fields: Iterab
         if not math.isnan(sum(values)):
             rates[field] = list_growth(values, waits)
             continue
-        there = [value == value for value in values]
+        there = list(map(eq, values, values))
         known = {name: list(compress(columns[name], there)) for name in (field, "uptime_seconds", BOOT)
                  if name in columns}
         known_waits = list_waits(list(compress(times, there)), known)
@@ -7015,34 +7018,36 @@ def fold(frame: Frame, plain: Wanted, day: int) -> Frame:
     """The points of 5 minutes of a day, from its reports and those of the hour before."""
     times, grid = [key[0] for key in frame.keys], range(day, day + DAY, FINE)
     bounds = [bisect.bisect_left(times, at * 1000) for at in (*grid, day + DAY)]
-    spans = list(zip(bounds, bounds[1:]))
-    objects = {}
+    spans = {b"": list(zip(bounds, bounds[1:]))}  # by which rows have a value: a step's first row, and after its last
+    objects: dict[ObjectKey, dict[str, list[Any]]] = {}
     for key, columns in frame.objects.items():
         fields = columns.keys() - {BOOT} if plain is None else columns.keys() & plain[key]
         rates = list_rates(times, columns, [field for field in fields if field.endswith("_total")])
-        objects[key] = {field: fold_column(rates.get(field, columns[field]), spans, is_rate=field in rates)
-                        for field in fields}
+        objects[key] = {}
+        for field in fields:
+            values, rows = rates.get(field, columns[field]), b""
+            if math.isnan(sum(values)):
+                there = list(map(eq, values, values))
+                values, rows = list(compress(values, there)), bytes(there)
+                if rows not in spans:
+                    counts = [0, *accumulate(there)]
+                    spans[rows] = [(counts[row], counts[end]) for row, end in spans[b""]]
+            objects[key][field] = fold_column(values, spans[rows], is_rate=field in rates)
     return Frame(list(grid), objects)
 
 
 def fold_column(values: list[float], spans: list[tuple[int, int]], *, is_rate: bool) -> list[Any]:
-    """Points of values; a span is the first row of a step and the one after its last."""
+    """Points of values that are all known; NaN for a step without any."""
     first = values[0] if values else NAN
-    if first == first and values.count(first) == len(values) and not is_rate:
+    if values.count(first) == len(values) and not is_rate:
         return [(first, first, first, float(end - row)) if row < end else NAN for row, end in spans]
-    parts = [values[row:end] for row, end in spans]
-    sums = list(map(sum, parts))
-    if math.isnan(sum(sums)):  # some have holes
-        parts = [[value for value in part if value == value] if math.isnan(total) else part
-                 for part, total in zip(parts, sums)]
-        sums = list(map(sum, parts))
-    there = list(map(bool, parts))
-    parts, sums = list(compress(parts, there)), list(compress(sums, there))
+    there = [row < end for row, end in spans]
+    parts = [values[row:end] for row, end in compress(spans, there)]
     lows, highs = list(map(min, parts)), list(map(max, parts))
     if is_rate:
         lows, highs = list(map(rough, lows)), list(map(rough, highs))
-    return place(((low if low == high else tidy(total / len(part), low, high), low, high, float(len(part)))
-                  for part, total, low, high in zip(parts, sums, lows, highs)), there)
+    return place([(low if low == high else tidy(sum(part) / len(part), low, high), low, high, float(len(part)))
+                  for part, low, high in zip(parts, lows, highs)], there)
 
 
 def tidy(average: float, lowest: float, highest: float) -> float:
@@ -7796,9 +7801,9 @@ QUERY_SECONDS = 10  # so long may an answer take
 AWAY_SECONDS_MOST = 15  # after no answer nobody waits for the next one, for so long
 PUSH_REPORTS, PUSH_OF_HOST = 200, 50  # in one request
 PUSHED_MOST = 20_000  # reports that the store has taken and not given back yet
-CONFIRM_SECONDS = 15  # VictoriaMetrics writes to its disk every 5 s
+CONFIRM_SECONDS = 15  # VictoriaMetrics writes to its disk every 5 s; with each try twice as long: it may crash often
 PUSH_SECONDS, PUSH_SECONDS_MOST = 5, MINUTE  # between two turns; the most is while the store is away
-PUSH_TRIES = 3  # taken so often and never given back: older than the store keeps anything
+PUSH_TRIES = 8  # taken so often in an hour and never given back: older than the store keeps anything
 QUERY_BYTES = 12_000  # of one question: the store's own limit is 16,384
 SUBQUERY_MOST = 25_000  # points: the store's own limit is 30,000
 REPORT_SERIES = "proxmon_report_seq"  # which reports there are: its value is the sequence number, label `run`
@@ -8047,9 +8052,10 @@ class RemoteKeeper(Keeper):
 
     def confirm(self) -> None:
         """Take out of the tail what the store gives back; what it has forgotten is sent again."""
-        before = time.monotonic() - CONFIRM_SECONDS
+        now = time.monotonic()
         for host_id, waiting in list(self.pushed.items()):
-            due = {report_id: pushed for report_id, pushed in waiting.items() if pushed.at <= before}
+            due = {report_id: pushed for report_id, pushed in waiting.items()
+                   if pushed.at + CONFIRM_SECONDS * 2 ** (pushed.tries - 1) <= now}
             state = self.fleet.hosts.get(host_id)
             if state is None:
                 del self.pushed[host_id]

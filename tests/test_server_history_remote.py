@@ -11,9 +11,11 @@ import os
 import random
 import secrets
 import signal
+import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -55,9 +57,9 @@ class Victoria:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *more: str) -> None:
         argv = [find_program("victoria-metrics"), f"-storageDataPath={self.folder}", "-retentionPeriod=10y",
-                f"-httpListenAddr=127.0.0.1:{self.port}", "-dedup.minScrapeInterval=1ms"]  # fmt: skip
+                f"-httpListenAddr=127.0.0.1:{self.port}", "-dedup.minScrapeInterval=1ms", *more]  # fmt: skip
         self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(self.answers)
 
@@ -387,8 +389,6 @@ def test_questions_without_the_store_are_busy_and_the_page_lives(make_recorder, 
 
 
 def test_a_store_that_hangs_is_not_waited_for_again_and_again(make_recorder, monkeypatch):
-    import socket
-
     monkeypatch.setattr(server, "QUERY_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         remote = make_recorder(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -463,6 +463,94 @@ def test_the_small_lines_of_the_page_come_from_the_store(pair):
 
 
 # --- killed: a server that dies between sending and clearing away ---
+
+
+class Crossing(http.server.BaseHTTPRequestHandler):
+    """On the way to the real store; `fault` says what befalls an import."""
+
+    victoria: Victoria
+    fault: str | None = None
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = self.fault if self.path.endswith("/import") else None
+        type(self).fault = None if fault else self.fault
+        if fault == "killed before":
+            self.victoria.stop(signal.SIGKILL)
+        try:
+            request = urllib.request.Request(self.victoria.url + self.path, body, dict(self.headers))
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                status, found = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, found = error.code, error.read()
+        except OSError:
+            return self.close()
+        if fault == "killed after":
+            self.victoria.stop(signal.SIGKILL)
+        if fault in ("killed after", "answer lost"):
+            return self.close()
+        if fault == "slow":
+            time.sleep(1.5)
+            return self.close()
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(found)
+
+    def close(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_store_killed_slow_or_cut_off_in_the_middle_loses_nothing(make_recorder, victoria, monkeypatch):
+    monkeypatch.setattr(server, "CONFIRM_SECONDS", 1.5)
+    monkeypatch.setattr(server, "AWAY_SECONDS_MOST", 0)
+    monkeypatch.setattr(server, "QUERY_SECONDS", 1)
+    crossing = type("Crossing", (Crossing,), {"victoria": victoria})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), crossing) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        remote = make_recorder(f"http://127.0.0.1:{web.server_port}")
+        reports, sent = reports_until(remote.clock(), 240), 0
+        for fault in ("killed before", "killed after", "answer lost", "slow", None):
+            remote.take(*reports[sent : sent + 40])
+            sent += 40
+            crossing.fault = fault
+            remote.keeper.push_all()
+            assert (remote.keeper.trouble is None) == (fault is None), fault
+            if fault and "killed" in fault:
+                victoria.start()
+            remote.keeper.push_all()
+        remote.take(*reports[sent:])
+        everything = [report["seq"] for report in reports]
+
+        def arrived() -> bool:
+            remote.keeper.push_all()
+            return remote.count("report") == 0
+
+        wait_until(arrived)
+        assert victoria.sequences(remote.clock()) == everything
+        points = ask(remote.admin(), "node.cpu_ratio", step=30, **{"from": remote.clock() - 3 * HOUR})[0]["points"]
+        assert [point[1] for point in points] == [report["node"]["cpu_ratio"] for report in reports]
+        web.shutdown()
+
+
+def test_a_store_whose_disk_is_full_takes_nothing_and_loses_nothing(make_recorder, victoria, monkeypatch):
+    monkeypatch.setattr(server, "CONFIRM_SECONDS", 0)
+    victoria.stop()
+    victoria.start("-storage.minFreeDiskSpaceBytes=1000000000000000")  # it is read-only then
+    remote = make_recorder(victoria.url)
+    reports = reports_until(remote.clock(), 20)
+    remote.take(*reports)
+    for _ in range(server.PUSH_TRIES + 1):
+        remote.keeper.push_all()
+    assert remote.count("report") == len(reports) and remote.keeper.trouble
+    victoria.stop()
+    victoria.start()
+    remote.keeper.push_all()
+    wait_until(lambda: victoria.sequences(remote.clock()) == [report["seq"] for report in reports])
+    remote.keeper.push_all()
+    assert remote.count("report") == 0
 
 
 def test_kill_9_of_both_loses_nothing(tmp_path, victoria):
