@@ -80,7 +80,19 @@ TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; b
 REQUEST_SECONDS, UNREAD_SECONDS = 60, 60  # that a request may take to come in, and an answer to be read on
 UNREAD_LIMIT = 4 << 20  # bytes of an answer that are made before they are read
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
+PARSED_LIMIT = 64 << 20  # bytes of one request once parsed, as weigh() has it
+LARGE = 2 << 20  # bytes unpacked; of larger requests one is read at a time. A batch of the agent's has less
+LARGE_SECONDS = 10  # that one waits for its turn
+WEIGHED = 1 << 20  # bytes parsed: of a larger report each section is weighed
+KEPT_LIMIT = 16 << 20  # bytes parsed of such sections that are kept in the latest state of a host
+STRANGE_SECTIONS = 64  # of names that this version does not know, per host
+MEMBERS_LIMIT = 16  # of one gzip file
+UNDER_WAY = 2  # requests of one host at once
+RUNS_BURST, RUNS_PER_SECOND = 1000, 1 / 300  # starts of one host's agent: each is a row for ever
+RUNS_AT_HAND = 10_000  # whose sequence numbers are in memory
+SPANS_LIMIT = 2000  # of sequence numbers that have come, per run; with more, the oldest gaps count as filled
 BATCH_LIMIT = 500  # reports in one request
+NAME_LIMIT = 64  # characters of a field's name that means anything here
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
@@ -903,9 +915,19 @@ def report_time(report_id: int) -> float:
     return (report_id & ((1 << HOST_SHIFT) - 1)) / 1000
 
 
+def read_text(body: bytes) -> bytes:
+    """A stored report's JSON; how it was packed, zlib or gzip, shows in its first bytes. As it came, gzip may have
+    several members."""
+    text = b""
+    while body:
+        unpacker = zlib.decompressobj(47)
+        text += unpacker.decompress(body)
+        body = unpacker.unused_data
+    return text
+
+
 def read_body(body: bytes) -> dict[str, Any]:
-    """A stored report; how it was packed shows in its first bytes."""
-    return json.loads(zlib.decompress(body, 47))
+    return json.loads(read_text(body))
 
 
 def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
@@ -1271,18 +1293,24 @@ class RateLimiter:
 
 # --- reports: what a report must look like ---
 
-ENVELOPE = frozenset(("version", "host_id", "tick", "time", "run_id", "seq", "agent", "absent", "errors"))
-SECTION_TYPES: dict[str, type] = {
-    "node": dict, "cluster": dict, "guests": list, "storages": list, "pool_states": list, "tasks": list,
-    "pools": list, "datasets": list, "backups": dict, "replication": list, "ha": dict, "time_sync": dict,
-    "snapshots": list, "disks": list, "updates": dict, "certificates": list, "subscription": dict,
-    "versions": dict, "ceph": dict, "services": list, "failed_units": list, "mail_queue": dict, "safeguards": dict,
-}
-TEXT_LISTS = frozenset(("failed_units",))  # of the lists, those that hold text and not objects
-KEY_FIELDS: dict[str, tuple[str, type]] = {
-    "guests": ("vmid", int), "storages": ("storage", str), "pool_states": ("name", str), "pools": ("name", str),
-    "datasets": ("name", str), "disks": ("name", str), "snapshots": ("dataset", str), "tasks": ("upid", str),
-    "replication": ("id", str),
+
+class SectionShape(NamedTuple):
+    """What a section is: one object (dict), or a list of objects, which a field tells apart."""
+
+    form: type
+    key: str = ""
+    key_form: type = str
+    items: type = dict
+
+
+SECTIONS: dict[str, SectionShape] = {
+    **dict.fromkeys(("node", "cluster", "backups", "ha", "time_sync", "updates", "subscription", "safeguards",
+                     "versions", "ceph", "mail_queue"), SectionShape(dict)),
+    **dict.fromkeys(("pool_states", "pools", "datasets", "disks"), SectionShape(list, "name")),
+    "guests": SectionShape(list, "vmid", int), "storages": SectionShape(list, "storage"),
+    "snapshots": SectionShape(list, "dataset"), "tasks": SectionShape(list, "upid"),
+    "replication": SectionShape(list, "id"), "services": SectionShape(list), "certificates": SectionShape(list),
+    "failed_units": SectionShape(list, items=str),
 }
 NUMBER_SUFFIXES = ("_bytes", "_seconds", "_ratio", "_celsius", "_at", "_total")
 NUMBER_NAMES = frozenset((
@@ -1290,32 +1318,41 @@ NUMBER_NAMES = frozenset((
     "data_errors", "redundancy_margin", "votes_expected", "votes_present", "votes_needed", "power_on_hours",
     "reallocated_sectors", "pending_sectors", "uncorrectable_errors", "crc_errors", "media_errors", "fail_count",
 ))
+TEXT_NAMES = frozenset((  # text, or a number that Perl made of it
+    "name", "status", "state", "type", "class", "storage", "content", "node", "layout", "pool", "dataset", "guid",
+    "upid", "user", "schedule", "kernel", "pve_version", "model", "serial", "firmware", "path", "disk", "by_id", "id",
+    "unit", "label", "sensor", "source", "target", "message", "reason", "lock", "health", "level", "mode", "address",
+    "issuer", "subject", "severity", "encryption", "origin", "master", "manager", "file",
+))
 NUMBER_MOST = 2.0**64  # counters are unsigned 64 bit at the most
 NUMBER_LEAST = -NUMBER_MOST
 
 
-class BadReport(Exception):
-    """Where in the report something is wrong (steps from its root), and what."""
-
-    def __init__(self, steps: list[Any], detail: str):
-        super().__init__(detail)
-        self.steps, self.detail = steps, detail
-
-
-def unpack(body: bytes, encoding: str) -> bytes:
-    """The body without its gzip; never more than 32 MiB. `Problem`: too_large, invalid_json."""
-    if encoding != "gzip":
-        return body
+def unpack(body: bytes, encoding: str, most: int = UNPACKED_LIMIT) -> bytes:
+    """The body without its gzip (one member or several: RFC 1952, 2.2). `Problem`: too_large beyond `most` bytes,
+    invalid_json."""
+    text, rest = (b"", body) if encoding == "gzip" else (body, b"")
     try:
-        unpacker = zlib.decompressobj(31)
-        text = unpacker.decompress(body, UNPACKED_LIMIT)
+        for _ in range(MEMBERS_LIMIT):
+            if not rest or len(text) > most:
+                break
+            unpacker = zlib.decompressobj(31)
+            text += unpacker.decompress(rest, most + 1 - len(text))
+            if not unpacker.eof and len(text) <= most:
+                raise zlib.error
+            rest = unpacker.unused_data
     except zlib.error:
-        raise Problem("invalid_json", "the body is not gzip, though Content-Encoding says so") from None
-    if unpacker.unconsumed_tail:
-        raise Problem("too_large", f"unpacked it is more than {UNPACKED_LIMIT} bytes")
-    if not unpacker.eof or unpacker.unused_data:
-        raise Problem("invalid_json", "the gzip stream is cut off, or something follows it")
+        raise Problem("invalid_json", "the body is not gzip as a whole, though Content-Encoding says so") from None
+    if len(text) > most:
+        raise Problem("too_large", f"unpacked it is more than {most} bytes")
+    if rest:
+        raise Problem("invalid_json", f"more than {MEMBERS_LIMIT} members in one gzip file")
     return text
+
+
+def weigh(text: bytes) -> int:
+    """About the bytes of memory that JSON text takes once it is parsed: each value is an object of its own."""
+    return len(text) + 64 * (text.count(b",") + text.count(b"[") + text.count(b"{"))
 
 
 def parse_json(text: bytes) -> Any:
@@ -1346,7 +1383,7 @@ def without_surrogates(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if depth > NESTING_LIMIT:
-        return value  # refused by misfit()
+        return value  # refused by check_values()
     if isinstance(value, list):
         return [without_surrogates(one, depth + 1) for one in value]
     if isinstance(value, dict):
@@ -1363,8 +1400,8 @@ def check_reports(parsed: Any, host_name: str) -> list[dict[str, Any]]:
         steps = [number] if isinstance(parsed, list) else []
         try:
             check_report(report)
-        except BadReport as bad:
-            raise Problem("invalid_report", bad.detail, pointer=json_pointer(steps + bad.steps)) from None
+        except Mistake as bad:
+            raise Problem("invalid_report", bad.reason, pointer=json_pointer([*steps, *bad.path])) from None
         if report["host_id"].lower() != host_name.lower():
             raise Problem("host_mismatch", f"the report is of another host than {host_name}",
                           pointer=json_pointer([*steps, "host_id"]))
@@ -1376,59 +1413,40 @@ def json_pointer(steps: list[Any]) -> str:
     return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in steps)
 
 
+ENVELOPE_SPEC = {  # all else in a report is a section
+    "version": (int, 1, 1), "host_id": (str, 1, 63), "tick": ("fast", "medium", "slow"), "time": (float, 0, 1e11),
+    "run_id": (str, 1, 128), "seq": (int, 1, (1 << 53) - 1), "agent?": dict, "absent?": [str], "errors?": {"*": dict},
+}
+ENVELOPE = frozenset(name.removesuffix("?") for name in ENVELOPE_SPEC)
+
+
 def check_report(report: Any) -> None:
-    """`BadReport` unless this is a report as docs/report.schema.json has it. Unknown sections and fields pass."""
-    if not isinstance(report, dict):
-        raise BadReport([], "a report is an object")
-    check_envelope(report)
+    """`Mistake` unless this is a report as docs/report.schema.json has it. Unknown sections and fields pass."""
+    if type(report) is not dict:
+        raise Mistake((), "a report is an object")
+    checked({name: report[name] for name in ENVELOPE & report.keys()}, ENVELOPE_SPEC)
     for name, value in report.items():
-        if name not in ENVELOPE:
-            check_section(name, value)
-        wrong = misfit({name: value}, strict=name in SECTION_TYPES)
-        if wrong is not None:
-            raise BadReport(wrong[:-1], wrong[-1])
+        try:
+            if name in SECTIONS:
+                check_section(SECTIONS[name], value)
+            if type(value) in (dict, list):
+                check_values(value, strict=name in SECTIONS)
+            elif type(value) in (int, float) and not is_number(value):
+                raise Mistake((), "not a number that can be kept")
+        except Mistake as bad:
+            raise Mistake((name, *bad.path), bad.reason) from None
 
 
-ENVELOPE_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("version", lambda v: type(v) is int and v == 1, "the report's version is 1"),
-    ("host_id", lambda v: isinstance(v, str) and bool(v), "a host's name"),
-    ("tick", lambda v: v in ("fast", "medium", "slow"), "fast, medium or slow"),
-    ("time", lambda v: is_number(v) and 0 <= v < 1e11, "unix seconds"),
-    ("run_id", lambda v: isinstance(v, str) and 0 < len(v) <= 128, "1 to 128 characters"),
-    ("seq", lambda v: type(v) is int and 1 <= v < 1 << 53, "a whole number from 1"),
-)
-
-
-def check_envelope(report: dict[str, Any]) -> None:
-    for name, fits, wanted in ENVELOPE_RULES:
-        if name not in report:
-            raise BadReport([], f"{name} is missing")
-        if not fits(report[name]):
-            raise BadReport([name], f"should be: {wanted}")
-    absent, errors = report.get("absent"), report.get("errors")
-    if not isinstance(report.get("agent", {}), dict):
-        raise BadReport(["agent"], "should be an object")
-    if absent is not None and not (isinstance(absent, list) and all(isinstance(one, str) for one in absent)):
-        raise BadReport(["absent"], "should be a list of section names")
-    if errors is not None and not (isinstance(errors, dict) and all(isinstance(e, dict) for e in errors.values())):
-        raise BadReport(["errors"], "should be {section: {code, detail}}")
-
-
-def check_section(name: str, value: Any) -> None:
-    wanted = SECTION_TYPES.get(name)
-    if wanted is None:
-        return
-    if type(value) is not wanted:
-        raise BadReport([name], f"should be {'an object' if wanted is dict else 'a list'}")
-    if isinstance(value, list):
-        key, key_type = KEY_FIELDS.get(name, (None, None))
-        for number, one in enumerate(value):
-            if name in TEXT_LISTS and type(one) is str:
-                continue
-            if type(one) is not dict:
-                raise BadReport([name, number], f"should be {'text' if name in TEXT_LISTS else 'an object'}")
-            if key is not None and type(one.get(key)) is not key_type:
-                raise BadReport([name, number, key], f"should be {'a number' if key_type is int else 'text'}")
+def check_section(shape: SectionShape, value: Any) -> None:
+    if type(value) is not shape.form:
+        raise Mistake((), f"should be {'an object' if shape.form is dict else 'a list'}")
+    items: Iterable[Any] = value if type(value) is list else ()
+    for place, item in enumerate(items):
+        if not isinstance(item, shape.items):
+            raise Mistake((place,), f"should be {'an object' if shape.items is dict else 'text'}")
+        fields: Any = item
+        if shape.key and type(fields.get(shape.key)) is not shape.key_form:
+            raise Mistake((place, shape.key), f"should be {'a number' if shape.key_form is int else 'text'}")
 
 
 def is_number(value: Any) -> bool:
@@ -1437,30 +1455,34 @@ def is_number(value: Any) -> bool:
 
 
 @lru_cache(4096)
-def names_a_number(key: str) -> bool:
-    """Units are in the names, so the name tells that a number belongs here."""
-    return key.endswith(NUMBER_SUFFIXES) or key in NUMBER_NAMES
+def kind_of_name(key: str) -> type | None:
+    """What belongs under a name: a number (float; units are in the names), a text (str), or whatever (None)."""
+    if key.endswith(NUMBER_SUFFIXES) or key in NUMBER_NAMES:
+        return float
+    return str if key in TEXT_NAMES else None
 
 
-def misfit(value: Any, *, strict: bool, depth: int = 0) -> list[Any] | None:
-    """The way to the first value that cannot be kept, with the reason as its last step; None if all is well.
-    `strict`: also text or a truth value where the name says that it is a number."""
+def check_values(value: Any, *, strict: bool, depth: int = 0) -> None:
+    """`Mistake` for a value anywhere in there that cannot be kept. `strict`: also for a list or an object where the
+    name says that it is a number or a text, and for a text or a truth value where it says that it is a number."""
     if depth > NESTING_LIMIT:
-        return ["nested too deeply"]
+        raise Mistake((), "nested too deeply")
     least, most = NUMBER_LEAST, NUMBER_MOST
     pairs: Iterable[tuple[Any, Any]] = value.items() if type(value) is dict else enumerate(value)
-    for key, one in pairs:
-        kind = type(one)
+    for key, item in pairs:
+        kind = type(item)
         if kind is float or kind is int:  # the most frequent first: this loop sees every value of every report
-            if not least <= one <= most:
-                return [key, "not a number that can be kept"]
+            if not least <= item <= most:
+                raise Mistake((key,), "not a number that can be kept")
         elif kind is dict or kind is list:
-            wrong = misfit(one, strict=strict, depth=depth + 1)
-            if wrong is not None:
-                return [key, *wrong]
-        elif strict and one is not None and type(key) is str and names_a_number(key):
-            return [key, "should be a number or null"]
-    return None
+            if strict and type(key) is str and len(key) < NAME_LIMIT and kind_of_name(key):
+                raise Mistake((key,), "should be a single value")
+            try:
+                check_values(item, strict=strict, depth=depth + 1)
+            except Mistake as bad:
+                raise Mistake((key, *bad.path), bad.reason) from None
+        elif strict and item is not None and type(key) is str and len(key) < NAME_LIMIT and kind_of_name(key) is float:
+            raise Mistake((key,), "should be a number or null")
 
 
 # --- fleet: the latest state of every host, in memory ---
@@ -1495,6 +1517,7 @@ class Section(NamedTuple):
     as_of: float | None = None
     report: bytes | None = None  # once the value has been let go: what it is in
     name: str = ""
+    weight: int = 0  # of a large one, as weigh() has it
 
     @property
     def body(self) -> Any:
@@ -1509,8 +1532,9 @@ class Section(NamedTuple):
 
 
 # Parsed, a host of 30 guests takes 38 kB, and nearly nobody asks for its guests once they have been judged. As they
-# came they take 2 kB, and are read again in 0.1 ms.
-LET_GO = ("guests", "datasets", "snapshots", "tasks", "backups", "disks")
+# came they take 2 kB, and are read again in 0.1 ms. So are sections that this version does not know.
+STAY_PARSED = SECTIONS.keys() - {"guests", "datasets", "snapshots", "tasks", "backups", "disks"}
+OTHERS = "(others)"  # stands for the sections that were too many
 
 
 @lru_cache(64)
@@ -1728,13 +1752,17 @@ class HostState(AlertOwner):
         found = self.sections.get(section, NOTHING)
         return found.value is not None or found.report is not None
 
-    def apply(self, report: dict[str, Any], stamp: Stamp) -> list[str]:
-        """Take over what is newer than what is there; gives back the sections whose value changed hands."""
+    def apply(self, report: dict[str, Any], stamp: Stamp, weight: int = 0) -> list[str]:
+        """Take over what is newer than what is there; gives back the sections whose value changed hands. Of a large
+        report (`weight`, as weigh() has it) and of sections nobody knows only so much is kept."""
         sections, changed = dict(self.sections), []
+        report = self.known_sections(report)
         for name in report.keys() - ENVELOPE:
             if stamp.newer_than(sections.get(name, NOTHING).status):
                 sections[name] = Section(report[name], stamp, stamp, as_of=number(report[name], "as_of"))
                 changed.append(name)
+        if weight > WEIGHED:
+            sections = with_limit(sections, changed)
         for name in report.get("absent") or ():
             if stamp.newer_than(sections.get(name, NOTHING).status):
                 sections[name] = Section(None, None, stamp, absent=True)
@@ -1754,13 +1782,32 @@ class HostState(AlertOwner):
         self.last_seen_at = max(self.last_seen_at or 0.0, stamp.received_at)
         return changed
 
+    def known_sections(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report without what would make the names of sections ever more."""
+        strange = {*report, *(report.get("absent") or ()), *(report.get("errors") or ())} - ENVELOPE - SECTIONS.keys()
+        if not strange:
+            return report
+        room = STRANGE_SECTIONS - len(self.sections.keys() - SECTIONS.keys() - {OTHERS})
+        left_out = set(sorted(strange - self.sections.keys())[max(0, room):])
+        if not left_out:
+            return report
+        told = {"code": "too_many",
+                "detail": f"more than {STRANGE_SECTIONS} unknown sections; left out is {min(left_out)[:80]}"}
+        errors = {name: error for name, error in (report.get("errors") or {}).items() if name not in left_out}
+        return {**{name: value for name, value in report.items() if name not in left_out},
+                "absent": [name for name in report.get("absent") or () if name not in left_out],
+                "errors": {**errors, OTHERS: told}}
+
     def let_go(self, bodies: dict[int, bytes]) -> None:
-        """Keep the large sections only as they came: packed, by their report's id."""
+        """Keep the large sections only packed: as they came, by their report's id; of a large report by itself."""
         sections = dict(self.sections)
-        for name in LET_GO:
-            one = sections.get(name, NOTHING)
-            if one.value is not None and one.stamp is not None and one.stamp.report_id in bodies:
-                sections[name] = one._replace(value=None, report=bodies[one.stamp.report_id], name=name)
+        for name in sections.keys() - STAY_PARSED:
+            section = sections[name]
+            if section.value is not None and section.stamp is not None and section.stamp.report_id in bodies:
+                packed = bodies[section.stamp.report_id]
+                if section.weight:
+                    packed = zlib.compress(json.dumps({name: section.value}).encode(), 1)
+                sections[name] = section._replace(value=None, report=packed, name=name)
         self.sections = sections
 
     def pointers(self) -> dict[str, list[int | None]]:
@@ -1946,6 +1993,21 @@ class Fleet:
         return (worst, reason) if worst else ("ok", "All that was looked at is well.")
 
 
+def with_limit(sections: dict[str, Section], changed: list[str]) -> dict[str, Section]:
+    """The sections with an error in the place of each changed one that is too much."""
+    kept = sum(section.weight for name, section in sections.items() if name not in changed)
+    for name in changed:
+        section = sections[name]
+        weight = weigh(json.dumps(section.value).encode())
+        if kept + weight > KEPT_LIMIT:
+            error = {"code": "too_large", "detail": f"too large to keep: {weight >> 20} MiB parsed, of "
+                                                    f"{KEPT_LIMIT >> 20} MiB for all large sections of a host"}
+            sections[name] = Section(status=section.status, error={**error, "time": section.time})
+        else:
+            kept, sections[name] = kept + weight, section._replace(weight=weight)
+    return sections
+
+
 def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     """The latest sections of a host, from the reports that hold them."""
     row = db.execute("SELECT sections FROM latest WHERE host_id = :id", {"id": state.id}).fetchone()
@@ -1953,7 +2015,8 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     found = [find_report(db, one) for one in wanted]
     for report in sorted(filter(None, found), key=lambda r: (report_time(r["id"]), r["run"], r["seq"])):
         stamp = Stamp(report["run"], report["seq"], report_time(report["id"]), report["received_at"], report["id"])
-        state.apply(read_body(report["body"]), stamp)
+        text = read_text(report["body"])
+        state.apply(json.loads(text), stamp, weigh(text))
     state.let_go({report["id"]: report["body"] for report in found if report})
 
 
@@ -2849,7 +2912,7 @@ class Monitor:
         self.history = History()
         self.logins = LoginLimiter()
         self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
-        self.ingest_rate = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
+        self.room = Room()
         self.reports_accepted = self.reports_duplicate = 0
         self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
         self.store = Store(config.database_path, self.reload)
@@ -2945,35 +3008,133 @@ def media_type(text: str) -> str:
     return text.partition(";")[0].strip().lower()
 
 
+class Room:
+    """What requests with reports may take of the server while they are under way."""
+
+    def __init__(self) -> None:
+        self.reports = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
+        self.runs = RateLimiter(RUNS_BURST, RUNS_PER_SECOND)
+        self._large, self._lock = threading.Lock(), threading.Lock()
+        self._hosts: dict[int, int] = {}
+
+    @contextmanager
+    def of_host(self, host_id: int) -> Iterator[None]:
+        """Two requests of one host at once: else one would keep all threads from the others."""
+        with self._lock:
+            if self._hosts.get(host_id, 0) >= UNDER_WAY:
+                raise Problem("rate_limited", "two requests of this host are under way", headers={"Retry-After": "2"})
+            self._hosts[host_id] = self._hosts.get(host_id, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hosts[host_id] -= 1
+                if not self._hosts[host_id]:
+                    del self._hosts[host_id]
+
+    @contextmanager
+    def for_large(self) -> Iterator[None]:
+        """One large request at a time: it takes some 100 MB while it is read."""
+        if not self._large.acquire(timeout=LARGE_SECONDS):
+            raise Problem("busy", "other large requests are being read", headers={"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self._large.release()
+
+    @staticmethod
+    def take(limiter: RateLimiter, host: HostState, amount: int, now: float, *, ask: int = 0) -> None:
+        """Count so much; less than 0 is given back. `Problem('rate_limited')` until so much, or `ask`, is there."""
+        wait = limiter.take(host.id, amount, now)
+        if wait:
+            headers = {"Retry-After": str(math.ceil(wait + max(0, ask - amount) / limiter.per_second))}
+            raise Problem("rate_limited", "too many reports of this host", headers=headers)
+
+
+class Request(NamedTuple):
+    """What one request brought, checked; not on the disk yet."""
+
+    reports: list[dict[str, Any]]
+    body: bytes | None  # as it can be kept for its one report
+    weight: int  # see weigh()
+
+
 def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes) -> Answer:
-    """Take the reports of one request: media type, signature, shape and rate are looked at by the thread that has the
-    request; it returns when what is new is on the disk. `Problem` for everything else."""
-    now = monitor.clock()
+    """Take the reports of one request; returns when what is new is on the disk. `Problem` for everything else."""
+    now, room = monitor.clock(), monitor.room
     encoding = header("content-encoding").lower()
     if media_type(header("content-type")) != "application/json":
         raise Problem("unsupported_media_type", "send application/json")
     if encoding not in ("", "identity", "gzip"):
         raise Problem("unsupported_media_type", "Content-Encoding: gzip or none")
-    host = monitor.fleet.names.get(host_name.lower())
-    if host is None:
-        raise Problem("unknown_host", "no host of this name is registered")
-    check_signature(host_key(monitor.secret, host.nonce), header, body, now)
-    text = unpack(body, encoding)
+    host, nonce = find_sender(monitor, host_name, header, body, now)
+    with room.of_host(host.id):
+        reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))  # what is refused has cost so much: it may unpack to much
+        room.take(room.reports, host, reserved, now, ask=BATCH_LIMIT)
+        try:
+            return keep(monitor, host, nonce, read_request_body(body, encoding, host.name, LARGE), now, reserved)
+        except Problem as problem:
+            if problem.code != "too_large":
+                raise
+        with room.for_large():
+            request = read_request_body(body, encoding, host.name, UNPACKED_LIMIT)
+            return keep(monitor, host, nonce, request, now, reserved)
+
+
+def find_sender(monitor: Monitor, host_name: str, header: Callable[[str], str], body: bytes,
+                now: float) -> tuple[HostState, bytes]:
+    """The host that has signed this, and the nonce of its key. `Problem`: unknown_host, invalid_token, clock_skew."""
+    for looked_up in (False, True):  # only when it does not fit: another process may have changed the hosts
+        if looked_up:
+            monitor.fleet.refresh(monitor.store.reader())
+        host = monitor.fleet.names.get(host_name.lower())
+        try:
+            if host is None:
+                raise Problem("unknown_host", "no host of this name is registered")
+            nonce = host.nonce
+            check_signature(host_key(monitor.secret, nonce), header, body, now)
+            return host, nonce
+        except Problem:
+            if looked_up:
+                raise
+    raise AssertionError
+
+
+def read_request_body(body: bytes, encoding: str, host_name: str, most: int) -> Request:
+    """The reports in a body of at most `most` bytes unpacked."""
+    text = unpack(body, encoding, most)
+    weight = weigh(text)
+    if weight > min(16 * most, PARSED_LIMIT):
+        raise Problem("too_large", "too many values in one request")
     parsed = parse_json(text)
-    reports = check_reports(parsed, host.name)
-    wait = monitor.ingest_rate.take(host.id, len(reports), now)
-    if wait:
-        raise Problem("rate_limited", "too many reports of this host", headers={"Retry-After": str(math.ceil(wait))})
-    as_it_came = body if encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(text) else None
-    accepted = monitor.store.write(partial(insert_reports, monitor, host.id, reports, as_it_came, now), urgent=False)
-    return Answer(200, json.dumps({"status": "ok", "accepted": accepted, "duplicates": len(reports) - accepted,
+    as_it_came = encoding == "gzip" and isinstance(parsed, dict) and not has_surrogates(text)
+    return Request(check_reports(parsed, host_name), body if as_it_came else None, weight)
+
+
+def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now: float, reserved: int) -> Answer:
+    """Write what was checked, for which so much of the host's rate is `reserved`; gives back what the sender is told
+    once it is on the disk."""
+    room, count = monitor.room, len(request.reports)
+    room.take(room.reports, host, max(count, request.weight >> 16) - reserved, now)
+    strange = [run for run in {report["run_id"] for report in request.reports} if (host.id, run) not in monitor.runs]
+    if strange:
+        room.take(room.runs, host, len(strange), now)
+
+    def work(db: sqlite3.Connection) -> int:
+        monitor.fleet.refresh(db)
+        if host.nonce != nonce:
+            raise Problem("invalid_token", "the host has just been given another token")
+        return insert_reports(monitor, host.id, request.reports, request.body, now, db, request.weight)
+
+    accepted = monitor.store.write(work, urgent=False)
+    return Answer(200, json.dumps({"status": "ok", "accepted": accepted, "duplicates": count - accepted,
                                    "server_time": now}).encode())
 
 
 def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
-                   db: sqlite3.Connection) -> int:
-    """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write."""
-    monitor.fleet.refresh(db)
+                   db: sqlite3.Connection, weight: int = 0) -> int:
+    """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write.
+    `kept`: the body of one report as it came, and `weight` its weight, see weigh()."""
     state = monitor.fleet.hosts.get(host_id)
     if state is None:
         raise Problem("unknown_host", "the host has just been removed")
@@ -2985,10 +3146,13 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         if not add_to_ranges(run.ranges, report["seq"]):
             continue
         at = min(report["time"], now)
-        packed = kept or zlib.compress(json.dumps(report, separators=(",", ":")).encode(), 1)
+        packed = kept
+        if packed is None:
+            text = json.dumps(report, separators=(",", ":")).encode()
+            packed, weight = zlib.compress(text, 1), weigh(text)
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
         stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
-        changed |= take_report(db, monitor.fleet, state, report, stamp)
+        changed |= take_report(db, monitor.fleet, state, report, stamp, weight)
         monitor.history.remember(host_id, report_id, report, now)
         runs[run.id] = run
         accepted += 1
@@ -2998,24 +3162,26 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         dispatch(db, monitor.fleet, [state], now)
         state.let_go(bodies)
         monitor.fleet.generation += 1
+    if len(monitor.runs) > RUNS_AT_HAND:
+        monitor.runs.clear()
     monitor.reports_accepted += accepted
     monitor.reports_duplicate += len(reports) - accepted
     return accepted
 
 
 def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
-                stamp: Stamp) -> set[str]:
+                stamp: Stamp, weight: int) -> set[str]:
     """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
     newest = stamp.newer_than(state.stamp)
     watch_agent(state, report, stamp)
-    for at, kind, object, message in chronicle(state, report, stamp.received_at, newest=newest):
-        insert_event(db, at, kind, message, host=state.name, object=object or None)
-    changed = state.apply(report, stamp)
+    changed = state.apply(report, stamp, weight)
     absorb_tasks(state, report.get("tasks"), stamp.time)
     if newest:
         state.heard += 1
     if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
         judge_backlog(db, fleet, state, report, stamp)
+    for at, kind, object, message in chronicle(state, report, stamp.received_at, newest=newest):
+        insert_event(db, at, kind, message, host=state.name, object=object or None)
     return set(changed)
 
 
@@ -3039,6 +3205,8 @@ def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id:
 def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
     """Write which sequence numbers have come, and which reports hold the latest state."""
     for run in runs:
+        while len(run.ranges) > SPANS_LIMIT:
+            run.ranges[:2] = [[run.ranges[0][0], run.ranges[1][1]]]
         db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
@@ -6701,7 +6869,7 @@ def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], l
     for section in ("guests", "storages", "datasets", "disks"):
         objects = (report.get(section) or [])[:OBJECTS_MOST]
         if objects:
-            key = KEY_FIELDS[section][0]
+            key = SECTIONS[section].key
             yield section, [str(object[key])[:200] for object in objects], objects
     pools = []
     for pool in (report.get("pools") or [])[:OBJECTS_MOST]:
@@ -7398,8 +7566,8 @@ def reports_of_points(frame: Frame) -> Iterator[tuple[int, dict[str, Any]]]:
                 sections.setdefault(section, {})[object] = fields
         if sections:
             yield at, {"time": at, **{
-                section: [{**fields, KEY_FIELDS[section][0]: object} for object, fields in objects.items()]
-                if section in KEY_FIELDS else objects[""] for section, objects in sections.items()}}
+                section: [{**fields, SECTIONS[section].key: object} for object, fields in objects.items()]
+                if SECTIONS[section].key else objects[""] for section, objects in sections.items()}}
 
 
 # Packing: closed hours become chunks, closed days become points, old ones go. Everything is worked out beside the

@@ -197,6 +197,7 @@ BROKEN_GZIP = [
     ("cut off", gzip.compress(encode(build_report()))[:-9], 400, "invalid_json"),
     ("no gzip at all", encode(build_report()), 400, "invalid_json"),
     ("a damaged checksum", gzip.compress(encode(build_report()))[:-8] + b"\0" * 8, 400, "invalid_json"),
+    ("many members", gzip.compress(b" ") * 100 + gzip.compress(encode(build_report())), 400, "invalid_json"),
     ("something behind it", gzip.compress(encode(build_report())) + b"more", 400, "invalid_json"),
     ("zlib instead of gzip", zlib.compress(encode(build_report())), 400, "invalid_json"),
     ("nothing", b"", 400, "invalid_json"),
@@ -528,9 +529,10 @@ def token_of(store, register) -> str:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(changes=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3), seq=st.integers(1, 1 << 40))
-def test_no_value_anywhere_makes_the_server_stumble(register, post, admin, changes, seq, store):
+def test_no_value_anywhere_makes_the_server_stumble(register, post, admin, changes, seq, store, clock):
+    clock.advance(1)
     answer = post(token_of(store, register), {**build_report(seq=seq), **changes})
-    assert answer.status < 500, (changes, answer.text)
+    assert answer.status in (200, 400, 422), (changes, answer.text)
     for path in ("overview", "hosts", "hosts/pve1", "guests", "pools", "storages", "alerts"):
         shown = admin.get(f"/api/v1/{path}")
         assert shown.status == 200, (path, changes, shown.text)
@@ -572,6 +574,7 @@ def test_the_page_stands_whatever_an_agent_says(register, post, client, clock, v
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200), encoding=st.sampled_from(["", "gzip"]))
-def test_no_bytes_make_the_server_stumble(register, post, store, body, encoding):
+def test_no_bytes_make_the_server_stumble(register, post, store, clock, body, encoding):
+    clock.advance(1)
     answer = post(token_of(store, register), body, Content_Encoding=encoding)
     assert answer.status in (400, 413, 422), answer.text
