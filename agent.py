@@ -5161,10 +5161,11 @@ def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
         for pool in attempt(read_pool_states, probe, memory, default=())
     }
-    guests = find_running(probe)
+    groups = [attempt(probe.list_dir, folder, default=[]) for folder in GUEST_GROUPS]
+    guests = seen["guests"] if groups == seen.get("groups") else find_running(probe)  # that one reads a file per guest
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
-    return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
+    return {"memory": memory, "pools": pools, "groups": groups, "guests": guests, "tasks": tasks}
 
 
 class GuestChanges:
