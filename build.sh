@@ -374,10 +374,10 @@ command_release() {  # make dist/proxmon-VERSION.tar.gz: binaries, units, docs, 
 
 # --- audit ---
 
-command_audit() {  # ask the advisory database about the pinned packages (needs the network; not a part of the tests)
+command_audit() {  # ask the advisory database about the pinned packages; red too when it cannot be asked
     [ -x .build/audit/bin/pip-audit ] || { "$(find_python)" -m venv .build/audit && .build/audit/bin/pip install -qq pip-audit; } \
         || fail "pip could not install pip-audit"
-    .build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements.txt -r packaging/requirements-build.txt
+    .build/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.txt -r packaging/requirements-build.txt
 }
 
 # --- dispatch ---

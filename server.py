@@ -719,10 +719,10 @@ def required_host(db: sqlite3.Connection, name: str) -> sqlite3.Row:
     return row
 
 
-def checked_host_name(name: Any) -> str:
-    """The name, if it may be one."""
+def checked_name(name: Any, whose: str) -> str:
+    """The name, if a host, a token or a user may have it."""
     if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
-        rule = "a host's name has 1-63 of a-z A-Z 0-9 . _ - and begins with a letter or digit"
+        rule = f"a {whose}'s name has 1-63 of a-z A-Z 0-9 . _ - and begins with a letter or digit"
         raise Problem("invalid_request", rule, pointer="/name")
     return name
 
@@ -730,7 +730,7 @@ def checked_host_name(name: Any) -> str:
 def insert_host(db: sqlite3.Connection, name: Any, now: float, *, site: str | None = None,
                 tags: list[str] | None = None) -> sqlite3.Row:
     """Register a host with a fresh nonce. `Problem`: invalid_request or conflict."""
-    if find_host(db, checked_host_name(name)):
+    if find_host(db, checked_name(name, "host")):
         raise Problem("conflict", f"host '{name}' is already registered")
     db.execute("""
         INSERT INTO host (name, nonce, site, tags, created_at) VALUES (:name, :nonce, :site, :tags, :now)""",
@@ -753,7 +753,7 @@ def rotate_nonce(db: sqlite3.Connection, name: str, now: float) -> sqlite3.Row:
 def update_host(db: sqlite3.Connection, name: str, changes: dict[str, Any], now: float) -> sqlite3.Row:
     """Change name, site, tags, note or maintenance_until. The nonce stays, so the token stays with a new name."""
     row = required_host(db, name)
-    new = checked_host_name(changes.get("name", row["name"]))
+    new = checked_name(changes.get("name", row["name"]), "host")
     other = find_host(db, new)
     if other and other["id"] != row["id"]:
         raise Problem("conflict", f"host '{new}' is already registered")
@@ -988,9 +988,7 @@ TOKEN_KINDS = {"token": "pxm_", "kiosk": "pxk_"}  # a kiosk's opens the page to 
 def create_api_token(db: sqlite3.Connection, name: Any, now: float, *, admin: bool, days: float | None,
                      kind: str = "token") -> str:
     """A new token, shown this once. `Problem`: invalid_request or conflict."""
-    if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
-        raise Problem("invalid_request", "a token's name has 1-63 of a-z A-Z 0-9 . _ -", pointer="/name")
-    if db.execute("SELECT 1 FROM api_token WHERE name = :name", {"name": name}).fetchone():
+    if db.execute("SELECT 1 FROM api_token WHERE name = :name", {"name": checked_name(name, "token")}).fetchone():
         raise Problem("conflict", f"there is an API token '{name}' already")
     token = TOKEN_KINDS[kind] + secrets.token_urlsafe(32)
     db.execute("""
@@ -1097,9 +1095,8 @@ def end_foreign_sessions(db: sqlite3.Connection, secret: bytes, built_in_hash: s
 
 def check_user_name(db: sqlite3.Connection, name: Any) -> str:
     """The name, if somebody new may have it. `Problem`: invalid_request or conflict."""
-    if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
-        raise Problem("invalid_request", "a user's name has 1-63 of a-z A-Z 0-9 . _ -", pointer="/name")
-    if name.lower() == BUILT_IN or db.execute("SELECT 1 FROM user WHERE name = :name", {"name": name}).fetchone():
+    taken = db.execute("SELECT 1 FROM user WHERE name = :name", {"name": checked_name(name, "user")}).fetchone()
+    if taken or name.lower() == BUILT_IN:
         raise Problem("conflict", f"there is a user '{name}' already")
     return name
 
@@ -2980,12 +2977,11 @@ def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
             "restore it, or rotate the token of every host")
 
 
-class Answer(Exception):
-    """A finished answer; raised or returned."""
+class Answer:
+    """A finished answer."""
 
     def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
                  stream: Iterator[bytes] | None = None):
-        super().__init__(status)
         self.status, self.body, self.headers = status, body, headers or {}
         self.stream = stream  # instead of a body, when it would be too long to hold
 
@@ -10722,22 +10718,23 @@ def slide_session(call: Call, session: sqlite3.Row) -> None:
             {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
 
 
-def identify_browser(call: Call, route: Route) -> None:
-    """For the page: a session, else a wall display with its link or the cookie it got for that."""
+def identify_browser(call: Call, route: Route) -> Answer | None:
+    """For the page: a session, else a wall display with its link or the cookie it got for that; where to go
+    instead of what was asked for."""
     identify(call)
     secret, given = call.monitor.secret, call.query.pop("kiosk", "")
     new = call.session is not None and call.session["created_at"] > call.now - 10 * MINUTE
     if new and not seen_browser(secret, read_cookie(call, SEEN_COOKIE)):
         call.set_cookie = cookie_header(call, SEEN_COOKIE, seen_cookie(secret), 400 * DAY)  # browsers keep no longer
-    if call.kind or route.path != "/":
-        return
-    token = given or read_cookie(call, KIOSK_COOKIE)
+    token = "" if call.kind or route.path != "/" else given or read_cookie(call, KIOSK_COOKIE)
     kiosk = find_api_token(call.db, token, call.now, kind="kiosk") if token else None
     if kiosk and given:  # out of the address, which is shown and kept in lists
         cookie = cookie_header(call, KIOSK_COOKIE, token, 400 * DAY)
-        raise Answer(303, b"", {"Location": "/?kiosk", "Set-Cookie": cookie, "Cache-Control": "no-store"})
+        return Answer(303, b"", {"Location": "/?kiosk", "Set-Cookie": cookie, "Cache-Control": "no-store"})
     if kiosk:
         call.actor, call.kind = kiosk["name"], "kiosk"
+    known = call.kind in ("session", "kiosk")
+    return None if known else Answer(303, b"", {"Location": login_address(call, route)})
 
 
 BEARER = {"WWW-Authenticate": "Bearer"}
@@ -10762,14 +10759,14 @@ def read_cookie(call: Call, name: str) -> str:
     return ""
 
 
-def check_access(call: Call, route: Route) -> None:
-    """Let the request pass, or raise. A route without a rule cannot be registered."""
+def check_access(call: Call, route: Route) -> Answer | None:
+    """Let the request pass, or say where to go instead, or raise. A route without a rule cannot be registered."""
     if route.auth == "none":
-        return
+        return None
     if route.auth == "page":
-        identify_browser(call, route)
-        if call.kind not in ("session", "kiosk"):
-            raise Answer(303, b"", {"Location": login_address(call, route)})
+        elsewhere = identify_browser(call, route)
+        if elsewhere:
+            return elsewhere
     else:
         identify(call)
         if call.actor is None:
@@ -10779,6 +10776,7 @@ def check_access(call: Call, route: Route) -> None:
                           else f"{call.actor} is {call.role}: {' or '.join(MAY[route.auth])} is needed")
     if route.method not in ("GET", "HEAD") and call.kind != "token":
         check_csrf(call)
+    return None
 
 
 def login_address(call: Call, route: Route) -> str:
@@ -10825,15 +10823,15 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
     try:
         call = Call(monitor, environ, params)
         try:
-            check_access(call, one)
+            elsewhere = check_access(call, one)
         except Problem as problem:
             note_refusal(call, problem)
             raise
+        if elsewhere:
+            return elsewhere
         answer = finish(call, one.handler(call))
         if call.set_cookie:
             answer.headers.setdefault("Set-Cookie", call.set_cookie)
-        return answer
-    except Answer as answer:
         return answer
     except Exception as error:
         return error_answer(error)
