@@ -397,3 +397,50 @@ def test_who_was_told_before_the_upgrade_is_known_after_it():
     db.close()
 
 
+
+
+def test_what_was_never_tried_goes_before_all_that_failed(make, sink):  # noqa: F811
+    sim = make(hook(sink.url))
+
+    def fill(db):
+        for number in range(4):
+            body = json.dumps(server.canary(f"http://{number}", sim.now))
+            db.execute("INSERT INTO message (id, channel, body, created_at, due_at, attempts) VALUES (?, 'hook', ?, ?, ?, ?)",
+                       [f"msg_{number}", body, sim.now - 90 + number, sim.now - 1, 3 - number])
+
+    sim.write(fill)
+    deliver(sim)
+    assert [headers["Webhook-Id"] for _, headers, _ in sink.got] == ["msg_3", "msg_2", "msg_1", "msg_0"]
+
+
+def test_without_a_token_only_what_is_new_and_critical_of_another_host_goes_out(make, sink):  # noqa: F811
+    sim = make("[rules.pool-capacity]\nhold_seconds = 0\n" + hook(sink.url))
+    sim.host("pve2")
+    for number in range(25):
+        sim.send("pve1", pool_states=[{"name": f"p{n}", "guid": str(n), "state": "DEGRADED"} for n in range(number + 1)])
+        live(sim, 31, step=31)
+    before = len(sink.got)
+    sim.send("pve2", pools=[{"name": "tank", "capacity_ratio": 0.84}])  # a warning waits
+    live(sim, 31, step=31)
+    assert len(sink.got) == before
+    degraded(sim, host="pve2")
+    live(sim, 31, step=31)
+    assert len(sink.got) == before + 1
+    assert {(item["host"], item["severity"]) for item in sink.json()["alerts"]} >= {("pve2", "critical"), ("pve2", "warning")}
+
+
+def test_an_acknowledgement_that_ends_because_it_got_worse_is_told_again(make, sink):  # noqa: F811
+    sim = make(hook(sink.url))
+
+    def lose(margin):
+        sim.send("pve1", pool_states=[{"name": "tank", "guid": "1", "state": "DEGRADED"}],
+                 pools=[{"name": "tank", "guid": "1", "state": "DEGRADED", "redundancy_margin": margin}])
+        live(sim, 40, step=20)
+
+    lose(1)
+    sim.write(lambda db: server.acknowledge(db, sim.fleet, sim.alerts("pool-state")[0]["id"], sim.now, by="a", until=None,
+                                            note=None))
+    lose(1)
+    assert [item["kind"] for item in sim.told()] == ["firing"]
+    lose(0)
+    assert [item["kind"] for item in sim.told()] == ["firing", "worse"]

@@ -427,8 +427,12 @@ def play(db, seed):
         db.execute("ROLLBACK")
 
 
+SEQUENCES = int(os.environ.get("PROXMON_SEQUENCES") or 2000)
+
+
+@pytest.mark.timeout(120 + SEQUENCES / 10)
 def test_random_sequences_keep_the_promises(database):
-    count = int(os.environ.get("PROXMON_SEQUENCES") or 2000)
+    count = SEQUENCES
     began, counts = time.monotonic(), Counter()
     for seed in range(count):
         counts += play(database, seed)
