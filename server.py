@@ -7145,7 +7145,8 @@ def list_values(frame: Frame, key: ObjectKey, field: str) -> list[float]:
 def list_rates(times: list[int], columns: dict[str, list[float]], fields: Iterable[str]) -> dict[str, list[float]]:
     """Counters' growth per second, at the end of each interval. A restart, a counter that fell and too long a time
     between make a gap: nobody knows what happened in it."""
-    waits, rates = list_waits(times, columns), {}
+    fields, rates = list(fields), {}
+    waits = list_waits(times, columns) if fields else []
     for field in fields:
         values = columns[field]
         if not math.isnan(sum(values)):
@@ -7169,7 +7170,7 @@ def list_waits(times: list[int], columns: dict[str, list[float]]) -> list[float]
                  for before, after, wait in zip(uptimes, uptimes[1:], waits)]
     if boots and boots.count(boots[0]) < len(boots):
         waits = [0.0 if abs(after - before) > 0 else wait for before, after, wait in zip(boots, boots[1:], waits)]
-    return waits if all(0 <= wait <= RATE_MOST for wait in waits) else [
+    return waits if min(waits, default=0) >= 0 and max(waits, default=0) <= RATE_MOST else [
         wait if 0 < wait <= RATE_MOST else 0.0 for wait in waits]
 
 
@@ -7573,7 +7574,7 @@ HOUR_GRACE = 2 * MINUTE  # an hour is packed so long after its end, each host at
 DAY_GRACE = 15 * MINUTE
 QUIET_SECONDS = 15  # a backlog that is still coming in is left alone, but not for ever
 PACK_ROWS = 20_000  # reports in one go
-ROLL_OBJECTS = 8  # objects in one go
+ROLL_OBJECTS = 16  # objects in one go
 
 
 class Keeper:
