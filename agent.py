@@ -340,7 +340,7 @@ def warn_if_exposed(path: str, warnings: list[str]) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     for place, owner, mode in ((path, stat.st_uid, 0), (folder, os.stat(folder).st_uid, os.stat(folder).st_mode)):
         if owner not in (0, os.geteuid()):
-            warnings.append(f"{place}: belongs to another user (uid {owner}), who can change it; chown root {place}")
+            warnings.append(f"{place}: owned by another user (uid {owner}), who can change it; chown root {place}")
         if mode & 0o002 and not mode & 0o1000:
             warnings.append(f"{place}: writable by others, who can put another config there; chmod 755 {place}")
 

@@ -180,7 +180,7 @@ def test_config_of_another_user_or_in_a_folder_that_others_may_write_gets_a_warn
 
     monkeypatch.setattr(os, "stat", stat)
     (warning,) = agent.load_config(str(path)).warnings
-    assert "belongs to another user (uid 4711)" in warning
+    assert "owned by another user (uid 4711)" in warning
 
 
 def test_token_may_lie_in_a_file_beside_the_config(tmp_path):
