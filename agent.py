@@ -2582,17 +2582,23 @@ def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
     }
 
 
+COLDEST, HOTTEST = -60, 125  # °C that a sensor may measure; chips tell others where none is connected
+
+
 def read_temperatures(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """hwmon sensors. Read errors are normal for some. Their numbers change at boot: told by name and device."""
     sensors = remember(probe, memory, "sensors", lambda: find_sensors(probe))
     temperatures = []
     for sensor, label, path, critical in sensors:
-        raw = read_word(probe, path)
-        millidegrees = to_number(raw)
-        if millidegrees is not None:
-            celsius = round(millidegrees / 1000, 1)
+        celsius = to_celsius(read_word(probe, path))
+        if celsius is not None:
             temperatures.append(known(sensor=sensor, label=label, celsius=celsius, critical_celsius=critical))
     return temperatures
+
+
+def to_celsius(millidegrees: str) -> float | None:
+    celsius = (to_number(millidegrees) or 0) / 1000
+    return round(celsius, 1) if is_whole(millidegrees.lstrip("-")) and COLDEST <= celsius <= HOTTEST else None
 
 
 def find_sensors(probe: ProbeLike) -> list[list[Any]]:
@@ -2605,15 +2611,11 @@ def find_sensors(probe: ProbeLike) -> list[list[Any]]:
             continue
         device = attempt(probe.readlink, f"{base}/device", default="").rpartition("/")[2]
         files = set(attempt(probe.list_dir, base, default=[]))
-        for file in sorted(files, key=version_key):
-            if file.startswith("temp") and file.endswith("_input"):
-                stem = file[:-6]
-                label = read_word(probe, f"{base}/{stem}_label") or stem
-                critical = None
-                if f"{stem}_crit" in files:
-                    critical = to_number(read_word(probe, f"{base}/{stem}_crit"))
-                limit = round(critical / 1000, 1) if critical else None
-                found.append([f"{name}-{device}" if device else name, label, f"{base}/{file}", limit])
+        for stem in sorted((file[:-6] for file in files if re.fullmatch(r"temp\d+_input", file)), key=version_key):
+            label = read_word(probe, f"{base}/{stem}_label") or stem
+            limit = to_celsius(read_word(probe, f"{base}/{stem}_crit")) if f"{stem}_crit" in files else None
+            sensor = f"{name}-{device}" if device else name
+            found.append([sensor, label, f"{base}/{stem}_input", limit if limit and limit > 0 else None])
     return found
 
 
@@ -2981,7 +2983,8 @@ def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
             continue
         dataset = values.get("pool") if kind == "zfspool" else None
         metadata = thin.get(f"{values.get('vgname')}/{values.get('thinpool')}") if kind == "lvmthin" else None
-        storages.append({**build_storage(name, raw, dataset, as_of), **known(metadata_used_ratio=metadata)})
+        more = known(metadata_used_ratio=metadata, server=values.get("server"))
+        storages.append({**build_storage(name, raw, dataset, as_of), **more})
     return storages
 
 
@@ -3011,20 +3014,16 @@ def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float
 
 
 def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of: float | None) -> dict[str, Any]:
+    """A storage as the report has it. What is not active, or has no size of its own (iSCSI), is told with zeroes that
+    nobody has measured."""
     active = to_flag(storage["active"]) if storage.get("active") is not None else None
-    measured = active is not False  # an inactive storage is told with zeroes, which nobody has measured
+    total = to_count(storage.get("total")) or None if active is not False else None
     return known(
-        storage=name,
-        type=storage.get("type"),
+        storage=name, type=storage.get("type"),
         content=",".join(sorted(split_list(storage.get("content")))) or None,  # pvestatd's order is a Perl hash's
-        shared=to_flag(storage.get("shared", 0)),
-        enabled=to_flag(storage.get("enabled", 1)),
-        active=active,
-        total_bytes=to_count(storage.get("total")) if measured else None,
-        used_bytes=to_count(storage.get("used")) if measured else None,
-        available_bytes=to_count(storage.get("avail")) if measured else None,
-        dataset=dataset,
-        as_of=as_of,
+        shared=to_flag(storage.get("shared", 0)), enabled=to_flag(storage.get("enabled", 1)), active=active,
+        total_bytes=total, used_bytes=to_count(storage.get("used")) if total else None,
+        available_bytes=to_count(storage.get("avail")) if total else None, dataset=dataset, as_of=as_of,
     )
 
 
@@ -3066,7 +3065,7 @@ def follow_tasks(probe: ProbeLike, place: dict[str, Any], *, from_start: bool) -
 
     At first, all there is or nothing. The text before the offset is compared too: an inode may be used again.
     """
-    stat = attempt(probe.stat, TASK_INDEX)
+    stat = optional(probe.stat, TASK_INDEX)
     mark = None if stat is None else [stat.st_ino, stat.st_size]
     if mark is None or place.get("mark") == mark:
         place.setdefault("mark", None)  # between the renaming and the new file: next time
@@ -4206,7 +4205,11 @@ def collect_section(probe: ProbeLike, name: str, memory: dict[str, Any]) -> tupl
             raise
         except Exception as error:  # a fault of ours in one section must not darken the others
             problem = {"code": "failed", "detail": f"fault in the agent: {describe_fault(error)}"}
-        problem = problem or probe.problems.pop(name, None)
+        partial = probe.problems.pop(name, None)
+    if partial and isinstance(section, dict):  # what could be had is told, and says what could not
+        section.setdefault("unknown_reason", f"{partial['code']}: {partial['detail']}"[:DETAIL_LIMIT])
+    else:
+        problem = problem or partial
     return section, problem and {**problem, "detail": problem["detail"][:DETAIL_LIMIT]}
 
 

@@ -651,3 +651,30 @@ def test_a_certificate_that_cannot_be_read_leaves_the_others_told() -> None:
     assert "unable to load" in by(told, "file", "pve-ssl.pem")["unknown_reason"] and probe.problems == {}
     acme = by(told, "file", "pveproxy-ssl.pem")
     assert acme["expires_at"] - acme["starts_at"] == 90 * 86400
+
+
+def test_a_part_that_fails_is_told_in_the_section_and_a_section_without_anything_is_an_error() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.meta["errors"] = {"/proc/diskstats": ["failed", "Input/output error"], "/var/log/pve/tasks/index": ["denied", "no"]}
+    sections, _, errors = agent.collect(probe, {}, ["node", "backups", "tasks"])
+    assert "Input/output error" in sections["node"]["unknown_reason"] and sections["node"]["cpu_count"]
+    assert "denied" in sections["backups"]["unknown_reason"] and sections["backups"]["jobs"]
+    assert errors.keys() == {"tasks"}
+
+
+def test_a_sensor_that_measures_nothing_has_no_temperature() -> None:
+    probe = FakeProbe("debian-plain")
+    files = {"temp1_input": "-128000", "temp2_input": "127500", "temp3_input": "41000", "temp3_crit": "65261850",
+             "temp4_input": "", "temp5_input": "-5000", "temp5_crit": "0"}  # fmt: skip
+    for name, text in {"name": "nct6775", **files}.items():
+        probe.meta["links"][f"/sys/class/hwmon/hwmon0/{name}"] = "/nowhere"
+        probe.texts[f"/sys/class/hwmon/hwmon0/{name}"] = f"{text}\n"
+    probe.meta["links"]["/sys/class/hwmon/hwmon0"] = "/sys/class/hwmon/hwmon0"
+    assert agent.read_temperatures(probe, {}) == [
+        {"sensor": "nct6775", "label": "temp3", "celsius": 41.0}, {"sensor": "nct6775", "label": "temp5", "celsius": -5.0},
+    ]  # fmt: skip
+
+
+def test_a_storage_without_a_size_of_its_own_is_not_full() -> None:
+    told = agent.build_storage("san", {"type": "iscsi", "active": 1, "total": 0, "used": 0, "avail": 0}, None, None)
+    assert told["active"] is True and not told.keys() & {"total_bytes", "used_bytes", "available_bytes"}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import HOSTS
+from recorded import HOSTS, recordings
+from test_report_schema import all_fields, make_reports, walk
 
 import agent
 import server
@@ -26,19 +27,18 @@ SECTIONS = SCHEMA["properties"].keys() - agent.HEADER_KEYS
 
 def test_collectors_schema_and_server_know_the_same_sections() -> None:
     assert set(agent.COLLECTORS) == SECTIONS
-    assert set(server.SECTION_TYPES) == SECTIONS
+    assert set(server.SECTIONS) == SECTIONS
 
 
 @pytest.mark.parametrize("section", agent.COLLECTORS)
 def test_schema_and_server_agree_on_the_kind_of_a_section(section: str) -> None:
-    told = SCHEMA["properties"][section]
-    assert told["type"] == {dict: "object", list: "array"}[server.SECTION_TYPES[section]]
-    if told["type"] == "array":
-        assert (told["items"]["type"] == "string") == (section in server.TEXT_LISTS)
-        key, kind = server.KEY_FIELDS.get(section, (None, None))
-        if key:
-            assert key in told["items"]["required"] and kind in (int, str)
-            assert told["items"]["properties"][key]["type"] == {int: "integer", str: "string"}[kind]
+    told, shape = SCHEMA["properties"][section], server.SECTIONS[section]
+    assert told["type"] == {dict: "object", list: "array"}[shape.form]
+    if shape.form is list:
+        assert told["items"]["type"] == {dict: "object", str: "string"}[shape.items]
+    if shape.key:
+        assert shape.key in told["items"]["required"]
+        assert told["items"]["properties"][shape.key]["type"] == {int: "integer", str: "string"}[shape.key_form]
 
 
 @pytest.mark.parametrize("section", agent.COLLECTORS)
@@ -63,3 +63,29 @@ def test_every_rule_has_its_row_and_every_row_its_rule() -> None:
     rules = {rule if isinstance(rule, str) else rule.name for rule in server.RULES}
     assert rules <= set(told), rules - set(told)
     assert [name for name in told if told.count(name) > 1] == []
+
+
+def read_fields(rule: server.Rule) -> set[str]:
+    """The fields that a rule says it reads, as the schema's test writes them: `.section.field.below`."""
+    return {f".{field}" for field in rule.reads.split()}
+
+
+@pytest.fixture(scope="module")
+def sent() -> set[str]:
+    """Every field that some recorded host sends."""
+    seen: set[str] = set()
+    for path in recordings():
+        for report in make_reports(path):
+            list(walk(report, SCHEMA, "", seen))
+    return seen
+
+
+@pytest.mark.parametrize("rule", server.RULES, ids=lambda rule: rule.name)
+def test_what_a_rule_reads_is_documented_and_sent_by_some_recorded_host(rule: server.Rule, sent: set[str]) -> None:
+    assert rule.reads or rule.name in OF_THE_SERVER, "it says of no field that it reads it"
+    assert read_fields(rule) - set(all_fields(SCHEMA, "")) == set()
+    assert read_fields(rule) - sent == set()
+
+
+# rules about what no section tells: whether reports come, from whom, and the server itself
+OF_THE_SERVER = {"host-offline", "site-offline", "host-twice", "server-certificate", "section-failing"}

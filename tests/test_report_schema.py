@@ -105,7 +105,7 @@ def all_fields(schema: dict[str, Any], at: str, depth: int = 0) -> Iterator[str]
     for part in resolve(schema):
         if "items" in part and depth < 8:
             yield from all_fields(part["items"], at, depth + 1)
-        for name, below in part.get("properties", {}).items():
+        for name, below in part.get("properties", {}).items() if part is not SCHEMA["$defs"]["units"] else ():
             yield f"{at}.{name}"
             if depth < 8 and name != "children":
                 yield from all_fields(below, f"{at}.{name}", depth + 1)
