@@ -309,7 +309,8 @@ class Play:
         server.dispatch(self.db, self.fleet, self.fleet.everything(), self.now)
         for identity, told in before.items():
             for one in self.fleet.channels:
-                if self.alert(identity).told.get(one.name) != told.get(one.name) and one.name not in told:
+                said = self.alert(identity).told.get(one.name)  # an older one is what it was told of the alert before
+                if said and said[1] == self.now and one.name not in told:
                     assert not self.was_told_of_cause(one, identity), f"{one.name} is told of {identity}, which follows"
         for one in self.fleet.channels:
             made = server.make_message(self.db, one, self.now)
