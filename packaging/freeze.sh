@@ -19,14 +19,14 @@ version=$(sed -n 's/^VERSION = "\([0-9A-Za-z.+-]*\)"$/\1/p' "$src/$program.py")
 # What neither program uses. readline is a matter of licence (GPL-3), the rest of size. `zipfile`, `calendar` and
 # `pickle` look as useless and are not.
 excludes="asyncio _asyncio multiprocessing _multiprocessing unittest doctest pdb pydoc pydoc_data xml xmlrpc curses
-    _curses readline rlcompleter bz2 _bz2 lzma _lzma decimal _decimal _pydecimal fractions statistics ctypes _ctypes
+    _curses readline rlcompleter bz2 _bz2 lzma _lzma ctypes _ctypes
     tkinter lib2to3 distutils setuptools pkg_resources pip ensurepip test ftplib netrc imaplib mailbox optparse
     _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw _multibytecodec"
 export PIP_CONFIG_FILE=/dev/null
 set --
 case $program in
     agent)
-        excludes="$excludes concurrent sqlite3 _sqlite3 getpass" ;;
+        excludes="$excludes concurrent sqlite3 _sqlite3 getpass statistics fractions decimal _decimal _pydecimal" ;;
     server)
         excludes="$excludes cffi pycparser wsgiref bottle.ext"
         set -- --hidden-import _cffi_backend

@@ -60,6 +60,17 @@ def test_sums_name_each_file_as_it_is_handed_out(handing_out):
         assert hashlib.sha256(handing_out.get(f"/install/{name}").body).hexdigest() == digest
 
 
+def test_what_a_release_is_signed_with_is_passed_on_as_it_is(handing_out):
+    folder = Path(handing_out.monitor.config.install_dir)
+    for name in ("SHA256SUMS", "release-key"):  # of an unsigned release nothing is passed on
+        (folder / name).write_bytes(b"left over\n")
+    assert handing_out.get("/install/release-key").status == handing_out.get("/install/SHA256SUMS.sig").status == 404
+    assert "left over" not in handing_out.get("/install/SHA256SUMS").text
+    (folder / "SHA256SUMS.sig").write_bytes(b"a signature\n")
+    for name in ("SHA256SUMS", "SHA256SUMS.sig", "release-key"):
+        assert handing_out.get(f"/install/{name}").body == (folder / name).read_bytes()
+
+
 def test_an_agent_of_another_version_is_not_handed_out(handing_out):
     write_binary(handing_out.monitor, "arm64", "9.9.9")
     assert handing_out.get("/install/proxmox-monitor-agent_linux_arm64").code == "not_found"
