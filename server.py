@@ -2981,7 +2981,7 @@ class Answer:
     """A finished answer."""
 
     def __init__(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,
-                 stream: Iterator[bytes] | None = None):
+                 stream: Iterator[bytes] | IO[bytes] | None = None):
         self.status, self.body, self.headers = status, body, headers or {}
         self.stream = stream  # instead of a body, when it would be too long to hold
 
@@ -9178,10 +9178,9 @@ def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState],
 class Call:
     """One request, with who is asking."""
 
-    def __init__(self, monitor: Monitor, environ: dict[str, Any], params: dict[str, str]):
+    def __init__(self, monitor: Monitor, environ: dict[str, Any], params: dict[str, str], *, fresh: bool = True):
         self.monitor, self.environ, self.params = monitor, environ, params
         self.now = monitor.clock()
-        self.db = monitor.store.reader()
         self.query = {key: values[-1] for key, values in urllib.parse.parse_qs(
             environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="replace").items()}
         self.actor: str | None = None  # the user's or the token's name
@@ -9190,7 +9189,12 @@ class Call:
         self.cookie = ""
         self.session: sqlite3.Row | None = None
         self.set_cookie: str | None = None
-        monitor.fleet.refresh(self.db)
+        if fresh:
+            monitor.fleet.refresh(self.db)
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        return self.monitor.store.reader()
 
     @property
     def fleet(self) -> Fleet:
@@ -9311,7 +9315,7 @@ MAY = {"read": ROLES, "operate": ROLES[1:], "admin": ROLES[2:]}  # who is let to
 def route(method: str, path: str, *, auth: str, queries: tuple[str, ...] = (),
           makes: bool = False) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register a handler; its docstring's first line is the summary in the API's description."""
-    assert auth in ("none", "page", *MAY)
+    assert auth in ("none", "host", "page", *MAY)
 
     def register(handler: Callable[[Call], Any]) -> Callable[[Call], Any]:
         summary = (handler.__doc__ or "").partition("\n")[0]
@@ -9694,7 +9698,7 @@ def new_password(given: Any) -> str:
     raise ValueError(f"should be {PASSWORD_LEAST} to 1,000 characters")
 
 
-@route("POST", "/api/v1/hosts/<id>/reports", auth="none")
+@route("POST", "/api/v1/hosts/<id>/reports", auth="host")
 def post_reports(call: Call) -> Any:
     """Take the reports of a host."""
     return ingest(call.monitor, call.params["id"], call.header, read_request(call.environ, SENT_LIMIT))
@@ -9781,18 +9785,18 @@ def get_install(call: Call) -> Any:
     name, config = call.params["name"], call.monitor.config
     signed = os.path.exists(os.path.join(config.install_dir, "SHA256SUMS.sig"))
     if signed and name in ("SHA256SUMS", *SIGNED):
-        with open(os.path.join(config.install_dir, name), "rb") as handle:
-            return Answer(200, handle.read(), {"Content-Type": "text/plain; charset=utf-8"})
+        with open(os.path.join(config.install_dir, name), "rb") as signed_file:
+            return Answer(200, signed_file.read(), {"Content-Type": "text/plain; charset=utf-8"})
     if name == "SHA256SUMS":
-        bodies = {one: read_install_file(config, one) for one in INSTALL_FILES}
-        body = "".join(f"{hashlib.sha256(found).hexdigest()}  {one}\n" for one, found in bodies.items() if found)
+        sums = {file: install_sum(config, file) for file in INSTALL_FILES}
+        body = "".join(f"{digest}  {file}\n" for file, digest in sums.items() if digest)
         return Answer(200, body.encode(), {"Content-Type": "text/plain; charset=utf-8"})
-    found = read_install_file(config, name) if name in INSTALL_FILES else None
-    if found is None:
+    handle = open_install_file(config, name) if name in INSTALL_FILES else None
+    if handle is None:
         raise Problem("not_found", f"no such file here; the agent's binaries are looked for in {config.install_dir}"
                       if name in INSTALL_FILES else "no such file")
     kind = "application/octet-stream" if "_linux_" in name else "text/plain; charset=utf-8"
-    return Answer(200, found, {"Content-Type": kind})
+    return Answer(200, b"", {"Content-Type": kind, "ETag": f'W/"{install_sum(config, name)[:16]}"'}, stream=handle)
 
 
 @route("GET", "/install.sh", auth="none")
@@ -9802,18 +9806,41 @@ def get_install_script(call: Call) -> Any:
     return get_install(call)
 
 
-def read_install_file(config: Config, name: str) -> bytes | None:
-    """The file, with this server's address filled in; None for a binary that is not there or of another version."""
+def open_install_file(config: Config, name: str) -> IO[bytes] | None:
+    """The file, which is sent as it is read; install.sh with this server's address filled in. None for a binary that
+    is not there or of another version."""
     inside = INSTALL_FILES[name]
     try:
-        with open(resource(*inside) if inside else os.path.join(config.install_dir, name), "rb") as handle:
-            body = handle.read()
+        handle = open(resource(*inside) if inside else os.path.join(config.install_dir, name), "rb")
     except OSError:
         return None
     if name == "install.sh":
-        return body.replace(b"@SERVER_URL@", config.public_url.encode())
+        with handle:
+            return io.BytesIO(handle.read().replace(b"@SERVER_URL@", config.public_url.encode()))
     named = f"# proxmox-monitor-agent {VERSION} for Linux on ".encode()  # the second line of each binary
-    return body if inside or body[:200].partition(b"\n")[2].startswith(named) else None
+    if not inside and not handle.read(200).partition(b"\n")[2].startswith(named):
+        handle.close()
+        return None
+    handle.seek(0)
+    return handle
+
+
+def install_sum(config: Config, name: str) -> str:
+    """SHA-256 of the file, '' if there is none; worked out when the file has changed."""
+    handle = open_install_file(config, name)
+    if handle is None:
+        return ""
+    with handle:
+        if isinstance(handle, io.BytesIO):
+            return hashlib.sha256(handle.getvalue()).hexdigest()
+        now = os.fstat(handle.fileno())
+        return file_sum(handle.name, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(32)
+def file_sum(path: str, changed_at: int, size: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def host_detail(call: Call, state: HostState) -> dict[str, Any]:
@@ -10762,7 +10789,7 @@ def read_cookie(call: Call, name: str) -> str:
 
 def check_access(call: Call, route: Route) -> Answer | None:
     """Let the request pass, or say where to go instead, or raise. A route without a rule cannot be registered."""
-    if route.auth == "none":
+    if route.auth in ("none", "host"):  # a host's signature is looked at where its body is
         return None
     if route.auth == "page":
         elsewhere = identify_browser(call, route)
@@ -10822,7 +10849,7 @@ def check_same_origin(call: Call) -> None:
 def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[str, str]) -> Answer:
     """Run a route for a request; every refusal comes back as an answer."""
     try:
-        call = Call(monitor, environ, params)
+        call = Call(monitor, environ, params, fresh=one.auth != "host")
         try:
             elsewhere = check_access(call, one)
         except Problem as problem:
@@ -10876,38 +10903,45 @@ SECURITY_HEADERS = {
 }
 
 
-def build_app(monitor: Monitor) -> bottle.Bottle:
+def build_app(monitor: Monitor) -> Callable[..., Iterable[bytes]]:
     """The WSGI application."""
-    app = bottle.Bottle()
+    app, extra = bottle.Bottle(), list(security_headers(monitor.config).items())
     app.config["catchall"] = False
-    headers = security_headers(monitor.config)
     for one in ROUTES:
-        app.route(one.path, one.method, partial(handle_route, monitor, one, headers), skip=True)
-    app.default_error_handler = partial(handle_http_error, headers)
-    return app
+        app.route(one.path, one.method, partial(handle_route, monitor, one), skip=True)
+    app.default_error_handler = handle_http_error
+
+    def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, *extra], exc_info)
+
+        return app(environ, start)
+
+    return serve
 
 
 def security_headers(config: Config) -> dict[str, str]:
     return {**SECURITY_HEADERS, **({"Strict-Transport-Security": "max-age=31536000"} if config.https else {})}
 
 
-def handle_route(monitor: Monitor, one: Route, extra: dict[str, str], **params: str) -> bottle.HTTPResponse:
+def handle_route(monitor: Monitor, one: Route, **params: str) -> bottle.HTTPResponse:
     """A route's answer as Bottle's response."""
     answer = respond(monitor, one, bottle.request.environ, params)
-    headers = {**extra, **answer.headers}
+    headers = dict(answer.headers)
     if answer.body:
         headers.setdefault("Content-Type", "application/json")
     return bottle.HTTPResponse(answer.stream or answer.body, answer.status, headers)
 
 
-def handle_http_error(extra: dict[str, str], error: bottle.HTTPError) -> bytes:
+def handle_http_error(error: bottle.HTTPError) -> bytes:
     """What Bottle itself refuses: no such path, or not this method."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     answer = problem_answer(Problem(code, "no such path" if code == "not_found" else str(error.body)[:200]))
-    allowed = {"Allow": error.headers["Allow"]} if error.headers.get("Allow") else {}
     bottle.response.status = answer.status
-    for key, value in {**extra, **answer.headers, **allowed}.items():
+    for key, value in answer.headers.items():
         bottle.response.set_header(key, value)
+    if error.headers.get("Allow"):
+        bottle.response.set_header("Allow", error.headers["Allow"])
     return answer.body
 
 

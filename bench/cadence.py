@@ -138,8 +138,8 @@ def start_ours(folder: Path, names: list[str], source: Path) -> Target:
     """`serve` of one checkout on a new database, with these hosts."""
     folder.mkdir()
     env = {**os.environ, "DATABASE_PATH": str(folder / "monitor.db"), "DASHBOARD_PASSWORD_HASH": ""}
-    told = subprocess.run([sys.executable, "-c", REGISTER, *names], env={**env, "PYTHONPATH": str(source.parent)},
-                          check=True, capture_output=True, text=True).stdout
+    told = subprocess.run([sys.executable, "-c", REGISTER, *names], env=env, cwd=source.resolve().parent, check=True,
+                          capture_output=True, text=True).stdout
     keys = {name: bytes.fromhex(key) for name, key in (line.split() for line in told.splitlines())}
     port = history.free_port()
     process = history.Measured(sys.executable, str(source), "serve", port=port, env={**env, "PORT": str(port)})
