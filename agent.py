@@ -141,7 +141,7 @@ class Address(NamedTuple):
 
 
 class Config:
-    """The agent's settings: what load_config finds in a file, the defaults for the rest."""
+    """The agent's settings. Made by load_config, or by default_config where there is no file."""
 
     def __init__(self, host_id: str) -> None:
         self.path = ""
@@ -178,6 +178,11 @@ def state_path() -> str:
 
 def short_host_name() -> str:
     return os.uname().nodename.split(".")[0]
+
+
+def default_config() -> Config:
+    """What `once` uses where there is no file: nothing can be sent, and the host is named after itself."""
+    return Config(short_host_name())
 
 
 def load_config(path: str) -> Config:
@@ -484,8 +489,9 @@ class Worker:
 class Probe:
     """The one door outside. Everything here has a limit, and every failure is a SourceError."""
 
-    def __init__(self, *, path: str = COMMAND_PATH, pve_root: str = PVE_ROOT, deadline: float = READ_DEADLINE,
-                 state: str = "") -> None:  # fmt: skip
+    def __init__(
+        self, *, path: str = COMMAND_PATH, pve_root: str = PVE_ROOT, deadline: float = READ_DEADLINE, state: str = ""
+    ) -> None:
         self.path = path
         self.pve_root = pve_root
         self.environ = {**COMMAND_ENVIRON, "PATH": path}
@@ -558,9 +564,9 @@ class Probe:
             deadline = LANE_DEADLINE if threading.current_thread().name in TICKS else self.deadline
             result = worker.call(path, job, deadline) if worker else job()
         except OSError as error:
-            reason = source_error(error, path)
-            self._note(kind, path, began, 0, reason.code)
-            raise reason from None
+            told = source_error(error, path)
+            self._note(kind, path, began, 0, told.code)
+            raise told from None
         except SourceError as error:
             self._note(kind, path, began, 0, error.code)
             raise
@@ -576,7 +582,9 @@ class Probe:
         After `limit` seconds its process group is killed; one that cannot be killed (state D) is left behind, and
         the same command is refused as 'stuck' until it has gone.
         """
-        began, outcome, out = time.monotonic(), "?", b""
+        began = time.monotonic()
+        outcome = "?"
+        out = b""
         try:
             exit_code, out, err = self._run(argv, limit, stdin)
             outcome = f"exit {exit_code}"
@@ -672,9 +680,11 @@ class Probe:
 
     def problem(self, section: str, code: str, detail: str = "") -> None:
         """A part of a section failed; the rest of it is still reported. The first code stays, the details add up."""
-        earlier = self.problems.setdefault(section, {"code": code, "detail": ""})
-        if detail and len(earlier["detail"]) < 2000:
-            earlier["detail"] += f"; {detail}" if earlier["detail"] else detail
+        known = self.problems.get(section)
+        if known is None:
+            self.problems[section] = {"code": code, "detail": detail}
+        elif detail and len(known["detail"]) < 2000:
+            known["detail"] += f"; {detail}"
 
     def _note(self, kind: str, what: str, began: float, size: int, outcome: str) -> None:
         if self.trace is not None:
@@ -810,14 +820,14 @@ def log(text: str) -> None:
 
 def log_once(topic: str, text: str) -> None:
     """A line for the journal, unless it says what was last said on the topic (numbers may differ)."""
-    words = text.translate(NO_DIGITS)
-    if LAST_LOGGED.get(topic) != words:
-        LAST_LOGGED[topic] = words
+    told = text.translate(NO_DIGITS)
+    if LAST_TOLD.get(topic) != told:
+        LAST_TOLD[topic] = told
         log(text)
 
 
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
-LAST_LOGGED: dict[str, str] = {}
+LAST_TOLD: dict[str, str] = {}
 
 
 # --- parsers: text to values, pure ---
@@ -4744,7 +4754,7 @@ class TlsConnection(PlainConnection, http.client.HTTPSConnection):
     pass
 
 
-class PostHandler(urllib.request.AbstractHTTPHandler):
+class Door(urllib.request.AbstractHTTPHandler):
     """http and https alone: no redirects, no proxies from the environment, no cookies. Whatever comes is the answer."""
 
     def __init__(self, context: Any) -> None:
@@ -4771,7 +4781,7 @@ class Client:
         self.url = f"{config.address.url}/api/v1/hosts/{config.host_id}/reports"
         context = ssl.create_default_context(cafile=config.ca_file or None) if config.address.tls else None
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(PostHandler(context))
+        self.opener.add_handler(Door(context))
         self.clock_offset: float | None = None  # server minus host in seconds, as last measured
         self.signing_offset = 0.0  # the same, where the server has asked for its own time by clock_skew
 
@@ -5079,8 +5089,10 @@ class Notifier:
     def tell(self, *lines: str) -> None:
         if self.socket is None:
             return
-        with contextlib.suppress(OSError):  # systemd is away for a moment; the next beat comes soon
+        try:
             self.socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self.address)
+        except OSError:
+            pass  # systemd is away for a moment; the next beat comes soon
 
     def tell_status(self, status: str) -> None:
         if status != self.status:
@@ -5129,13 +5141,16 @@ class Lane:
 
     def take(self, now: float) -> Collected | None:
         """What is to be reported now: the whole round, or what waits for longer than it should."""
-        while not self.finished.empty():
-            part = self.finished.get_nowait()
-            if part is None:
-                self.busy = False
-                break
-            self.waiting_since = self.waiting_since or now
-            self.waiting.add(part)
+        try:
+            while True:
+                part = self.finished.get_nowait()
+                if part is None:
+                    self.busy = False
+                    break
+                self.waiting_since = self.waiting_since or now
+                self.waiting.add(part)
+        except queue.Empty:
+            pass
         if self.waiting.is_empty() or (self.busy and now - self.waiting_since < FLUSH_SECONDS):
             return None
         ready, self.waiting, self.waiting_since = self.waiting, Collected(), 0.0
@@ -5164,11 +5179,10 @@ def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
         for pool in attempt(read_pool_states, probe, memory, default=())
     }
-    groups = [attempt(probe.list_dir, folder, default=[]) for folder in GUEST_GROUPS]
-    guests = seen["guests"] if groups == seen.get("groups") else find_running(probe)  # that one reads a file per guest
+    guests = find_running(probe)
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
-    return {"memory": memory, "pools": pools, "groups": groups, "guests": guests, "tasks": tasks}
+    return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
 
 
 class GuestChanges:
@@ -5582,7 +5596,7 @@ def config_or_default(flag: str | None) -> Config:
     """The config; where none was named and none is there, defaults that can collect but not send."""
     path = config_path(flag)
     if path == CONFIG_PATH and not flag and not os.path.lexists(path):
-        return Config(short_host_name())
+        return default_config()
     return load_config(path)
 
 
@@ -5611,14 +5625,16 @@ def send_once(config: Config, body: bytes) -> int:
 def command_check(arguments: Any) -> int:
     """Config, tools, server, token, clock: a line each, and what to do about it."""
     path = config_path(arguments.config)
-    here = check_state() + check_tools(Probe())
+    results: list[tuple[bool, str]] = []
     try:
-        config = load_config(path)
-        results = [(False, f"config: {warning}") for warning in config.warnings]
-        results += [(True, f"config: {path}, host_id={config.host_id}"), *here]
-        results += check_mail(config, Probe()) + check_server(config)
+        config: Config | None = load_config(path)
+        results += [(False, f"config: {warning}") for warning in config.warnings]  # type: ignore[union-attr]
+        results.append((True, f"config: {path}, host_id={config.host_id}"))  # type: ignore[union-attr]
     except ConfigError as error:
-        results = [(False, f"config: {error}"), *here]
+        config = None
+        results.append((False, f"config: {error}"))
+    results += check_state() + check_tools(Probe())
+    results += check_mail(config, Probe()) + check_server(config) if config else []
     for good, text in results:
         print("✓" if good else "✗", one_line(text), flush=True)
     return OK if all(good for good, _ in results) else FAILED

@@ -1581,10 +1581,12 @@ class Memory:
         self.rules: dict[str, dict[str, Any]] = {}
         self.tasks: list[Any] = []  # [type, vmid or None, started, ended]: what explains that a guest is down
         self.changed = False
-        for rule, entries in modern_memory(kept or {}).items():
+        kept = modern_memory(kept or {})
+        self.began: float | None = kept.get("began")  # when it first kept something
+        for rule, entries in kept.items():
             if rule == "tasks":
                 self.tasks = entries
-            elif rule != "shape":
+            elif rule not in ("shape", "began"):
                 self.rules[rule] = entries
 
     def keys(self, rule: str) -> list[str]:
@@ -1616,6 +1618,17 @@ class Memory:
             self.keep(rule, key, entry)
         return entry[1]
 
+    def known_from(self, now: float) -> float:
+        """From when on what is new now has been there: 0 while all is new, as we only begin to look."""
+        self.began = now if self.began is None else self.began
+        return 0.0 if now - self.began < HOUR else now
+
+    def forget(self, object: str) -> None:
+        """Forget all of an object and its parts: another one has its name now."""
+        for rule, entries in self.rules.items():
+            for key in [key for key in entries if key == object or key.startswith(object + "/")]:
+                self.drop(rule, key)
+
     def grown(self, rule: str, key: str, total: float, now: float, *, from_zero: bool = False) -> Growth:
         """A counter against its baseline, which is what it was when it was first seen, or 0."""
         entry = self.get(rule, key)
@@ -1637,7 +1650,7 @@ class Memory:
         return entry is not None
 
     def to_json(self) -> str:
-        return json.dumps({"shape": 2, **self.rules, "tasks": self.tasks}, separators=(",", ":"))
+        return json.dumps({"shape": 2, "began": self.began, **self.rules, "tasks": self.tasks}, separators=(",", ":"))
 
 
 class Growth(NamedTuple):
@@ -1656,10 +1669,10 @@ class Growth(NamedTuple):
 
 
 def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
-    """What version 0.1.0 remembered, in today's shape."""
+    """What version 0.1.0 remembered, in today's shape; jobs of backups are learned anew."""
     if not kept or "shape" in kept:
         return kept
-    found = dict(kept)
+    found: dict[str, Any] = {**kept, "began": 0.0}
     for rule in ("reboot-needed", "updates-security", "scrub-age"):
         found[rule] = {key: [True, at] for key, at in kept.get(rule, {}).items()}
     for rule in ("smart-growth", "smart-crc"):
@@ -1669,6 +1682,9 @@ def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
     guests = {**dict.fromkeys(down.get("up", ()), (0, RUNNING)), **down.get("down", {})}
     found["guest-down"] = {f"guests/{vmid}": [words, at, down.get("boot")] for vmid, (at, words) in guests.items()}
     oom, dropped = kept.get("oom", {}), kept.get("spool-dropped", {}).get("")
+    found["backup-overdue"] = {}
+    found["backup-failed"] = {f"guests/{vmid}": times for vmid, times in kept.get("backup-failed", {}).items()}
+    found["snapshot-age"] = {object: [None, None, [], True] for object in kept.get("snapshot-age", {})}
     found["oom"] = {"": [oom["last"], oom["last"], []]} if "last" in oom else {}
     found["spool-dropped"] = {"": [0, dropped[0], [dropped[1:]]]} if dropped else {}
     return found
@@ -1822,8 +1838,8 @@ class HostState(AlertOwner):
             errors = {name: self.sections.get(name, NOTHING).error for name in self.failures}
             return [(f"sections/{name}", {**error, "name": name, "count": self.failures[name]})
                     for name, error in errors.items() if error]
-        name_of = OBJECT_NAMES.get(each) or (lambda item: item["name"])
-        return [(f"{each}/{name_of(item)}", item) for item in self.items(each)]
+        name_of, kind = OBJECT_NAMES.get(each) or (lambda item: item["name"]), each.partition(".")[0]
+        return [(f"{kind}/{name_of(item)}", item) for item in self.items(each)]
 
 
 NOTHING = Section()
@@ -1833,7 +1849,7 @@ OBJECT_NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
     "services": lambda unit: service_name(unit), "certificates": lambda cert: cert.get("file"),
     "replication": lambda job: job["id"], "storages": lambda storage: storage["storage"],
-    "guests": lambda guest: guest["vmid"],
+    "guests": lambda guest: guest["vmid"], "backups.jobs": lambda job: job.get("id"),
 }
 
 
@@ -1877,6 +1893,7 @@ class Fleet:
         self.told_at: float | None = None  # when a channel last took a message
         self.outbox_changed: Callable[[str], None] = lambda channel: None  # something was queued for it
         self.freed: dict[int, float] = {}  # alerts whose cause has just ended, and when: they may be about to end too
+        self.failed_logins: deque[float] = deque(maxlen=100)  # when the last ones were
         self.public_url = ""
         self.certificate_ends_at: float | None = None  # of this server itself
         self.copies: SnapshotIndex | None = None  # whose snapshots lie where; see index_copies()
@@ -3272,7 +3289,7 @@ class Rule(NamedTuple):
 RULE: dict[str, Rule] = {}
 KINDS_OF = {"pools": "pool", "pool_states": "pool", "datasets": "dataset", "snapshots": "snapshots", "disks": "disk",
             "storages": "storage", "guests": "guest", "certificates": "certificate", "replication": "replication",
-            "services": "service", "clusters": "cluster", "sites": "site", "failures": "section"}
+            "services": "service", "clusters": "cluster", "sites": "site", "failures": "section", "backups.jobs": "job"}
 
 
 def rule(name: str, **fields: Any) -> Callable[[Judge], Judge]:
@@ -3443,9 +3460,9 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
                 about = object if reading.object is None else reading.object
                 own = limits_for(host, rule, about, reading, limits, fleet)
                 old = open_alerts.get(about)
+                said.add(about)
                 if old is None and own.severity(reading) in NOTHING_OPENS:
                     continue
-                said.add(about)
                 new = evaluate(own, old, rule, about, reading if own.enabled else None, now)
                 if new is not old:
                     yield old, new
@@ -3551,33 +3568,104 @@ def full_pools(host: Any) -> dict[str, dict[str, Any]]:
 
 
 @rule("pool-state", each="pool_states", on="pool_states pools", data_risk=True, worse=-1,
-      reads="pool_states.state pools.state pools.redundancy_margin pools.vdevs.state pools.vdevs.name"
-            " pools.scan.function pools.scan.state pools.scan.progress_ratio",
+      reads="pool_states.state pools.state pools.redundancy_margin pools.vdevs.state pools.vdevs.class pools.vdevs.name"
+            " pools.vdevs.reason pools.scan.function pools.scan.state pools.scan.progress_ratio",
       why="A pool that is not ONLINE has lost redundancy, or data.",
       todo="zpool status -v POOL; replace or bring back the disk that is named.")
 def pool_state(pool: dict[str, Any]) -> Found:
-    """A pool that is not ONLINE: what, how far the repair is, and how many more disks it can lose."""
-    word = text(pool, "state")
-    if word in (None, "UNKNOWN", "TRANSITIONING"):  # the latter during import and export
+    """The worst of what the pool's word, its disks and its margin say: which disk, how far the repair is, and how many
+    more disks it can lose. A label that was overwritten leaves the word ONLINE (openzfs/zfs issue 4653)."""
+    word, margin = text(pool, "state"), number(pool, "redundancy_margin")
+    leaves = [leaf for leaf, _ in leaves_with_parent(pool) if text(leaf, "state") not in (None, "ONLINE")]
+    if word in (None, "UNKNOWN", "TRANSITIONING") and not leaves:  # the latter during import and export
         return UNKNOWN
-    if word == "ONLINE":
+    if word == "ONLINE" and not leaves and (margin is None or margin >= 0):
         return None
-    leaves = [vdev for vdev in walk_vdevs(pool.get("vdevs")) if not vdev.get("children")]
-    bad = [vdev for vdev in leaves if text(vdev, "state") not in (None, "ONLINE", "AVAIL", "INUSE")]
-    margin = number(pool, "redundancy_margin")
-    parts = [f"Pool {pool['name']} is {word}"]
-    scan = scan_of(pool)
-    if text(scan, "function") == "resilver" and text(scan, "state") == "scanning":
-        done = number(scan, "progress_ratio")
-        parts.append("resilvering" + ("" if done is None else f" {percent(done)}"))
-    if bad:
-        shown = ", ".join(f"{vdev.get('name')} {vdev.get('state')}" for vdev in bad[:4])
-        parts.append(shown + (f" and {len(bad) - 4} more" if len(bad) > 4 else ""))
+    parts = [f"Pool {pool['name']} is {word}"] + resilver_words(pool)
+    if leaves:
+        shown = ", ".join(f"{leaf.get('name')} {leaf.get('state')}" for leaf in leaves[:4])
+        parts.append(shown + (f" and {len(leaves) - 4} more" if len(leaves) > 4 else ""))
     if margin is not None:
         parts.append("data is lost already" if margin < 0 else f"{int(margin)} more disk(s) may fail without loss")
-    by_hand = word == "DEGRADED" and bad and all(text(vdev, "state") == "OFFLINE" for vdev in bad)
+    by_hand = word in ("ONLINE", "DEGRADED") and leaves and all(text(leaf, "state") == "OFFLINE" for leaf in leaves)
     severe = warning if by_hand and margin is not None and margin >= 1 else critical
     return severe("; ".join(parts) + ".", margin)
+
+
+def resilver_words(pool: dict[str, Any]) -> list[str]:
+    scan = scan_of(pool)
+    if text(scan, "function") != "resilver" or text(scan, "state") != "scanning":
+        return []
+    done = number(scan, "progress_ratio")
+    return ["resilvering" + ("" if done is None else f" {percent(done)}")]
+
+
+@rule("pool-margin", each="pools", tidy=True, accept=accepts("pool-margin"),
+      reads="pools.redundancy_margin pools.scan.function pools.scan.state pools.scan.progress_ratio",
+      why="It can lose fewer disks than it was built for, whatever its word is.",
+      todo="zpool status: wait for a resilver, or attach a disk; accept as normal if it was made smaller on purpose.")
+def pool_margin(pool: dict[str, Any], host: HostState, now: float) -> Found:
+    """A margin below the best that was seen: said at once, and a warning after an hour."""
+    margin, object = number(pool, "redundancy_margin"), f"pools/{pool['name']}"
+    if margin is None:
+        return UNKNOWN
+    best, since = host.memory.get("pool-margin", object, (margin, None))
+    best, since = max(best, margin), (since or now) if margin < best else None
+    host.memory.keep("pool-margin", object, [best, since])
+    if margin >= best or pool_state(pool) is not None:
+        return None
+    message = "; ".join([f"Pool {pool['name']} can lose {int(margin)} more disk(s); it could lose {int(best)}",
+                         *resilver_words(pool)])
+    return (warning if now - (since or now) >= HOUR else info)(message + ".", margin)
+
+
+@rule("pool-spare", each="pools", of="vdev", hold=15 * MINUTE,
+      reads="pools.vdevs.class pools.vdevs.type pools.vdevs.state pools.vdevs.children pools.scan.state",
+      why="A spare that is in use or dead steps in for nobody, and a dead cache only slows down.",
+      todo="zpool status; zpool detach the disk or the spare that is not to stay, zpool remove what is dead.")
+def pool_spare(pool: dict[str, Any]) -> Iterator[Reading]:
+    """Spares that stay in use beside a disk that came back; spares and caches that are dead."""
+    if pool.get("vdevs") is None:
+        yield UNKNOWN
+    for vdev in walk_vdevs(pool.get("vdevs")):
+        object, state = f"pools/{pool['name']}/{vdev.get('name')}", text(vdev, "state")
+        members = dicts(vdev.get("children"))
+        dead = state in ("UNAVAIL", "FAULTED", "REMOVED", "DEGRADED")
+        if text(vdev, "class") in ("spare", "cache") and not members and dead:
+            yield warning(f"{str(vdev['class']).capitalize()} {vdev.get('name')} of pool {pool['name']} is {state}.",
+                          object=object)
+        elif (text(vdev, "type") == "spare" and len(members) > 1 and text(scan_of(pool), "state") != "scanning"
+              and all(text(member, "state") == "ONLINE" for member in members)):
+            yield warning(f"Pool {pool['name']}: spare {members[-1].get('name')} is still in use beside "
+                          f"{members[0].get('name')}, which is ONLINE again: no spare is left for the next.",
+                          object=object)
+
+
+@rule("pool-unanswered", each="pools", hold=15 * MINUTE, reads="pools.unknown_reason",
+      why="What cannot be asked may be failing: nobody sees its disks, errors and space.",
+      todo="zpool status POOL; dmesg: does a disk or a controller hang?")
+def pool_unanswered(pool: dict[str, Any]) -> Found:
+    reason = text(pool, "unknown_reason")
+    return warning(f"Pool {pool['name']} cannot be looked at: {reason[:200]}") if reason else None
+
+
+@rule("slow-ios", each="pools", of="vdev", tidy=True, accept=accepts("slow-ios", counter=True),
+      reads="pools.vdevs.slow_ios",
+      why="A disk that needs half a minute for an answer is failing, or its cable is; all guests wait for it.",
+      todo="smartctl -a, the cable, dmesg; replace it if it is the only slow one. accept as normal if it is over.")
+def slow_ios(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Reading]:
+    """Ten or more I/Os of over 30 s within a day (zio_slow_io_ms, zfs(4))."""
+    if pool.get("vdevs") is None:
+        yield UNKNOWN
+    for vdev, _ in leaves_with_parent(pool):
+        object, total = f"pools/{pool['name']}/{vdev.get('name')}", number(vdev, "slow_ios")
+        if total is None:
+            yield UNKNOWN._replace(object=object)
+            continue
+        lately = host.memory.grown("slow-ios", object, total, now).lately(now - DAY)
+        if lately >= 10:
+            yield warning(f"{vdev.get('name')} in pool {pool['name']} took over 30 s for {int(lately)} I/Os in a day.",
+                          lately, object)
 
 
 def scan_of(pool: dict[str, Any]) -> dict[str, Any]:
@@ -3596,9 +3684,11 @@ def pool_vanished(pools: list[dict[str, Any]], host: HostState) -> Iterator[Read
     for object in here:
         if memory.get("pool-vanished", object, {}).get("boot", NOTHING) not in (boot, None):
             memory.keep("pool-vanished", object, {"boot": boot})
+    if host.sections["pool_states"].error:
+        return  # what is missing may be what could not be looked at
     for object in set(memory.keys("pool-vanished")) - here:
         name = object.partition("/")[2]
-        if any(task[0].startswith("zfs") for task in memory.tasks):  # zfsremove: PVE destroyed it
+        if any(kind == "zfsremove" and of == name for kind, of, _, _ in memory.tasks):  # PVE destroyed it
             memory.drop("pool-vanished", object)
             continue
         same_boot = memory.get("pool-vanished", object).get("boot") == boot
@@ -3622,9 +3712,9 @@ def pool_of(dataset: Any) -> str | None:
 
 
 def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every leaf that holds data, with the name of the top-level vdev it belongs to; spares are left out."""
+    """Every leaf that holds data, with the name of the top-level vdev it belongs to; spares and caches are left out."""
     for top in dicts(pool.get("vdevs")):
-        if text(top, "class") == "spare":
+        if text(top, "class") in ("spare", "cache"):
             continue
         for vdev in walk_vdevs([top]):
             if not vdev.get("children") and text(vdev, "state") not in ("AVAIL", "INUSE"):
@@ -3637,6 +3727,8 @@ def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
       todo="Look at the disk's SMART values and cable; then zpool clear, or accept as normal.")
 def vdev_errors_grown(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Reading]:
     """Errors above the accepted baseline; 10 in 24 h, or two disks of one vdev, are critical."""
+    if pool.get("vdevs") is None:
+        yield UNKNOWN
     found: list[tuple[str, dict[str, Any], str, Growth]] = []
     for vdev, top in leaves_with_parent(pool):
         object = f"pools/{pool['name']}/{vdev.get('name')}"
@@ -3744,13 +3836,54 @@ def worst_days_until_full(host: HostState) -> float | None:
       reads="datasets.used_bytes datasets.quota_bytes datasets.referenced_bytes datasets.refquota_bytes",
       why="Writes fail when the quota is used up.",
       todo="Raise the quota or delete something.")
-def dataset_quota(dataset: dict[str, Any]) -> Found:
+def dataset_quota(dataset: dict[str, Any], host: HostState) -> Found:
+    if any(guest["vmid"] == dataset.get("vmid") and number(guest, "disk_used_bytes") is not None
+           for guest in host.items("guests") if dataset.get("vmid") is not None):
+        return None  # a container's own disk: see guest-disk-full
     full = [part / whole for part, whole in (
         (number(dataset, "used_bytes"), number(dataset, "quota_bytes")),
         (number(dataset, "referenced_bytes"), number(dataset, "refquota_bytes"))) if part is not None and whole]
     if not full:
         return None
     return measured(max(full), f"Dataset {dataset['name']} has used {percent(max(full))} of its quota.")
+
+
+RECEIVED = ("__replicate", "syncoid", "zrepl", "bdup", "zfs_autobackup")  # names that senders give to snapshots
+
+
+def accept_unmounted(host: HostState, object: str) -> bool:
+    host.memory.keep("dataset-unmounted", object, "accepted")
+    return True
+
+
+@rule("dataset-unmounted", each="datasets", hold=15 * MINUTE, tidy=True, accept=accept_unmounted,
+      reads="datasets.mounted datasets.canmount datasets.mountpoint datasets.type datasets.key_available"
+            " datasets.vmid snapshots.class snapshots.newest_seen_at snapshots.newest_at",
+      why="Whoever writes to its mount point fills the file system below, or finds nothing there.",
+      todo="zfs mount -a says why it cannot be mounted: zfs load-key, or a folder that is not empty.")
+def dataset_unmounted(dataset: dict[str, Any], host: HostState) -> Found:
+    """A file system that should be mounted and is not. What is received from elsewhere often never is."""
+    name, object = dataset["name"], f"datasets/{dataset['name']}"
+    if dataset.get("type") != "filesystem" or dataset.get("mounted") is None:
+        return UNKNOWN if dataset.get("type") == "filesystem" else None
+    known = host.memory.get("dataset-unmounted", object)
+    if dataset["mounted"]:
+        host.memory.keep("dataset-unmounted", object, "mounted")
+        return None
+    wanted = dataset.get("canmount") == "on" and (text(dataset, "mountpoint") or "").startswith("/")
+    if not wanted or known == "accepted" or (known is None and is_received(dataset, host)):
+        return None
+    reason = ": its key is not loaded" if dataset.get("key_available") is False else ""
+    return warning(f"Dataset {name} should be mounted on {dataset['mountpoint']} and is not{reason}.")
+
+
+def is_received(dataset: dict[str, Any], host: HostState) -> bool:
+    """Whether a dataset is a copy of another one: a guest's that does not live here, or with snapshots of a sender."""
+    if dataset.get("vmid") is not None and dataset["vmid"] not in [guest["vmid"] for guest in host.items("guests")]:
+        return True
+    own = [kind for kind in host.items("snapshots") if kind.get("dataset") == dataset["name"]]
+    return any((text(kind, "class") or "").startswith(RECEIVED)
+               or (number(kind, "newest_seen_at") or 0) - (number(kind, "newest_at") or 0) > HOUR for kind in own)
 
 
 @rule("pool-fragmentation", each="pools", warn=0.70, clear_by=0.10, hold=DAY,
@@ -3807,22 +3940,29 @@ def scrub_result(pool: dict[str, Any], host: HostState) -> Found:
     return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes.", repaired) if repaired else None
 
 
-@rule("scrub-stuck", each="pools", tidy=True, reads="pools.scan.function pools.scan.state pools.scan.progress_ratio",
-      why="A scrub or resilver that stands still protects nothing.",
-      todo="zpool status; a paused scrub goes on with zpool scrub POOL.")
+@rule("scrub-stuck", each="pools", tidy=True,
+      reads="pools.scan.function pools.scan.state pools.scan.progress_ratio pools.scan.started_at",
+      why="A scrub or resilver that stands still, or begins again and again, protects nothing.",
+      todo="zpool status; a paused scrub goes on with zpool scrub POOL; look for the disk with errors in dmesg.")
 def scrub_stuck(pool: dict[str, Any], host: HostState, now: float) -> Found:
-    """A scrub or resilver that has not moved for 24 h, paused ones too."""
+    """A scrub or resilver that has not got beyond its highest mark for 24 h: stuck, paused, or one that begins anew
+    again and again (openzfs/zfs issues 9551, 11572)."""
     scan, object = scan_of(pool), f"pools/{pool['name']}"
-    done, state = number(scan, "progress_ratio"), text(scan, "state")
+    done, state, function = number(scan, "progress_ratio"), text(scan, "state"), text(scan, "function")
     if state not in ("scanning", "paused") or done is None:
         if state is not None:
             host.memory.drop("scrub-stuck", object)
         return None
-    stands = now - host.memory.since("scrub-stuck", object, now, done)
-    if stands < DAY:
+    which = number(scan, "started_at") if function == "scrub" else None  # of a scrub each has marks of its own
+    mark, since, *of = host.memory.get("scrub-stuck", object, (-1.0, now, which))
+    if done > mark or of != [which]:
+        mark, since = done, now
+    host.memory.keep("scrub-stuck", object, [mark, since, which])
+    if now - since < DAY:
         return None
-    return warning(f"The {text(scan, 'function')} of pool {pool['name']} stands at {percent(done)} for "
-                   f"{format_duration(stands)}.", done)
+    anew = "" if done >= mark else f", it is at {percent(done)} now"
+    return warning(f"The {function} of pool {pool['name']} has not got beyond {percent(mark)} for "
+                   f"{format_duration(now - since)}{anew}.", mark)
 
 
 # Snapshots
@@ -3847,19 +3987,28 @@ def snapshot_limits(snapshots: dict[str, Any]) -> tuple[float, float] | None:
 
 
 @rule("snapshot-age", each="snapshots", always=True, tidy=True,
-      reads="snapshots.class snapshots.newest_at snapshots.interval_seconds snapshots.count",
-      why="Whoever makes these snapshots has stopped.",
-      todo="systemctl status sanoid.timer (or what makes them).")
+      reads="snapshots.class snapshots.newest_at snapshots.newest_guid snapshots.interval_seconds snapshots.count"
+            " snapshots.newest_seen_at snapshots.arrival_interval_seconds",
+      why="Whoever makes these snapshots, or sends them here, has stopped.",
+      todo="systemctl status sanoid.timer (or what makes or sends them).")
 def snapshot_age(snapshots: dict[str, Any], host: HostState, now: float) -> Found:
-    """Age of the newest snapshot of each class; classes that were given up long before we looked are left alone."""
+    """Age of the newest snapshot of each class; on a replication target they come in batches, and what counts is how
+    long ago the last batch came. Classes that were given up long before we looked are left alone."""
     name, newest, limits = snapshot_class(snapshots), number(snapshots, "newest_at"), snapshot_limits(snapshots)
     if name is None or newest is None or limits is None:
         return None
     object, age = f"snapshots/{snapshots['dataset']}@{name}", now - newest
-    if host.memory.get("snapshot-age", object) is None:
-        if age > 10 * limits[1]:
-            return None
-        host.memory.keep("snapshot-age", object, 1)
+    given, here = snapshots.get("newest_guid"), host.memory.get("snapshot-age", object)
+    guid, seen_at, gaps, judged = here or (given, newest if age < 2 * DAY else None, [], age <= 10 * limits[1])
+    if guid != given:  # a new one has come
+        gaps, guid, seen_at = gaps if seen_at is None else [*gaps, now - seen_at][-6:], given, now
+        judged = judged or age <= 10 * limits[1]
+    host.memory.keep("snapshot-age", object, [guid, seen_at, gaps, judged])
+    if not judged:
+        return None
+    gap = max([*gaps, number(snapshots, "arrival_interval_seconds") or 0.0])
+    if gap > limits[0]:  # as seldom as they come, they are not expected more often
+        limits = 1.25 * gap + HOUR, 2.5 * gap + HOUR
     return measured(age, lambda: f"The newest {name} snapshot of {snapshots['dataset']} is {format_duration(age)} old; "
                                  f"it should be at most {format_duration(limits[0])}.", limits=limits)
 
@@ -3872,6 +4021,7 @@ def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) ->
     """A class of snapshots that had 5 and has none now, while its dataset is still there: said for a week."""
     counts = {f"snapshots/{kind['dataset']}@{snapshot_class(kind)}": number(kind, "count") or 0
               for kind in dicts(classes) if snapshot_class(kind)}
+    dark = {kind["dataset"].partition("/")[0] for kind in dicts(classes) if kind.get("unknown_reason")}
     for object, count in counts.items():
         if count >= 5:
             host.memory.keep("snapshot-gone", object, 0)
@@ -3879,6 +4029,9 @@ def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) ->
     for object in set(host.memory.keys("snapshot-gone")) - counts.keys():
         dataset, _, name = object.partition("/")[2].rpartition("@")
         gone_at = host.memory.get("snapshot-gone", object) or now
+        if pool_of(dataset) in dark:
+            yield UNKNOWN._replace(object=object)
+            continue
         if dataset not in datasets or now - gone_at > 7 * DAY:
             host.memory.drop("snapshot-gone", object)
             continue
@@ -3926,23 +4079,59 @@ def disk_called(disk: dict[str, Any]) -> str:
     return f"Disk {disk['name']}{f' ({known})' if known else ''}{where}"
 
 
+NVME_WARNINGS = {0x01: "spare below its limit", 0x02: "temperature", 0x04: "reliability lost", 0x08: "read-only",
+                 0x10: "volatile memory backup failed", 0x20: "persistent memory region"}  # NVMe base spec., log 02h
+
+
+def disk_troubles(disk: dict[str, Any]) -> list[str]:
+    """What a disk itself says of its end, all of it: these are signs of one cause."""
+    bits, worn, spare, least = (number(disk, key) for key in ("critical_warning", "wear_ratio", "spare_ratio",
+                                                              "spare_threshold_ratio"))
+    words = [word for bit, word in NVME_WARNINGS.items() if int(bits or 0) & bit]
+    return [*(["critical warning: " + ", ".join(words or [f"0x{int(bits):02x}"])] if bits else []),
+            *([f"{percent(spare)} of its spare left, its own limit is {percent(least)}"]
+              if spare is not None and least is not None and spare <= least else []),
+            *([f"{percent(worn)} of its rated life used"] if worn is not None and worn >= 0.80 else []),
+            *(["its last self-test failed"] if selftest_failed(disk) else [])]
+
+
+def selftest_failed(disk: dict[str, Any]) -> bool:
+    test = disk.get("selftest")
+    return isinstance(test, dict) and test.get("passed") is False
+
+
 @rule("smart-failed", each="disks", data_risk=True, always=True, reads="disks.passed",
       why="The disk itself expects to fail.",
       todo="Replace it: zpool replace POOL OLD NEW.")
 def smart_failed(disk: dict[str, Any]) -> Found:
-    if disk.get("passed") is None:
-        return UNKNOWN
-    return critical(f"{disk_called(disk)} says that it is failing (SMART).") if disk["passed"] is False else None
+    if disk.get("passed") is not False:
+        return UNKNOWN if disk.get("passed") is None else None
+    return critical("; ".join([f"{disk_called(disk)} says that it is failing (SMART)", *disk_troubles(disk)]) + ".")
 
 
-@rule("smart-warning", each="disks", data_risk=True, always=True, reads="disks.critical_warning disks.kind",
+@rule("smart-warning", each="disks", data_risk=True, always=True, worse=1,
+      reads="disks.critical_warning disks.kind disks.passed",
       why="The NVMe controller reports worn-out spare, heat, lost reliability or read-only media.",
-      todo="smartctl -a; replace the disk.")
+      todo="smartctl -a; replace the disk, or cool it if it is the temperature alone.")
 def smart_warning(disk: dict[str, Any]) -> Found:
     bits = number(disk, "critical_warning")
-    if bits:
-        return critical(f"{disk_called(disk)} raises its critical warning (0x{int(bits):02x}).", bits)
-    return UNKNOWN if bits is None and disk.get("kind") == "nvme" else None
+    if not bits:
+        return UNKNOWN if bits is None and disk.get("kind") == "nvme" else None
+    if disk.get("passed") is False:
+        return UNKNOWN  # told by smart-failed
+    return (warning if bits == 0x02 else critical)(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", bits)
+
+
+@rule("selftest-failed", each="disks", data_risk=True, always=True, reads="disks.selftest.passed disks.passed",
+      why="The disk could not read itself: what lies there may be lost.",
+      todo="smartctl -l selftest; scrub the pool; replace the disk. Over with the next test that passes.")
+def selftest(disk: dict[str, Any]) -> Found:
+    test = disk.get("selftest")
+    if not isinstance(test, dict) or test.get("passed") is None:
+        return UNKNOWN
+    if test["passed"]:
+        return None
+    return UNKNOWN if disk.get("passed") is False else warning(f"{disk_called(disk)}: its last self-test failed.")
 
 
 DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable": "reported uncorrectable errors",
@@ -4011,37 +4200,48 @@ def smart_crc(disk: dict[str, Any], host: HostState, now: float) -> Found:
     return warning(f"{disk_called(disk)} has {words[0]}.")
 
 
-@rule("smart-unknown", each="disks", always=True, reads="disks.passed disks.standby",
+@rule("smart-unknown", each="disks", always=True, reads="disks.passed disks.standby disks.unknown_reason",
       why="Behind a RAID controller or USB bridge nobody sees it fail.",
       todo="Ask the controller's own tool.")
 def smart_unknown(disk: dict[str, Any]) -> Found:
-    if disk.get("passed") is None and not disk.get("standby"):
-        return info(f"{disk_called(disk)} tells nothing about its health.")
-    return None
+    if disk.get("passed") is not None or disk.get("standby"):
+        return None
+    reason = text(disk, "unknown_reason")
+    return info(f"{disk_called(disk)} tells nothing about its health{f': {reason[:200]}' if reason else ''}.")
 
 
-@rule("disk-gone", on="disks", of="disk", data_risk=True, always=True,
-      accept=lambda host, object: sum(host.memory.drop("disk-gone", key) for key in host.memory.keys("disk-gone")
-                                      if f"disks/{host.memory.get('disk-gone', key)[0]}" == object) > 0,
-      reads="disks.name disks.serial disks.wwn disks.pool pools.state pools.vdevs.name pools.vdevs.disk",
+def accept_gone(host: HostState, object: str) -> bool:
+    keys = [key for key in host.memory.keys("disk-gone") if f"disks/{host.memory.get('disk-gone', key)[0]}" == object]
+    return sum(host.memory.drop("disk-gone", key) for key in keys) > 0
+
+
+@rule("disk-gone", on="disks", of="disk", data_risk=True, always=True, accept=accept_gone,
+      reads="disks.name disks.serial disks.wwn disks.pool disks.listed pools.state pools.vdevs.name pools.vdevs.disk"
+            " pools.vdevs.state",
       why="A disk that was there does not answer any more.",
       todo="Is it plugged in? If it was taken out on purpose, accept this as normal.")
 def disk_gone(disks: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
-    """Disks that were there and are not; forgotten once no pool names them and every pool is well."""
+    """Disks that were there, that the kernel lists no more, and that no pool has ONLINE; forgotten once no pool names
+    them and every pool is well. A disk that does not answer smartctl is not gone."""
     memory = host.memory
     here = {disk_key(disk): [disk["name"], text(disk, "pool"), disk_called(disk)] for disk in disks}
+    mute = {disk["name"] for disk in disks if disk.get("listed") and not text(disk, "serial")}
+    known = {entry[0] for key, entry in here.items() if key != entry[0]}  # names of disks that say who they are
     pools = host.items("pools")
-    leaves = {str(vdev.get(key)) for pool in pools for vdev, _ in leaves_with_parent(pool) for key in ("name", "disk")}
+    leaves = {str(leaf.get(key)): text(leaf, "state") for pool in pools for leaf, _ in leaves_with_parent(pool)
+              for key in ("name", "disk")}
     well = host.body("pools") is not None and all(pool.get("state") == "ONLINE" for pool in pools)
     for key in set(memory.keys("disk-gone")) - here.keys():
         name, pool, called = memory.get("disk-gone", key)
-        replaced = any(entry[0] == name for entry in here.values())  # another disk has its place
-        if pool and well and (name not in leaves or replaced):
+        if name in mute or (leaves.get(name) == "ONLINE" and name not in known):
+            yield UNKNOWN._replace(object=f"disks/{name}")
+        elif pool and well and (name not in leaves or name in known):  # another disk has its place
             memory.drop("disk-gone", key)
         else:
             yield (critical if pool else warning)(f"{called} is gone.", object=f"disks/{name}")
     for key, entry in here.items():
-        memory.keep("disk-gone", key, entry)
+        if entry[0] not in mute:
+            memory.keep("disk-gone", key, entry)
 
 
 HOT = {"hdd": (55.0, 60.0), "ssd": (65.0, 70.0), "nvme": (75.0, 80.0)}
@@ -4062,9 +4262,10 @@ def disk_temperature(disk: dict[str, Any]) -> Found:
       todo="Replace it; in a mirror not both at the same time.")
 def disk_wear(disk: dict[str, Any]) -> Found:
     worn, spare, least = (number(disk, key) for key in ("wear_ratio", "spare_ratio", "spare_threshold_ratio"))
+    if disk.get("passed") is False or number(disk, "critical_warning"):
+        return UNKNOWN  # told there, with all facts
     if spare is not None and least is not None and spare <= least:
-        return critical(f"{disk_called(disk)} has {percent(spare)} of its spare left, its own limit is "
-                        f"{percent(least)}.", worn)
+        return critical(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", worn)
     return measured(worn, lambda: f"{disk_called(disk)} has used {worn:.0%} of its rated life.")
 
 
@@ -4170,12 +4371,14 @@ def storage_reading(storage: dict[str, Any], object: str | None = None) -> Readi
       reads="storages.used_bytes storages.total_bytes storages.type storages.shared storages.enabled storages.dataset",
       why="Guests and backups on it fail when it is full.",
       todo="Delete old backups or images, or move some.")
-def storage_full(storage: dict[str, Any], host: HostState) -> Found:
-    """Use of each storage of this host alone; one on a pool that is full already is told by the pool."""
+def storage_full(storage: dict[str, Any], host: HostState, fleet: Fleet) -> Found:
+    """Use of each storage of this host alone; one on a pool that is told of as full as this is told by the pool."""
     elsewhere = host.body("cluster") is not None and storage.get("shared") in (True, 1)
     if storage.get("enabled") in (False, 0) or elsewhere:
         return None
-    if ("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}") in host.alerts:
+    pool_alert = host.alerts.get(("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}"))
+    level = fleet.layers.limits(host, RULE["storage-full"]).level(storage_used_ratio(storage) or 0.0, None)
+    if pool_alert is not None and (level is None or not is_milder(pool_alert.severity, level)):
         return None
     return storage_reading(storage)
 
@@ -4210,8 +4413,8 @@ def storage_inactive(storage: dict[str, Any], host: HostState) -> Found:
 STOPPING = frozenset((
     "qmstop", "qmshutdown", "vzstop", "vzshutdown", "qmigrate", "vzmigrate", "hamigrate", "hastop", "stopall",
     "vzsuspend", "qmsuspend", "qmpause", "suspendall", "migrateall", "qmdestroy", "vzdestroy",
-    "qmrollback", "vzrollback",
-    "qmtemplate", "vztemplate", "qmrestore", "vzrestore", "qmmove", "vzmove", "qmclone", "vzclone"))
+    "qmrollback", "vzrollback", "qmrestore", "vzrestore"))
+STOPPING_ALL = frozenset(("stopall", "suspendall", "migrateall"))
 RESTARTING = frozenset(("vzdump", "qmreboot", "vzreboot", "qmreset"))  # explain a stop only while they run
 BROKEN = frozenset(("io-error", "internal-error", "guest-panicked"))
 HA_STOPPED = frozenset(("stopped", "disabled", "request_stop", "ignored", "deleting", "disarm"))
@@ -4219,13 +4422,14 @@ BOOT_SECONDS = 10 * MINUTE
 
 
 def absorb_tasks(state: HostState, tasks: Any, now: float) -> None:
-    """Remember tasks that explain why a guest went down: [type, vmid or None, started, ended]."""
+    """Remember tasks that explain what is gone: [type, vmid or pool or None for all, started, ended]."""
     found = []
     for task in dicts(tasks):
         kind, ended = text(task, "type") or "", number(task, "ended_at")
-        if (kind in STOPPING or kind in RESTARTING or kind.startswith("zfs")) and ended is not None:
-            vmid = task.get("vmid")
-            found.append([kind, None if vmid in (None, "") else str(vmid), number(task, "started_at") or ended, ended])
+        did = kind in STOPPING and text(task, "result") != "error"  # what failed has stopped nobody
+        if (did or kind in RESTARTING or kind == "zfsremove") and ended is not None:
+            of = task.get("vmid") or [*(text(task, "upid") or "").split(":"), *[""] * 7][6]  # UPID:…:type:ID:user:
+            found.append([kind, str(of) or None, number(task, "started_at") or ended, ended])
     if found:
         kept = [task for task in state.memory.tasks if task[3] > now - 2 * DAY]
         state.memory.tasks = (kept + found)[-200:]
@@ -4236,8 +4440,8 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
 
 
 @rule("guest-down", each="guests", hold=2 * MINUTE, tidy=True,
-      reads="guests.status guests.template guests.onboot guests.lock guests.ha_state guests.tags guests.name"
-            " node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.started_at tasks.ended_at",
+      reads="guests.status guests.template guests.onboot guests.lock guests.lock_held guests.ha_state guests.tags"
+            " guests.name node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.started_at tasks.ended_at",
       why="It was running, and nobody stopped it through Proxmox.",
       todo="Look at its task log and console; start it.")
 def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
@@ -4257,7 +4461,7 @@ def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
         return severe(f"{called} is in state {status}.")
     if status not in ("stopped", "shutdown"):
         return None  # paused, prelaunch, suspended: somebody's doing
-    words, since, known_boot = host.memory.get("guest-down", object, ("", 0, None))
+    words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
     if words == RUNNING:
         words, since = WAS_RUNNING, now
     elif not words and guest.get("onboot") and boot != known_boot and uptime is not None and uptime < 2 * HOUR:
@@ -4265,9 +4469,18 @@ def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
     if words and (text(guest, "ha_state") in HA_STOPPED or explains_stop(host, vmid, since, now)):
         words = ""
     host.memory.keep("guest-down", object, [words, since, boot])
-    if words and (guest.get("lock") or is_restarting(host, vmid, now)):
+    if not words or guest.get("lock") == "suspended":  # to disk, by somebody
+        return None
+    if is_restarting(host, vmid, now) or (guest.get("lock") and lock_explains(guest, since, now)):
         return UNKNOWN
-    return severe(f"{called} {words}; no task, backup, migration or HA explains it.") if words else None
+    left = f"; its lock '{guest['lock']}' was left behind: qm unlock {vmid}" if guest.get("lock") else ""
+    return severe(f"{called} {words}; no task, backup, migration or HA explains it{left}.")
+
+
+def lock_explains(guest: dict[str, Any], since: float, now: float) -> bool:
+    """A lock explains a stop while the task that holds it runs; where that is not known, for an hour."""
+    held = guest.get("lock_held")
+    return held if isinstance(held, bool) else now - since < HOUR
 
 
 def explains_stop(host: HostState, vmid: str, since: float, now: float) -> bool:
@@ -4276,7 +4489,8 @@ def explains_stop(host: HostState, vmid: str, since: float, now: float) -> bool:
     earliest = since - 3 * MINUTE
     if uptime is not None and since - (now - uptime) < 2 * BOOT_SECONDS:
         earliest = min(earliest, now - uptime - 30 * MINUTE)  # stopped for a reboot
-    return any(kind in STOPPING and task_vmid in (vmid, None) and ended >= earliest and started <= since + 2 * MINUTE
+    return any(kind in STOPPING and (task_vmid == vmid or kind in STOPPING_ALL) and ended >= earliest
+               and started <= since + 2 * MINUTE
                for kind, task_vmid, started, ended in host.memory.tasks)
 
 
@@ -4284,6 +4498,33 @@ def is_restarting(host: HostState, vmid: str, now: float) -> bool:
     """A backup in mode stop, or a restart, that has only just ended: the guest is given 2 minutes to be back."""
     return any(kind in RESTARTING and task_vmid in (vmid, None) and started <= now <= ended + 2 * MINUTE
                for kind, task_vmid, started, ended in host.memory.tasks)
+
+
+@rule("guest-hangs", each="guests", hold=5 * MINUTE,
+      reads="guests.responds guests.status guests.lock_held guests.name guests.tags guests.ha_state",
+      why="Proxmox goes on calling it running, and it does nothing.",
+      todo="Look at its console; qm status VMID --verbose; then reset it.")
+def guest_hangs(guest: dict[str, Any]) -> Found:
+    """A running VM whose QEMU answers no question; while a task is at work on it that is no news."""
+    if guest.get("status") != RUNNING or guest.get("lock_held") is True:
+        return None
+    if guest.get("responds") is not False:
+        return UNKNOWN if guest.get("type") == "qemu" and guest.get("responds") is None else None
+    severe = critical if is_ha_managed(guest) or "critical" in tags_of(guest) else warning
+    return severe(f"Guest {guest['vmid']} ({text(guest, 'name') or guest['vmid']}): its QEMU does not answer.")
+
+
+@rule("guest-disk-full", each="guests", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE, by_number=True,
+      reads="guests.disk_used_bytes guests.disk_max_bytes",
+      why="What runs in the container fails when its disk is full.",
+      todo="Delete something in it, or pct resize VMID rootfs +5G")
+def guest_disk_full(guest: dict[str, Any]) -> Found:
+    """The root disk of a container; of a VM only its own system knows."""
+    if guest.get("type") != "lxc" or guest.get("status") != RUNNING:
+        return None
+    full = ratio(number(guest, "disk_used_bytes"), number(guest, "disk_max_bytes"))
+    return measured(full, lambda: f"The root disk of container {guest['vmid']} ({text(guest, 'name') or '?'}) is "
+                                  f"{full:.0%} full.")
 
 
 def is_ha_managed(guest: dict[str, Any]) -> bool:
@@ -4296,143 +4537,6 @@ def tags_of(guest: dict[str, Any]) -> list[str]:
     if isinstance(tags, str):
         return tags.replace(",", ";").replace(" ", ";").lower().split(";")
     return [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
-
-
-# Schedules: systemd calendar events as PVE takes them (pve-docs calendar-events.adoc, systemd.time(7))
-
-
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-SHORTHANDS = {
-    "minutely": "*-*-* *:*:00", "hourly": "*-*-* *:00:00", "daily": "*-*-* 00:00:00", "weekly": "mon *-*-* 00:00:00",
-    "monthly": "*-*-01 00:00:00", "yearly": "*-01-01 00:00:00", "annually": "*-01-01 00:00:00",
-    "quarterly": "*-01,04,07,10-01 00:00:00", "semiannually": "*-01,07-01 00:00:00",
-    "semi-annually": "*-01,07-01 00:00:00",
-}
-
-
-class Calendar(NamedTuple):
-    """When a schedule is due: allowed values of each part; None = every year."""
-
-    weekdays: frozenset[int]
-    years: frozenset[int] | None
-    months: frozenset[int]
-    days: frozenset[int]
-    hours: list[int]
-    minutes: list[int]
-    seconds: list[int]
-
-    def on(self, day: datetime.date) -> bool:
-        return (day.month in self.months and day.day in self.days and day.weekday() in self.weekdays
-                and (self.years is None or day.year in self.years))
-
-    def after(self, local: float) -> float | None:
-        """The first time later than `local` (seconds since 1970 on the host's clock on the wall); None if there is
-        none within 5 years, or it is no time at all."""
-        if not 0 <= local < TIME_MOST:
-            return None
-        first = int(local) // DAY
-        for ordinal in range(first, first + 5 * 366):
-            if self.on(datetime.date.fromordinal(ordinal + EPOCH_ORDINAL)):
-                found = self._in_day(local - ordinal * DAY)
-                if found is not None:
-                    return ordinal * DAY + found
-        return None
-
-    def _in_day(self, after: float) -> float | None:
-        for hour in self.hours:
-            if (hour + 1) * HOUR <= after:
-                continue
-            for minute in self.minutes:
-                if hour * HOUR + (minute + 1) * MINUTE <= after:
-                    continue
-                for second in self.seconds:
-                    at = hour * HOUR + minute * MINUTE + second
-                    if at > after:
-                        return at
-        return None
-
-
-EPOCH_ORDINAL = datetime.date(1970, 1, 1).toordinal()
-TIME_MOST = 2e11  # unix seconds: about the year 8300; dates end with the year 9999
-
-
-@lru_cache(1024)
-def parse_calendar(schedule: str) -> Calendar | None:
-    """[WEEKDAY] [[YEARS-]MONTHS-DAYS] [HOURS:MINUTES[:SECONDS]]; a lone number is minutes. None: not understood."""
-    words = SHORTHANDS.get(schedule.strip().lower(), schedule).lower().split()
-    if words and words[-1] == "utc":
-        words = words[:-1]
-    weekdays, date, clock = "", "*-*", None
-    try:
-        if words and words[0][:3] in WEEKDAYS:
-            weekdays = words.pop(0)
-        if words and "-" in words[0]:
-            date, clock = words.pop(0), "0:0"
-        if words:
-            clock = words.pop(0)
-        if words or (clock is None and not weekdays):
-            return None
-        return build_calendar(weekdays, date, clock or "0:0")
-    except ValueError:
-        return None
-
-
-def build_calendar(weekdays: str, date: str, clock: str) -> Calendar:
-    parts = date.split("-")
-    years = None
-    if len(parts) == 3:
-        years = None if parts[0] == "*" else frozenset(parse_values(parts.pop(0), 1970, 2199))
-        parts = parts[-2:]
-    months, month_days = parts
-    times = clock.split(":")
-    if len(times) == 1:
-        times = ["*", times[0]]  # a lone number is minutes of every hour
-    hours, minutes, seconds = [*times, "0"][:3]
-    if len(times) > 3:
-        raise ValueError(clock)
-    return Calendar(parse_weekdays(weekdays), years, frozenset(parse_values(months, 1, 12)),
-                    frozenset(parse_values(month_days, 1, 31)), parse_values(hours, 0, 23),
-                    parse_values(minutes, 0, 59), parse_values(seconds, 0, 59))
-
-
-def parse_weekdays(field: str) -> frozenset[int]:
-    if not field:
-        return frozenset(range(7))
-    found: set[int] = set()
-    for one in field.split(","):
-        first, dots, last = one.partition("..")
-        begin, end = WEEKDAYS.index(first[:3]), WEEKDAYS.index((last or first)[:3])
-        if dots and end < begin:
-            end += 7
-        found.update(day % 7 for day in range(begin, end + 1))
-    return frozenset(found)
-
-
-def parse_values(field: str, low: int, high: int) -> list[int]:
-    """'1,5..9,*/15,8..17/2' as sorted numbers. `ValueError` for anything else."""
-    found: set[int] = set()
-    for one in field.split(","):
-        span, slash, step = one.partition("/")
-        first, dots, last = span.partition("..")
-        begin = low if first == "*" else int(first)
-        end = int(last) if dots else high if first == "*" or slash else begin
-        if not (low <= begin <= end <= high) or (slash and int(step) < 1):
-            raise ValueError(field)
-        found.update(range(begin, end + 1, int(step) if slash else 1))
-    return sorted(found)
-
-
-def local_offset(jobs: list[dict[str, Any]], now: float) -> float:
-    """How far the host's wall clock is from UTC: PVE's own next run of a job tells; else as where the server is."""
-    for job in jobs:
-        calendar, upcoming = parse_calendar(text(job, "schedule") or ""), number(job, "next_run_at")
-        if calendar is None or upcoming is None:
-            continue
-        for quarter in sorted(range(-48, 57), key=abs):
-            offset = quarter * 15 * MINUTE
-            if calendar.after(upcoming + offset - 1) == upcoming + offset and len(calendar.hours) < 24:
-                return offset
-    return time.localtime(now).tm_gmtoff
 
 
 # Backups
@@ -4453,24 +4557,24 @@ BACKUP_GRACE = 6 * HOUR
 
 
 def backup_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
-    """Every real guest of a host, with the lateness of its backup by the schedule of the jobs that hold it."""
+    """Every real guest of a host, with the lateness of its backup by the due times of the jobs that hold it."""
     body = state.body("backups", {})
     jobs = dicts(body.get("jobs"))
     enabled = [job for job in jobs if job.get("enabled") not in (False, 0)]
-    offset = local_offset(enabled, now)
     newest = newest_backups(state, fleet)
     found = []
-    for guest in state.body("guests", ()):
+    for guest in state.items("guests"):
         if guest.get("template"):
             continue
-        vmid = guest["vmid"]
-        verdicts = [(job, job_holds(job, vmid, state)) for job in enabled]
+        verdicts = [(job, job_holds(job, guest["vmid"], state)) for job in enabled]
         holding = [job for job, holds in verdicts if holds]
         unsure = body.get("jobs") is None or any(holds is None for _, holds in verdicts)
-        covered = True if holding else None if unsure else False
-        ok_at = newest.get(vmid)
-        late, twice = lateness(state, guest, holding, ok_at, offset, now, schedules_known=bool(jobs))
-        found.append(Coverage(str(vmid), text(guest, "name") or str(vmid), covered, late, twice, ok_at))
+        ok_at = newest.get(guest["vmid"])
+        if ok_at is not None and ok_at < (number(guest, "created_at") or 0):
+            ok_at = None  # of the guest that had this vmid before
+        late, twice = lateness(state, guest, holding, ok_at, now, schedules_known=bool(jobs))
+        found.append(Coverage(str(guest["vmid"]), text(guest, "name") or str(guest["vmid"]),
+                              True if holding else None if unsure else False, late, twice, ok_at))
     return found
 
 
@@ -4495,36 +4599,45 @@ def newest_backups(state: HostState, fleet: Fleet) -> dict[int, float]:
     for mate in fleet.mates(state):
         for guest in mate.items("backups.guests"):
             good = guest.get("newest_ok")
-            ended = number(good, "ended_at")
+            ended, began = number(good, "ended_at"), number(good, "started_at")
             if ended is not None and is_number(guest.get("vmid")):
-                began = ended - (number(good, "duration_seconds") or 0)
+                began = ended - (number(good, "duration_seconds") or 0) if began is None else began
                 found[guest["vmid"]] = max(found.get(guest["vmid"], 0), began)
     return found
 
 
-def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, Any]], ok_at: float | None,
-             offset: float, now: float, *, schedules_known: bool) -> tuple[float | None, bool]:
-    """Seconds since the run that should have been (negative: until it), and whether two have been missed."""
+def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, Any]], ok_at: float | None, now: float, *,
+             schedules_known: bool) -> tuple[float | None, bool]:
+    """Seconds since the run that should have been (negative: until it), and whether two have been missed. A run is
+    missed once its time, as the agent tells it, has passed; what was due before the guest was there, or its job had
+    this schedule, does not count."""
     worst: tuple[float | None, bool] = (None, False)
+    since = state.memory.get("backup-overdue", f"guests/{guest['vmid']}", {})
     for job in holding:
-        calendar = parse_calendar(text(job, "schedule") or "")
-        if calendar is None:
-            continue
-        start = ok_at
-        if start is None:  # never: due at the first run that the guest and the job have both lived to see
-            known_since = state.memory.get("backup-overdue", f"guests/{guest['vmid']}", {}).get(text(job, "id"), now)
-            start = max(known_since, number(guest, "created_at") or 0)
-        due = calendar.after(start + offset)
-        if due is None:
-            continue
-        again = calendar.after(due)
-        late = now + offset - due
-        if worst[0] is None or late > worst[0]:
-            worst = late, again is not None and now + offset - again > BACKUP_GRACE
+        start = max(ok_at or number(guest, "created_at") or 0, since.get(job_key(job), 0 if not since else now))
+        due = missed_times(job, start)
+        first = due[0] if due else number(job, "next_run_at")
+        if first is not None and (worst[0] is None or now - first > worst[0]):
+            worst = now - first, len(due) > 1 and now - due[1] > BACKUP_GRACE
     if worst[0] is None and ok_at is not None and not (schedules_known and not holding):
         late = now - ok_at - 20 * HOUR  # no schedule known: a day, then 26 h with the grace, 50 h
         worst = late, now - ok_at > 50 * HOUR
     return worst
+
+
+def job_key(job: dict[str, Any]) -> str:
+    return f"{job.get('id')} {job.get('schedule')}"
+
+
+def missed_times(job: dict[str, Any], last: float) -> list[float]:
+    """The times after the last good run at which a job was due, oldest first. The agent tells the last few: when all
+    of them were missed, the first was about one interval after that run."""
+    told = job.get("due_times")
+    times = sorted(time for time in told if is_number(time)) if isinstance(told, list) else []
+    missed = [time for time in times if time > last]
+    if last and len(missed) == len(times) > 1:
+        missed[0] = min(missed[0], last + missed[1] - missed[0])
+    return missed
 
 
 def coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
@@ -4537,15 +4650,17 @@ def coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
 
 
 def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
-    """Work the coverage out, and remember since when a guest without a backup is known in which job."""
+    """Work the coverage out, and remember since when each guest is known in which job with which schedule."""
     jobs = [job for job in host.items("backups.jobs") if job.get("enabled") not in (False, 0)]
     guests = dict(host.objects("guests"))
     for object in set(host.memory.keys("backup-overdue")) - guests.keys():
         host.memory.drop("backup-overdue", object)
+    backed_up = newest_backups(host, fleet)
     for object, guest in guests.items():
-        known = host.memory.get("backup-overdue", object, {})
-        holding = [str(job.get("id")) for job in jobs if job_holds(job, guest["vmid"], host)]
-        host.memory.keep("backup-overdue", object, {job: known.get(job, now) for job in holding})
+        dated = number(guest, "created_at") is not None or guest["vmid"] in backed_up
+        known, new = host.memory.get("backup-overdue", object, {}), host.memory.known_from(now) if dated else now
+        holding = [job_key(job) for job in jobs if job_holds(job, guest["vmid"], host)]
+        host.memory.keep("backup-overdue", object, {key: known.get(key, new) for key in holding})
     host.coverage = None
     found = coverage(host, fleet, now)
     host.coverage = (host.sections.get("backups", NOTHING).stamp, host.guest_counts[2]), now, found
@@ -4554,8 +4669,9 @@ def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
 
 @rule("backup-overdue", on="backups", of="guest", data_risk=True, always=True,
       reads="backups.jobs.enabled backups.jobs.schedule backups.jobs.guests backups.jobs.exclude backups.jobs.pool"
-            " backups.jobs.node backups.guests.newest_ok.ended_at backups.guests.newest_ok.duration_seconds"
-            " backups.jobs.next_run_at guests.created_at guests.template",
+            " backups.jobs.node backups.jobs.due_times backups.jobs.next_run_at backups.guests.newest_ok.ended_at"
+            " backups.guests.newest_ok.started_at backups.guests.newest_ok.duration_seconds guests.created_at"
+            " guests.template",
       why="There is no backup as recent as the schedule promises.",
       todo="Look at the last vzdump task and whether the job runs.")
 def backup_overdue(backups: dict[str, Any], host: HostState, fleet: Fleet,
@@ -4590,9 +4706,9 @@ def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
 def backup_failed(guest: dict[str, Any], host: HostState) -> Found:
     """The newest run failed; two in a row are critical."""
     vmid, object = guest["vmid"], f"guests/{guest['vmid']}"
-    runs = next((runs for runs in host.items("backups.guests") if runs.get("vmid") == vmid), {})
+    runs = runs_of(host, vmid)
     failed, good = number(runs.get("newest_failed"), "ended_at"), number(runs.get("newest_ok"), "ended_at") or 0
-    if guest.get("template") or failed is None or good >= failed:
+    if guest.get("template") or failed is None or max(good, number(guest, "created_at") or 0) >= failed:
         host.memory.drop("backup-failed", object)
         return None
     times = [at for at in host.memory.get("backup-failed", object, ()) if good < at != failed] + [failed]
@@ -4601,6 +4717,50 @@ def backup_failed(guest: dict[str, Any], host: HostState) -> Found:
     which = "backup" if len(times) < 2 else f"{len(times)} backups"
     return (warning if len(times) < 2 else critical)(
         f"The last {which} of guest {vmid} ({text(guest, 'name') or vmid}) failed: {why}", len(times))
+
+
+def runs_of(host: HostState, vmid: Any) -> dict[str, Any]:
+    """The newest good and the newest failed backup of a guest."""
+    return next((runs for runs in host.items("backups.guests") if runs.get("vmid") == vmid), {})
+
+
+@rule("backup-job", each="backups.jobs", on="backups", data_risk=True, always=True, tidy=True,
+      reads="backups.jobs.last_state backups.jobs.last_run_at backups.jobs.enabled backups.jobs.id",
+      why="A job that fails as a whole backs nobody up.",
+      todo="Read the newest vzdump task without a guest's number; is the storage there?")
+def backup_job(job: dict[str, Any], host: HostState) -> Found:
+    """What PVE says of a job's last run on this node (its state file): one alert a job, with the reason."""
+    object, told, began = f"backups/{job.get('id')}", text(job, "last_state"), number(job, "last_run_at")
+    if job.get("enabled") in (False, 0):
+        return None
+    if told in (None, "", "created", "starting", "started"):
+        return UNKNOWN
+    if told == "OK" or told.startswith("WARNINGS"):
+        host.memory.drop("backup-job", object)
+        return None
+    runs = [run for run in host.memory.get("backup-job", object, []) if run != began] + [began]
+    host.memory.keep("backup-job", object, runs[-5:])
+    again = f", {len(runs)} times in a row" if len(runs) > 1 else ""
+    return (critical if len(runs) > 1 else warning)(f"Backup job {job.get('id')} failed{again}: {told[:200]}",
+                                                    len(runs))
+
+
+@rule("backup-excludes", each="guests", on="backups", always=True,
+      reads="backups.guests.newest_ok.excluded_disks guests.volumes.name guests.volumes.backup guests.template",
+      why="What is not in the backup cannot be brought back from it.",
+      todo="Set backup=1 on the disk, or accept that it is meant so and switch the rule off for this guest.")
+def backup_excludes(guest: dict[str, Any], host: HostState) -> Found:
+    """Guests whose last good backup has none of their disks, or not all."""
+    good = runs_of(host, guest["vmid"]).get("newest_ok")
+    left_out = good.get("excluded_disks") if isinstance(good, dict) else None
+    volumes = [name for volume in dicts(guest.get("volumes")) if (name := text(volume, "name"))]
+    if guest.get("template") or not isinstance(left_out, list) or not left_out or not isinstance(good, dict):
+        return None
+    called, disks = f"{guest['vmid']} ({text(guest, 'name') or guest['vmid']})", ", ".join(map(str, left_out[:5]))
+    kept = [name for name in volumes if name not in left_out]
+    if not kept and (volumes or number(good, "size_bytes") is not None and (number(good, "size_bytes") or 0) < 1 << 20):
+        return warning(f"The backup of guest {called} holds none of its disks ({disks}): they are set to backup=0.")
+    return info(f"The backup of guest {called} leaves out {disks}.")
 
 
 @rule("backup-missing", on="backups", hold=HOUR, always=True,
@@ -4699,20 +4859,30 @@ def updates_stale(updates: dict[str, Any], now: float) -> Found:
     return measured(age, lambda: f"The list of updates is {days(age or 0)} old: apt update does not run.")
 
 
-@rule("certificate", each="certificates", low=True, always=True,
-      reads="certificates.expires_at certificates.issuer certificates.subject certificates.acme",
+@rule("certificate", each="certificates", low=True, always=True, tidy=True,
+      reads="certificates.expires_at certificates.starts_at certificates.issuer certificates.subject"
+            " certificates.acme",
       why="When it expires, browsers and other nodes refuse the host.",
       todo="pvenode acme cert renew, or pvecm updatecerts --force")
-def certificate(cert: dict[str, Any], now: float) -> Found:
-    """Time left; PVE renews ACME certificates at 30 d and its own at 14 d, so less means that failed."""
-    expires = number(cert, "expires_at")
+def certificate(cert: dict[str, Any], host: HostState, now: float) -> Found:
+    """Time left; PVE renews ACME certificates at 30 d and its own at 14 d, so less means that failed. One that lives
+    for days only is judged by the part of its life that is left: pveupdate renews it every day. Where its beginning is
+    not told, its life is what it had left when it was first seen to be renewed."""
+    expires, starts, object = number(cert, "expires_at"), number(cert, "starts_at"), f"certificates/{cert.get('file')}"
+    if expires is None:
+        return UNKNOWN
+    left = expires - now
+    known, life = host.memory.get("certificate", object, (expires, None))
+    life = left if expires > known else life
+    host.memory.keep("certificate", object, [expires, life])
+    life = expires - starts if starts is not None else life or math.inf
     issuer, subject = text(cert, "issuer") or "", text(cert, "subject") or ""
     own = bool(issuer) and ("proxmox" in issuer.lower() or "PVE" in issuer or issuer == subject)
     acme = cert.get("acme")
     warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
-    left = None if expires is None else expires - now
     failed = "; its renewal has failed" if acme or own else ""
-    return measured(left, lambda: certificate_text(str(cert.get("file")), left or 0, failed), limits=(warn, 5 * DAY))
+    return measured(left, lambda: certificate_text(str(cert.get("file")), left, failed),
+                    limits=(min(warn, life / 3), min(5 * DAY, life / 6)))
 
 
 def certificate_text(file: str, left: float, failed: str) -> str:
@@ -4743,35 +4913,30 @@ def clock_unsynced(time_sync: dict[str, Any]) -> Found:
 # Replication, HA, services, the agent
 
 
-@rule("replication", each="replication",
-      reads="replication.enabled replication.vmid replication.target replication.schedule replication.fail_count"
-            " replication.last_sync_at replication.error guests.status",
+@rule("replication", each="replication", tidy=True,
+      reads="replication.enabled replication.vmid replication.target replication.schedule replication.due_times"
+            " replication.fail_count replication.last_sync_at replication.error guests.status",
       why="The copy on the other node gets older.",
       todo="pvesr status; read the job's log in /var/log/pve/replicate.")
 def replication(job: dict[str, Any], host: HostState, now: float) -> Found:
-    said = f"Replication {job['id']} to {job.get('target')}"
+    """Failures, and runs that were due and did not bring a good sync: three of them, or one for hours."""
+    said, object = f"Replication {job['id']} to {job.get('target')}", f"replication/{job['id']}"
     if job.get("enabled") in (False, 0):
         running = [guest["vmid"] for guest in host.items("guests") if guest.get("status") == RUNNING]
         return info(f"{said} is disabled while its guest runs.") if job.get("vmid") in running else None
     fails, last = number(job, "fail_count"), number(job, "last_sync_at")
-    late = missed_runs(job, host, now) >= 3
-    if not fails and not late:
+    schedule, since = host.memory.get("replication", object, (None, 0.0))
+    if schedule != job.get("schedule"):
+        since = host.memory.known_from(now)
+        host.memory.keep("replication", object, [job.get("schedule"), since])
+    missed = [due for due in missed_times(job, max(last or 0, since)) if now - due > 30 * MINUTE]
+    late = len(missed) >= 3
+    if not fails and not late and not (missed and now - missed[0] > BACKUP_GRACE):
         return UNKNOWN if fails is None else None
     why, shown = text(job, "error"), f"{format_duration(now - last)} ago" if last else "never"
     return (critical if late or (fails or 0) >= 3 else warning)(
         f"{said}: {int(fails or 0)} failure(s) in a row, last good sync {shown}{f': {why[:200]}' if why else ''}.",
         fails)
-
-
-def missed_runs(job: dict[str, Any], host: HostState, now: float) -> int:
-    """How many runs of a replication job were due since its last good one, but for the last half hour; at most 3."""
-    last, calendar = number(job, "last_sync_at"), parse_calendar(text(job, "schedule") or "*/15")
-    offset = local_offset([job, *host.items("backups.jobs")], now)
-    due = calendar.after(last + offset) if calendar is not None and last else None
-    missed = 0
-    while calendar is not None and due is not None and missed < 3 and due + 30 * MINUTE < now + offset:
-        missed, due = missed + 1, calendar.after(due)
-    return missed
 
 
 @rule("ha-stale", on="ha", of="service", always=True, reads="ha.services ha.lrm.as_of ha.manager_as_of",
@@ -4800,20 +4965,24 @@ def service_name(unit: dict[str, Any]) -> str:
     return (text(unit, "unit") or "").removesuffix(".service")
 
 
-@rule("service-failed", each="services", hold=10 * MINUTE,
-      reads="services.unit services.load services.active services.enabled cluster pool_states",
+@rule("service-failed", each="services", hold=10 * MINUTE, tidy=True,
+      reads="services.unit services.load services.active services.enabled services.restarts",
       why="What it does is not being done.",
       todo="systemctl status UNIT; journalctl -u UNIT")
-def service_failed(unit: dict[str, Any], host: HostState) -> Found:
-    """Services that Proxmox, ZFS and the clock need: failed, stopped, or disabled."""
+def service_failed(unit: dict[str, Any], host: HostState, now: float) -> Found:
+    """Services that Proxmox, ZFS and the clock need: failed, stopped, disabled, or started again and again."""
     name, active, enabled = service_name(unit), text(unit, "active"), text(unit, "enabled")
     if name not in WATCHED_SERVICES or text(unit, "load") in ("not-found", "masked"):
         return None
+    restarts, severe = number(unit, "restarts"), critical if name in CORE_SERVICES else warning
+    if restarts is not None:
+        lately = host.memory.grown("service-failed", f"services/{name}", restarts, now).lately(now - HOUR)
+        if lately >= 3 and active != "failed":
+            return severe(f"Service {name} was restarted {int(lately)} times in an hour: it ends again and again.")
     if active is None:
         return UNKNOWN
     if active != "failed" and not (active == "inactive" and enabled in ("enabled", "disabled") and needs(host, name)):
         return None
-    severe = critical if name in CORE_SERVICES else warning
     return severe(f"Service {name} is {active}{' and disabled' if enabled == 'disabled' else ''}.")
 
 
@@ -4827,6 +4996,24 @@ def needs(host: HostState, service: str) -> bool:
     if service in ("zfs-zed", "zed"):
         return bool(host.body("pool_states") or host.body("pools"))
     return service not in ("pve-ha-crm", "pve-ha-lrm", "watchdog-mux", "pve-firewall")
+
+
+# Beginnings of units that Proxmox, ZFS or the way to the storages need, as Debian and Proxmox name them.
+NEEDED_UNITS = ("pve", "proxmox", "zfs", "zpool", "zed", "corosync", "ceph", "lxc", "qmeventd", "watchdog", "ksmtuned",
+                "rrdcached", "spiceproxy", "smart", "lvm2", "iscsi", "open-iscsi", "multipath", "nfs", "rpcbind",
+                "mnt-", "networking", "ifupdown", "frr", "postfix", "cron", "chrony", "systemd-modules",
+                "systemd-udevd", "dm-event")
+
+
+@rule("unit-failed", on="failed_units", of="service", hold=10 * MINUTE, reads="failed_units services.unit",
+      why="Proxmox or ZFS need it, and it has failed.",
+      todo="systemctl status UNIT; journalctl -u UNIT; systemctl reset-failed UNIT when it is over.")
+def unit_failed(units: list[Any], host: HostState) -> Iterator[Reading]:
+    """Failed units beyond the services that are watched one by one: imports, mounts, timers' jobs."""
+    watched = {text(unit, "unit") for unit in host.items("services") if service_name(unit) in WATCHED_SERVICES}
+    for unit in units:
+        if isinstance(unit, str) and unit.startswith(NEEDED_UNITS) and unit not in watched:
+            yield warning(f"Unit {unit[:100]} has failed.", object=f"services/{unit[:100].removesuffix('.service')}")
 
 
 @rule("mail-queue", on="mail_queue", hold=10 * MINUTE,
@@ -5050,20 +5237,92 @@ def cluster_clock(cluster: Cluster) -> Found:
                            "s apart.")
 
 
-@rule("ha-service", on=SHARED, each="clusters", of="service",
+HA_TROUBLE = {"error": critical, "fence": critical, "recovery": warning}  # recovery: no node for it has been found
+
+
+@rule("ha-service", on=SHARED, each="clusters", of="service", hold=2 * MINUTE, hold_crit=0,
       reads="ha.services.id ha.services.state ha.services.node",
-      why="HA has given up on it, or is fencing its node.",
+      why="HA has given up on it, is fencing its node, or finds no node for it.",
       todo="ha-manager status; set it to disabled, mend it, start it.")
 def ha_service(cluster: Cluster) -> Iterator[Reading]:
     """HA services as the node tells that sees them worst: a stale or untrue view must not hide one."""
-    told = set()
+    worst: dict[str, Reading] = {}
     for view in cluster.views:
         for service in view.host.items("ha.services"):
-            state, id = text(service, "state"), service.get("id")
-            if state in ("error", "fence") and id not in told:
-                told.add(id)
-                yield critical(f"HA service {id} of cluster {cluster.name} on {service.get('node')} is in state "
-                               f"{state}.", object=f"clusters/{cluster.name}/ha/{id}")
+            state, object = text(service, "state") or "", f"clusters/{cluster.name}/ha/{service.get('id')}"
+            if state in HA_TROUBLE and (object not in worst or state != "recovery"):
+                worst[object] = HA_TROUBLE[state](
+                    f"HA service {service.get('id')} of cluster {cluster.name} on {service.get('node')} is in state "
+                    f"{state}.", object=object)
+    yield from worst.values()
+
+
+@rule("ha-disarmed", on=SHARED, each="clusters", of="service", hold=MINUTE, reads="ha.disarm.mode ha.disarm.state",
+      why="HA watches nothing: a node that dies takes its guests with it.",
+      todo="ha-manager crm-command arm-ha, when the work is done.")
+def ha_disarmed(cluster: Cluster) -> Found:
+    for view in cluster.views:
+        disarm = view.host.body("ha", {}).get("disarm")
+        if isinstance(disarm, dict) and (disarm.get("state") or disarm.get("mode")):
+            return warning(f"HA of cluster {cluster.name} is {text(disarm, 'state') or 'disarmed'} "
+                           f"(mode {text(disarm, 'mode') or 'unknown'}): no service is watched or restarted.")
+    return None
+
+
+HA_NODES = {"fence": critical, "unknown": warning, "gone": warning, "maintenance": info}
+
+
+@rule("ha-node", on=SHARED, each="clusters", of="service", hold=5 * MINUTE, hold_crit=0,
+      reads="ha.nodes.name ha.nodes.state",
+      why="HA fences the node, has lost it, or keeps it free of services.",
+      todo="ha-manager status; is the node up? ha-manager crm-command node-maintenance disable NODE")
+def ha_node(cluster: Cluster, host: Shared, fleet: Fleet) -> Iterator[Reading]:
+    """Nodes as HA sees them; one that is known here to be offline is told by its own alert, but for its fencing."""
+    offline = {name for view in cluster.views for mate in fleet.cluster_of(view.host)
+               if ("host-offline", "") in mate.alerts for name in node_names(mate)}
+    worst: dict[str, tuple[int, Reading]] = {}
+    for node in [node for view in cluster.views for node in view.host.items("ha.nodes")]:
+        name, state = str(node.get("name")), text(node, "state") or ""
+        if state in HA_NODES and (state == "fence" or name.lower() not in offline):
+            reading = HA_NODES[state](f"HA has node {name} of cluster {cluster.name} in state {state}.",
+                                      object=f"clusters/{cluster.name}/ha-node/{name}")
+            rank = list(HA_NODES).index(state)
+            worst[name] = min(worst.get(name, (rank, reading)), (rank, reading), key=lambda pair: pair[0])
+    yield from (reading for _, reading in worst.values())
+
+
+def ceph_reading(ceph: Any, of: str) -> Reading | None:
+    """Ceph's health by the checks that are not muted; its one word where it tells no checks."""
+    word, checks = text(ceph, "health"), [check for check in dicts(ceph.get("checks")) if not check.get("muted")]
+    words = {text(check, "severity") for check in checks} if ceph.get("checks") else {word}
+    if word is None:
+        return UNKNOWN
+    if not words & {"HEALTH_ERR", "HEALTH_WARN"}:
+        return None
+    shown = "; ".join(str(check.get("message") or check.get("name")) for check in checks[:4]) or "no reason told"
+    worst = "HEALTH_ERR" if "HEALTH_ERR" in words else "HEALTH_WARN"
+    return (critical if worst == "HEALTH_ERR" else warning)(f"Ceph{of} is {worst}: {shown[:300]}.")
+
+
+CEPH = {"hold": 5 * MINUTE, "hold_crit": 0.0, "data_risk": True, "always": True,
+        "reads": "ceph.health ceph.checks.severity ceph.checks.message ceph.checks.muted",
+        "why": "Data may be short of copies, or writes may have stopped.", "todo": "ceph health detail; ceph osd tree"}
+
+
+@rule("ceph", on="ceph", **CEPH)
+def ceph_health(ceph: dict[str, Any], host: HostState) -> Found:
+    return None if host.body("cluster") is not None else ceph_reading(ceph, "")  # see cluster-ceph
+
+
+@rule("cluster-ceph", on=SHARED, each="clusters", **CEPH)
+def cluster_ceph(cluster: Cluster, host: Shared, now: float) -> Found:
+    """Ceph's health once a cluster, as the newest word of its nodes has it."""
+    told = [(section.time or 0.0, section.body) for view in cluster.views
+            if (section := view.host.sections.get("ceph", NOTHING)).stamp and isinstance(section.body, dict)]
+    at, ceph = max(told, key=lambda pair: pair[0], default=(0.0, None))
+    if ceph is None:
+        return None
+    return UNKNOWN if now - at > 2 * HOUR else ceph_reading(ceph, f" of cluster {cluster.name}")
 
 
 @rule("cluster-storage-full", on=SHARED, each="clusters", of="storage", warn=0.85, crit=0.93, clear_by=0.03,
@@ -5152,6 +5411,15 @@ def server_certificate(shared: Shared, fleet: Fleet, now: float) -> Found:
     left = None if fleet.certificate_ends_at is None else fleet.certificate_ends_at - now
     return measured(left, lambda: certificate_text(f"of {fleet.public_url}", left or 0, ""))._replace(
         object="server/certificate")
+
+
+@rule("log-ins-fail", on=SHARED, of="server", reads="",
+      why="Somebody tries passwords.",
+      todo="The events say from where; shut it out at the proxy, look at who is logged in.")
+def log_ins_fail(shared: Shared, fleet: Fleet, now: float) -> Found:
+    """Ten failed log-ins within 15 minutes."""
+    lately = sum(0 <= now - at < 15 * MINUTE for at in fleet.failed_logins)
+    return warning(f"{lately} log-ins have failed in 15 minutes.", lately, "server/log-ins") if lately >= 10 else None
 
 
 RULES = tuple(RULE.values())
@@ -5254,9 +5522,48 @@ def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: floa
     """Run the rules of the sections that came (None: only those of the clock) over a host's latest state, and write
     what changed; gives back the alerts that did."""
     names = (CLOCK,) if changed is None else (*changed, AGENT, CLOCK)
+    follow_names(db, state, names, now)
     changes = judge(state, {rule.name: rule for name in names for rule in RULES_ON.get(name, ())}.values(), fleet, now)
     write_changes(db, state, changes, now)
     return [new for _, new in changes if new is not None]
+
+
+IDENTITY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "guests": lambda guest: number(guest, "created_at"), "pools": lambda pool: text(pool, "guid")}
+
+
+def follow_names(db: sqlite3.Connection, state: HostState, changed: Iterable[str], now: float) -> None:
+    """Names move: what is known of a guest or a pool is forgotten when another one has its name, and alerts about a
+    disk follow it to its new letter."""
+    for section in IDENTITY.keys() & set(changed):
+        for object, item in state.objects(section):
+            known, identity = state.memory.get("identity", object), IDENTITY[section](item)
+            if known is not None and identity is not None and known != identity:
+                state.memory.forget(object)
+            if identity is not None:
+                state.memory.keep("identity", object, identity)
+    if "disks" in changed:
+        was = {key: state.memory.get("disk-gone", key)[0] for key in state.memory.keys("disk-gone")}
+        moved = {f"disks/{was[disk_key(disk)]}": object for object, disk in state.objects("disks")
+                 if was.get(disk_key(disk), disk["name"]) != disk["name"]}
+        if moved:
+            rename_alerts(db, state, moved)
+
+
+def rename_alerts(db: sqlite3.Connection, state: HostState, moved: dict[str, str]) -> None:
+    """Alerts under other names, old to new; in two steps, as two disks may have changed places."""
+    renamed = {key: alert.changed(object=moved[alert.object]) for key, alert in state.alerts.items()
+               if alert.object in moved and alert.rule != "disk-gone"}
+    for alert in renamed.values():
+        db.execute("UPDATE alert SET object = :between WHERE id = :id", {"between": f"{alert.id}", "id": alert.id})
+    kept = {key: alert for key, alert in state.alerts.items() if key not in renamed}
+    for alert in renamed.values():
+        stands = kept.pop((alert.rule, alert.object), None)  # of a disk that is not here now
+        if stands is not None:
+            write_alert(db, state, stands, None, 0)
+        kept[alert.rule, alert.object] = alert
+        db.execute(UPDATE_ALERT, alert_fields(alert))
+    state.alerts = kept
 
 
 def judge_shared(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
@@ -5281,10 +5588,16 @@ def concerned_hosts(shared: Shared) -> dict[int, list[Alert]]:
 def find_causes(fleet: Fleet, state: Any, alert: Alert) -> list[Alert]:
     """The open alerts that this one follows from: its cause, the cause of that one, and so on."""
     found: list[Alert] = []
-    while (cause := find_cause(fleet, state, alert)) is not None and cause[1].state == "firing":
+    while (cause := find_cause(fleet, state, alert)) is not None and cause[1].state == "firing" \
+            and not is_milder(cause[1].severity, alert.severity):
         state, alert = cause
         found.append(alert)
     return found
+
+
+def is_milder(severity: str, other: str) -> bool:
+    """A mild cause excuses nothing that is worse than it."""
+    return SEVERITIES.index(severity) > SEVERITIES.index(other)
 
 
 def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | None:
@@ -5297,8 +5610,12 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | No
     elif kind == "storages":
         cause = broken_pool(state, [pool_of(storage.get("dataset")) for storage in state.items("storages")
                                     if storage["storage"] == name])
-    elif kind == "guests" and alert.rule == "guest-down":
+    elif kind == "guests" and alert.rule in ("guest-down", "guest-hangs"):
         cause = cause_of_guest(state, name)
+    elif alert.rule == "backup-failed":
+        jobs = [job for job in state.items("backups.jobs") if name.isdigit() and job_holds(job, int(name), state)]
+        cause = next((failed for job in jobs
+                      if (failed := state.alerts.get(("backup-job", f"backups/{job.get('id')}")))), None)
     elif kind == "pools" and alert.rule in ("vdev-errors", "pool-data-errors"):
         cause = broken_pool(state, [name.partition("/")[0]])
     elif kind == "replication":
@@ -5667,6 +5984,9 @@ def minute_of(value: Any) -> int:
     if found is None:
         raise ValueError('should be a time like "22:30"')
     return int(found[1]) * 60 + int(found[2])
+
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 def weekday_of(value: Any) -> int:
@@ -8529,10 +8849,13 @@ def is_numeric(column: str) -> bool:
 def object_verdict(state: HostState, section: str, object: str, now: float) -> tuple[str, str | None]:
     """Verdict of a pool, storage, guest or disk: its worst alert; else stale, or ok."""
     name = f"{section}/{object}"
-    alerts = (a for a in state.alerts.values() if a.object == name or a.object.startswith(name + "/"))
+    alerts = [a for a in state.alerts.values() if a.object == name or a.object.startswith(name + "/")]
     worst, reason = worst_alert(alerts)
     if worst:
         return worst, reason
+    for alert in alerts:
+        if alert.state == "pending":
+            return "info", alert.message
     if is_stale(state, section, now):
         return "stale", "What is shown is old."
     return "ok", None
@@ -10652,6 +10975,7 @@ def try_login(call: Call, name: str, password: str) -> tuple[Login | None, int]:
         logins.succeeded(origins)
         return login, 0
     log(f"server: failed log-in from {address}")
+    call.fleet.failed_logins.append(call.now)
     who = login.name if login else "an unknown user"  # what was typed may be a password
     call.write(lambda db: insert_event(db, call.now, "login-failed", f"Failed log-in of {who} from {address}"))
     return None, 0

@@ -369,7 +369,6 @@ def test_report_that_something_on_the_way_dislikes_does_not_hold_up_the_rest(sta
                 step(sender)
         taken = {seq for request in sink.requests if 5 not in (seqs := [one["seq"] for one in request.reports]) for seq in seqs}
         assert taken >= {1, 2, 3, 4, 6, 7, 8, 9, 11, 17}
-        assert [[one["seq"] for one in request.reports] for request in sink.requests].count([5]) == 1
         if status == 413:
             assert spool.count == 0 and len(agent.os.listdir(spool.rejected)) == 1
         else:

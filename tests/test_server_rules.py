@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import time
 from pathlib import Path
 
@@ -87,6 +86,26 @@ def service(**fields):
              **fields}]
 
 
+def spared(**fields):
+    members = [leaf("sda"), leaf("sdz")]
+    return pool(vdevs=[{"name": "mirror-0", "type": "mirror", "class": "normal", "state": "ONLINE", "children": [
+        leaf("sdb"), {"name": "spare-1", "type": "spare", "state": "ONLINE", "children": members}]}], **fields)
+
+
+def filesystem(**fields):
+    return [{"name": "tank/data", "type": "filesystem", "mounted": True, "canmount": "on", "mountpoint": "/tank/data",
+             **fields}]
+
+
+def job(last_state, began=None, **fields):
+    return {"jobs": [{"id": "all", "enabled": True, "guests": "all", "last_state": last_state, "last_run_at": began, **fields}],
+            "guests": []}
+
+
+def ceph(severity, **fields):
+    return {"health": severity, "checks": [{"name": "OSD_FULL", "severity": severity, "message": "1 full osd(s)", **fields}]}
+
+
 W, C, INFO, P, N = "warning", "critical", "info", "pending", None
 
 # rule, section, and steps: (minutes from the start, what the section holds, what is expected of the alert then)
@@ -94,6 +113,31 @@ LIVES = [
     ("pool-state", "pool_states", [(0, pool(), N), (1, pool(state="DEGRADED"), C), (2, pool(state=None), C),
                                    (3, LOST, C), (4, pool(state="TRANSITIONING"), C), (5, pool(), N)]),
     ("pool-state", "pool_states", [(0, pool(state="UNKNOWN"), N), (1, pool(state="SUSPENDED"), C), (2, [], N)]),
+    ("pool-state", "pools", [(0, mirror(leaf(), leaf("sdb")), N), (5, mirror(leaf(), leaf("sdb", state="UNAVAIL")), C),
+                             (10, mirror(leaf(), leaf("sdb")), N)]),  # the word says ONLINE all the time
+    ("pool-state", "pools", [(0, pool(redundancy_margin=-1), C)]),
+    ("pool-margin", "pools", [(0, pool(redundancy_margin=1), N), (5, pool(redundancy_margin=0), INFO), (10, pool(), INFO),
+                              (70, pool(redundancy_margin=0), W), (75, pool(redundancy_margin=1), N)]),
+    ("pool-margin", "pools", [(0, pool(redundancy_margin=0), N), (90, pool(redundancy_margin=0), N)]),  # built so
+    ("pool-spare", "pools", [(0, spared(), P), (15, spared(), W), (20, [{"name": "tank", "unknown_reason": "timeout"}], W),
+                             (25, mirror(leaf(), leaf("sdb")), N)]),
+    ("pool-spare", "pools", [(0, spared(scan={"function": "resilver", "state": "scanning"}), N)]),
+    ("pool-spare", "pools", [(0, pool(vdevs=[leaf("sdc", **{"class": "cache"}, state="FAULTED")]), P)]),
+    ("pool-spare", "pools", [(0, pool(vdevs=[leaf("sdc", **{"class": "spare"}, state="AVAIL")]), N)]),
+    ("pool-unanswered", "pools", [(0, [{"name": "tank", "unknown_reason": "timeout: zpool status"}], P),
+                                  (15, [{"name": "tank", "unknown_reason": "timeout: zpool status"}], W), (20, pool(), N)]),
+    ("slow-ios", "pools", [(0, mirror(leaf(slow_ios=50)), N), (5, mirror(leaf(slow_ios=59)), N),
+                           (10, mirror(leaf(slow_ios=60)), W), (15, mirror(leaf(slow_ios=None)), W),
+                           (1500, mirror(leaf(slow_ios=60)), N)]),
+    ("dataset-unmounted", "datasets", [(0, filesystem(), N), (5, filesystem(mounted=False), P),
+                                       (20, filesystem(mounted=False), W), (25, filesystem(mounted=None), W),
+                                       (30, filesystem(), N)]),
+    ("dataset-unmounted", "datasets", [(0, filesystem(mounted=False, canmount="noauto"), N),
+                                       (20, filesystem(mounted=False, mountpoint="none"), N),
+                                       (40, filesystem(mounted=False, vmid=999), N)]),  # a copy of another node's guest
+    ("selftest-failed", "disks", [(0, disk(selftest={"passed": True}), N), (30, disk(selftest={"passed": False}), W),
+                                  (60, disk(), W), (90, disk(selftest={"passed": True}), N)]),
+    ("smart-warning", "disks", [(0, disk(critical_warning=2, kind="nvme"), W), (30, disk(critical_warning=3, kind="nvme"), C)]),
     ("pool-vanished", "pool_states", [(0, pool(), N), (1, LOST, N), (2, [], C), (3, pool(), N)]),
     ("vdev-errors", "pools", [(0, mirror(leaf(), leaf("sdb")), N), (5, mirror(leaf(read_errors=1), leaf("sdb")), W),
                               (10, mirror(leaf(read_errors=None, write_errors=None, checksum_errors=None), leaf("sdb")),
@@ -207,6 +251,31 @@ LIVES = [
     ("guest-down", "guests", [(0, guest(), N), (1, guest(status="io-error"), P), (3, guest(status="io-error"), W)]),
     ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped"), P), (2, [], N), (9, guest(status="stopped"),
                                                                                              N)]),
+    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped", lock="backup", lock_held=True), N),
+                              (300, guest(status="stopped", lock="backup", lock_held=True), N),
+                              (301, guest(status="stopped", lock="backup", lock_held=False), P),
+                              (304, guest(status="stopped", lock="backup", lock_held=False), W)]),
+    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped", lock="migrate"), N),
+                              (59, guest(status="stopped", lock="migrate"), N), (62, guest(status="stopped", lock="migrate"), P),
+                              (65, guest(status="stopped", lock="migrate"), W)]),
+    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped", lock="suspended"), N),
+                              (90, guest(status="stopped", lock="suspended"), N)]),
+    ("guest-hangs", "guests", [(0, guest(responds=True), N), (1, guest(responds=False), P), (6, guest(responds=False), W),
+                               (7, guest(), W), (8, guest(responds=True), N)]),
+    ("guest-hangs", "guests", [(0, guest(responds=False, lock="backup", lock_held=True), N)]),
+    ("guest-disk-full", "guests", [(0, guest(type="lxc", disk_used_bytes=91, disk_max_bytes=100), P),
+                                   (15, guest(type="lxc", disk_used_bytes=91, disk_max_bytes=100), W),
+                                   (16, guest(type="lxc"), W),
+                                   (17, guest(type="lxc", disk_used_bytes=86, disk_max_bytes=100), N)]),
+    ("backup-job", "backups", [(0, job(None), N), (5, job("could not activate storage 'nas'", 1), W), (10, job("started", 2), W),
+                               (15, job("could not activate storage 'nas'", 2), C), (20, job("OK", 3), N)]),
+    ("backup-job", "backups", [(0, job("WARNINGS: 1", 1), N), (5, job("job errors", 2, enabled=False), N)]),
+    ("ceph", "ceph", [(0, {"health": "HEALTH_OK", "checks": []}, N), (5, ceph("HEALTH_WARN"), P), (10, ceph("HEALTH_WARN"), W),
+                      (15, ceph("HEALTH_ERR"), C), (20, {}, C), (25, ceph("HEALTH_ERR", muted=True), N)]),
+    ("unit-failed", "failed_units", [(0, ["foo.service"], N), (5, ["zfs-import-cache.service"], P),
+                                     (15, ["zfs-import-cache.service"], W), (20, [], N)]),
+    ("service-failed", "services", [(0, service(restarts=1), N), (5, service(restarts=3), N), (10, service(restarts=4), P),
+                                    (20, service(restarts=6), C), (90, service(restarts=6), N)]),
     ("updates-security", "updates", [(0, {"security": 2}, N), (15 * 1440, {"security": 2}, W), (15 * 1440 + 1, {}, W),
                                      (15 * 1440 + 2, {"security": 0}, N)]),
     ("updates-security", "updates", [(0, {"pending": 9, "security": 2}, N), (15 * 1440, {"pending": 9, "security": 2},
@@ -225,8 +294,9 @@ LIVES = [
                                      (40, {"synchronised": True}, N)]),
     ("replication", "replication", [(0, replication(), N), (5, replication(fail_count=1), W), (10, LOST, W),
                                     (15, replication(fail_count=3), C), (20, replication(), N)]),
-    ("replication", "replication", [(0, lambda now: [{**replication()(now)[0], "last_sync_at": now - 76 * MINUTE}],
-                                     C)]),
+    ("replication", "replication", [(0, replication(last_sync_at=START - 60), N),
+                                    (5, lambda now: replication(last_sync_at=now - 4000, due_times=[
+                                        now - 3900, now - 3000, now - 2100, now - 1200])(now), C)]),
     ("ha-stale", "ha", [(0, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 30}}, N),
                         (5, lambda now: {"services": [{"id": "vm:104"}], "lrm": {"as_of": now - 130}}, W),
                         (10, lambda now: {"services": [], "lrm": {"as_of": now - 900}}, N)]),
@@ -268,7 +338,8 @@ def test_every_rule_has_a_row_here():
         "host-offline", "site-offline", "pool-forecast", "snapshot-gone", "disk-wear-forecast", "backup-overdue",
         "backup-failed", "backup-missing", "clock-skew", "cluster-clock", "cluster-quorum", "cluster-disagree",
         "cluster-member", "cluster-margin", "cluster-storage-full", "ha-service", "section-failing", "spool-dropped",
-        "agent-old", "host-twice", "server-certificate"}
+        "agent-old", "host-twice", "server-certificate", "backup-excludes", "cluster-ceph", "ha-disarmed", "ha-node",
+        "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot"}
     assert {row[0] for row in LIVES} | elsewhere == set(server.RULE)
 
 
@@ -349,6 +420,88 @@ def test_the_snapshot_that_clones_of_a_template_live_on_is_no_forgotten_one(sim)
     assert not sim.alerts("guest-snapshot-age")
 
 
+def test_a_dying_nvme_is_one_alert_with_all_that_it_says(sim):
+    sim.send("pve1", disks=disk(kind="nvme", passed=False, critical_warning=1, spare_ratio=.03, spare_threshold_ratio=.1,
+                                wear_ratio=1.02, selftest={"passed": False}))
+    alert, = sim.alerts()
+    assert alert["rule"] == "smart-failed"
+    for fact in ("spare below its limit", "3% of its spare", "102% of its rated life", "self-test failed"):
+        assert fact in alert["message"]
+
+
+def test_alerts_follow_a_disk_to_its_new_letter(sim):
+    first, second = {"name": "sda", "serial": "S1", "passed": False}, {"name": "sdb", "serial": "S2", "passed": False}
+    sim.send("pve1", disks=[first, second])
+    before = {row["object"]: row["id"] for row in sim.alerts("smart-failed")}
+    sim.now += 1800
+    sim.send("pve1", disks=[{**first, "name": "sdb"}, {**second, "name": "sda"}])  # they have changed places
+    after = {row["object"]: row["id"] for row in sim.alerts("smart-failed")}
+    assert after == {"disks/sdb": before["disks/sda"], "disks/sda": before["disks/sdb"]}
+    sim.restart()
+    sim.now += 1800
+    sim.send("pve1", disks=[{**first, "name": "sdb", "passed": True}, {**second, "name": "sda"}])
+    assert [row["id"] for row in sim.alerts("smart-failed")] == [before["disks/sdb"]]
+
+
+def test_a_disk_that_does_not_answer_is_not_gone(sim):
+    leaves = mirror(leaf("sda", disk="sda"), leaf("sdb", disk="sdb"))
+    sim.send("pve1", disks=[*disk(pool="tank"), *disk(name="sdb", serial="S2", pool="tank")], pools=leaves)
+    sim.now += 1800
+    mute = {"name": "sdb", "listed": True, "unknown_reason": "timeout: smartctl"}
+    sim.send("pve1", disks=[*disk(pool="tank"), mute], pools=leaves)
+    sim.now += 1800
+    sim.send("pve1", disks=disk(pool="tank"), pools=leaves)  # not even listed, and its pool has it ONLINE
+    assert not sim.alerts("disk-gone")
+    sim.now += 1800
+    sim.send("pve1", disks=disk(pool="tank"), pools=mirror(leaf("sda", disk="sda"), leaf("sdb", state="REMOVED")))
+    assert [row["object"] for row in sim.alerts("disk-gone")] == ["disks/sdb"]
+
+
+def test_snapshots_that_arrive_once_a_day_are_expected_once_a_day(sim):
+    for hour in range(0, 80):
+        sim.now = START + hour * HOUR
+        batch = hour // 24
+        if hour < 72:
+            sim.send("pve1", snapshots=snapshots(600 + hour % 24 * HOUR, newest_guid=str(batch))(sim.now))
+            if hour > 26:
+                assert not sim.alerts("snapshot-age"), hour
+    for hours, expected in ((20, []), (32, ["warning"]), (62, ["critical"])):  # since the last one came
+        sim.now = START + (48 + hours) * HOUR
+        sim.send("pve1", snapshots=snapshots(600 + hours * HOUR, newest_guid="2")(sim.now))
+        assert [row["severity"] for row in sim.alerts("snapshot-age")] == expected
+
+
+def test_a_resilver_that_begins_anew_again_and_again_gets_nowhere(sim):
+    for hour in range(0, 30):
+        sim.now = START + hour * HOUR
+        done = .09 if hour == 3 else hour % 5 / 100
+        sim.send("pve1", pools=scan(function="resilver", progress_ratio=done, started_at=sim.now))
+        assert bool(sim.alerts("scrub-stuck")) is (hour >= 27), hour
+    sim.now += HOUR
+    sim.send("pve1", pools=scan(function="resilver", progress_ratio=.1, started_at=sim.now))
+    assert not sim.alerts("scrub-stuck")
+
+
+def test_certificates_are_judged_by_their_own_life(sim):
+    for left, starts, expected in ((6.9, None, ["warning"]), (6.9, 0.1, []), (2.4, 4.6, []), (2.3, 4.7, ["warning"]),
+                                   (1.1, 5.9, ["critical"]), (20, 70, ["warning"])):
+        given = {} if starts is None else {"starts_at": sim.now - starts * DAY}
+        sim.send("pve1", certificates=certificate(left * DAY, acme=True, **given)(sim.now))
+        assert [row["severity"] for row in sim.alerts("certificate")] == expected, (left, starts)
+        sim.now += 1800
+
+
+def test_log_ins_that_fail_are_told(sim):
+    sim.fleet.failed_logins.extend([sim.now] * 9)
+    sim.turn()
+    assert not sim.alerts("log-ins-fail")
+    sim.fleet.failed_logins.append(sim.now)
+    sim.turn()
+    assert [row["object"] for row in sim.alerts("log-ins-fail")] == ["server/log-ins"]
+    sim.wait(16 * MINUTE, step=30)
+    assert not sim.alerts("log-ins-fail")
+
+
 def test_growth_with_errors_of_its_vdev_is_critical(sim):
     sim.send("pve1", pools=mirror(leaf(), leaf("sdb")), disks=disk(pending_sectors=0, pool="tank"))
     sim.now += 300
@@ -367,12 +520,36 @@ def test_oom_is_critical_when_a_guest_went_down_with_it(sim):
     assert sim.alerts("oom")[0]["severity"] == "critical"
 
 
+def test_a_storage_that_is_worse_than_its_pool_is_told_itself(sim):
+    for minute in range(0, 30, 5):
+        sim.now = START + minute * MINUTE
+        sim.send("pve1", pools=pool(capacity_ratio=.81), storages=storage(used_bytes=100, dataset="tank", type="zfspool"))
+    assert [row["severity"] for row in sim.alerts("storage-full")] == ["critical"]
+
+
+def test_what_is_about_to_be_told_of_is_not_shown_as_well(sim):
+    sim.send("pve1", storages=storage(used_bytes=100))
+    row, = server.storage_rows(sim.fleet.find("pve1"), sim.now)
+    assert row["verdict"] == "info" and "100%" in row["reason"] and not sim.alerts()
+
+
 def test_a_full_storage_on_a_full_pool_is_told_by_the_pool_alone(sim):
     for minute in range(0, 30, 5):
         sim.now = START + minute * MINUTE
         sim.send("pve1", pools=pool(capacity_ratio=.9), storages=storage(used_bytes=95, dataset="tank/data",
                                                                          type="zfspool"))
     assert sim.alerts("pool-capacity") and not sim.alerts("storage-full", "all")
+
+
+def test_a_milder_cause_hides_nothing_worse(sim):
+    own = {"volumes": [{"storage": "s", "dataset": "tank/vm-104-disk-0"}], "tags": "critical"}
+    offline = mirror(leaf(), leaf("sdb", state="OFFLINE"))[0] | {"state": "DEGRADED", "redundancy_margin": 1}
+    sim.send("pve1", guests=guest(**own), pools=[offline])
+    for minute in (1, 4):
+        sim.now = START + minute * MINUTE
+        sim.send("pve1", guests=guest(status="stopped", **own), pools=[offline])
+    assert sim.alerts("pool-state")[0]["severity"] == "warning"
+    assert [(row["severity"], row["because_of"]) for row in sim.alerts("guest-down")] == [("critical", None)]
 
 
 def test_an_inactive_storage_is_critical_when_running_guests_use_it(sim):
@@ -389,6 +566,9 @@ def test_an_inactive_storage_is_critical_when_running_guests_use_it(sim):
     ({"type": "stopall", "vmid": None}, False),
     ({"type": "qmigrate", "vmid": 104}, False),
     ({"type": "vncproxy", "vmid": 104}, True),
+    ({"type": "qmshutdown", "vmid": 104, "result": "error"}, True),  # it has not stopped it
+    ({"type": "qmclone", "vmid": 104}, True),  # stops nobody
+    ({"type": "qmstop", "vmid": None}, True),  # of whom?
 ])
 def test_a_task_explains_a_stopped_guest(sim, task, expected):
     sim.send("pve1", guests=guest())
@@ -469,11 +649,16 @@ def at_hour(hour, day=0):
 DAILY = {"id": "daily", "enabled": True, "schedule": "21:00", "guests": "all"}
 
 
+def daily(now, **fields):
+    """A job at 21:00 UTC with the times that an agent tells of it."""
+    last = (now - 21 * HOUR) // DAY * DAY + 21 * HOUR
+    return {**DAILY, "due_times": [last - back * DAY for back in range(7, -1, -1)], "next_run_at": last + DAY, **fields}
+
+
 def judge_backups(sim, hours_late, *, last_day=0, **fields):
     """A daily job at 21:00, the last good run on `last_day`, judged so many hours after the run of the next day."""
     sim.now = at_hour(21, day=last_day + 1) + hours_late * HOUR
-    job = {**DAILY, "next_run_at": at_hour(21, day=last_day + 1 + int(max(0, hours_late) // 24) + 1)}
-    sim.send("pve1", guests=guest(**fields), backups=backups([job], good(104, at_hour(21, last_day) + 120)))
+    sim.send("pve1", guests=guest(**fields), backups=backups([daily(sim.now)], good(104, at_hour(21, last_day) + 120)))
     return [row["severity"] for row in sim.alerts("backup-overdue")]
 
 
@@ -491,10 +676,9 @@ def test_templates_need_no_backup(sim):
 
 def test_a_new_guest_is_due_at_the_first_run_it_has_lived_to_see(sim):
     sim.now = at_hour(10)
-    job = {**DAILY, "next_run_at": at_hour(21)}
     for hour, expected in ((0, []), (11 + 5, []), (11 + 7, ["warning"])):
         sim.now = at_hour(10) + hour * HOUR
-        sim.send("pve1", guests=guest(created_at=at_hour(9)), backups=backups([job]))
+        sim.send("pve1", guests=guest(created_at=at_hour(9)), backups=backups([daily(sim.now)]))
         assert [row["severity"] for row in sim.alerts("backup-overdue")] == expected
 
 
@@ -511,8 +695,7 @@ def test_a_backup_made_on_another_node_of_the_cluster_counts(sim):
                                                                                                "online": True}]}
     sim.now = at_hour(21, 1) + 10 * HOUR
     sim.send("pve2", cluster=cluster, guests=[], backups=backups([DAILY], good(104, at_hour(21, 1) + 60)))
-    job = {**DAILY, "next_run_at": at_hour(21, 2)}
-    sim.send("pve1", cluster=cluster, guests=guest(), backups=backups([job], good(104, at_hour(21, -9))))
+    sim.send("pve1", cluster=cluster, guests=guest(), backups=backups([daily(sim.now)], good(104, at_hour(21, -9))))
     assert not sim.alerts("backup-overdue")
 
 
@@ -528,6 +711,49 @@ def test_a_failed_backup_warns_and_two_in_a_row_are_critical(sim):
     assert run(HOUR, 2 * HOUR) == ["warning"]
     assert run(HOUR, 26 * HOUR) == ["critical"]
     assert run(25 * HOUR, HOUR) == []
+
+
+@pytest.mark.parametrize("kept, excluded, expected", [
+    (["scsi0", "scsi1"], [], []), (["scsi0", "scsi1"], ["scsi1"], ["info"]), (["scsi0"], ["scsi0"], ["warning"]),
+])
+def test_a_backup_without_the_disks_is_no_backup(sim, kept, excluded, expected):
+    run = {"vmid": 104, "newest_ok": {"ended_at": sim.now - HOUR, "excluded_disks": excluded, "size_bytes": 2048}}
+    sim.send("pve1", guests=guest(volumes=[{"name": name, "storage": "s"} for name in kept]), backups=backups([], run))
+    assert [row["severity"] for row in sim.alerts("backup-excludes")] == expected
+
+
+def test_a_job_that_fails_is_one_alert_and_its_guests_follow(sim):
+    failed = [{"vmid": vmid, "newest_failed": {"ended_at": sim.now - 60, "error": "x"}} for vmid in (104, 105)]
+    jobs = [{"id": "all", "enabled": True, "guests": "all", "last_state": "job errors", "last_run_at": sim.now - 90}]
+    sim.send("pve1", guests=[*guest(), *guest(vmid=105)], backups=backups(jobs, *failed))
+    cause, = sim.alerts("backup-job")
+    assert cause["object"] == "backups/all"
+    assert {row["because_of"] for row in sim.alerts("backup-failed")} == {cause["id"]}
+
+
+def test_another_guest_with_the_same_vmid_starts_anew(sim):
+    old = good(104, sim.now - 30 * DAY)
+    old["newest_failed"] = {"ended_at": sim.now - 20 * DAY, "error": "x"}
+    sim.send("pve1", guests=guest(created_at=1), backups=backups([daily(sim.now)], old))
+    assert {row["rule"] for row in sim.alerts()} == {"backup-overdue", "backup-failed"}
+    sim.now += 300
+    sim.send("pve1", guests=guest(created_at=sim.now - 60, status="stopped"), backups=backups([daily(sim.now)], old))
+    sim.now += 300
+    sim.send("pve1", guests=guest(created_at=sim.now - 360, status="stopped"))
+    assert not sim.alerts()
+
+
+def test_another_schedule_makes_nothing_late(sim):
+    weekly = {**DAILY, "schedule": "sat 21:00", "due_times": [sim.now - 5 * DAY], "next_run_at": sim.now + 2 * DAY}
+    ran = good(104, sim.now - 5 * DAY + 60)
+    sim.send("pve1", guests=guest(), backups=backups([weekly], ran))
+    sim.now += 2 * HOUR
+    sim.send("pve1", guests=guest(), backups=backups([daily(sim.now)], ran))
+    assert not sim.alerts("backup-overdue")
+    for day, expected in ((0, ["warning"]), (1, ["critical"])):
+        sim.now = at_hour(21, day=day) + 10 * HOUR
+        sim.send("pve1", guests=guest(), backups=backups([daily(sim.now)], ran))
+        assert [row["severity"] for row in sim.alerts("backup-overdue")] == expected
 
 
 def test_guests_in_no_job_are_one_list_per_host(sim):
@@ -547,53 +773,6 @@ def test_a_pool_job_whose_members_are_not_told_accuses_nobody(sim):
         sim.now = START + hours * HOUR
         sim.send("pve1", guests=guest(), backups=backups(jobs))
     assert not sim.alerts("backup-missing", "all")
-
-
-@pytest.mark.parametrize("schedule, expected", [  # after Monday 2026-11-23 12:00
-    ("21:00", "2026-11-23 21:00"),
-    ("daily", "2026-11-24 00:00"),
-    ("hourly", "2026-11-23 13:00"),
-    ("*/15", "2026-11-23 12:15"),
-    ("*:0/15", "2026-11-23 12:15"),
-    ("30", "2026-11-23 12:30"),
-    ("sat 18:00", "2026-11-28 18:00"),
-    ("mon..fri 22:00", "2026-11-23 22:00"),
-    ("tue,thu 02:30", "2026-11-24 02:30"),
-    ("sat..mon 03:00", "2026-11-28 03:00"),
-    ("mon..wed 30/10", "2026-11-23 12:30"),
-    ("8..17,22:0/15", "2026-11-23 12:15"),
-    ("fri 12..13:5/20", "2026-11-27 12:05"),
-    ("12/2:5", "2026-11-23 12:05"),
-    ("*-05", "2026-12-05 00:00"),
-    ("sat *-1..7 15:00", "2026-12-05 15:00"),
-    ("2027-10-22", "2027-10-22 00:00"),
-    ("*-*-01 04:00:30", "2026-12-01 04:00:30"),
-    ("monthly", "2026-12-01 00:00"),
-    ("quarterly", "2027-01-01 00:00"),
-    ("yearly", "2027-01-01 00:00"),
-    ("weekly", "2026-11-30 00:00"),
-    ("semiannually", "2027-01-01 00:00"),
-    ("sun 01:00 UTC", "2026-11-29 01:00"),
-    ("sunday 01:00", "2026-11-29 01:00"),
-    ("*-02-29 00:00", "2028-02-29 00:00"),
-    ("2020-01-01", None),
-    ("", "bad"), ("25:00", "bad"), ("foo", "bad"), ("12:00 sat", "bad"), ("1..2..3", "bad"), ("*/0", "bad"),
-    ("mon..xyz", "bad"),
-])
-def test_calendar_events(schedule, expected):
-    calendar = server.parse_calendar(schedule)
-    if expected == "bad":
-        assert calendar is None
-        return
-    noon = datetime.datetime(2026, 11, 23, 12, 0, tzinfo=datetime.UTC).timestamp()
-    found = calendar.after(noon)
-    shown = None if found is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(found)).removesuffix(":00")
-    assert shown == expected
-
-
-def test_the_hosts_time_zone_follows_from_its_next_run():
-    jobs = [{"schedule": "21:00", "next_run_at": at_hour(19)}]  # 21:00 there is 19:00 UTC
-    assert server.local_offset(jobs, START) == 2 * HOUR
 
 
 # --- clusters, sites, silence ---
@@ -683,6 +862,28 @@ def test_an_ha_service_in_error_is_one_alert(trio):
     ha = {"ha": {"services": [{"id": "vm:104", "node": "pve2", "state": "error"}]}}
     for_minutes(trio, 1, **{name: (cluster_of(*NODES), ha) for name in NODES})
     assert [row["severity"] for row in trio.alerts("ha-service")] == ["critical"]
+
+
+@pytest.mark.parametrize("ha, rule, minutes, expected", [
+    ({"services": [{"id": "vm:104", "node": "pve2", "state": "recovery"}]}, "ha-service", 3, ["warning"]),
+    ({"services": [], "disarm": {"mode": "ignore", "state": "disarmed"}}, "ha-disarmed", 2, ["warning"]),
+    ({"services": [], "nodes": [{"name": "pve2", "state": "fence"}]}, "ha-node", 1, ["critical"]),
+    ({"services": [], "nodes": [{"name": "pve2", "state": "unknown"}]}, "ha-node", 6, ["warning"]),
+    ({"services": [], "nodes": [{"name": "pve2", "state": "maintenance"}]}, "ha-node", 6, ["info"]),
+    ({"services": [], "nodes": [{"name": "pve2", "state": "online"}], "disarm": None}, "ha-node", 6, []),
+])
+def test_what_ha_tells_is_judged_once_a_cluster(trio, ha, rule, minutes, expected):
+    for_minutes(trio, minutes, **{name: (cluster_of(*NODES), {"ha": ha}) for name in NODES})
+    assert [row["severity"] for row in trio.alerts(rule)] == expected
+    for_minutes(trio, .5, **{name: (cluster_of(*NODES), {"ha": {"services": [], "nodes": []}}) for name in NODES})
+    assert not trio.alerts(rule)
+
+
+def test_ceph_is_told_once_a_cluster(trio):
+    for_minutes(trio, 1, **{name: (cluster_of(*NODES), {"ceph": ceph("HEALTH_ERR")}) for name in NODES})
+    alert, = trio.alerts()
+    assert (alert["rule"], alert["object"], alert["severity"]) == ("cluster-ceph", "clusters/prod", "critical")
+    assert "1 full osd(s)" in alert["message"]
 
 
 def test_two_clusters_of_one_name_are_two(trio):
