@@ -148,6 +148,8 @@ def test_no_threshold_and_no_endless_line_is_in_a_template():
         if path.name != "symbols.html":
             assert max(map(len, text.splitlines())) <= 160, path
         assert not re.findall(r"[<>]=? *0?\.\d", text), path
+        for line, after in zip(text.splitlines(), text.splitlines()[1:]):  # only before a line of code it joins lines
+            assert not line.endswith("\\\\") or after.lstrip().startswith("%"), (path, line)
 
 
 def test_looking_changes_nothing(page, admin, register, post, monitor, clock):
@@ -283,7 +285,7 @@ def test_no_value_breaks_the_page(page, register, post, path):
     odd = {"state": None, "layout": None, "vdevs": None, "scan": None, "last_scrub": 7, "capacity_ratio": None}
     report = build_report(
         guests=[{"vmid": 1}, {"vmid": 2, "name": None, "tags": [1], "type": 7}],
-        storages=[{"storage": "a"}, {"storage": "b", "active": "maybe", "content": ["x"]}],
+        storages=[{"storage": "a"}, {"storage": "b", "active": "maybe", "content": 7}],
         pools=[{"name": "a"}, build_pool("b", **odd), build_pool("c", vdevs=[{}, 7, {"children": [None]}], scan=[1])],
         pool_states=[{"name": "z"}],
         node={},
