@@ -213,7 +213,7 @@ def test_five_words_tell_how_a_guests_backup_stands(page, admin, register, post,
     assert host == ("fresh" if word == "fresh" else f"1 {word}")
     assert "on time" not in page("/")
     if verdict == "unknown":
-        assert row["reason"] in ("It is in no backup job.", "It has no backup yet; the first run is due in 18 h.")
+        assert row["reason"].startswith(("It is in no backup job.", "It has no backup yet"))
 
 
 def test_an_override_of_direction_in_a_name_is_shown_as_a_mark(page, register, post):
