@@ -1974,6 +1974,12 @@ def parse_datasets(text: str) -> list[dict[str, Any]]:
     return datasets
 
 
+def parse_tab_pairs(text: str) -> dict[str, str]:
+    """`zfs get -H -o A,B`: two columns with a tab between; names hold blanks, but no tabs."""
+    lines = [line.split("\t") for line in text.splitlines()]
+    return {cells[0]: cells[1] for cells in lines if len(cells) == 2}
+
+
 def dataset_vmid(name: str) -> int | None:
     """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
     found = re.match(r"(?:vm|base|subvol|basevol)-(\d{1,9})(?:-|$)", name.rpartition("/")[2])
@@ -2257,6 +2263,11 @@ def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
                 return {"passed": passed, "ended_at": int(now) - (hours - at) * 3600}
             return {"passed": passed}
     return None
+
+
+def parse_microcode(text: str) -> str | None:
+    found = re.search(r"^microcode\s*:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 # Safeguards: what should speak up when something fails.
@@ -2993,7 +3004,8 @@ def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
             continue
         dataset = values.get("pool") if kind == "zfspool" else None
         metadata = thin.get(f"{values.get('vgname')}/{values.get('thinpool')}") if kind == "lvmthin" else None
-        more = known(metadata_used_ratio=metadata, server=values.get("server"))
+        server = next((values[key] for key in STORAGE_SERVERS if values.get(key)), None)
+        more = known(metadata_used_ratio=metadata, server=server)
         storages.append({**build_storage(name, raw, dataset, as_of), **more})
     return storages
 
@@ -3037,6 +3049,7 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
     )
 
 
+STORAGE_SERVERS = ("server", "portal", "monhost", "target")  # where a storage of another machine says which
 SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "glusterfs", "zfs", "drbd")
 
 
@@ -3368,6 +3381,33 @@ def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
     return ask_pools(
         probe, memory, lambda pool: parse_datasets(probe.run(*argv, pool, limit=ZFS_LIMIT)),
         lambda pool: {"name": pool, "type": "filesystem"},
+    )
+
+
+@collector("pool_settings", tick=SLOW)
+def collect_pool_settings(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was once chosen for a pool and costs ever after: sector size, compression, sync, volumes' block sizes."""
+    return ask_pools(
+        probe, memory, lambda pool: [read_pool_settings(probe, pool)], lambda pool: {"name": pool}
+    )
+
+
+def read_pool_settings(probe: ProbeLike, pool: str) -> dict[str, Any]:
+    pairs = probe.run("zpool", "get", "-Hp", "-o", "property,value", "ashift,autotrim", pool, limit=ZFS_LIMIT)
+    pairs += probe.run(
+        "zfs", "get", "-Hp", "-o", "property,value", "compression,atime,sync", pool, limit=ZFS_LIMIT
+    )
+    values = parse_tab_pairs(pairs)
+    argv = ("zfs", "get", "-Hp", "-r", "-t", "volume", "-o", "name,value", "volblocksize", pool)
+    blocks = parse_tab_pairs(probe.run(*argv, limit=ZFS_LIMIT))
+    return known(
+        name=pool,
+        ashift=to_count(values.get("ashift")) or None,  # 0: each vdev has what its disks said when it was made
+        autotrim=None if "autotrim" not in values else values["autotrim"] == "on",
+        compression=values.get("compression"),
+        atime=None if "atime" not in values else values["atime"] == "on",
+        sync=values.get("sync"),
+        volumes=[{"name": name, "block_bytes": to_count(value)} for name, value in blocks.items()],
     )
 
 
@@ -4087,7 +4127,14 @@ def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]
         qemu=packages.get("pve-qemu-kvm") or None,
         smartctl=packages.get("smartmontools") or None,
         agent_python=sys.version.split()[0],
+        microcode=parse_microcode(attempt(probe.read, "/proc/cpuinfo", default="")),
+        storage_cfg_digest=digest_of(attempt(probe.read, "/etc/pve/storage.cfg")),
     )
+
+
+def digest_of(text: str | None) -> str | None:
+    """Enough to see that a file differs from another host's."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_zfs_userland(probe: ProbeLike) -> str | None:

@@ -1303,7 +1303,7 @@ class SectionShape(NamedTuple):
 SECTIONS: dict[str, SectionShape] = {
     **dict.fromkeys(("node", "cluster", "backups", "ha", "time_sync", "updates", "subscription", "safeguards",
                      "versions", "ceph", "mail_queue"), SectionShape(dict)),
-    **dict.fromkeys(("pool_states", "pools", "datasets", "disks"), SectionShape(list, "name")),
+    **dict.fromkeys(("pool_states", "pools", "pool_settings", "datasets", "disks"), SectionShape(list, "name")),
     "guests": SectionShape(list, "vmid", int), "storages": SectionShape(list, "storage"),
     "snapshots": SectionShape(list, "dataset"), "tasks": SectionShape(list, "upid"),
     "replication": SectionShape(list, "id"), "services": SectionShape(list), "certificates": SectionShape(list),
@@ -2582,10 +2582,20 @@ DRIFT_FACTS: dict[str, Callable[[HostState], Any]] = {
     "QEMU": lambda host: text(host.body("versions"), "qemu"),
     "microcode": lambda host: text(host.body("versions"), "microcode"),
     "ARC limit": lambda host: share_of_memory(host, "arc_max_bytes"),
+    "sector size": lambda host: setting_of_pools(host, "ashift"),
+    "compression": lambda host: setting_of_pools(host, "compression"),
+    "atime": lambda host: setting_of_pools(host, "atime"),
+    "sync": lambda host: setting_of_pools(host, "sync"),
     "storage.cfg": lambda host: text(host.body("versions"), "storage_cfg_digest"),
     "agent": lambda host: text(host.agent, "version"),
     "features off": lambda host: any(pool.get("features_disabled") for pool in dicts(host.body("pools"))) or None,
 }
+
+
+def setting_of_pools(host: HostState, field: str) -> str | None:
+    """What the pools of a host have set, each value once."""
+    told = {str(pool[field]) for pool in dicts(host.body("pool_settings")) if pool.get(field) is not None}
+    return ", ".join(sorted(told)) or None
 
 
 def share_of_memory(host: HostState, field: str) -> str | None:
@@ -2650,8 +2660,9 @@ def padding_ratio(block: int, ashift: int, width: int, parity: int) -> float:
 
 def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
     """{host, object, trap, bytes, reason}: what takes space that nobody expects it to take."""
+    settings = {pool.get("name"): pool for pool in dicts(host.body("pool_settings"))}
     for pool in dicts(host.body("pools")):
-        yield from raidz_padding(host, pool)
+        yield from raidz_padding(host, pool, settings.get(pool.get("name"), {}))
         yield from special_full(host, pool)
     for dataset in dicts(host.body("datasets")):
         used, held = number(dataset, "refreservation_bytes"), number(dataset, "used_by_dataset_bytes")
@@ -2670,15 +2681,16 @@ def trap(host: HostState, dataset: dict[str, Any], kind: str, bytes: float | Non
             "reason": reason}
 
 
-def raidz_padding(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    ashift, name = number(pool, "ashift"), text(pool, "name") or ""
+def raidz_padding(host: HostState, pool: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    ashift, name = number(settings, "ashift"), text(pool, "name") or ""
+    blocks = {volume.get("name"): number(volume, "block_bytes") for volume in dicts(settings.get("volumes"))}
     raidz = [(len(dicts(vdev.get("children"))), tolerance(vdev)) for vdev in dicts(pool.get("vdevs"))
              if (text(vdev, "type") or "").startswith("raidz") and text(vdev, "class") in (None, "normal")]
     if ashift is None or not raidz:
         return
     width, parity = max(raidz)
     for dataset in dicts(host.body("datasets")):
-        block, used = number(dataset, "volblock_bytes"), number(dataset, "used_by_dataset_bytes")
+        block, used = blocks.get(dataset.get("name")), number(dataset, "used_by_dataset_bytes")
         if (text(dataset, "name") or "").partition("/")[0] != name or not block or not used or width <= parity:
             continue
         share = padding_ratio(int(block), int(ashift), width, parity)

@@ -336,12 +336,13 @@ def traps(sim: Simulation, **sections: Any) -> list[str]:
 
 
 def test_padding_is_told_only_where_block_and_sectors_are_known(sim: Simulation) -> None:
-    six = pool(vdev("raidz2", *(leaf(name) for name in "abcdef")), ashift=12)
-    volume = {"name": "tank/vm-104-disk-0", "type": "volume", "vmid": 104, "used_by_dataset_bytes": 100 * GIB,
-              "volblock_bytes": 8192}
-    assert traps(sim, pools=[six], datasets=[volume]) == ["padding"]
-    sim.now += 60
-    assert traps(sim, pools=[{**six, "ashift": None}], datasets=[volume]) == []
+    six = pool(vdev("raidz2", *(leaf(name) for name in "abcdef")))
+    volume = {"name": "tank/vm-104-disk-0", "type": "volume", "vmid": 104, "used_by_dataset_bytes": 100 * GIB}
+    chosen = {"name": "tank", "ashift": 12, "volumes": [{"name": volume["name"], "block_bytes": 8192}]}
+    assert traps(sim, pools=[six], datasets=[volume], pool_settings=[chosen]) == ["padding"]
+    for unknown in ({**chosen, "ashift": None}, {**chosen, "volumes": []}):
+        sim.now += 60
+        assert traps(sim, pools=[six], datasets=[volume], pool_settings=[unknown]) == []
 
 
 def test_a_thick_volume_a_clone_and_an_orphan(sim: Simulation) -> None:
