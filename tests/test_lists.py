@@ -88,4 +88,4 @@ def test_what_a_rule_reads_is_documented_and_sent_by_some_recorded_host(rule: se
 
 
 # rules about what no section tells: whether reports come, from whom, and the server itself
-OF_THE_SERVER = {"host-offline", "site-offline", "host-twice", "server-certificate", "section-failing"}
+OF_THE_SERVER = {"host-offline", "log-ins-fail", "site-offline", "host-twice", "server-certificate", "section-failing"}
