@@ -96,6 +96,7 @@ NAME_LIMIT = 64  # characters of a field's name that means anything here
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
+CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stalls loses his after a minute
 THREADS = 32  # a report keeps one until it is on the disk
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
@@ -2952,6 +2953,7 @@ class Monitor:
         check_secret(db, self.secret)
         end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
         set_meta(db, "serving_since", self.fleet.serving_since)
+        count_what_came(db)
         self.fleet.load(db)
         drop_orphans(db, self.fleet, self.clock())
 
@@ -2993,6 +2995,24 @@ class Run(NamedTuple):
 
     id: int
     ranges: list[list[int]]
+
+
+def count_what_came(db: sqlite3.Connection) -> None:
+    """Once, after an upgrade: version 0.1 wrote which numbers had come every 5 minutes only. What it took after that
+    and is still kept as it came would count twice if its agent sent it again."""
+    if get_meta(db, "runs_are_whole"):
+        return
+    came: dict[int, list[int]] = {}
+    for run, seq in db.execute("SELECT run, seq FROM report"):
+        came.setdefault(run, []).append(seq)
+    for run, numbers in came.items():
+        row = db.execute("SELECT ranges FROM run WHERE id = :id", {"id": run}).fetchone()
+        if row is not None:
+            ranges = parse_ranges(row["ranges"])
+            for seq in numbers:
+                add_to_ranges(ranges, seq)
+            db.execute("UPDATE run SET ranges = :ranges WHERE id = :id", {"ranges": format_ranges(ranges), "id": run})
+    set_meta(db, "runs_are_whole", 1)
 
 
 def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
@@ -11362,7 +11382,7 @@ def open_sockets(monitor: Monitor) -> Any:
     sockets: dict[int, Any] = {}
     server = waitress.create_server(
         build_app(monitor), sockets, host=config.listen, port=config.port, threads=THREADS, ident="",
-        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=1024, backlog=1024,
+        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=CONNECTIONS_MOST, backlog=1024,
         channel_timeout=120, cleanup_interval=10, max_request_header_size=1 << 15, max_request_body_size=TAKEN_LIMIT,
         inbuf_overflow=1 << 16, outbuf_high_watermark=UNREAD_LIMIT, clear_untrusted_proxy_headers=False)
     for one in sockets.values():

@@ -18,6 +18,7 @@ import pytest
 from conftest import build_report
 from hypothesis import given
 from hypothesis import strategies as st
+from simulation import Simulation
 
 import server
 
@@ -302,3 +303,17 @@ def test_ranges_know_each_number_once_whatever_the_order(numbers):
     assert all(a[1] + 1 < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
     if ranges:
         assert server.parse_ranges(server.format_ranges(ranges)) == ranges
+
+
+def test_what_the_version_before_had_taken_and_not_yet_counted_does_not_count_twice(tmp_path: Path) -> None:
+    """Version 0.1 wrote the ranges of a run every 5 minutes: killed in between, they are behind what it had taken."""
+    sim = Simulation(tmp_path)
+    sim.host("pve1")
+    reports = [sim.envelope("pve1", node={"cpu_ratio": 0.1}) for _ in range(5)]
+    sim.post("pve1", *reports)
+    sim.write(lambda db: db.execute("UPDATE run SET ranges = '1-2'"))
+    sim.write(lambda db: db.execute("DELETE FROM meta WHERE key = 'runs_are_whole'"))
+    sim.restart()
+    accepted = sim.write(lambda db: sim.insert(db, "pve1", reports))
+    assert accepted == 0
+    sim.close()
