@@ -68,7 +68,7 @@ import waitress
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 
 # --- constants: version, limits, exit codes ---
 
@@ -11317,6 +11317,15 @@ class RefusedTask(ErrorTask):
         self.write(body)
 
 
+class AnswerTask(WSGITask):
+    """An answer as it goes out."""
+
+    def execute(self) -> None:
+        super().execute()
+        if len(self.channel.requests) > 1 and self.channel.total_outbufs_len > UNREAD_LIMIT:
+            self.set_close_on_finish()  # who asks for more and does not read: its next request would keep this thread
+
+
 class HttpRequest(HTTPRequestParser):
     """A request as it comes in."""
 
@@ -11334,7 +11343,12 @@ class HttpChannel(HTTPChannel):
     """A connection. waitress hangs up on one that is silent; here also on one that drips, and on one that does not
     read while a thread has more to write: else a few of them would hold every thread."""
 
-    error_task_class, parser_class = RefusedTask, HttpRequest
+    task_class, error_task_class, parser_class = AnswerTask, RefusedTask, HttpRequest
+    sendbuf_len: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sendbuf_len = min(self.sendbuf_len, 1 << 17)  # read from a file at once; the kernel's buffer is 2.5 MiB
 
     def readable(self) -> bool:  # asked at each turn of the loop
         if self.request is not None and time.monotonic() - self.request.began > REQUEST_SECONDS:
