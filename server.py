@@ -1587,7 +1587,7 @@ class Memory:
         for rule, entries in kept.items():
             if rule == "tasks":
                 self.tasks = entries
-            elif rule not in ("shape", "began"):
+            elif rule not in ("shape", "began", "pool-forecast"):  # the last is made from the history now
                 self.rules[rule] = entries
 
     def keys(self, rule: str) -> list[str]:
@@ -1742,7 +1742,8 @@ class HostState(AlertOwner):
         self.last_seen_at: float | None = record["last_seen_at"]
         # What rules know until the next start, written by the judging transaction:
         self.coverage: tuple[Any, float, list[Coverage]] | None = None  # of its guests by backups; see covered()
-        self.forecasts: dict[str, float] = {}  # days until a pool is full, by object
+        self.forecasts: dict[str, Filling] | None = None  # by object, from the history; None: not looked at yet
+        self.forecast_at = 0.0
         self.failures: dict[str, int] = {}  # of sections that could not be collected: times in a row
         self.heard = 0  # reports since it was last silent
         self.skews: tuple[float, ...] = ()  # of its clock in the last live reports
@@ -2145,6 +2146,15 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
+
+
+def format_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB': powers of 1024, as zfs and Proxmox count."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while abs(size) >= 1023.5 and len(units) > 1:
+        size = size / 1024
+        units.pop(0)
+    return f"{size:.{0 if units[0] == 'B' or abs(size) >= 99.95 else 1}f} {units[0]}"
 
 
 # --- answers: what an operator would otherwise work out by hand, pure functions over the latest states ---
@@ -2907,6 +2917,120 @@ def what_grew(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]
 
 # Names of PVE's ZFS volumes: ZFSPoolPlugin.pm, parse_volname
 GUEST_VOLUME = re.compile(r"(?:base|subvol|basevol|vm)-([0-9]+)-.+")
+
+
+def pool_space(pool: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Used and free bytes, as users mean them (RAIDZ parity not counted) where that is known."""
+    used, free = number(pool, "usable_used_bytes"), number(pool, "usable_available_bytes")
+    if used is None or free is None:
+        used, free = number(pool, "allocated_bytes"), number(pool, "free_bytes")
+    return used, free
+
+
+class Space(NamedTuple):
+    """What may become full."""
+
+    object: str
+    called: str
+    series: str  # of what is used of it, in the history
+    used: float
+    free: float
+
+
+def spaces_of(host: HostState) -> Iterator[Space]:
+    """Pools, storages that lie on none (thin pools too), datasets with a quota, and the root file system."""
+    for pool in dicts(host.body("pools")):
+        name, (used, free) = pool.get("name"), pool_space(pool)
+        field = "allocated" if None in (number(pool, f"usable_{key}_bytes") for key in ("used", "available")) \
+            else "usable_used"
+        if used is not None and free is not None:
+            yield Space(f"pools/{name}", f"Pool {name}", f"pools/{name}.{field}_bytes", used, free)
+    for storage in dicts(host.body("storages")):
+        name, used, total = storage.get("storage"), number(storage, "used_bytes"), number(storage, "total_bytes")
+        if used is not None and total and not text(storage, "dataset"):
+            yield Space(f"storages/{name}", f"Storage {name}", f"storages/{name}.used_bytes", used, total - used)
+    for dataset in dicts(host.body("datasets")):
+        name = dataset.get("name")
+        for field, limit in (("used_bytes", "quota_bytes"), ("referenced_bytes", "refquota_bytes")):
+            used, most = number(dataset, field), number(dataset, limit)
+            if used is not None and most:
+                yield Space(f"datasets/{name}", f"Dataset {name}", f"datasets/{name}.{field}", used, most - used)
+    used, free = (number(host.body("node"), f"root_{key}_bytes") for key in ("used", "available"))
+    if used is not None and free is not None:
+        yield Space("root", "The root file system", "node.root_used_bytes", used, free)
+
+
+class Filling(NamedTuple):
+    """How a space fills up, and of a pool that does: what made it grow, and what could be won."""
+
+    space: Space
+    forecast: Forecast | None
+    as_of: float
+    grown: list[GrownSpace] | None = None
+    grown_days: float = 0.0
+    wins: list[dict[str, Any]] | None = None
+
+
+def describe_filling(filling: Filling) -> str:
+    """'Pool tank will be full in 9–14 d; vm-104-disk-0 grew by 168 GiB in 7 d (snapshots).'"""
+    said = describe_forecast(filling.forecast)
+    when = "is full" if said == "full" else f"will be full in {said}"
+    return f"{filling.space.called} {when}{describe_growth(filling)}."
+
+
+def describe_growth(filling: Filling) -> str:
+    if not filling.grown:
+        return ""
+    most = filling.grown[0]
+    return f"; {most.dataset} grew by {format_bytes(most.bytes)} in {filling.grown_days:.0f} d" \
+        + ("" if most.kind == "both" else f" ({most.kind})")
+
+
+GROWN_MOST = 10  # of a pool's datasets are told
+OLD_SNAPSHOT = 7 * DAY  # made by hand and older than this: probably forgotten
+
+
+def winnings(host: HostState, pool: str, now: float) -> list[dict[str, Any]]:
+    """{what, object, bytes, reason}: what could be won of a pool, the most first. Where other snapshots of a dataset
+    are kept too, those made by hand hold less than what is told."""
+    datasets = {str(dataset.get("name")): dataset for dataset in dicts(host.body("datasets"))}
+    kinds = Counter(text(entry, "dataset") for entry in dicts(host.body("snapshots")))
+    found = [{"what": found["trap"], **{key: found[key] for key in ("object", "bytes", "reason")}}
+             for found in space_traps(host) if found["trap"] in ("orphan", "refreservation", "unused")]
+    for entry in dicts(host.body("snapshots")):
+        name, oldest = text(entry, "dataset") or "", number(entry, "oldest_at")
+        held = number(datasets.get(name), "used_by_snapshots_bytes")
+        if text(entry, "class") == "pve" and held and oldest is not None and now - oldest > OLD_SNAPSHOT:
+            most = "at most that: " if kinds[name] > 1 else ""
+            found.append({"what": "snapshots", "object": f"datasets/{name}", "bytes": held,
+                          "reason": f"{most}made by hand, the oldest {format_duration(now - oldest)} ago"})
+    own = [win for win in found if win["bytes"] and str(win["object"]).split("/")[1] == pool]
+    return sorted(own, key=lambda win: -win["bytes"])[:GROWN_MOST]
+
+
+def worst_days_until_full(host: HostState) -> float | None:
+    """Of all that fills up what may be full first: days, at the soonest."""
+    return min((days for filling in (host.forecasts or {}).values()
+                if filling.forecast and (days := filling.forecast.soonest) is not None), default=None)
+
+
+FORECAST_COLUMNS = ("host", "object", "verdict", "reason", "days_until_full", "days_at_most", "used_bytes",
+                    "available_bytes", "daily_growth_bytes", "known_days", "grew", "wins", "as_of")
+
+
+def forecast_rows(host: HostState) -> Iterator[dict[str, Any]]:
+    for object, filling in (host.forecasts or {}).items():
+        forecast, space = filling.forecast, filling.space
+        alerts = [alert.severity for rule in ("pool-forecast", "space-forecast")
+                  if (alert := host.alerts.get((rule, object))) is not None and alert.state == "firing"]
+        yield {"host": host.name, "object": object, "used_bytes": space.used, "available_bytes": space.free,
+               "verdict": alerts[0] if alerts else "unknown" if forecast is None else "ok",
+               "reason": describe_forecast(forecast) + describe_growth(filling),
+               "days_until_full": forecast and forecast.soonest, "days_at_most": forecast and forecast.latest,
+               "daily_growth_bytes": forecast and forecast.bytes_per_day,
+               "known_days": forecast and round(forecast.known_days, 1),
+               "grew": filling.grown and [growth._asdict() for growth in filling.grown], "wins": filling.wins,
+               "as_of": filling.as_of}
 
 
 def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
@@ -3800,53 +3924,40 @@ row("pool-capacity", each="pools", reads="capacity_ratio", says="Pool {name} is 
     todo="Delete old snapshots, move guests, or add a vdev.")
 
 
-FORECAST_STEP, FORECAST_SPAN, FORECAST_LEAST = 6 * HOUR, 14 * DAY, 3 * DAY
+FORECAST_RULE: dict[str, Any] = {"warn": 14, "crit": 3, "clear_by": 1, "low": True, "hold": HOUR}
 
 
-@rule("pool-forecast", each="pools", warn=14, crit=3, clear_by=1, low=True, hold=HOUR, tidy=True,
+@rule("pool-forecast", each="pools", **FORECAST_RULE,
       reads="pools.usable_used_bytes pools.usable_available_bytes pools.allocated_bytes pools.free_bytes",
       why="It grows steadily, and a full pool stops its guests.",
-      todo="Find what grows: zfs list -o space; plan disks.")
-def pool_forecast(pool: dict[str, Any], host: HostState, now: float) -> Found:
-    """Days until a pool is full, from a straight line through its use of the last 3 to 14 days."""
-    object, (used, free) = f"pools/{pool['name']}", pool_space(pool)
-    if used is None or free is None:
+      todo="The list of forecasts says what grew and what could be won; or plan disks.")
+def pool_forecast(pool: dict[str, Any], host: HostState) -> Found:
+    return forecast_reading(host, f"pools/{pool['name']}")
+
+
+@rule("space-forecast", on="node", of="space", **FORECAST_RULE,
+      reads="storages.used_bytes datasets.used_bytes datasets.referenced_bytes node.root_used_bytes",
+      why="It grows steadily, and writes fail when it is full.",
+      todo="Find what grows and delete, move or enlarge it.")
+def space_forecast(node: dict[str, Any], host: HostState) -> Iterator[Reading]:
+    """Storages and thin pools, datasets with a quota, and the root file system."""
+    if host.forecasts is None:
+        yield UNKNOWN
+    for object in host.forecasts or ():
+        if not object.startswith("pools/") and (reading := forecast_reading(host, object)) is not None:
+            yield reading._replace(object=object)
+
+
+def forecast_reading(host: HostState, object: str) -> Reading | None:
+    """The soonest day counts; where it grew in one of the last 7 and 30 days only, it is no more than a warning."""
+    filling = (host.forecasts or {}).get(object)
+    if filling is None or filling.forecast is None:
         return UNKNOWN
-    points = host.memory.get("pool-forecast", object, [])
-    if not points or now - points[-1][0] >= FORECAST_STEP:
-        points = [point for point in points if point[0] > now - FORECAST_SPAN] + [[int(now), int(used)]]
-        host.memory.keep("pool-forecast", object, points)
-    left = days_until_full(points, used, free, now)
-    forecasts = {known: days for known, days in host.forecasts.items() if known in full_pool_objects(host) - {object}}
-    host.forecasts = forecasts if left is None else {**forecasts, object: left}
-    if left is None:
+    soonest, latest = filling.forecast.soonest, filling.forecast.latest
+    if soonest is None:
         return None
-    return measured(left, f"Pool {pool['name']} will be full in {left:.0f} days at the present growth.")
-
-
-def full_pool_objects(host: HostState) -> set[str]:
-    return {f"pools/{name}" for name in full_pools(host)}
-
-
-def pool_space(pool: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Used and free bytes, as users mean them (RAIDZ parity not counted) where that is known."""
-    used, free = number(pool, "usable_used_bytes"), number(pool, "usable_available_bytes")
-    if used is None or free is None:
-        used, free = number(pool, "allocated_bytes"), number(pool, "free_bytes")
-    return used, free
-
-
-def days_until_full(points: list[list[float]], used: float, free: float, now: float) -> float | None:
-    """Days until nothing is free; None without 3 days of points or without a steady growth (the slope of the
-    later half within a factor of 2 of the whole, and the line explaining most of what moves)."""
-    points = [*points, [now, used]]
-    if points[-1][0] - points[0][0] < FORECAST_LEAST:
-        return None
-    slope, fit = line_through(points)
-    late, _ = line_through(points[len(points) // 2:])
-    if slope <= 0 or fit < 0.8 or not slope / 2 <= late <= slope * 2:
-        return None
-    return free / slope / DAY
+    limits = None if latest is not None else (FORECAST_RULE["warn"], None)
+    return measured(soonest, lambda: describe_filling(filling), limits=limits)
 
 
 def line_through(points: list[list[float]]) -> tuple[float, float]:
@@ -3857,11 +3968,6 @@ def line_through(points: list[list[float]]) -> tuple[float, float]:
     xy = sum((p[0] - middle_x) * (p[1] - middle_y) for p in points)
     yy = sum((p[1] - middle_y) ** 2 for p in points)
     return (xy / xx, xy * xy / (xx * yy)) if xx and yy else (0.0, 0.0)
-
-
-def worst_days_until_full(host: HostState) -> float | None:
-    """The host table's column: the pool that is full first, if any is filling up steadily."""
-    return min(host.forecasts.values(), default=None)
 
 
 @rule("dataset-quota", each="datasets", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE,
@@ -8100,10 +8206,11 @@ class Keeper:
         frame = reader.points(base, since, int(question.until) + 1)
         return frame if question.step == base else coarsen(frame, question.step)
 
-    def past_values(self, db: sqlite3.Connection, host_id: int, series: str, now: float) -> list[tuple[float, float]]:
-        """(unix time, average of the hour) of 30 days, as fill_forecast() wants them."""
-        (points,) = self.ask(db, [host_id], Question([series], now - 30 * DAY, now, COARSE))
-        return [(at, average) for at, average, _, _ in points]
+    def past_values(self, db: sqlite3.Connection, host_id: int, series: list[str],
+                    now: float) -> list[list[tuple[float, float]]]:
+        """Of each series (unix time, average of the hour) of 30 days, as fill_forecast() wants them."""
+        asked = self.ask(db, [host_id], Question(series, now - 30 * DAY, now, COARSE))
+        return [[(at, average) for at, average, _, _ in points] for points in asked]
 
     def past_space(self, db: sqlite3.Connection, host_id: int, datasets: Iterable[str],
                    at: float) -> dict[str, dict[str, float]]:
@@ -8818,6 +8925,54 @@ def index_copies(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     monitor.fleet.copies = SnapshotIndex(list(monitor.fleet.hosts.values()))
 
 
+FORECAST_SECONDS = HOUR  # a host's forecasts are made anew
+
+
+def forecast_fleet(monitor: Monitor, now: float, db: sqlite3.Connection, seconds: float = 0.2) -> None:
+    """Forecasts of the hosts whose turn it is, for about so long. What the history cannot tell now stays as it was; a
+    host that is silent is as full as when it was last heard."""
+    end = time.monotonic() + seconds
+    for host in sorted(monitor.fleet.hosts.values(), key=lambda host: host.forecast_at):
+        if time.monotonic() > end or 0 <= now - host.forecast_at < FORECAST_SECONDS:
+            return
+        host.forecast_at = now
+        try:
+            host.forecasts = forecast_host(monitor.keeper, db, host, min(now, host.last_seen_at or now))
+        except Problem:
+            return  # another store's, which tells of it itself
+        except ODD as error:
+            log_once(f"server: forecasts of {host.name} left out: {type(error).__name__}: {error}")
+
+
+def forecast_host(keeper: Keeper, db: sqlite3.Connection, host: HostState, now: float) -> dict[str, Filling]:
+    """When each space of a host is full; of pools that fill up also what grew in the last 7 days."""
+    spaces = list(spaces_of(host))
+    past = keeper.past_values(db, host.id, [space.series for space in spaces], now) if spaces else []
+    found: dict[str, Filling] = {}
+    for space, points in zip(spaces, past):
+        filling = Filling(space, fill_forecast([*points, (now, space.used)], space.used + space.free, now), now)
+        kind, _, name = space.object.partition("/")
+        if kind == "pools" and filling.forecast and filling.forecast.soonest is not None:
+            filling = explain_filling(keeper, db, host, filling, name)
+        known = found.get(space.object)
+        if known is None or days_left(filling) < days_left(known):  # of two quotas the one that is reached first
+            found[space.object] = filling
+    return found
+
+
+def days_left(filling: Filling) -> float:
+    return math.inf if filling.forecast is None or filling.forecast.soonest is None else filling.forecast.soonest
+
+
+def explain_filling(keeper: Keeper, db: sqlite3.Connection, host: HostState, filling: Filling, pool: str) -> Filling:
+    after = {str(dataset.get("name")): dataset for dataset in dicts(host.body("datasets"))
+             if str(dataset.get("name")).partition("/")[0] == pool}
+    span = min(7.0, filling.forecast.known_days if filling.forecast else 0.0)
+    grown = what_grew(keeper.past_space(db, host.id, after, filling.as_of - span * DAY), after) if after else None
+    return filling._replace(grown=grown and grown[:GROWN_MOST], grown_days=span,
+                            wins=winnings(host, pool, filling.as_of))
+
+
 JOBS = (
     Job("judge", 5, judge_fleet),
     Job("alive", 30, sign_of_life, first_after=0),
@@ -8839,7 +8994,9 @@ class Scheduler:
         self._due = {job.name: time.monotonic() + job.first_after for job in JOBS}
 
     def start(self) -> None:
-        every(1, "jobs", self.turn, self.monitor.stop)
+        monitor = self.monitor
+        every(1, "jobs", self.turn, monitor.stop)
+        every(5, "forecasts", lambda: forecast_fleet(monitor, monitor.clock(), monitor.store.reader()), monitor.stop)
 
     def turn(self) -> None:
         """Run what is due; `Failure` while there is a job whose last run failed."""
@@ -9064,7 +9221,7 @@ POOL_COLUMNS = tuple("""
     host name guid state verdict reason layout size_bytes allocated_bytes free_bytes usable_used_bytes
     usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin margin_with_suspects
     suspects data_errors read_errors write_errors checksum_errors scan_function scan_state scan_progress_ratio
-    last_scrub_at as_of""".split())
+    last_scrub_at days_until_full full_in as_of""".split())
 
 
 def pool_rows(state: HostState, now: float) -> Iterator[Row]:
@@ -9084,8 +9241,15 @@ def pool_rows(state: HostState, now: float) -> Iterator[Row]:
         yield {**pick(pool, POOL_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason, **weak,
                **vdev_errors(pool), "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
                "scan_progress_ratio": number(scan, "progress_ratio"),
-               "last_scrub_at": number(pool.get("last_scrub"), "ended_at"),
+               "last_scrub_at": number(pool.get("last_scrub"), "ended_at"), **fills_up(state, name),
                "as_of": state.sections.get("pools", NOTHING).time}
+
+
+def fills_up(state: HostState, pool: str) -> Row:
+    """When a pool is full: days at the soonest, and the range in words; None where nothing is known."""
+    filling = (state.forecasts or {}).get(f"pools/{pool}")
+    forecast = filling and filling.forecast
+    return {"days_until_full": forecast and forecast.soonest, "full_in": forecast and describe_forecast(forecast)}
 
 
 def weak_members(state: HostState, pool: Row) -> Row:
@@ -9267,6 +9431,13 @@ def fleet_traps(fleet: Fleet, states: list[HostState], now: float) -> Iterator[R
     yield from sorted(rows, key=lambda row: -(row["bytes"] or 0))
 
 
+def fleet_forecasts(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    """What is full first, first; what is not known before what does not grow."""
+    rows = [row for _, row in of_each(states, "forecasts", forecast_rows)]
+    yield from sorted(rows, key=lambda row: (math.inf if row["days_until_full"] is None else row["days_until_full"],
+                                             row["verdict"] != "unknown"))
+
+
 def build_overview(fleet: Fleet, now: float) -> Row:
     """The fleet in a few numbers, of the same size for 1 host and 10,000."""
     known = [state for state in fleet.hosts.values() if state.last_seen_at is not None]
@@ -9370,7 +9541,8 @@ RESOURCES = {resource.name: resource for resource in (
         "pools", "Every ZFS pool of the fleet.", POOL_COLUMNS,
         of_host=lambda fleet, state, now: pool_rows(state, now),
         words={"pool": ("capacity_ratio", "name"), "used": ("capacity_ratio",), "frag": ("fragmentation_ratio",),
-               "margin": ("margin_with_suspects", "redundancy_margin"), "scrub": ("last_scrub_at",)},
+               "margin": ("margin_with_suspects", "redundancy_margin"), "scrub": ("last_scrub_at",),
+               "full": ("days_until_full",)},
         labels={"host": "host", "pool": "name"},
         metrics=(
             Metric("size_bytes", "Raw size."), Metric("allocated_bytes", "Raw space in use."),
@@ -9457,6 +9629,13 @@ RESOURCES = {resource.name: resource for resource in (
         title="Space traps", words={"name": ("object",)},
         heads=(("Object", "object", "c-name"), ("Host", "host", "c-text"), ("Trap", "trap", "c-text"),
                ("Takes", "-bytes", "c-num"), ("Why", "reason", "c-text"))),
+    Resource(
+        "forecasts", "When pools, storages, thin pools, datasets with a quota and root file systems are full, as a "
+        "range of days, what grew, and what could be won.", FORECAST_COLUMNS, of_hosts=fleet_forecasts,
+        title="When it is full", words={"name": ("object",), "full": ("days_until_full",)},
+        heads=(("State", "verdict", "c-state"), ("Space", "object", "c-name"), ("Host", "host", "c-text"),
+               ("Full in", "reason", "c-text"), ("Days", "days_until_full", "c-num"),
+               ("Free", "available_bytes", "c-num"), ("A day", "-daily_growth_bytes", "c-num opt-2"))),
     Resource(
         "drift", "The odd ones out: where a host differs from what at least two thirds of the hosts asked for share.",
         DRIFT_COLUMNS, of_hosts=lambda fleet, states, now: drift_rows(states), title="Drift", words={"name": ("fact",)},
@@ -10852,14 +11031,7 @@ def show_cell(column: str, value: Any) -> str:
 
 
 def show_bytes(value: Any) -> str:
-    """1536 -> '1.5 KiB': powers of 1024, as zfs and Proxmox count."""
-    if not is_number(value):
-        return "–"
-    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while abs(value) >= 1023.5 and len(units) > 1:
-        value = value / 1024
-        units.pop(0)
-    return f"{value:.{0 if units[0] == 'B' or abs(value) >= 99.95 else 1}f} {units[0]}"
+    return format_bytes(value) if is_number(value) else "–"
 
 
 def show_ratio(value: Any) -> str:

@@ -1,7 +1,7 @@
 """What an operator would otherwise work out by hand: each answer right, rightly silent, and unknown where data are
 missing.
 
-    copies -> margins -> blast radius -> silent failures -> drift -> space traps -> chronicle
+    copies -> margins -> blast radius -> silent failures -> drift -> space traps -> forecasts -> chronicle
 """
 
 from __future__ import annotations
@@ -399,6 +399,60 @@ def test_tasks_are_kept_for_two_weeks(sim: Simulation) -> None:
     for days, kept in ((13, 1), (15, 0)):
         sim.write(partial(server.prune, sim.monitor, START + days * DAY))
         assert len(server.list_events(sim.monitor.store.reader(), since=0, limit=99, kind="task")) == kept
+
+
+# forecasts: when it is full, what grew, what could be won
+
+
+def fills(sim: Simulation, days: int, **fields: Any) -> list[dict[str, Any]]:
+    """A pool that grows by 96 GiB a day, most of it snapshots of guest 104; the rows as the API has them."""
+    for hour in range(0, days * 24, 6):
+        sim.now, grown = START + hour * HOUR, hour * 4 * GIB
+        space = {"usable_used_bytes": 1000 * GIB + grown, "usable_available_bytes": 1000 * GIB - grown}
+        state(sim, pools=[{**pool(vdev("mirror", leaf("a"), leaf("b"))), **space}], datasets=[
+            {"name": "tank", "type": "filesystem", "used_bytes": 1000 * GIB + grown, "used_by_snapshots_bytes": 0},
+            {"name": "tank/vm-104-disk-0", "type": "volume", "vmid": 104, "used_bytes": 400 * GIB + grown * 3 // 4,
+             "used_by_snapshots_bytes": 100 * GIB + grown * 3 // 4, "used_by_dataset_bytes": 300 * GIB},
+            {"name": "tank/vm-999-disk-0", "type": "volume", "vmid": 999, "used_bytes": 30 * GIB,
+             "used_by_dataset_bytes": 10 * GIB, "refreservation_bytes": 30 * GIB}],
+            snapshots=[snapshot("1", 20 * DAY, "tank/vm-104-disk-0", **{"class": "pve"})], **fields)
+    server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+    return list(server.fleet_forecasts(sim.fleet, list(sim.fleet.hosts.values()), sim.now))
+
+
+def test_a_forecast_says_what_grew_and_what_could_be_won(sim: Simulation) -> None:
+    (row,) = fills(sim, 5)
+    assert 4.9 < row["days_until_full"] < 6 and row["days_at_most"] < 8 and row["object"] == "pools/tank"
+    assert row["grew"][0] == {"dataset": "tank/vm-104-disk-0", "kind": "snapshots", "vmid": 104,
+                              "bytes": pytest.approx(4.75 * 72 * GIB, rel=.1)}
+    assert "tank/vm-104-disk-0 grew by" in row["reason"] and "(snapshots)" in row["reason"]
+    won = {win["what"]: (win["object"], win["bytes"]) for win in row["wins"]}
+    assert won["snapshots"][0] == "datasets/tank/vm-104-disk-0" and won["snapshots"][1] > 400 * GIB
+    assert won["orphan"] == ("datasets/tank/vm-999-disk-0", 30 * GIB)
+    assert won["refreservation"] == ("datasets/tank/vm-999-disk-0", 20 * GIB)
+
+
+def test_snapshots_of_yesterday_are_nothing_to_be_won(sim: Simulation) -> None:
+    (row,) = fills(sim, 5)
+    host = sim.fleet.find("pve1")
+    assert "snapshots" in {win["what"] for win in server.winnings(host, "tank", sim.now)}
+    young = {**snapshot("1", 0, "tank/vm-104-disk-0"), "class": "pve", "oldest_at": sim.now - DAY}
+    state(sim, snapshots=[young])
+    assert "snapshots" not in {win["what"] for win in server.winnings(host, "tank", sim.now)}
+    assert server.winnings(host, "other", sim.now) == []
+
+
+def test_two_days_are_too_few_to_say_when_it_is_full(sim: Simulation) -> None:
+    (row,) = fills(sim, 2)
+    assert (row["verdict"], row["reason"], row["days_until_full"], row["grew"]) == ("unknown", "unknown", None, None)
+
+
+def test_a_host_that_fell_silent_is_as_full_as_it_was(sim: Simulation) -> None:
+    (row,) = fills(sim, 5)
+    sim.now += 20 * DAY
+    server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+    (later,) = server.fleet_forecasts(sim.fleet, list(sim.fleet.hosts.values()), sim.now)
+    assert later["days_until_full"] == row["days_until_full"] and later["as_of"] == row["as_of"]
 
 
 # the rules made of answers

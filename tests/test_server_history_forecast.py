@@ -173,7 +173,7 @@ def test_history_gives_what_a_forecast_and_its_reasons_are_made_of(recorder):
                 {"name": "tank/vm-104-disk-0", "used_bytes": used - 90 * GB, "used_by_snapshots_bytes": hour * GB}]))
         recorder.pack()
     keeper, db, now = recorder.monitor.keeper, recorder.monitor.store.reader(), recorder.clock.now
-    points = keeper.past_values(db, recorder.host, "pools/tank.allocated_bytes", now)
+    (points,) = keeper.past_values(db, recorder.host, ["pools/tank.allocated_bytes"], now)
     assert len(points) == 9 * 24
     forecast = server.fill_forecast(points, points[-1][1] + 240 * GB, now)
     assert server.describe_forecast(forecast) in ("9–10 d", "10–11 d", "10 d", "9–11 d")

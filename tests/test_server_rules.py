@@ -339,7 +339,7 @@ def test_every_rule_has_a_row_here():
         "backup-failed", "backup-missing", "clock-skew", "cluster-clock", "cluster-quorum", "cluster-disagree",
         "cluster-member", "cluster-margin", "cluster-storage-full", "ha-service", "section-failing", "spool-dropped",
         "agent-old", "host-twice", "server-certificate", "backup-excludes", "cluster-ceph", "ha-disarmed", "ha-node",
-        "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot"}
+        "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot", "space-forecast"}
     assert {row[0] for row in LIVES} | elsewhere == set(server.RULE)
 
 
@@ -382,12 +382,51 @@ def test_pool_forecast_needs_three_days_of_steady_growth(sim):
         sim.now = START + hour * HOUR
         used = 1000e9 + hour * 4e9  # 96 GB a day
         sim.send("pve1", pools=pool(usable_used_bytes=used, usable_available_bytes=free - hour * 4e9))
+        server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
         if hour <= 66:
             assert not sim.alerts("pool-forecast", "all"), hour
     alert = sim.alerts("pool-forecast")[0]
     assert alert["severity"] == "warning" and 5 < alert["value"] < 7
     row = server.host_row(sim.fleet, sim.fleet.find("pve1"), sim.now)
     assert row["days_until_full"] == pytest.approx(alert["value"], rel=.1)
+    assert next(server.pool_rows(sim.fleet.find("pve1"), sim.now))["full_in"] in alert["message"]
+    sim.restart()  # only the database is left
+    sim.send("pve1", pools=pool(usable_used_bytes=used, usable_available_bytes=free - hour * 4e9))
+    assert sim.alerts("pool-forecast"), "what is not looked at yet ends nothing"
+    server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+    assert server.worst_days_until_full(sim.fleet.find("pve1")) == pytest.approx(alert["value"], rel=.1)
+
+
+def test_a_pool_that_has_stopped_growing_is_over(sim):
+    def day(number, used):
+        for hour in range(0, 24, 6):
+            sim.now = START + number * DAY + hour * HOUR
+            sim.send("pve1", pools=pool(usable_used_bytes=used, usable_available_bytes=2000e9 - used))
+            server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+            used += 24e9 * (number < 5)
+        return used
+
+    used = 1000e9
+    for number in range(18):
+        used = day(number, used)
+        if number == 4:
+            assert sim.alerts("pool-forecast")
+    assert not sim.alerts("pool-forecast")
+
+
+@pytest.mark.parametrize("object, sections", [
+    ("storages/thin", lambda used: {"storages": [{"storage": "thin", "type": "lvmthin", "enabled": True, "active": True,
+                                                  "used_bytes": used, "total_bytes": 2000e9}]}),
+    ("datasets/tank/share", lambda used: {"datasets": [{"name": "tank/share", "type": "filesystem", "used_bytes": used,
+                                                        "quota_bytes": 2000e9}]}),
+    ("root", lambda used: {"node": node(root_used_bytes=used, root_available_bytes=2000e9 - used)})])
+def test_whatever_fills_up_is_forecast(sim, object, sections):
+    for hour in range(0, 5 * 24, 6):
+        sim.now = START + hour * HOUR
+        sim.send("pve1", **{"node": node(), **sections(1000e9 + hour * 4e9)})
+        server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+    (alert,) = sim.alerts("space-forecast")
+    assert alert["object"] == object and alert["severity"] == "warning" and 5 < alert["value"] < 7
 
 
 def test_pool_forecast_is_silent_about_use_that_goes_up_and_down(sim):
@@ -395,7 +434,8 @@ def test_pool_forecast_is_silent_about_use_that_goes_up_and_down(sim):
         sim.now = START + hour * HOUR
         used = 1000e9 + (hour % 24) * 8e9
         sim.send("pve1", pools=pool(usable_used_bytes=used, usable_available_bytes=2000e9 - used))
-    assert not sim.alerts("pool-forecast", "all")
+        server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+    assert sim.fleet.find("pve1").forecasts and not sim.alerts("pool-forecast", "all")
 
 
 def test_wear_forecast(sim):
