@@ -3342,6 +3342,7 @@ def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: 
                 stamp: Stamp, weight: int) -> set[str]:
     """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
     newest = stamp.newer_than(state.stamp)
+    news = list(chronicle(state, report, stamp.received_at, newest=newest))  # against what is known before it
     watch_agent(state, report, stamp)
     changed = state.apply(report, stamp, weight)
     absorb_tasks(state, report.get("tasks"), stamp.time)
@@ -3349,7 +3350,7 @@ def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: 
         state.heard += 1
     if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
         judge_backlog(db, fleet, state, report, stamp)
-    for at, kind, object, message in chronicle(state, report, stamp.received_at, newest=newest):
+    for at, kind, object, message in news:
         insert_event(db, at, kind, message, host=state.name, object=object or None)
     return set(changed)
 
