@@ -3798,6 +3798,15 @@ def pool_spare(pool: dict[str, Any]) -> Iterator[Reading]:
                           object=object)
 
 
+@rule("pool-readonly", each="pools", hold=15 * MINUTE, reads="pools.readonly",
+      why="Its guests and backups cannot write.",
+      todo="zpool get readonly POOL; export it and import it without -o readonly=on.")
+def pool_readonly(pool: dict[str, Any]) -> Found:
+    if pool.get("readonly") is None:
+        return UNKNOWN
+    return warning(f"Pool {pool['name']} is imported read-only.") if pool["readonly"] is True else None
+
+
 @rule("pool-unanswered", each="pools", hold=15 * MINUTE, reads="pools.unknown_reason",
       why="What cannot be asked may be failing: nobody sees its disks, errors and space.",
       todo="zpool status POOL; dmesg: does a disk or a controller hang?")
@@ -4058,24 +4067,34 @@ def scrub_age(pool: dict[str, Any], host: HostState, now: float) -> Found:
     return warning(f"Pool {pool['name']} has never been scrubbed.", age) if age > 40 * DAY else None
 
 
+def last_result(pool: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The last scrub, or a resilver that ended after it with errors."""
+    scan, scrub = scan_of(pool), pool.get("last_scrub")
+    scrub = scrub if isinstance(scrub, dict) else {}
+    resilvered = text(scan, "function") == "resilver" and text(scan, "state") == "finished" and number(scan, "errors")
+    later = (number(scan, "ended_at") or 0) > (number(scrub, "ended_at") or 0)
+    return ("resilver", scan) if resilvered and later else ("scrub", scrub)
+
+
 def accept_scrub_result(host: HostState, object: str) -> bool:
-    ended = number(full_pools(host).get(object.partition("/")[2], {}).get("last_scrub"), "ended_at")
+    ended = number(last_result(full_pools(host).get(object.partition("/")[2], {}))[1], "ended_at")
     if ended is not None:
         host.memory.keep("scrub-result", object, ended)
     return ended is not None
 
 
 @rule("scrub-result", each="pools", tidy=True, accept=accept_scrub_result,
-      reads="pools.last_scrub.ended_at pools.last_scrub.repaired_bytes pools.last_scrub.errors",
+      reads="pools.last_scrub.ended_at pools.last_scrub.repaired_bytes pools.last_scrub.errors pools.scan.errors"
+            " pools.scan.ended_at",
       why="A disk returned wrong data.",
       todo="Find the disk with zpool status -v; accept as normal if it was a single event.")
 def scrub_result(pool: dict[str, Any], host: HostState) -> Found:
-    last, name = pool.get("last_scrub"), pool["name"]
+    (word, last), name = last_result(pool), pool["name"]
     ended, repaired, errors = number(last, "ended_at"), number(last, "repaired_bytes"), number(last, "errors")
     if ended is None or host.memory.get("scrub-result", f"pools/{name}") == ended:
         return None
     if errors:
-        return critical(f"The last scrub of pool {name} found {int(errors)} error(s) it could not repair.", errors)
+        return critical(f"The last {word} of pool {name} found {int(errors)} error(s) it could not repair.", errors)
     return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes.", repaired) if repaired else None
 
 
@@ -4580,7 +4599,8 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
 
 @rule("guest-down", each="guests", hold=2 * MINUTE, tidy=True,
       reads="guests.status guests.template guests.onboot guests.lock guests.lock_held guests.ha_state guests.tags"
-            " guests.name node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.started_at tasks.ended_at",
+            " guests.name node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.upid tasks.result"
+            " tasks.started_at tasks.ended_at",
       why="It was running, and nobody stopped it through Proxmox.",
       todo="Look at its task log and console; start it.")
 def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
@@ -4654,7 +4674,7 @@ def guest_hangs(guest: dict[str, Any]) -> Found:
 
 
 @rule("guest-disk-full", each="guests", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE, by_number=True,
-      reads="guests.disk_used_bytes guests.disk_max_bytes",
+      reads="guests.disk_used_bytes guests.disk_max_bytes guests.type guests.status",
       why="What runs in the container fails when its disk is full.",
       todo="Delete something in it, or pct resize VMID rootfs +5G")
 def guest_disk_full(guest: dict[str, Any]) -> Found:
@@ -4754,7 +4774,7 @@ def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, An
     since = state.memory.get("backup-overdue", f"guests/{guest['vmid']}", {})
     for job in holding:
         start = max(ok_at or number(guest, "created_at") or 0, since.get(job_key(job), 0 if not since else now))
-        due = missed_times(job, start)
+        due = missed_times(job, start, was_good=ok_at == start)
         first = due[0] if due else number(job, "next_run_at")
         if first is not None and (worst[0] is None or now - first > worst[0]):
             worst = now - first, len(due) > 1 and now - due[1] > BACKUP_GRACE
@@ -4768,13 +4788,13 @@ def job_key(job: dict[str, Any]) -> str:
     return f"{job.get('id')} {job.get('schedule')}"
 
 
-def missed_times(job: dict[str, Any], last: float) -> list[float]:
-    """The times after the last good run at which a job was due, oldest first. The agent tells the last few: when all
-    of them were missed, the first was about one interval after that run."""
+def missed_times(job: dict[str, Any], last: float, *, was_good: bool) -> list[float]:
+    """The times later than `last` at which a job was due, oldest first. The agent tells the last few: when all of them
+    were missed since a good run, the first was about one interval after that."""
     told = job.get("due_times")
     times = sorted(time for time in told if is_number(time)) if isinstance(told, list) else []
     missed = [time for time in times if time > last]
-    if last and len(missed) == len(times) > 1:
+    if was_good and len(missed) == len(times) > 1:
         missed[0] = min(missed[0], last + missed[1] - missed[0])
     return missed
 
@@ -5066,9 +5086,10 @@ def replication(job: dict[str, Any], host: HostState, now: float) -> Found:
     fails, last = number(job, "fail_count"), number(job, "last_sync_at")
     schedule, since = host.memory.get("replication", object, (None, 0.0))
     if schedule != job.get("schedule"):
-        since = host.memory.known_from(now)
+        since = host.memory.known_from(now) if last else now
         host.memory.keep("replication", object, [job.get("schedule"), since])
-    missed = [due for due in missed_times(job, max(last or 0, since)) if now - due > 30 * MINUTE]
+    start = max(last or 0, since)
+    missed = [due for due in missed_times(job, start, was_good=last == start) if now - due > 30 * MINUTE]
     late = len(missed) >= 3
     if not fails and not late and not (missed and now - missed[0] > BACKUP_GRACE):
         return UNKNOWN if fails is None else None
@@ -5755,7 +5776,8 @@ def find_cause(fleet: Fleet, state: Any, alert: Alert) -> tuple[Any, Alert] | No
         jobs = [job for job in state.items("backups.jobs") if name.isdigit() and job_holds(job, int(name), state)]
         cause = next((failed for job in jobs
                       if (failed := state.alerts.get(("backup-job", f"backups/{job.get('id')}")))), None)
-    elif kind == "pools" and alert.rule in ("vdev-errors", "pool-data-errors"):
+    elif kind == "pools" and alert.rule in ("vdev-errors", "pool-data-errors", "pool-unanswered", "slow-ios",
+                                            "pool-spare", "scrub-stuck", "suspects-hold-pool"):
         cause = broken_pool(state, [name.partition("/")[0]])
     elif kind == "replication":
         target = next((text(job, "target") for job in state.items("replication") if job["id"] == name), None) or ""

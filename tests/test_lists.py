@@ -88,4 +88,48 @@ def test_what_a_rule_reads_is_documented_and_sent_by_some_recorded_host(rule: se
 
 
 # rules about what no section tells: whether reports come, from whom, and the server itself
-OF_THE_SERVER = {"host-offline", "log-ins-fail", "site-offline", "host-twice", "server-certificate", "section-failing"}
+OF_THE_SERVER = {"host-offline", "site-offline", "host-twice", "server-certificate", "section-failing", "log-ins-fail"}
+
+
+# What tells a state, and no rule reads: shown only, and why.
+SHOWN_ONLY = {
+    "says which one it is, and nothing of how it is": """
+        backups.guests.vmid backups.guests.newest_ok.storage backups.jobs.storage backups.jobs.mode ceph.checks.name
+        certificates.file cluster.members.address datasets.origin disks.by_id disks.firmware disks.model disks.paths disks.vdev
+        ha.master node.block_devices.name node.interfaces.name node.name node.temperatures.label node.temperatures.sensor
+        pool_states.guid pools.guid pools.layout pools.name pools.vdevs.guid pools.vdevs.path replication.id
+        snapshots.dataset snapshots.newest_name storages.content storages.storage tasks.user""",
+    "a version or a size of what is there: drift of a fleet is told in the list of its own": """
+        guests.cpu_count node.cpu_count node.kernel node.kernel_next node.pve_version versions.agent_python versions.pve
+        versions.qemu versions.smartctl versions.zfs_module versions.zfs_userland versions.microcode
+        pools.features_disabled""",
+    "a measure that is high on a well host too; what it leads to has rules: cpu, io-pressure": """
+        node.load1 node.load5 node.load15 disks.power_on_hours time_sync.stratum""",
+    "why something is not known: it ends no alert, and stands in the row": """
+        certificates.unknown_reason cluster.unknown_reason datasets.unknown_reason replication.unknown_reason
+        snapshots.unknown_reason""",
+    "the time of a value, which each rule's reading of it goes by": "disks.as_of guests.as_of storages.as_of",
+    "the same in other words: what is read is the state behind it": """
+        pools.status_text pools.action_text services.sub tasks.status ha.lrm.mode ha.lrm.state ha.manager
+        updates.packages subscription.level datasets.encryption""",
+    "a choice of the administrator, or a thing that may be so for years": """
+        node.interfaces.up mail_queue.hold safeguards.no_subscription_source safeguards.notification_matchers
+        safeguards.notification_targets safeguards.test_source safeguards.trim_scheduled""",
+    "settings, held against what is advised in a list of their own": "pool_settings",
+    "its change is an event": "versions.storage_cfg_digest",
+    "passes by itself": "mail_queue.incoming pools.expansion.state",
+    "a sensor's own limits are seldom set right by its maker": "node.temperatures.celsius",
+}
+MEASURES = ("_bytes", "_seconds", "_ratio", "_celsius", "_at", "_total")
+
+
+def test_every_field_that_tells_a_state_is_judged_or_shown_only_with_a_reason() -> None:
+    """Words, flags and counts; what ends in a unit is a measure."""
+    known = set(all_fields(SCHEMA, ""))
+    read = {field for rule in server.RULES for field in read_fields(rule)}
+    leaves = {field for field in known if not any(other.startswith(field + ".") for other in known)
+              and not field.endswith(MEASURES) and field.split(".")[1] in SECTIONS}
+    shown = {f".{field}" for fields in SHOWN_ONLY.values() for field in fields.split()}
+    shown |= {field for field in leaves for whole in shown if field.startswith(whole + ".")}
+    assert leaves - read - shown == set(), "sent, and judged by nobody"
+    assert shown & read == set() and shown - known == set(), "said to be shown only, and read, or not there"
