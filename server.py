@@ -640,7 +640,8 @@ class Store:
         """Each flush wears the disk. Under a steady load reports that come close together wait for each other; a
         short rush does not have to: flushes that were not used are saved up."""
         now = time.monotonic()
-        self._flushes = min(FLUSHES_SAVED, self._flushes + (now - self._counted_at) * FLUSHES_PER_SECOND) - 1
+        left = min(FLUSHES_SAVED, self._flushes + (now - self._counted_at) * FLUSHES_PER_SECOND) - 1
+        self._flushes = max(-1.0, left)  # a rush of urgent ones, who do not wait, leaves no debt for others to wait off
         self._counted_at = now
         if self._flushes < 0 and not first.urgent:
             time.sleep(-self._flushes / FLUSHES_PER_SECOND)

@@ -155,6 +155,18 @@ def test_a_failed_commit_is_told_to_the_one_who_wrote_and_the_next_works(store):
     assert server.get_meta(store.reader(), "after") == "1"
 
 
+def test_a_rush_of_urgent_writes_leaves_no_debt_for_reports(config, monitor, monkeypatch):
+    """Many host registrations or log-ins: the next report waits for one flush, not for all of theirs."""
+    monkeypatch.setattr(server, "FLUSHES_SAVED", 2)
+    store = server.Store(monitor.config.database_path)
+    for _ in range(60):
+        store.write(lambda db: server.set_meta(db, "rush", 1))
+    began = time.monotonic()
+    store.write(lambda db: server.set_meta(db, "report", 1), urgent=False)
+    assert time.monotonic() - began < 1
+    store.close()
+
+
 @pytest.mark.parametrize("sql", ["INSERT INTO meta VALUES ('same', '2')", "INSERT INTO meta VALUES ('x', :missing)"])
 def test_a_write_that_breaks_a_rule_of_the_database_fails_alone(store, sql):
     store.write(lambda db: server.set_meta(db, "same", 1))
