@@ -101,6 +101,7 @@ THREADS = 32  # a report keeps one until it is on the disk
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
+AWAY_SECONDS = MINUTE  # the rules are judged every 5 s; a longer gap means that we were away, not the hosts
 KEEP_EVENTS = 90 * DAY
 KEEP_TASKS = 14 * DAY  # of these a busy host has a hundred a day
 KEEP_RESOLVED = 90 * DAY
@@ -3059,6 +3060,7 @@ class Monitor:
         self.fleet.public_url = config.public_url
         self.judged_at: float | None = None  # monotonic: the rules' last round
         self.looked_at = clock()
+        self.doubted_until = 0.0
         self.use_settings(load_settings(config))
         self.runs: dict[tuple[int, str], Run] = {}
         self.history = History()
@@ -3079,8 +3081,23 @@ class Monitor:
         end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
         set_meta(db, "serving_since", self.fleet.serving_since)
         count_what_came(db)
+        self.doubted_until = float(get_meta(db, "clock_doubted_until") or 0)
+        alive_at = float(get_meta(db, "alive_at") or self.looked_at)
+        if self.looked_at - alive_at > DAY:
+            self.doubt_clock(db, self.looked_at, self.looked_at - alive_at)
         self.fleet.load(db)
         drop_orphans(db, self.fleet, self.clock())
+
+    def doubt_clock(self, db: sqlite3.Connection, now: float, jump: float) -> None:
+        """A clock that is so far ahead of where it was may be wrong, and all that is kept looks old then. Whoever has
+        to set it right has a day, before anything goes for its age."""
+        self.doubted_until = now + DAY
+        set_meta(db, "clock_doubted_until", self.doubted_until)
+        log(f"server: the clock is {jump:.0f} s ahead of where it was; for a day nothing is thrown away for its age")
+
+    def doubts_clock(self, now: float) -> bool:
+        """Whether it was set forward less than a day ago."""
+        return now - self.looked_at > AWAY_SECONDS or 0 < self.doubted_until - now <= DAY
 
     def use_settings(self, settings: Settings) -> None:
         """Take over what server.toml says."""
@@ -8064,6 +8081,7 @@ class Keeper:
 
     def __init__(self, store: Store, history: History, fleet: Fleet):
         self.store, self.history, self.fleet = store, history, fleet
+        self.keeps_all = False  # no day is closed for now
         self._after = 0  # the host whose turn was last
         self._layouts: dict[int, set[int]] = {}  # host -> numbers of layouts in its chunks
         self._looked_at: set[int] = set()  # hosts, since unused layouts were deleted
@@ -8109,8 +8127,10 @@ class Keeper:
         for day, work in list_due_days(db, host_id, now):
             if work == CHANGED:
                 self.roll_day(db, host_id, day, now)
-            else:
+            elif not self.keeps_all:
                 self.store.write(partial(seal_day, host_id, day))
+            else:
+                continue
             return True
         return False
 
@@ -8873,9 +8893,6 @@ class Job(NamedTuple):
     first_after: float = 5
 
 
-AWAY_SECONDS = MINUTE  # the rules are judged every 5 s; a longer gap means that we were away, not the hosts
-
-
 def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """Rules that need no report: silence, clusters, sites; and what was held back and may be told now."""
     fleet = monitor.fleet
@@ -8883,6 +8900,8 @@ def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     if not 0 <= now - monitor.looked_at <= AWAY_SECONDS:  # suspended, or the clock was set: hosts get their time anew
         fleet.serving_since = now
         set_meta(db, "serving_since", now)
+        if now > monitor.looked_at:
+            monitor.doubt_clock(db, now, now - monitor.looked_at)
         for state in fleet.hosts.values():  # seen by a clock that was ahead: from here on by this one
             state.last_seen_at = state.last_seen_at and min(state.last_seen_at, now)
     monitor.looked_at = now
@@ -8902,12 +8921,13 @@ def sign_of_life(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
 
 def keep_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """Hours into chunks, days into points; or all of it to another store."""
+    monitor.keeper.keeps_all = monitor.doubts_clock(now)
     monitor.keeper.turn(now)
 
 
 def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """What is too old goes, and the file gets smaller, each in pieces that nobody notices."""
-    for _ in range(20):
+    for _ in range(0 if monitor.doubts_clock(now) else 20):
         if not monitor.store.write(lambda db: expire(db, now)):
             break
     monitor.store.write(vacuum)
@@ -8933,6 +8953,8 @@ def vacuum(db: sqlite3.Connection) -> None:
 
 def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
     """Drop what is older than it is kept, of what is not history."""
+    if monitor.doubts_clock(now):
+        return
     db.execute("""DELETE FROM event WHERE at < :before OR (at < :seldom AND kind IN ('task', 'guest'))""",
                {"before": now - KEEP_EVENTS, "seldom": now - KEEP_TASKS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})

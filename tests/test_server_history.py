@@ -424,6 +424,52 @@ def test_the_latest_state_survives_packing_and_a_restart(recorder):
     assert recorder.take(build_report(seq=1, at=START)) == 0
 
 
+def run_jobs(recorder: Recorder) -> None:
+    """What the clock does: judge and history each 5 s, expire and prune seldom."""
+    monitor, now = recorder.monitor, recorder.clock()
+    monitor.store.write(partial(server.judge_fleet, monitor, now))
+    for job in (server.keep_history, server.expire_history):
+        job(monitor, now, monitor.store.reader())
+    monitor.store.write(partial(server.prune, monitor, now))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_is_a_year_ahead_for_hours_costs_no_history(recorder, restarted):
+    pass_days(recorder, 3)
+    monitor, right = recorder.monitor, recorder.clock()
+    monitor.store.write(partial(server.sign_of_life, monitor, right))
+    since = recorder.ask("node.cpu_ratio", since=right - 2 * 86400, until=right, step=30)
+    kept = recorder.count("chunk"), recorder.count("event")
+    for hours in range(3):
+        recorder.clock.now = right + (365 * 24 + hours) * 3600
+        if restarted and not hours:
+            recorder.monitor.close()
+            recorder.monitor = monitor = server.Monitor(monitor.config, recorder.clock)
+        for _ in range(5):
+            run_jobs(recorder)
+            recorder.clock.advance(5)
+    recorder.clock.now = right + 3 * 3600
+    run_jobs(recorder)
+    assert recorder.ask("node.cpu_ratio", since=right - 2 * 86400, until=right, step=30) == since and since[0]
+    assert (recorder.count("chunk"), recorder.count("event")) >= kept
+
+
+def test_what_is_old_goes_a_day_after_the_clock_was_ahead(recorder):
+    pass_days(recorder, 3)
+    recorder.clock.advance(20 * 86400)  # suspended for so long
+    for _ in range(3):
+        run_jobs(recorder)
+        recorder.clock.advance(5)
+    raw = "SELECT count(*) FROM chunk WHERE id >> 34 & 3 = 0"
+    reader = recorder.monitor.store.reader
+    assert reader().execute(raw).fetchone()[0]
+    recorder.monitor.doubted_until = recorder.clock() - 1  # a day later
+    for _ in range(10):
+        run_jobs(recorder)
+        recorder.clock.advance(5)
+    assert not reader().execute(raw).fetchone()[0]
+
+
 def test_a_removed_host_leaves_nothing(recorder):
     pass_days(recorder, 1)
     recorder.monitor.store.write(lambda db: server.delete_host(db, "pve1", recorder.clock()))
