@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 say()  { printf '%s\n' "$@"; }       # one line for each argument
 fail() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
-usage() {
+command_help() {  # this list
     say "Usage: ./build.sh COMMAND"
     sed -n 's/^command_\([a-z_]*\)() { *# \(.*\)/  \1\t\2/p' build.sh | expand -t 12
 }
@@ -125,6 +125,11 @@ command_test() {  # set up what the tests need and run all checks (more words go
         exec "$bin/python" -m pytest "$@"
     fi
     exec "$bin/python" -m pytest -n 2 --dist worksteal
+}
+
+command_soak() {  # the long proofs: faults, load, attacks: soak [--minutes N] [PART…]
+    make_venv .venv requirements-dev.txt
+    exec .venv/bin/python tests/soak.py "$@"
 }
 
 # --- freeze: each program as one file, made in a Debian 12 root of its own ---
@@ -382,18 +387,11 @@ command_audit() {  # ask the advisory database about the pinned packages; red to
 
 # --- dispatch ---
 
-command_help() {  # this list
-    usage
-}
-
 main() {
     local name=${1:-help}
     [ $# -eq 0 ] || shift
     case $name in -h|--help) name=help ;; esac
-    if [ "$(type -t "command_$name")" != function ]; then
-        usage >&2
-        exit 2
-    fi
+    [ "$(type -t "command_$name")" = function ] || { command_help >&2; exit 2; }
     "command_$name" "$@"
 }
 

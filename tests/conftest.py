@@ -329,12 +329,12 @@ class LiveServer:
             "LISTEN": "127.0.0.1", "PUBLIC_URL": self.url, "DASHBOARD_PASSWORD_HASH": PASSWORD_HASH,
             "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **env,
         }  # fmt: skip
+        self.argv = [sys.executable, str(ROOT / "server.py")]
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self, *argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command of server.py beside the server."""
-        argv = (sys.executable, str(ROOT / "server.py"), *argv)
-        return subprocess.run(argv, env=self.env, input=stdin, capture_output=True, text=True, timeout=60)
+        return subprocess.run([*self.argv, *argv], env=self.env, input=stdin, capture_output=True, text=True, timeout=60)
 
     def register(self, name: str) -> str:
         answer = self.command("register-host", name)
@@ -348,8 +348,7 @@ class LiveServer:
 
     def start(self) -> None:
         with open(self.log, "ab") as log:
-            argv = [sys.executable, str(ROOT / "server.py"), "serve"]
-            self.process = subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*self.argv, "serve"], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + 30
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
@@ -407,3 +406,31 @@ def live_server(tmp_path: Path) -> Iterator[LiveServer]:
     yield running
     if running.process and running.process.poll() is None:
         running.stop()
+
+
+class LiveAgent:
+    """A real `agent.py start` with a state directory of its own."""
+
+    def __init__(self, folder: Path, server: LiveServer, token: str, *, host: str = "pve1", fast: int = 1):
+        self.state, self.log, self.config = folder / "agent-state", folder / "agent.log", folder / "agent.toml"
+        self.state.mkdir(exist_ok=True)
+        self.config.write_text(
+            f'server_url = "{server.url}"\ntoken = "{token}"\nhost_id = "{host}"\n'
+            f"[intervals]\nfast_seconds = {fast}\nmedium_seconds = {5 * fast}\nslow_seconds = {60 * fast}\n"
+        )
+        self.config.chmod(0o600)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        env = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(self.state), "PYTHONUNBUFFERED": "1"}
+        argv = [sys.executable, str(ROOT / "agent.py"), "start", "--config", str(self.config)]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> float:
+        """End it; gives back how long that took."""
+        assert self.process is not None
+        began = time.monotonic()
+        self.process.send_signal(how)
+        self.process.wait(15)
+        return time.monotonic() - began

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, LiveServer, build_report, encode, find_program, sign
+from conftest import ROOT, LiveAgent, LiveServer, build_report, encode, find_program, sign
 from recorded import RecordedProbe, recordings
 
 import agent
@@ -35,34 +35,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
             return value
         time.sleep(0.05)
     raise AssertionError(f"did not happen in {seconds} s")
-
-
-class LiveAgent:
-    """A real `agent.py start` with a state directory of its own."""
-
-    def __init__(self, folder: Path, server: LiveServer, token: str, *, host: str = "pve1", fast: int = 1):
-        self.state, self.log, self.config = folder / "agent-state", folder / "agent.log", folder / "agent.toml"
-        self.state.mkdir(exist_ok=True)
-        self.config.write_text(
-            f'server_url = "{server.url}"\ntoken = "{token}"\nhost_id = "{host}"\n'
-            f"[intervals]\nfast_seconds = {fast}\nmedium_seconds = {5 * fast}\nslow_seconds = {60 * fast}\n"
-        )
-        self.config.chmod(0o600)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        env = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(self.state), "PYTHONUNBUFFERED": "1"}
-        argv = [sys.executable, str(ROOT / "agent.py"), "start", "--config", str(self.config)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> float:
-        """End it; gives back how long that took."""
-        assert self.process is not None
-        began = time.monotonic()
-        self.process.send_signal(how)
-        self.process.wait(15)
-        return time.monotonic() - began
 
 
 @pytest.fixture
