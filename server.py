@@ -9199,9 +9199,12 @@ def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iter
         if verdict == "ok" and guest.get("status") in (None, "unknown"):
             verdict, reason = "unknown", "Proxmox does not say whether it runs."
         cover = covers.get(str(guest.get("vmid")))
+        word = cover and backup_word(cover, guest)
+        if verdict == "ok" and cover and word not in ("fresh", "due", "not wanted"):
+            verdict, reason = backup_verdict(word or "", cover, now)
         own = number(guest, "as_of")  # pvestatd's time; a clock that is ahead makes nothing fresher than its report
         yield {**pick(guest, GUEST_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
-               "backup": cover and backup_word(cover, guest), "backup_at": cover and cover.newest_ok_at,
+               "backup": word, "backup_at": cover and cover.newest_ok_at,
                "job": cover and {True: "yes", False: "none", None: None}[cover.covered],
                "oldest_snapshot_at": min((snapshots[dataset] for dataset in volumes_of(guest) if dataset in snapshots),
                                          default=None),
@@ -9341,7 +9344,7 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
         worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{cover.vmid}")
         verdict, reason = worst or "ok", message or None
         if verdict == "ok" and word not in ("fresh", "due"):
-            verdict, reason = backup_verdict(word, cover)
+            verdict, reason = backup_verdict(word, cover, now)
         elif verdict == "ok" and is_stale(state, "backups", now):
             verdict, reason = "stale", "What is shown is old."
         good, failed = guest.get("newest_ok") or {}, guest.get("newest_failed")
@@ -9354,18 +9357,27 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
                "error": text(failed, "error"), "as_of": state.sections["backups"].time}
 
 
-def backup_verdict(word: str, cover: Coverage) -> tuple[str, str]:
+def backup_verdict(word: str, cover: Coverage, now: float) -> tuple[str, str]:
     """What is said of a guest without a good backup in time while no alert fires: never that it is well."""
     if word == "late":
         return "warning", f"Its backup is {format_duration(cover.late_seconds or 0)} late."
     if word == "none yet":
-        ahead = cover.late_seconds is not None and cover.late_seconds < 0
-        first = f"; the first run is due in {format_duration(-(cover.late_seconds or 0))}" if ahead else ""
-        return "unknown", f"It has no backup yet{first}."
+        return "unknown", f"It has no backup yet{first_run(cover.late_seconds)}."
     if word == "not wanted":
         return "info", "It is tagged no-backup."
-    return "unknown", {"in no job": "It is in no backup job."}.get(
-        word, "Neither a backup nor a job that makes one is known.")
+    if word == "in no job":
+        newest = cover.newest_ok_at
+        kept = "" if newest is None else f"; its newest backup is {format_duration(max(0, now - newest))} old"
+        return "unknown", f"It is in no backup job{kept}."
+    return "unknown", "Neither a backup nor a job that makes one is known."
+
+
+def first_run(late_seconds: float | None) -> str:
+    """When a guest that was never backed up is backed up for the first time, where that is known."""
+    if late_seconds is None:
+        return ""
+    ago = format_duration(abs(late_seconds))
+    return f" (first run due in {ago})" if late_seconds < 0 else f" (the first run was due {ago} ago)"
 
 
 DISK_COLUMNS = tuple("""
@@ -9462,9 +9474,19 @@ def asked_rules(call: Call) -> Rows:
 def fleet_copies(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
     """Whoever would lose most, first: no copy at all, then the oldest copy. Any host may hold copies for another."""
     index = SnapshotIndex(fleet.hosts.values())
-    rows = [row for _, row in of_each(states, "copies", lambda state: copy_rows(state, index, now))]
+    jobless = {(state.name, cover.vmid) for state in states for cover in known_coverage(state, fleet, now) or ()
+               if cover.covered is False}
+    rows = [beside_no_job(row) if (row["host"], str(row["vmid"])) in jobless else row
+            for _, row in of_each(states, "copies", lambda state: copy_rows(state, index, now))]
     order = {"warning": 0, "unknown": 1}
     yield from sorted(rows, key=lambda row: (order.get(row["verdict"], 2), -(row["lost_seconds"] or 0)))
+
+
+def beside_no_job(row: Row) -> Row:
+    """A copy of a guest that no job holds may be fresh, and nothing makes the next one."""
+    if row["verdict"] != "ok":
+        return row
+    return {**row, "verdict": "info", "reason": f"{row['reason']}; it is in no backup job"}
 
 
 def fleet_blindspots(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
@@ -10818,7 +10840,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "access": page_access(call) if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
         "silences": active_silences(call.db, call.now),
-        "install": install_commands(call.monitor.config, "pve-host-01"),
+        "install": install_commands(call.monitor.config, "pve-host-01"), "waiting": waiting_hosts(call),
     }
 
 
@@ -10832,6 +10854,12 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
     if resource.of_hosts is not None:
         return list(resource.of_hosts(call.fleet, call.fleet.sorted(call.now), call.now)), []
     return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
+
+
+def waiting_hosts(call: Call) -> dict[str, list[str]]:
+    """The hosts that have never reported, each with what installs its agent."""
+    names = sorted(state.name for state in call.fleet.hosts.values() if state.last_seen_at is None)
+    return {name: install_commands(call.monitor.config, name) for name in names}
 
 
 def limits_of(fleet: Fleet, rule: str, host: str | None, object: str) -> Limits:
@@ -10905,7 +10933,8 @@ def page_host(call: Call) -> dict[str, Any] | None:
         "row": host_row(call.fleet, state, call.now), "sections": sections,
         "absent": [name for name, one in state.sections.items() if one.absent],
         "errors": {name: one.error for name, one in state.sections.items() if one.error},
-        "alerts": [{**alert, "silence": silence_of(call, state, alert)} for alert in open_alerts([state])],
+        "alerts": [{**alert, "silence": silence_of(call, state, alert), "site": state.site, "tags": state.tags}
+                   for alert in open_alerts([state])],
         "watching": open_alerts([state], "pending"),
         "missing_reports": missing_reports(call.db, state.id),
         **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")
@@ -10925,8 +10954,10 @@ def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
     told = [f"{problems['critical']} critical"] if problems["critical"] else []
     told += [f"{problems['warning']} warning{'s' if problems['warning'] != 1 else ''}"] if problems["warning"] else []
     told += [f"{hosts[key]} {key}" for key in ("offline", "stale") if hosts[key]]
-    reporting = f"{hosts['reporting']} of {hosts['total']} host{'s' if hosts['total'] != 1 else ''} reporting"
-    return word, f"{reporting}; {', '.join(told) or 'no open problem'}."
+    many = f"{hosts['total']} host{'s' if hosts['total'] != 1 else ''}"
+    if not hosts["reporting"] + hosts["stale"] + hosts["offline"]:
+        return ("unknown" if word == "stale" else word), f"{many} registered, not reporting yet."
+    return word, f"{hosts['reporting']} of {many} reporting; {', '.join(told) or 'no open problem'}."
 
 
 def group_problems(call: Call, alerts: Iterable[Row]) -> Rows:
@@ -10938,7 +10969,7 @@ def group_problems(call: Call, alerts: Iterable[Row]) -> Rows:
         rule = RULE.get(alert.get("rule", ""))
         shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
                               "silence": silence_of(call, state or call.fleet.shared, alert),
-                              "site": state.site if state else None,
+                              "site": state.site if state else None, "tags": state.tags if state else [],
                               "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
                               "href": alert_url(alert, url), "children": []}
     tops: Rows = []

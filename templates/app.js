@@ -1,6 +1,6 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
 //   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> charts
-//     -> problems -> alerting
+//     -> problems -> acting -> onboarding -> alerting
 "use strict";
 (() => {
   const POLL_MS = 3000, REFRESH_MS = 10000, TIMEOUT_MS = 8000, TYPING_MS = 180;
@@ -74,7 +74,26 @@
     for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
 
+  // Rows stand still while the pointer or the focus is among them: new values come in, another order waits.
+  let placed = "";       // the address whose rows stand as the server orders them
+
+  function hold(old, fresh) {
+    if (!old.matches("tbody, .problem-list") || placed !== here() || !((old.closest("table") || old).matches(":hover") || old.contains(document.activeElement))) return;
+    const place = new Map([...old.children].map((row, number) => [keyOf(row), number]));
+    const known = (row) => place.get(keyOf(row)) ?? place.size;
+    const rows = [...fresh.children], held = [...rows].sort((a, b) => known(a) - known(b));
+    if (held.every((row, number) => row === rows[number])) return;
+    fresh.append(...held);
+    orderWaits(true);
+  }
+
+  function orderWaits(waits) {
+    const button = $("#reorder");
+    if (button) button.hidden = !waits;
+  }
+
   function morphChildren(old, fresh) {
+    hold(old, fresh);
     const keyed = new Map();
     for (const child of old.children) if (keyOf(child)) keyed.set(keyOf(child), child);
     let here = old.firstChild;
@@ -109,7 +128,12 @@
     const date = Date.parse(answer.headers.get("Date") || "");
     if (date && Math.abs(date / 1000 - now()) > 2) offset = date / 1000 + 0.5 - Date.now() / 1000;
     loadedAt = Date.now();
-    if (answer.status === 200) { etag = answer.headers.get("ETag") || ""; etagOf = address; show(text); }
+    if (answer.status === 200) {
+      etag = answer.headers.get("ETag") || "";
+      etagOf = address;
+      if (force) placed = "";
+      show(text);
+    }
     found();
   }
 
@@ -118,7 +142,9 @@
     if (!fresh) return lost();
     const was = $("#drawer");
     const before = was && was.dataset.host;
+    orderWaits(false);
     morph($("#main"), fresh);
+    placed = here();
     writeAges($("#main"));
     settle(before);
   }
@@ -155,18 +181,15 @@
     live.classList.toggle("live-paused", how === "paused");
   }
 
+  // In the top layer, above an open card or dialog; the page under it stays opaque, and what is open can be closed.
   function banner(text, link) {
     const place = $("#frozen");
     if (!place || place.dataset.text === text) return;
     place.dataset.text = text;
     place.textContent = text;
-    if (link) {
-      const anchor = document.createElement("a");
-      anchor.href = link[0];
-      anchor.textContent = link[1];
-      place.append(" ", anchor);
-    }
-    place.hidden = !text;
+    if (link) place.append(" ", node("a", { href: link[0] }, link[1]));
+    if (place.matches(":popover-open")) place.hidePopover();       // shown again it is above what has been opened since
+    if (text) place.showPopover();
   }
 
   function lost() {
@@ -178,7 +201,8 @@
 
   function signedOut() {
     root.classList.add("is-frozen");
-    banner("You are signed out; this is no longer up to date.", ["/login", "Log in"]);
+    for (const dialog of $$("dialog[open]")) dialog.close();       // a modal one would keep the link from being clicked
+    banner("You are signed out; this is no longer up to date.", [`/login?next=${encodeURIComponent(here() + location.hash)}`, "Log in"]);
     say("Signed out", "lost");
   }
 
@@ -194,11 +218,21 @@
   async function beat() {
     clearTimeout(timer);
     if (document.hidden) { say("Paused", "paused"); return; }
-    const overview = await getJson("/api/v1/overview");      // half a kB; the page itself when that is news, else every 10 s
-    const now = overview && JSON.stringify([overview.hosts, overview.problems, overview.last_notification_at]);
-    if (!now || now !== news || Date.now() - loadedAt >= REFRESH_MS) { await load(here()); news = now; } else found();
+    const overview = await glance();      // half a kB; the page itself when that is news, else every 10 s
+    if (overview === null) lost();
+    else if (!overview || overview !== news || Date.now() - loadedAt >= REFRESH_MS) { await load(here()); news = overview; } else found();
     clearTimeout(timer);
     timer = setTimeout(beat, POLL_MS);
+  }
+
+  // The overview as one text; "" if the server answers something else, null if it does not answer.
+  async function glance() {
+    try {
+      const answer = await fetch("/api/v1/overview", { credentials: "same-origin", signal: AbortSignal.timeout(TIMEOUT_MS) });
+      if (!answer.ok) return "";
+      const { hosts, problems, last_notification_at: told } = await answer.json();
+      return JSON.stringify([hosts, problems, told]);
+    } catch { return null; }
   }
 
   // --- navigation: links and the search box change the page in place ---
@@ -226,10 +260,18 @@
     const url = new URL(link.href);
     if (!ours(url) || link.target || link.classList.contains("skip")) return;
     event.preventDefault();
+    if (root.classList.contains("is-frozen") && link.matches(".drawer-close, .scrim")) return closeAlone(url);
     const same = url.pathname + url.search === here();
     if (same) { history.replaceState(null, "", url); const drawer = $("#drawer"); if (drawer) goToPool(drawer); goToPlace(); return; }
     const turned = url.searchParams.get("offset") !== new URLSearchParams(location.search).get("offset");
     go(url.href).then(() => { if (turned) scrollTo({ top: 0 }); });
+  }
+
+  // A card closes without the server, too.
+  function closeAlone(url) {
+    history.pushState(null, "", url);
+    for (const part of $$("#drawer, .scrim")) part.remove();
+    settle("");
   }
 
   function showSearch() {
@@ -279,14 +321,19 @@
   // --- administration: writes go to the JSON API with the page's CSRF token ---
   const apiOf = (name, rest = "") => `/api/v1/hosts/${encodeURIComponent(name)}${rest}`;
 
+  function refuseIfLost() {
+    if (root.classList.contains("is-frozen")) throw new Error("There is no connection to the server, so nothing was changed.");
+  }
+
   async function write(method, address, body) {
     const headers = { "X-CSRF-Token": $('meta[name="csrf-token"]').content, Accept: "application/json" };
     if (body !== undefined) headers["Content-Type"] = "application/json";
-    let answer;
+    refuseIfLost();
+    let answer, text;
     try {
-      answer = await fetch(address, { method, headers, credentials: "same-origin", body: body === undefined ? undefined : JSON.stringify(body) });
-    } catch { throw new Error("The server does not answer. Nothing was changed, as far as this page can tell."); }
-    const text = await answer.text();
+      answer = await fetch(address, { method, headers, credentials: "same-origin", signal: AbortSignal.timeout(TIMEOUT_MS), body: body === undefined ? undefined : JSON.stringify(body) });
+      text = await answer.text();
+    } catch { throw new Error(`The server has not answered within ${TIMEOUT_MS / 1000} s. Nothing was changed, as far as this page can tell.`); }
     let value = {};
     try { value = text ? JSON.parse(text) : {}; } catch { /* no JSON: the status tells */ }
     if (!answer.ok) throw Object.assign(new Error(value.detail || value.title || `The server refused (${answer.status}).`), { told: value });
@@ -321,20 +368,6 @@
       form.reset();
       showToken(made);
     });
-  }
-
-  function showToken({ host, token, install }) {
-    const panel = $("#token");
-    const texts = { name: host.name, token, install: install.join("\n") };
-    for (const [name, text] of Object.entries(texts)) $(`[data-fill="${name}"]`, panel).textContent = text;
-    panel.hidden = false;
-    panel.scrollIntoView({ block: "nearest" });
-  }
-
-  function dismissToken() {
-    const panel = $("#token");
-    for (const place of $$("[data-fill]", panel)) place.textContent = "";
-    panel.hidden = true;
   }
 
   async function copy(button) {
@@ -667,35 +700,171 @@
     showCharts({ again: true });
   }
 
-  // --- problems: acknowledge, accept, mute ---
+  // --- problems: what is taken back at once; all else asks first (acting) ---
   const alertApi = (id, rest) => `/api/v1/alerts/${encodeURIComponent(id)}/${rest}`;
+  const silenceApi = (id) => `/api/v1/silences/${encodeURIComponent(id)}`;
+  const each = (ids, call) => Promise.all(ids.split(",").map(call));       // a line may stand for several alerts
+  const unacknowledge = (ids) => each(ids, (id) => write("DELETE", alertApi(id, "acknowledge")));
 
   function onProblem(event) {
-    const button = event.target.closest("[data-acknowledge], [data-unacknowledge], [data-accept]");
-    const end = event.target.closest("[data-end-silence]");
-    if (end) doing(null, () => write("DELETE", `/api/v1/silences/${encodeURIComponent(end.dataset.endSilence)}`));
-    if (!button) return;
-    const { acknowledge, unacknowledge, accept } = button.dataset;
-    const each = (ids, call) => Promise.all(ids.split(",").map(call));  // a line may stand for several alerts
-    doing(null, () => acknowledge ? each(acknowledge, (id) => write("POST", alertApi(id, "acknowledge"), {}))
-      : unacknowledge ? each(unacknowledge, (id) => write("DELETE", alertApi(id, "acknowledge"))) : write("POST", alertApi(accept, "accept"), {}));
+    const back = event.target.closest("[data-unacknowledge]"), end = event.target.closest("[data-end-silence]");
+    if (end) doing(null, () => write("DELETE", silenceApi(end.dataset.endSilence)));
+    if (back) doing(null, () => unacknowledge(back.dataset.unacknowledge));
   }
 
-  function onMute(event) {
-    const select = event.target.closest("[data-mute]");
-    if (!select || !select.value) return;
-    const body = { rule: select.dataset.rule, until: Math.round(now()) + Number(select.value) };
-    for (const field of ["host", "object"]) if (select.dataset[field]) body[field] = select.dataset[field];
-    select.value = "";
-    doing(null, () => write("POST", "/api/v1/silences", body));
+  // --- acting: acknowledge, mute, maintenance and accept in one dialog: scope, time, note, and an undo ---
+  const NEVER = ["", "it gets worse"], TIMES = [["1800", "in 30 min"], ["3600", "in 1 h"], ["7200", "in 2 h"], ["14400", "in 4 h"], ["28800", "in 8 h"], ["morning", "tomorrow 08:00"], ["own", "a time of my own …"]];
+  const ACTS = {
+    acknowledge: { title: "Acknowledge", yes: "Acknowledge", until: [NEVER, ...TIMES],
+      says: ({ until }) => `Quiet until it gets worse${until ? `, or until ${clock(until)}` : ""}. It stays listed under “acknowledged”.`,
+      async run({ data, until, note }) {
+        await each(data.acknowledge, (id) => write("POST", alertApi(id, "acknowledge"), { ...(until && { until }), ...(note && { note }) }));
+        return ["Acknowledged.", () => unacknowledge(data.acknowledge)];
+      } },
+    mute: { title: "Mute", yes: "Mute", until: TIMES, scopes: muteScopes,
+      says: ({ until, scope }) => `No notification for ${scope[1]} until ${clock(until)}. The page goes on showing it.`,
+      async run({ scope, until, note }) {
+        const made = await write("POST", "/api/v1/silences", { ...scope[0], until, ...(note && { note }) });
+        return [`Muted until ${clock(until)}.`, () => write("DELETE", silenceApi(made.id))];
+      } },
+    maintenance: { title: "Maintenance", yes: "Begin maintenance", until: TIMES, scopes: restScopes, noNote: true,
+      says: ({ until, scope }) => `Nothing of ${scope[1]} is told until ${clock(until)}. What still fires then is told.`,
+      run: beginMaintenance },
+    accept: { title: "Accept as normal", yes: "Accept as normal", noNote: true,
+      says: () => "The present value becomes the baseline: this alert ends, and the next one comes when it gets worse than now. There is no way back to the old baseline.",
+      async run({ data }) { await write("POST", alertApi(data.accept, "accept"), {}); return ["Accepted as normal."]; } },
+  };
+  let acting = null;
+
+  function wider({ host, site, tags }, what) {
+    const named = [[host && { host }, `${what}${host}`], [site && { site }, `${what}all hosts of site ${site}`], ...tags.split(" ").filter(Boolean).map((tag) => [{ tag }, `${what}all hosts tagged ${tag}`])];
+    return named.filter(([fields]) => fields);
   }
 
-  function onMaintain(event) {
-    const select = event.target.closest("[data-maintain]");
-    if (!select || !select.value) return;
-    const until = Math.round(now()) + Number(select.value);
-    select.value = "";
-    doing(null, () => write("PATCH", apiOf(select.dataset.maintain), { maintenance_until: until }));
+  function muteScopes({ rule, host, object, site, tags }) {
+    const own = object ? [[{ rule, object, ...(host && { host }) }, `${rule} of ${object}${host ? ` on ${host}` : ""}`]] : [];
+    const all = [...own, ...wider({ host, site, tags }, `${rule} on `).map(([fields, text]) => [{ rule, ...fields }, text])];
+    return [...all, ...wider({ host, site: "", tags: "" }, "everything on "), ...(all.length ? [] : [[{ rule }, `${rule} anywhere`]])];
+  }
+
+  function restScopes(data) { return wider(data, ""); }
+
+  async function beginMaintenance({ scope, until }) {
+    const [[key, name]] = Object.entries(scope[0]);
+    const list = key === "host" ? [await getJson(apiOf(name))] : ((await getJson(`/api/v1/hosts?${new URLSearchParams({ [key]: name, limit: 1000 })}`)) || {}).items;
+    if (!list || !list[0]) throw new Error("The hosts could not be read, so nothing was changed.");
+    const set = (rows) => Promise.all(rows.map((row) => write("PATCH", apiOf(row.name), { maintenance_until: row.until })));
+    await set(list.map((host) => ({ name: host.name, until })));
+    const many = list.length === 1 ? list[0].name : `${list.length} hosts`;
+    return [`${many} in maintenance until ${clock(until)}.`, () => set(list.map((host) => ({ name: host.name, until: host.maintenance_until > now() ? host.maintenance_until : null })))];
+  }
+
+  function openAct(button) {
+    const data = { host: "", site: "", tags: "", object: "", ...button.dataset }, act = ACTS[data.act];
+    const dialog = $("#act"), form = $("form", dialog), fields = form.elements;
+    acting = { act, data, scopes: act.scopes ? act.scopes(data) : [] };
+    form.reset();
+    $("#act-title").textContent = act.title;
+    $(".act-what bdi").textContent = data.what;
+    $("[type=submit]", form).textContent = act.yes;
+    $(".form-error", form).textContent = "";
+    const options = (select, list) => select.replaceChildren(...list.map(([value, text]) => node("option", { value }, text)));
+    options(fields.scope, acting.scopes.map(([, text], number) => [number, text]));
+    options(fields.until, act.until || []);
+    $(".act-scope").hidden = !act.scopes;
+    $(".act-until").hidden = !act.until;
+    $(".act-note").hidden = Boolean(act.noNote);
+    if (act.until && act.until[0] !== NEVER) fields.until.value = "7200";
+    describeAct();
+    dialog.showModal();
+  }
+
+  function untilOf({ until, time }) {
+    if (until.value === "own") return time.value ? Math.round(new Date(time.value).getTime() / 1000) : NaN;
+    if (until.value !== "morning") return until.value ? Math.round(now()) + Number(until.value) : 0;
+    const morning = new Date(now() * 1000);
+    morning.setDate(morning.getDate() + 1);
+    return Math.round(morning.setHours(8, 0, 0, 0) / 1000);
+  }
+
+  function chosenAct() {
+    const fields = $("#act form").elements;
+    return { data: acting.data, scope: acting.scopes[Number(fields.scope.value || 0)], until: untilOf(fields), note: fields.note.value.trim() };
+  }
+
+  function describeAct() {
+    const chosen = chosenAct(), bad = Number.isNaN(chosen.until) || (chosen.until && chosen.until <= now());
+    $(".act-time").hidden = $("#act form").elements.until.value !== "own";
+    $(".act-says").textContent = bad ? "Choose a time to come." : acting.act.says(chosen);
+    $("#act [type=submit]").disabled = Boolean(bad);
+  }
+
+  function runAct(form) {
+    return doing(form, async () => {
+      refuseIfLost();
+      const [text, undo] = await acting.act.run(chosenAct());
+      $("#act").close();
+      offerUndo(text, undo);
+    });
+  }
+
+  let undoing = null, undoTimer = 0;
+  function offerUndo(text, undo) {
+    const line = $("#undo");
+    undoing = undo;
+    $(".undo-text", line).textContent = text;
+    $("[data-undo]", line).hidden = !undo;
+    line.hidden = false;
+    clearTimeout(undoTimer);
+    undoTimer = setTimeout(function away() {
+      if (line.matches(":hover, :focus-within")) undoTimer = setTimeout(away, 2000); else line.hidden = true;
+    }, 10000);
+  }
+
+  function undo() {
+    $("#undo").hidden = true;
+    doing(null, undoing);
+  }
+
+  // --- onboarding: a new host's token, and what has come of it since ---
+  let watched = 0;
+  function showToken({ host, token, install }) {
+    const panel = $("#token"), texts = { name: host.name, token, install: install.join("\n") };
+    for (const [name, text] of Object.entries(texts)) $(`[data-fill="${name}"]`, panel).textContent = text;
+    panel.hidden = false;
+    panel.scrollIntoView({ block: "nearest" });
+    $("#token-title").focus({ preventScroll: true });
+    watchHost(host.name);
+  }
+
+  function dismissToken() {
+    const panel = $("#token");
+    clearTimeout(watched);
+    for (const place of $$("[data-fill]", panel)) place.textContent = "";
+    panel.hidden = true;
+  }
+
+  async function watchHost(name) {
+    clearTimeout(watched);
+    const [host, channels] = await Promise.all([getJson(apiOf(name)), getJson("/api/v1/channels")]);
+    if ($("#token").hidden || $('#token [data-fill="name"]').textContent !== name) return;
+    if (host) $("[data-steps]").replaceChildren(...stepsOf(host, channels ? channels.items : []).map(([done, text]) => node("li", { class: done ? "done" : "" }, `${done ? "✓" : "…"} ${text}`)));
+    watched = setTimeout(() => watchHost(name), POLL_MS);
+  }
+
+  function stepsOf(host, channels) {
+    const body = (name) => (host.sections[name] || {}).body;
+    const part = (name, seen, waiting) => body(name) ? [true, seen] : (host.sections[name] || {}).absent ? [true, `${name}: does not apply on this host`] : [false, waiting];
+    const scrubbed = (body("pools") || []).some((pool) => pool.last_scrub), jobs = (body("backups") || {}).jobs || [];
+    return [
+      host.last_seen_at === null ? [false, "waiting for the first report; it comes within seconds once the agent runs"] : [true, "it reports"],
+      part("pools", "its pools are known", "its pools come within a minute"),
+      part("guests", "its guests are known", "its guests come within a minute"),
+      part("disks", "its disks are known", "its disks come within some minutes"),
+      jobs.length ? [true, jobs.length === 1 ? "1 backup job seen" : `${jobs.length} backup jobs seen`] : [false, "no backup job seen yet"],
+      scrubbed ? [true, "a scrub is known"] : [false, "no scrub is known yet"],
+      channels.some((channel) => channel.last_sent_at) ? [true, "a notification has been delivered"] : [false, "no notification has been delivered yet: send a test under Alerts"],
+    ];
   }
 
   // --- alerting: a test through a channel, and what changed rules would have said ---
@@ -706,7 +875,7 @@
     said.textContent = "sending …";
     try {
       await write("POST", `/api/v1/channels/${encodeURIComponent(button.dataset.testChannel)}/test`, {});
-      said.textContent = "The test was taken.";
+      said.textContent = "The test was accepted by the channel.";
     } catch (problem) {
       said.className = "slim-said level-critical";
       said.textContent = `The test failed: ${problem.message}`;
@@ -757,6 +926,10 @@
     else if ((button = on("[data-copy]"))) copy(button);
     else if ((button = on("[data-copy-link]"))) copyLink(button);
     else if (on("[data-dismiss]")) dismissToken();
+    else if ((button = on("[data-act]"))) openAct(button);
+    else if (on("[data-act-cancel]")) $("#act").close();
+    else if (on("[data-undo]")) undo();
+    else if (on("#reorder")) load(here(), { force: true });
     else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);
     else if ((button = on("[data-remove]"))) remove(button);
@@ -772,6 +945,7 @@
     if (form.matches(".search")) { event.preventDefault(); search(false); }
     if (form.matches("[data-register]")) { event.preventDefault(); register(form); }
     if (form.matches("[data-edit]")) { event.preventDefault(); edit(form); }
+    if (form.matches("[data-act-form]")) { event.preventDefault(); runAct(form); }
     if (form.matches("[data-send]")) { event.preventDefault(); sendForm(form); }
     if (form.matches("[data-preview]")) { event.preventDefault(); preview(form); }
   }
@@ -782,13 +956,13 @@
     document.addEventListener("click", onClick);
     document.addEventListener("submit", onSubmit);
     if (!$("#main")) return;                       // the log-in page has no more than this
+    placed = here();
     setInterval(writeAges, 1000);
     settle("");
     showTab();
     document.addEventListener("keydown", onKey);
     document.addEventListener("click", onProblem);
-    document.addEventListener("change", onMute);
-    document.addEventListener("change", onMaintain);
+    document.addEventListener("change", (event) => { if (event.target.closest("#act")) describeAct(); });
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject]")) showCharts({ again: true }); });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);

@@ -213,7 +213,27 @@ def test_five_words_tell_how_a_guests_backup_stands(page, admin, register, post,
     assert host == ("fresh" if word == "fresh" else f"1 {word}")
     assert "on time" not in page("/")
     if verdict == "unknown":
-        assert row["reason"].startswith(("It is in no backup job.", "It has no backup yet"))
+        assert row["reason"] in ("It is in no backup job.", "It is in no backup job; its newest backup is 10 min old.",
+                                 "It has no backup yet.")
+    assert (guest["verdict"] == "ok") == (word in ("fresh", "due")) and (verdict == "critical" or guest["verdict"] == verdict)
+    copied = admin.get("/api/v1/copies").json()["items"][0]
+    assert copied["verdict"] != "ok" or word in ("fresh", "due", "late", "none yet")
+
+
+@pytest.mark.parametrize("due, reason", [
+    (18 * 3600, "It has no backup yet (first run due in 18 h)."),
+    (-1800, "It has no backup yet (the first run was due 30 min ago)."),
+])  # fmt: skip
+def test_a_guest_that_was_never_backed_up_says_when_its_first_run_is_due(admin, register, post, clock, due, reason):
+    job = {"id": "j", "enabled": True, "schedule": "sat 22:00", "guests": "all", "next_run_at": BACKUP_NOW + max(due, 86400)}
+    if due > 0:
+        job["next_run_at"] = BACKUP_NOW + due
+    guest = build_guest(100, name="mail", created_at=BACKUP_NOW - 7200)
+    job["due_times"] = [BACKUP_NOW + due] if due < 0 else []
+    post(register("pve1"), build_report(guests=[guest], backups={"jobs": [job], "guests": []}))
+    for path in ("/api/v1/backups", "/api/v1/guests"):
+        row = admin.get(path).json()["items"][0]
+        assert (row["verdict"], row["reason"]) == ("unknown", reason)
 
 
 def test_an_override_of_direction_in_a_name_is_shown_as_a_mark(page, register, post):
@@ -240,7 +260,7 @@ def test_what_is_not_known_is_a_dash_and_not_zero(page, register, post):
 def test_a_host_without_a_report_is_not_green(page, register):
     register("pve1")
     document = page()
-    assert "0 of 1 host reporting" in document
+    assert "1 host registered, not reporting yet." in document and "Nothing needs you." not in document
     assert "No report has come yet" in document
 
 
