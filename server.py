@@ -1736,6 +1736,7 @@ class HostState(AlertOwner):
     def __init__(self, record: sqlite3.Row):
         super().__init__()
         self.id = record["id"]
+        self.named: dict[str, list[tuple[str, Any]]] = {}  # see objects()
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.guest_words: dict[int, str | None] = {}  # status by vmid: what the next report is held against
@@ -1788,7 +1789,7 @@ class HostState(AlertOwner):
             old = sections.get(name, NOTHING)
             if old.status == stamp or stamp.newer_than(old.status):  # part of a section may come with an error
                 sections[name] = old._replace(status=stamp, error={**error, "time": stamp.time}, absent=False)
-        self.sections = sections
+        self.sections, self.named = sections, {}
         if "guests" in changed:
             self.guest_counts = count_guests(self.body("guests"))
             self.guest_words = {guest["vmid"]: text(guest, "status") for guest in self.items("guests")}
@@ -1825,7 +1826,7 @@ class HostState(AlertOwner):
                 if section.weight:
                     packed = zlib.compress(json.dumps({name: section.value}).encode(), 1)
                 sections[name] = section._replace(value=None, report=packed, name=name)
-        self.sections = sections
+        self.sections, self.named = sections, {}
 
     def pointers(self) -> dict[str, list[int | None]]:
         """Which reports hold the latest state: what is needed to build it again."""
@@ -1835,7 +1836,13 @@ class HostState(AlertOwner):
         return kept
 
     def objects(self, each: str) -> list[tuple[str, Any]]:
-        """The objects of a section by name, as rules look at them."""
+        """The objects of a section by name, as rules look at them; the same list until the next report."""
+        found = self.named.get(each)
+        if found is None:
+            found = self.named[each] = self._name_objects(each)
+        return found
+
+    def _name_objects(self, each: str) -> list[tuple[str, Any]]:
         if each == "pool_states":
             return [(f"pools/{pool['name']}", pool) for pool in pools_now(self)]
         if each == "failures":
@@ -3439,7 +3446,7 @@ class Rule(NamedTuple):
     """One rule: what it looks at and when, how it is judged, what to tell."""
 
     name: str
-    read: Callable[[Any, Any, Fleet, float], Found]
+    bind: Callable[[Any, Fleet, float], Callable[[Any], Found]]  # to a host and a time: what judges one object
     why: str
     todo: str
     each: str = ""  # the section whose objects it looks at, one by one; '' = the host as a whole
@@ -3471,40 +3478,40 @@ def rule(name: str, **fields: Any) -> Callable[[Judge], Judge]:
     """Make the function below a rule. It gets the object, and of `host`, `fleet`, `now` what it names."""
 
     def register(function: Judge) -> Judge:
-        wanted = function.__code__.co_varnames[:function.__code__.co_argcount]
-        add_rule(name, CALLS[wanted[1:]](function), **fields)
+        wanted = function.__code__.co_varnames[1:function.__code__.co_argcount]
+        add_rule(name, partial(BIND[wanted], function), **fields)
         return function
 
     return register
 
 
-CALLS: dict[tuple[str, ...], Callable[[Judge], Callable[[Any, Any, Fleet, float], Found]]] = {
-    (): lambda f: lambda item, host, fleet, now: f(item),
-    ("host",): lambda f: lambda item, host, fleet, now: f(item, host),
-    ("now",): lambda f: lambda item, host, fleet, now: f(item, now),
-    ("host", "now"): lambda f: lambda item, host, fleet, now: f(item, host, now),
-    ("fleet", "now"): lambda f: lambda item, host, fleet, now: f(item, fleet, now),
-    ("host", "fleet"): lambda f: lambda item, host, fleet, now: f(item, host, fleet),
-    ("host", "fleet", "now"): lambda f: lambda item, host, fleet, now: f(item, host, fleet, now),
+# What a rule's function wants besides the object -> a function of the object alone, made once for all of a host's.
+BIND: dict[tuple[str, ...], Callable[..., Callable[[Any], Found]]] = {
+    (): lambda f, host, fleet, now: f,
+    ("host",): lambda f, host, fleet, now: lambda item: f(item, host),
+    ("now",): lambda f, host, fleet, now: lambda item: f(item, now),
+    ("host", "now"): lambda f, host, fleet, now: lambda item: f(item, host, now),
+    ("fleet", "now"): lambda f, host, fleet, now: lambda item: f(item, fleet, now),
+    ("host", "fleet"): lambda f, host, fleet, now: lambda item: f(item, host, fleet),
+    ("host", "fleet", "now"): lambda f, host, fleet, now: lambda item: f(item, host, fleet, now),
 }
 
 
-def row(name: str, *, reads: str, says: str, own: Callable[[Any], tuple[float, float] | None] = lambda item: None,
-        **fields: Any) -> None:
-    """A rule that holds one number against thresholds, an object's `own` ones if it has some. The sentence `says` it
-    with {value} and the object's fields."""
+def row(name: str, *, reads: str, says: str, **fields: Any) -> None:
+    """A rule that holds one number against thresholds; the sentence `says` it with {value} and the object's fields."""
 
-    def read(item: Any, host: Any, fleet: Fleet, now: float) -> Found:
+    def read(item: Any) -> Found:
         value = number(item, reads)
-        return measured(value, lambda: says.format_map({**item, "value": value}), limits=own(item))
+        return measured(value, lambda: says.format_map({**item, "value": value}))
 
-    add_rule(name, read, reads=f"{fields.get('each') or fields['on']}.{reads}", by_number=True, **fields)
+    section = fields.get("each") or fields["on"]
+    add_rule(name, partial(BIND[()], read), reads=f"{section}.{reads}", by_number=True, **fields)
 
 
-def add_rule(name: str, read: Callable[[Any, Any, Fleet, float], Found], *, each: str = "", on: str = "",
+def add_rule(name: str, bind: Callable[[Any, Fleet, float], Callable[[Any], Found]], *, each: str = "", on: str = "",
              of: str = "", **fields: Any) -> None:
     sections = tuple(on.split()) or (each,)
-    RULE[name] = Rule(name, read, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
+    RULE[name] = Rule(name, bind, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
 
 
 class Limits(NamedTuple):
@@ -3626,10 +3633,11 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
         return
     objects = objects_of(host, rule) if known != "absent" else []
     said: set[str] = set()
+    read = rule.bind(host, fleet, now)
     for object, item in objects:
         try:
-            found = UNKNOWN if item is None else rule.read(item, host, fleet, now)
-            if found is None:
+            found = UNKNOWN if item is None else read(item)
+            if found is None or (found is UNKNOWN and not open_alerts):  # most end here
                 continue
             for reading in (found,) if isinstance(found, Reading) else list(found):
                 about = object if reading.object is None else reading.object
@@ -3651,9 +3659,10 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
         for object, old in open_alerts.items():
             if not covers(said, object) and (known != "partly" or covers(looked_at, object)):
                 yield old, evaluate(limits, old, rule, object, None, now)
-        for key in host.memory.keys(rule.name) if rule.tidy and known == "whole" else ():
-            if not covers(looked_at, key):
-                host.memory.drop(rule.name, key)
+        if rule.tidy and known == "whole":
+            for key in host.memory.rules.get(rule.name, {}).keys() - looked_at:
+                if not covers(looked_at, key):
+                    host.memory.drop(rule.name, key)
 
 
 def limits_for(host: Any, rule: Rule, object: str, reading: Reading, limits: Limits, fleet: Fleet) -> Limits:
@@ -4624,10 +4633,12 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
 def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
     """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
     status, object, vmid = guest.get("status"), f"guests/{guest['vmid']}", str(guest["vmid"])
-    boot, uptime = text(host.body("node"), "boot_id"), number(host.body("node"), "uptime_seconds")
+    words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
     if status == RUNNING:
-        host.memory.keep("guest-down", object, [RUNNING, 0, boot])
+        if words != RUNNING:
+            host.memory.keep("guest-down", object, [RUNNING, 0, None])
         return None
+    boot, uptime = text(host.body("node"), "boot_id"), number(host.body("node"), "uptime_seconds")
     if status in (None, "unknown") or (uptime is not None and uptime < BOOT_SECONDS and status not in BROKEN):
         return UNKNOWN
     if guest.get("template"):
@@ -4638,7 +4649,6 @@ def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
         return severe(f"{called} is in state {status}.")
     if status not in ("stopped", "shutdown"):
         return None  # paused, prelaunch, suspended: somebody's doing
-    words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
     if words == RUNNING:
         words, since = WAS_RUNNING, now
     elif not words and guest.get("onboot") and boot != known_boot and uptime is not None and uptime < 2 * HOUR:
@@ -4683,10 +4693,11 @@ def is_restarting(host: HostState, vmid: str, now: float) -> bool:
       todo="Look at its console; qm status VMID --verbose; then reset it.")
 def guest_hangs(guest: dict[str, Any]) -> Found:
     """A running VM whose QEMU answers no question; while a task is at work on it that is no news."""
-    if guest.get("status") != RUNNING or guest.get("lock_held") is True:
+    responds = guest.get("responds")
+    if responds is True or guest.get("status") != RUNNING or guest.get("lock_held") is True:
         return None
-    if guest.get("responds") is not False:
-        return UNKNOWN if guest.get("type") == "qemu" and guest.get("responds") is None else None
+    if responds is not False:
+        return UNKNOWN if guest.get("type") == "qemu" else None
     severe = critical if is_ha_managed(guest) or "critical" in tags_of(guest) else warning
     return severe(f"Guest {guest['vmid']} ({text(guest, 'name') or guest['vmid']}): its QEMU does not answer.")
 
@@ -5707,19 +5718,21 @@ def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: floa
 
 
 IDENTITY: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "guests": lambda guest: number(guest, "created_at"), "pools": lambda pool: text(pool, "guid")}
+    "guests": lambda guest: guest.get("created_at"), "pools": lambda pool: pool.get("guid")}
 
 
 def follow_names(db: sqlite3.Connection, state: HostState, changed: Iterable[str], now: float) -> None:
     """Names move: what is known of a guest or a pool is forgotten when another one has its name, and alerts about a
     disk follow it to its new letter."""
-    for section in IDENTITY.keys() & set(changed):
-        for object, item in state.objects(section):
-            known, identity = state.memory.get("identity", object), IDENTITY[section](item)
-            if known is not None and identity is not None and known != identity:
-                state.memory.forget(object)
-            if identity is not None:
-                state.memory.keep("identity", object, identity)
+    for section, identity_of in IDENTITY.items():
+        if section in changed:
+            known = state.memory.rules.get("identity", {})
+            for object, item in state.objects(section):
+                identity = identity_of(item)
+                if identity is not None and known.get(object) != identity:
+                    if object in known:
+                        state.memory.forget(object)
+                    state.memory.keep("identity", object, identity)
     if "disks" in changed:
         was = {key: state.memory.get("disk-gone", key)[0] for key in state.memory.keys("disk-gone")}
         moved = {f"disks/{was[disk_key(disk)]}": object for object, disk in state.objects("disks")
@@ -5936,7 +5949,7 @@ class Past(NamedTuple):
 def past_state(state: HostState) -> HostState:
     """A state to run old reports through: it knows what the rules remember, and nothing that came later."""
     past = copy.copy(state)
-    past.sections, past.alerts, past.stamp, past.coverage, past.past = {}, {}, None, None, None
+    past.sections, past.named, past.alerts, past.stamp, past.coverage, past.past = {}, {}, {}, None, None, None
     past.memory = Memory(json.loads(state.memory.to_json()))
     return past
 
