@@ -2410,7 +2410,7 @@ def remember(probe: ProbeLike, memory: dict[str, Any], name: str, read: Callable
 
 
 def attempt(read: Callable[..., Any], *args: Any, default: Any = None) -> Any:
-    """For what may be missing without being an error: the default then."""
+    """`read(*args)` of an extra that no row depends on: the default whatever fails. See optional() for the others."""
     try:
         return read(*args)
     except SourceError:
@@ -3095,13 +3095,13 @@ def follow_tasks(probe: ProbeLike, place: dict[str, Any], *, from_start: bool) -
         place.setdefault("offset", 0)
         return []
     if "mark" not in place:
-        lines = attempt(probe.read, f"{TASK_INDEX}.1", default="").splitlines() if from_start else []
+        lines = optional(probe.read, f"{TASK_INDEX}.1", default="").splitlines() if from_start else []
         lines += keep_place(place, mark, probe.read(TASK_INDEX), 0)
         return lines if from_start else []
     text = probe.read(TASK_INDEX)
     if place["mark"] is not None and place["mark"][0] == mark[0] and is_continued(text, place):
         return keep_place(place, mark, text, place["offset"])
-    older = attempt(probe.read, f"{TASK_INDEX}.1", default="")
+    older = optional(probe.read, f"{TASK_INDEX}.1", default="")
     lines = []
     if place["mark"] is not None and is_continued(older, place):
         lines = older[place["offset"] :].splitlines()
@@ -3625,7 +3625,7 @@ def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: i
 def read_vzdump_logs(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
     """/var/log/vzdump: the last run of each guest on this node, for those whose task log is gone."""
     seen = memory.setdefault("logs", {})
-    for name in attempt(probe.list_dir, "/var/log/vzdump", default=[]):
+    for name in optional(probe.list_dir, "/var/log/vzdump", default=[]):
         kind, _, rest = name.partition("-")
         vmid, dot, ending = rest.partition(".")
         stat = attempt(probe.stat, f"/var/log/vzdump/{name}") if kind in ("qemu", "lxc") and ending == "log" else None

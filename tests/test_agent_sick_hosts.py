@@ -678,3 +678,22 @@ def test_a_sensor_that_measures_nothing_has_no_temperature() -> None:
 def test_a_storage_without_a_size_of_its_own_is_not_full() -> None:
     told = agent.build_storage("san", {"type": "iscsi", "active": 1, "total": 0, "used": 0, "avail": 0}, None, None)
     assert told["active"] is True and not told.keys() & {"total_bytes", "used_bytes", "available_bytes"}
+
+
+def test_what_may_not_be_read_is_not_taken_for_nothing() -> None:
+    probe = FakeProbe("pve8-mirror")
+    probe.meta["errors"] = {"/var/log/vzdump": ["denied", "permission denied"]}
+    assert "denied" in agent.collect(probe, {}, ["backups"])[0]["backups"]["unknown_reason"]
+    # after a rotation: what lies in index.1 is not lost because it could not be read once
+    probe = FakeProbe("pve8-mirror")
+    line = f"UPID:pve8:00000001:00000007:{int(probe.now()):08X}:qmstart:10{{}}:root@pam: {int(probe.now()) + 5:08X} OK\n"
+    probe.texts[agent.TASK_INDEX], probe.inodes[agent.TASK_INDEX] = "", 1
+    memory: dict[str, Any] = {}
+    agent.collect_tasks(probe, memory)
+    probe.texts[agent.TASK_INDEX], probe.inodes[agent.TASK_INDEX] = line.format(2), 2
+    probe.meta["errors"] = {f"{agent.TASK_INDEX}.1": ["timeout", "no answer in 2 s"]}
+    with pytest.raises(agent.SourceError):
+        agent.collect_tasks(probe, memory)
+    probe.meta["errors"] = {}
+    probe.texts[f"{agent.TASK_INDEX}.1"] = line.format(1)
+    assert [task["vmid"] for task in agent.collect_tasks(probe, memory) or []] == [101, 102]
