@@ -411,8 +411,10 @@ def live_server(tmp_path: Path) -> Iterator[LiveServer]:
 class LiveAgent:
     """A real `agent.py start` with a state directory of its own."""
 
-    def __init__(self, folder: Path, server: LiveServer, token: str, *, host: str = "pve1", fast: int = 1):
+    def __init__(self, folder: Path, server: LiveServer, token: str, *, host: str = "pve1", fast: int = 1,
+                 program: Path = ROOT / "agent.py"):
         self.state, self.log, self.config = folder / "agent-state", folder / "agent.log", folder / "agent.toml"
+        self.program = program
         self.state.mkdir(exist_ok=True)
         self.config.write_text(
             f'server_url = "{server.url}"\ntoken = "{token}"\nhost_id = "{host}"\n'
@@ -423,7 +425,7 @@ class LiveAgent:
 
     def start(self) -> None:
         env = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(self.state), "PYTHONUNBUFFERED": "1"}
-        argv = [sys.executable, str(ROOT / "agent.py"), "start", "--config", str(self.config)]
+        argv = [sys.executable, str(self.program), "start", "--config", str(self.config)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 

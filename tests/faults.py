@@ -56,13 +56,13 @@ def stored(path: Path | str) -> list[Key]:
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     db.row_factory = sqlite3.Row
     try:
-        runs = {row["id"]: (row["name"], row["run_id"]) for row in db.execute(
-            "SELECT run.id, name, run_id FROM run JOIN host ON host.id = host_id")}  # fmt: skip
-        found = [(*runs[row["run"]], row["seq"]) for row in db.execute("SELECT run, seq FROM report")]
-        packed = {zlib.crc32(run[1].encode()): run for run in runs.values()}
-        for row in db.execute("SELECT body FROM chunk WHERE id >> 34 & 3 = 0"):
+        runs = {row["id"]: (row["host_id"], row["name"], row["run_id"]) for row in db.execute(
+            "SELECT run.id, host_id, name, run_id FROM run JOIN host ON host.id = host_id")}  # fmt: skip
+        found = [(*runs[row["run"]][1:], row["seq"]) for row in db.execute("SELECT run, seq FROM report")]
+        packed = {(host_id, zlib.crc32(run_id.encode())): (name, run_id) for host_id, name, run_id in runs.values()}
+        for row in db.execute("SELECT id, body FROM chunk WHERE id >> 34 & 3 = 0"):
             keys = monitor.unpack_reports(monitor.History(), db, row["body"], {}, {}).keys
-            found += [(*packed[run], seq) for _, run, seq in keys]
+            found += [(*packed[row["id"] >> 36, run], seq) for _, run, seq in keys]
         return found
     finally:
         db.close()
