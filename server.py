@@ -2471,17 +2471,39 @@ def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
     """What depends on a pool, a disk or a storage: {pool, vdev, margin, guests, critical, sentence}; None for else."""
     kind, _, name = object.partition("/")
     if kind == "pools":
-        return describe_blast(host, name.partition("/")[0], None)
+        pool_name, _, member = name.partition("/")
+        return describe_blast(host, pool_name, find_top(host, member, pool_name)[1] if member else None)
     if kind == "disks":
-        for pool in dicts(host.body("pools")):
-            for vdev in dicts(pool.get("vdevs")):
-                if any(text(leaf, "disk") == name for leaf in walk_vdevs([vdev])):
-                    return describe_blast(host, str(pool.get("name")), str(vdev.get("name")))
+        in_pool, vdev = find_top(host, name, None)
+        return describe_blast(host, in_pool, vdev) if in_pool else None
     if kind == "storages":
         guests = [guest for guest in dicts(host.body("guests"))
                   if any(volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
         return {"pool": None, "vdev": None, "margin": None, **count_guests_hit(host, guests, name)}
     return None
+
+
+def find_top(host: HostState, member: str, of_pool: str | None) -> tuple[str | None, str | None]:
+    """The pool and the top-level vdev that a disk or a vdev is part of."""
+    for pool in dicts(host.body("pools")):
+        for vdev in dicts(pool.get("vdevs")):
+            if of_pool in (None, pool.get("name")) and any(
+                    member in (leaf.get("disk"), leaf.get("name")) for leaf in walk_vdevs([vdev])):
+                return str(pool.get("name")), str(vdev.get("name"))
+    return None, None
+
+
+def at_stake(host: Any, object: str | None) -> str | None:
+    """The blast radius in a sentence, for an alert; None where nothing depends on what the alert is about."""
+    if not object or not isinstance(host, HostState):
+        return None
+    try:
+        return (blast_radius(host, object) or NO_BLAST)["sentence"] or None
+    except ODD:
+        return None
+
+
+NO_BLAST: dict[str, Any] = {"sentence": None}
 
 
 def describe_blast(host: HostState, name: str, vdev: str | None) -> dict[str, Any] | None:
@@ -2509,21 +2531,23 @@ def may_fail(margin: int) -> str:
     return "no more disk may fail" if margin == 0 else f"{margin} more disk{'' if margin == 1 else 's'} may fail"
 
 
-def lives_on(host: HostState, guest: dict[str, Any]) -> list[str]:
-    """For a guest: each pool it lives on, in a sentence, with the suspects under it."""
-    sentences = []
-    for name in dict.fromkeys(dataset.partition("/")[0] for dataset in volumes_of(guest)):
-        pool = next((pool for pool in dicts(host.body("pools")) if pool.get("name") == name), None)
-        if pool is None:
-            sentences.append(f"lives on {name}, of which nothing is known")
-            continue
+def grounds(host: HostState) -> dict[str, str]:
+    """Each pool of a host as its guests see it: what may fail, with the suspects."""
+    told = {}
+    for pool in dicts(host.body("pools")):
         margins = pool_margins(host, pool)
         suspects = [str(leaf.get("disk") or leaf.get("name")) for vdev in margins for leaf, _, _ in vdev.suspects]
         margin = min((vdev.margin for vdev in margins), default=None)
         words = [text(pool, "layout") or "", "" if margin is None else may_fail(margin)]
-        sentences.append(f"lives on {name} ({', '.join(word for word in words if word)})"
-                         + (f"; suspect: {', '.join(suspects)}" if suspects else ""))
-    return sentences
+        told[str(pool.get("name"))] = f"lives on {pool.get('name')} ({', '.join(word for word in words if word)})" \
+            + (f"; suspect: {', '.join(suspects)}" if suspects else "")
+    return told
+
+
+def lives_on(guest: dict[str, Any], told: dict[str, str]) -> list[str]:
+    """For a guest: each pool it lives on, in a sentence; `told` as grounds() gives it."""
+    return [told.get(name) or f"lives on {name}, of which nothing is known"
+            for name in dict.fromkeys(dataset.partition("/")[0] for dataset in volumes_of(guest))]
 
 
 # Silent failures: what would not be heard of when it is needed.
@@ -6404,14 +6428,15 @@ def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: fl
     return {"kind": kind, "alert_id": alert.id, "rule": alert.rule, "severity": alert.severity, "host": state.name,
             "site": site, "object": alert.object or None, "message": alert.message,
             "value": alert.value, "since": alert.since, "at": now, "why": rule.why if rule else "",
-            "todo": rule.todo if rule else "", "threshold": threshold_text(limits), "children": followers, "link": link}
+            "todo": rule.todo if rule else "", "threshold": threshold_text(limits), "children": followers,
+            "at_stake": None if kind == "resolved" else at_stake(state, alert.object), "link": link}
 
 
 def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> dict[str, Any]:
     """What is told and is no alert, in the shape of one: test, digest, many (of a host), lost (a message)."""
     return {"kind": kind, "alert_id": None, "rule": "", "severity": severity, "host": None, "site": None,
             "object": None, "message": message, "value": None, "since": now, "at": now, "why": "", "todo": "",
-            "threshold": "", "children": 0, "link": link, **fields}
+            "threshold": "", "children": 0, "at_stake": None, "link": link, **fields}
 
 
 def threshold_text(limits: Limits | None) -> str:
@@ -6609,6 +6634,8 @@ def item_text(item: dict[str, Any], escape: Callable[[str], str]) -> str:
              f"Since: {since} ({format_duration(item['at'] - item['since'])})"]
     if item["children"]:
         lines.append(f"With it: {item['children']} other alert(s) that follow from this one")
+    if item.get("at_stake"):  # what was queued by an older version has none
+        lines.append(f"At stake: {one_line(item['at_stake'])}")
     if item["kind"] != "resolved":
         limit = f" (rule {item['rule']}{', ' + item['threshold'] if item['threshold'] else ''})"
         lines += [f"Why: {item['why']}{limit}", f"Do: {item['todo']}"]
@@ -6617,7 +6644,7 @@ def item_text(item: dict[str, Any], escape: Callable[[str], str]) -> str:
 
 def safe_message(body: dict[str, Any]) -> dict[str, Any]:
     """The same message without any text that an agent sent: rule, severity, host and link."""
-    items = [{**item, "object": None, "value": None, "site": None,
+    items = [{**item, "object": None, "value": None, "site": None, "at_stake": None,
               "message": f"{item['rule'] or item['kind']} ({item['severity']}); its text was not taken, see the page"}
              for item in body["items"]]
     return {**build_message(items, whole=True), "left_out": body["left_out"], "safe": True}
@@ -9198,14 +9225,14 @@ def count_suspect(state: HostState) -> int | None:
 GUEST_COLUMNS = tuple("""
     host vmid type name status verdict reason template lock tags cpu_count cpu_ratio memory_used_bytes
     memory_max_bytes disk_used_bytes disk_max_bytes uptime_seconds onboot ha_state backup backup_at job
-    oldest_snapshot_at as_of""".split())
+    oldest_snapshot_at lives_on as_of""".split())
 
 
 def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iterator[Row]:
     """A host's guests as the fleet's list shows them; what is told of their backups takes the fleet."""
     as_of = state.sections.get("guests", NOTHING).time
     covers = {cover.vmid: cover for cover in (known_coverage(state, fleet, now) or () if fleet else ())}
-    snapshots = oldest_snapshots(state)
+    snapshots, pools = oldest_snapshots(state), grounds(state)
     usual = None if state.alerts else object_verdict(state, "guests", "", now)  # the same for all, mostly
     for guest in state.body("guests", ()):
         verdict, reason = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)
@@ -9221,6 +9248,7 @@ def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iter
                "job": cover and {True: "yes", False: "none", None: None}[cover.covered],
                "oldest_snapshot_at": min((snapshots[dataset] for dataset in volumes_of(guest) if dataset in snapshots),
                                          default=None),
+               "lives_on": "; ".join(lives_on(guest, pools)) or None,
                "as_of": as_of if own is None or as_of is None else min(own, as_of)}
 
 
@@ -9410,17 +9438,24 @@ def disk_rows(state: HostState, now: float) -> Iterator[Row]:
 
 
 ALERT_COLUMNS = ("id", "rule", "severity", "state", "host", "object", "message", "value", "since", "resolved_at",
-                 "acknowledged", "because_of")
+                 "acknowledged", "because_of", "at_stake")
 
 
 def alert_row(alert: Alert, host: str | None) -> Row:
-    """An alert as the API and the page have it; clusters, sites and the server itself have no host."""
+    """An alert as the API and the page have it; clusters, sites and the server itself have no host. What is at stake
+    is filled in where it is shown: with_stakes()."""
     acknowledged = None
     if alert.acknowledged_at is not None:
         acknowledged = {"at": alert.acknowledged_at, "by": alert.acknowledged_by, "until": alert.acknowledged_until,
                         "note": alert.acknowledged_note}
     return {**{column: getattr(alert, column) for column in ALERT_COLUMNS if hasattr(alert, column)}, "host": host,
-            "object": alert.object or None, "acknowledged": acknowledged}
+            "object": alert.object or None, "acknowledged": acknowledged, "at_stake": None}
+
+
+def with_stakes(fleet: Fleet, rows: Iterable[Row]) -> Iterator[Row]:
+    """Open alerts with what depends on the disk, vdev, pool or storage that each is about."""
+    for row in rows:
+        yield {**row, "at_stake": at_stake(fleet.names.get((row["host"] or "").lower()), row["object"])}
 
 
 def alert_order(row: Row) -> tuple[Any, ...]:
@@ -9464,7 +9499,7 @@ def asked_alerts(call: Call) -> Iterator[Row]:
         return everything or row["host"] in hosts or (
             row["host"] is None and "host" not in call.query and place in places)
 
-    yield from filter(meant, open_alerts(call.fleet.everything(), wanted))
+    yield from with_stakes(call.fleet, filter(meant, open_alerts(call.fleet.everything(), wanted)))
     if wanted in ("resolved", "all"):
         yield from filter(meant, stored_alerts(call.db, "alert.state = 'resolved'"))
 
@@ -10128,6 +10163,33 @@ def shown_alert(call: Call, number: int) -> Row:
     return row
 
 
+@route("GET", "/api/v1/alerts/<id>", auth="read")
+def get_alert(call: Call) -> Any:
+    """One alert, open or over: what depends on what it is about, and what happened before it."""
+    row = shown_alert(call, alert_number(call))
+    state = call.fleet.names.get((row["host"] or "").lower())
+    stakes = state and row["resolved_at"] is None and at_stake(state, row["object"])
+    return {**row, "at_stake": stakes or None,
+            "blast_radius": blast_radius(state, row["object"]) if state and stakes else None,
+            "before": events_before(call, row, state)}
+
+
+BEFORE_SECONDS, BEFORE_MOST = HOUR, 100
+
+
+def events_before(call: Call, alert: Row, state: HostState | None) -> Rows:
+    """What happened on an alert's host and its cluster in the hour before it began, newest first: tasks, updates,
+    reboots, changes of guests and of the configuration, other alerts."""
+    fleet, object = call.fleet, alert["object"] or ""
+    hosts = fleet.cluster_of(state) if state else [
+        fleet.hosts[host_id] for host_id in fleet.shared.hosts_of(object) if host_id in fleet.hosts]
+    names, cluster = {host.name for host in hosts}, text(state.body("cluster"), "name") if state else None
+    events = each_event(call.db, since=alert["since"] - BEFORE_SECONDS, until=alert["since"])
+    own = (event for event in events if event["host"] in names
+           or (event["host"] is None and (event["object"] or "").startswith(f"clusters/{cluster}")))
+    return list(islice(own, BEFORE_MOST))
+
+
 @route("POST", "/api/v1/alerts/<id>/acknowledge", auth="operate")
 def post_acknowledge(call: Call) -> Any:
     """Take note of an alert, until it gets worse: note, until (both optional)."""
@@ -10466,7 +10528,7 @@ def host_detail(call: Call, state: HostState) -> dict[str, Any]:
                           "stale": is_stale(state, name, call.now), "absent": section.absent,
                           "error": section.error, "body": section.body}
     return {**host_row(call.fleet, state, call.now), "sections": sections, "agent": state.agent,
-            "alerts": open_alerts([state]),
+            "alerts": list(with_stakes(call.fleet, open_alerts([state]))),
             "missing_reports": missing_reports(call.db, state.id)}
 
 
@@ -10836,6 +10898,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         shown = add_sparks(call, shown)
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
+    groups = group_problems(call, find_rows(call, TABS["alerts"], problems, terms))
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
         "user": call.actor, "kiosk": call.kind == "kiosk",
@@ -10846,7 +10909,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "states": count_states(find_rows(call, resource, everything, of_any_state)),
         "counts": {**counts, tab: len(rows)}, "csv": csv_url(resource, query),
         "overview": overview, "posture": posture, "sentence": sentence,
-        "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms)),
+        "problems": [*with_stakes(call.fleet, groups[:STAKES_SHOWN]), *groups[STAKES_SHOWN:]],
         "next_due": None if unseen else find_next_due(call),
         "host": page_host(call), "pool": query.get("pool", ""),
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
@@ -10855,6 +10918,9 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01"), "waiting": waiting_hosts(call),
     }
+
+
+STAKES_SHOWN = 20  # of so many problems the page says what depends on them
 
 
 def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
@@ -10947,7 +11013,7 @@ def page_host(call: Call) -> dict[str, Any] | None:
         "absent": [name for name, one in state.sections.items() if one.absent],
         "errors": {name: one.error for name, one in state.sections.items() if one.error},
         "alerts": [{**alert, "silence": silence_of(call, state, alert), "site": state.site, "tags": state.tags}
-                   for alert in open_alerts([state])],
+                   for alert in with_stakes(call.fleet, open_alerts([state]))],
         "watching": open_alerts([state], "pending"),
         "missing_reports": missing_reports(call.db, state.id),
         **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")

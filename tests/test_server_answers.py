@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Client
 from simulation import START, Simulation
 
 import server
@@ -247,9 +248,32 @@ def test_nothing_is_said_of_what_is_not_there(sim: Simulation, object: str) -> N
 
 def test_a_guest_tells_where_it_lives(sim: Simulation) -> None:
     host = tank_host(sim, disks=[disk("sdf", pending_sectors=1)])
-    assert server.lives_on(host, host.body("guests")[0]) == [
-        "lives on tank (raidz2, no more disk may fail); suspect: sdf"]
-    assert server.lives_on(host, host.body("guests")[2]) == ["lives on rpool, of which nothing is known"]
+    assert [row["lives_on"] for row in server.guest_rows(host, START)] == [
+        *["lives on tank (raidz2, no more disk may fail); suspect: sdf"] * 2, "lives on rpool, of which nothing is known"]
+
+
+def asked(sim: Simulation, path: str) -> Any:
+    """What the API answers to a reader."""
+    token = sim.write(lambda db: server.create_api_token(db, f"t{len(path)}", sim.now, admin=False, days=None))
+    answer = Client(sim.monitor).get(path, Authorization=f"Bearer {token}")
+    return answer.status, answer.json()
+
+
+def test_an_alert_says_what_is_at_stake_in_lists_and_messages(sim: Simulation) -> None:
+    host = tank_host(sim)
+    said = "no more disk may fail; 2 guests on tank, 1 of them critical"
+    rows = {(row["rule"], row["object"]): row["at_stake"] for row in server.with_stakes(sim.fleet, server.open_alerts([host]))}
+    assert rows["pool-state", "pools/tank"] == said
+    alert = host.alerts["pool-state", "pools/tank"]
+    body = server.notification_body(sim.fleet, host, alert, "firing", sim.now)
+    assert body["at_stake"] == said and f"At stake: {said}" in server.item_text(body, str)
+    assert server.notification_body(sim.fleet, host, alert, "resolved", sim.now)["at_stake"] is None
+    assert server.safe_message({"items": [body], "left_out": {}})["items"][0]["at_stake"] is None
+
+
+def test_nothing_is_at_stake_where_nothing_is_known_to_depend(sim: Simulation) -> None:
+    host = tank_host(sim)
+    assert server.at_stake(host, "disks/nope") is None is server.at_stake(sim.fleet.shared, "clusters/a")
 
 
 # silent failures
@@ -453,6 +477,36 @@ def test_a_host_that_fell_silent_is_as_full_as_it_was(sim: Simulation) -> None:
     server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
     (later,) = server.fleet_forecasts(sim.fleet, list(sim.fleet.hosts.values()), sim.now)
     assert later["days_until_full"] == row["days_until_full"] and later["as_of"] == row["as_of"]
+
+
+# what changed before it broke
+
+
+def test_an_alert_tells_the_hour_before_it_on_its_host_and_cluster(sim: Simulation) -> None:
+    members = [{"name": name, "online": True} for name in ("pve1", "pve2")]
+    both = {"cluster": {"name": "c", "quorate": True, "members": members}}
+    for name in ("pve1", "pve2", "pve9"):
+        state(sim, name, node={"boot_id": "a", "name": name, "pve_version": "9"}, **(both if name != "pve9" else {}))
+    sim.now += 300
+    for name, age in (("pve1", 20), ("pve2", 30), ("pve9", 30), ("pve1", 2 * HOUR)):
+        sim.send(name, tasks=[{"upid": f"U{name}{age}", "type": "qmrollback", "vmid": "104", "user": "root@pam",
+                               "ended_at": sim.now - age, "status": "OK"}])
+    state(sim, "pve1", pools=[pool(vdev("mirror", leaf("a"), leaf("b", "FAULTED")), state="DEGRADED")], **both)
+    (alert,) = sim.alerts("pool-state")
+    sim.now += 60
+    sim.send("pve1", tasks=[{"upid": "late", "type": "aptupdate", "ended_at": sim.now, "status": "OK"}])
+    status, told = asked(sim, f"/api/v1/alerts/{alert['id']}")
+    before = [(row["host"], row["message"].split()[1]) for row in told["before"] if row["kind"] == "task"]
+    assert status == 200 and before == [("pve1", "qmrollback"), ("pve2", "qmrollback")]
+    assert told["blast_radius"]["pool"] == "tank" and told["rule"] == "pool-state"
+
+
+def test_nothing_happened_before_the_first_word_of_a_host(sim: Simulation) -> None:
+    state(sim, pools=[pool(vdev("mirror", leaf("a"), leaf("b", "FAULTED")), state="DEGRADED")])
+    (alert,) = sim.alerts("pool-state")
+    _, told = asked(sim, f"/api/v1/alerts/{alert['id']}")
+    assert [row for row in told["before"] if row["kind"] == "task"] == [] and told["at_stake"]
+    assert asked(sim, "/api/v1/alerts/999999")[0] == 404
 
 
 # the rules made of answers
