@@ -3192,7 +3192,8 @@ def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
         except SourceError as error:
             if probe.exists(f"{ZFS_KSTAT}/{pool['name']}/state"):  # else it was exported meanwhile
                 pools.append({**pool, **kept_scrub(memory, pool.get("guid")), **unknown_because(error)})
-    guids = [pool.get("guid") for pool in pools]
+    names, guids = [pool["name"] for pool in pools], [pool.get("guid") for pool in pools]
+    probe.places = {disk: place for disk, place in (probe.places or {}).items() if place["pool"] in names}
     for name in ("scrubs", "damaged"):
         memory[name] = {guid: kept for guid, kept in as_dict(memory.get(name)).items() if guid in guids}
     return pools

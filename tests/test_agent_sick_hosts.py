@@ -328,6 +328,10 @@ def test_disks_know_their_place_from_the_pools_that_were_just_read() -> None:
     probe.answers["zpool status -j --json-int -P vault"] = agent.SourceError("timeout", "no answer")
     agent.collect_pools(probe, {})
     assert by(agent.collect_disks(probe, {}), "name", "sdi")["pool"] == "vault"
+    assert probe.places is not None
+    probe.places["sdz"] = {"pool": "exported", "vdev": "mirror-0"}
+    agent.collect_pools(probe, {})
+    assert "sdz" not in probe.places
 
 
 def test_on_openzfs_2_2_vdevs_have_their_guids_and_are_asked_for_them_once() -> None:
