@@ -2,7 +2,8 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> answers -> ingest -> rules
-        -> notifications -> columns -> history -> remote -> jobs -> resources -> api -> page -> serving -> commands
+        -> notifications -> columns -> history -> remote -> monitor -> jobs -> resources -> api -> page -> serving
+        -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
 transaction (database) with all that follows from it: the latest state (fleet), alerts (rules) and history. Whoever
@@ -87,7 +88,7 @@ WEIGHED = 1 << 20  # bytes parsed: of a larger report each section is weighed
 KEPT_LIMIT = 16 << 20  # bytes parsed of such sections that are kept in the latest state of a host
 STRANGE_SECTIONS = 64  # of names that this version does not know, per host
 MEMBERS_LIMIT = 16  # of one gzip file
-UNDER_WAY = 2  # requests of one host at once
+UNDER_WAY = 8  # requests of one host at once: a quarter of the threads
 RUNS_BURST, RUNS_PER_SECOND = 1000, 1 / 300  # starts of one host's agent: each is a row for ever
 RUNS_AT_HAND = 10_000  # whose sequence numbers are in memory
 SPANS_LIMIT = 2000  # of sequence numbers that have come, per run; with more, the oldest gaps count as filled
@@ -1856,6 +1857,25 @@ class HostState(AlertOwner):
 NOTHING = Section()
 
 
+def pools_now(host: HostState) -> list[dict[str, Any]]:
+    """Every pool with all that is known of it; its state is the newer of the kernel's word and `zpool status`'s."""
+    brief, full = host.sections.get("pool_states", NOTHING), host.sections.get("pools", NOTHING)
+    pools = full_pools(host)
+    if brief.body is None or brief.stamp is None:
+        return list(pools.values())
+    if full.stamp is not None and full.stamp != brief.stamp and full.stamp.newer_than(brief.stamp):
+        return list(pools.values())
+    return [{**pools.get(pool["name"], {}), "name": pool["name"], "state": pool.get("state")} for pool in brief.body]
+
+
+def full_pools(host: Any) -> dict[str, dict[str, Any]]:
+    return {pool["name"]: pool for pool in host.items("pools")}
+
+
+def service_name(unit: dict[str, Any]) -> str:
+    return (text(unit, "unit") or "").removesuffix(".service")
+
+
 OBJECT_NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
     "services": lambda unit: service_name(unit), "certificates": lambda cert: cert.get("file"),
@@ -1888,6 +1908,8 @@ class Shared(AlertOwner):
 class Fleet:
     """Every registered host's state, built from the database at start and kept by the writer from then on."""
 
+    layers: Layers  # the rules' thresholds as set; as shipped until a server.toml is read: see Layers
+
     def __init__(self) -> None:
         self.hosts: dict[int, HostState] = {}
         self.names: dict[str, HostState] = {}  # in lower case
@@ -1898,7 +1920,6 @@ class Fleet:
         self.serving_since = 0.0  # silence is counted from here at the earliest
         self.shared = Shared()
         self.concerned: dict[int, list[Alert]] = {}  # shared alerts, by the hosts they are about
-        self.layers = Layers()
         self.channels: list[Channel] = []
         self.silences: list[dict[str, Any]] = []
         self.told_at: float | None = None  # when a channel last took a message
@@ -1974,7 +1995,7 @@ class Fleet:
 
     def offline_after(self, state: HostState) -> float:
         """Seconds of silence after which a host is offline."""
-        limits = self.layers.limits(state, RULE["host-offline"])
+        limits = self.layers.named("host-offline", state)
         return min((limit for limit in (limits.warn, limits.crit) if limit is not None), default=OFFLINE_SECONDS)
 
     def is_offline(self, state: HostState, now: float) -> bool:
@@ -3080,123 +3101,11 @@ def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, flo
 # --- ingest: a report counts whole or not at all, and once ---
 
 
-class Monitor:
-    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
-
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
-        self.config, self.clock = config, clock
-        self.secret = config.secret()
-        self.fleet = Fleet()
-        self.fleet.serving_since = clock()
-        self.fleet.public_url = config.public_url
-        self.judged_at: float | None = None  # monotonic: the rules' last round
-        self.looked_at = clock()
-        self.doubted_until = 0.0
-        self.use_settings(load_settings(config))
-        self.runs: dict[tuple[int, str], Run] = {}
-        self.history = History()
-        self.logins = LoginLimiter()
-        self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
-        self.room = Room()
-        self.reports_accepted = self.reports_duplicate = 0
-        self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
-        self.store = Store(config.database_path, self.reload)
-        self.store.write(self._start)
-        self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
-        self.keeper = open_keeper(config, self.store, self.history, self.fleet, self.stop)
-        self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
-        self.replaying = threading.Lock()
-
-    def _start(self, db: sqlite3.Connection) -> None:
-        check_secret(db, self.secret)
-        end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
-        set_meta(db, "serving_since", self.fleet.serving_since)
-        count_what_came(db)
-        self.doubted_until = float(get_meta(db, "clock_doubted_until") or 0)
-        alive_at = float(get_meta(db, "alive_at") or self.looked_at)
-        if self.looked_at - alive_at > DAY:
-            self.doubt_clock(db, self.looked_at, self.looked_at - alive_at)
-        self.fleet.load(db)
-        drop_orphans(db, self.fleet, self.clock())
-
-    def doubt_clock(self, db: sqlite3.Connection, now: float, jump: float) -> None:
-        """A clock that is so far ahead of where it was may be wrong, and all that is kept looks old then. Whoever has
-        to set it right has a day, before anything goes for its age."""
-        self.doubted_until = now + DAY
-        set_meta(db, "clock_doubted_until", self.doubted_until)
-        log(f"server: the clock is {jump:.0f} s ahead of where it was; for a day nothing is thrown away for its age")
-
-    def doubts_clock(self, now: float) -> bool:
-        """Whether it was set forward less than a day ago."""
-        return now - self.looked_at > AWAY_SECONDS or 0 < self.doubted_until - now <= DAY
-
-    def use_settings(self, settings: Settings) -> None:
-        """Take over what server.toml says."""
-        self.settings = settings
-        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
-
-    def reload_settings(self) -> bool:
-        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
-        try:
-            self.use_settings(load_settings(self.config))
-        except Failure as failure:
-            log(f"server: {failure}; the old rules stay")
-            told = f"{failure}; the old rules stay"
-            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
-            return False
-        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
-        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
-        self.notifier.start()
-        return True
-
-    def reload(self) -> None:
-        """After a failed commit memory is ahead of the disk: take the disk's word."""
-        self.runs.clear()
-        self.history.clear()
-        try:
-            self.fleet.load(self.store.db)
-        except Exception as error:  # the server lives on, and the next failure tries again
-            log(f"database: the state could not be read again: {error}")
-
-    def close(self) -> None:
-        self.stop.set()
-        self.store.close()
-
-
 class Run(NamedTuple):
     """A run of an agent as the database has it: row id and the sequence numbers that have come."""
 
     id: int
     ranges: list[list[int]]
-
-
-def count_what_came(db: sqlite3.Connection) -> None:
-    """Once, after an upgrade: version 0.1 wrote which numbers had come every 5 minutes only. What it took after that
-    and is still kept as it came would count twice if its agent sent it again."""
-    if get_meta(db, "runs_are_whole"):
-        return
-    came: dict[int, list[int]] = {}
-    for run, seq in db.execute("SELECT run, seq FROM report"):
-        came.setdefault(run, []).append(seq)
-    for run, numbers in came.items():
-        row = db.execute("SELECT ranges FROM run WHERE id = :id", {"id": run}).fetchone()
-        if row is not None:
-            ranges = parse_ranges(row["ranges"])
-            for seq in numbers:
-                add_to_ranges(ranges, seq)
-            db.execute("UPDATE run SET ranges = :ranges WHERE id = :id", {"ranges": format_ranges(ranges), "id": run})
-    set_meta(db, "runs_are_whole", 1)
-
-
-def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
-    """Remember which secret the tokens were made with; say so in the log if it is another now. What is kept for that
-    is slow to try guesses on, for whoever has the database."""
-    known = get_meta(db, "secret_check")
-    if known is None or hmac.compare_digest(known, hmac.digest(secret, b"proxmon secret check", "sha256").hex()):
-        set_meta(db, "secret_check", PASSWORDS.hash(secret))
-    elif not verify_password(known, secret):
-        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
-            "restore it, or rotate the token of every host")
 
 
 class Answer:
@@ -3240,7 +3149,7 @@ class Room:
         """Two requests of one host at once: else one would keep all threads from the others."""
         with self._lock:
             if self._hosts.get(host_id, 0) >= UNDER_WAY:
-                raise Problem("rate_limited", "two requests of this host are under way", headers={"Retry-After": "2"})
+                raise Problem("rate_limited", f"{UNDER_WAY} requests of this host are under way", headers={"Retry-After": "2"})
             self._hosts[host_id] = self._hosts.get(host_id, 0) + 1
         try:
             yield
@@ -3349,6 +3258,12 @@ def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now:
                                    "server_time": now}).encode())
 
 
+# What the sections below do with each report as it is taken, and once with all that is new of a request: inside the
+# transaction, in the order in which they stand in the file.
+EACH_REPORT: list[Callable[[Monitor, sqlite3.Connection, HostState, dict[str, Any], Stamp], None]] = []
+EACH_REQUEST: list[Callable[[Monitor, sqlite3.Connection, HostState, set[str], float], None]] = []
+
+
 def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
                    db: sqlite3.Connection, weight: int = 0) -> int:
     """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write.
@@ -3370,14 +3285,16 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
             packed, weight = zlib.compress(text, 1), weigh(text)
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
         stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
-        changed |= take_report(db, monitor.fleet, state, report, stamp, weight)
-        monitor.history.remember(host_id, report_id, report, now)
+        note_changes(db, state, report, stamp)
+        changed.update(state.apply(report, stamp, weight))
+        for follow in EACH_REPORT:
+            follow(monitor, db, state, report, stamp)
         runs[run.id] = run
         accepted += 1
     if accepted:
         write_state(db, state, runs.values())
-        judge_host(db, monitor.fleet, state, now, changed)
-        dispatch(db, monitor.fleet, [state], now)
+        for follow_up in EACH_REQUEST:
+            follow_up(monitor, db, state, changed, now)
         state.let_go(bodies)
         monitor.fleet.generation += 1
     if len(monitor.runs) > RUNS_AT_HAND:
@@ -3387,21 +3304,12 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
     return accepted
 
 
-def take_report(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any],
-                stamp: Stamp, weight: int) -> set[str]:
-    """Make a report part of the latest state; gives back the sections that are news. Of old ones the past is told."""
+def note_changes(db: sqlite3.Connection, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+    """Write down what a report tells beyond what is known, before it is known."""
     newest = stamp.newer_than(state.stamp)
-    news = list(chronicle(state, report, stamp.received_at, newest=newest))  # against what is known before it
-    watch_agent(state, report, stamp)
-    changed = state.apply(report, stamp, weight)
-    absorb_tasks(state, report.get("tasks"), stamp.time)
-    if newest:
-        state.heard += 1
-    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
-        judge_backlog(db, fleet, state, report, stamp)
-    for at, kind, object, message in news:
+    for _, (at, kind, object, message) in of_each(
+            [state], "chronicle", lambda host: chronicle(host, report, stamp.received_at, newest=newest)):
         insert_event(db, at, kind, message, host=state.name, object=object or None)
-    return set(changed)
 
 
 def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
@@ -3758,21 +3666,6 @@ def days(seconds: float) -> str:
 
 
 # Pools
-
-
-def pools_now(host: HostState) -> list[dict[str, Any]]:
-    """Every pool with all that is known of it; its state is the newer of the kernel's word and `zpool status`'s."""
-    brief, full = host.sections.get("pool_states", NOTHING), host.sections.get("pools", NOTHING)
-    pools = full_pools(host)
-    if brief.body is None or brief.stamp is None:
-        return list(pools.values())
-    if full.stamp is not None and full.stamp != brief.stamp and full.stamp.newer_than(brief.stamp):
-        return list(pools.values())
-    return [{**pools.get(pool["name"], {}), "name": pool["name"], "state": pool.get("state")} for pool in brief.body]
-
-
-def full_pools(host: Any) -> dict[str, dict[str, Any]]:
-    return {pool["name"]: pool for pool in host.items("pools")}
 
 
 @rule("pool-state", each="pool_states", on="pool_states pools", data_risk=True, worse=-1,
@@ -5174,10 +5067,6 @@ WATCHED_SERVICES = CORE_SERVICES | frozenset((
     "zfs-zed", "zed", "smartmontools", "smartd", "chrony", "chronyd", "rrdcached"))
 
 
-def service_name(unit: dict[str, Any]) -> str:
-    return (text(unit, "unit") or "").removesuffix(".service")
-
-
 @rule("service-failed", each="services", hold=10 * MINUTE, tidy=True,
       reads="services.unit services.load services.active services.enabled services.restarts",
       why="What it does is not being done.",
@@ -5671,6 +5560,9 @@ class Layers:
             limits = kept[1][rule.name] = self._resolve(state, rule, "")
         return limits
 
+    def named(self, rule: str, state: Any) -> Limits:
+        return self.limits(state, RULE[rule])
+
     def object_limits(self, state: Any, rule: Rule, object: str) -> Limits | None:
         """What holds for one object, if anybody set something for it."""
         own = self.hosts.get((state.name or "").lower(), {}).get("objects", {})
@@ -5692,6 +5584,9 @@ class Layers:
             if rule.name in rules:
                 limits = overridden(limits, rules[rule.name], layer)
         return limits
+
+
+Fleet.layers = Layers()
 
 
 def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
@@ -6011,6 +5906,25 @@ def forget_backlog(state: HostState, now: float) -> None:
     """An hour after the last late report nothing of the past is needed; it is as large as the present."""
     if state.past is not None and not 0 <= now - state.past[1] <= HOUR:
         state.past = None
+
+
+def follow_report(monitor: Monitor, db: sqlite3.Connection, state: HostState, report: dict[str, Any],
+                  stamp: Stamp) -> None:
+    """Remember of each report what rules ask for; of an old one the past is told."""
+    newest = state.stamp is stamp
+    watch_agent(state, report, stamp)
+    absorb_tasks(state, report.get("tasks"), stamp.time)
+    state.heard += newest
+    if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
+        judge_backlog(db, monitor.fleet, state, report, stamp)
+
+
+def follow_request(monitor: Monitor, db: sqlite3.Connection, state: HostState, changed: set[str], now: float) -> None:
+    judge_host(db, monitor.fleet, state, now, changed)
+
+
+EACH_REPORT.append(follow_report)
+EACH_REQUEST.append(follow_request)
 
 
 # --- notifications: what is told, through which channel, and until it has arrived ---
@@ -7115,8 +7029,8 @@ def digest_numbers(fleet: Fleet, now: float) -> tuple[list[Any], list[Any], list
     full, late, worn = [], [], []
     for host in fleet.hosts.values():
         try:
-            full += [(used, host.name, str(row["name"])) for row in pool_rows(host, now)
-                     if (used := number(row, "capacity_ratio")) is not None]
+            full += [(used, host.name, str(pool["name"])) for pool in host.items("pools")
+                     if (used := number(pool, "capacity_ratio")) is not None]
             worn += [(used, host.name, str(disk["name"])) for disk in host.body("disks", ())
                      if (used := number(disk, "wear_ratio"))]
             overdue = worst_backup(host, fleet, now)
@@ -7172,6 +7086,9 @@ def start_watches(monitor: Monitor) -> None:
         every(12 * HOUR, "certificate", partial(watch_certificate, monitor.fleet), monitor.stop, first=MINUTE)
     if monitor.config.heartbeat_url:
         every(MINUTE, "heartbeat", partial(beat, monitor), monitor.stop, first=5)
+
+
+EACH_REQUEST.append(lambda monitor, db, state, changed, now: dispatch(db, monitor.fleet, [state], now))
 
 
 # --- columns: numbers packed into few bytes, exactly ---
@@ -8500,6 +8417,10 @@ def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
     return found
 
 
+EACH_REPORT.append(lambda monitor, db, state, report, stamp: monitor.history.remember(
+    state.id, stamp.report_id, report, stamp.received_at))
+
+
 # --- remote: the same history, in and out of a VictoriaMetrics (HISTORY_URL=http…) ---
 
 # The tail in the database is the queue: a report leaves it when the store has taken its numbers and, some seconds
@@ -8920,6 +8841,121 @@ def open_keeper(config: Config, store: Store, history: History, fleet: Fleet, st
     if config.history_url == "sqlite:":
         return Keeper(store, history, fleet)
     return RemoteKeeper(store, history, fleet, stop, config.history_url)
+
+
+# --- monitor: a running server: what stands above, put together ---
+
+
+class Monitor:
+    """A running server: its settings, its database, and the fleet in memory. `clock` gives unix time."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock = config, clock
+        self.secret = config.secret()
+        self.fleet: Fleet = Fleet()
+        self.fleet.serving_since = clock()
+        self.fleet.public_url = config.public_url
+        self.judged_at: float | None = None  # monotonic: the rules' last round
+        self.looked_at = clock()
+        self.doubted_until = 0.0
+        self.use_settings(load_settings(config))
+        self.runs: dict[tuple[int, str], Run] = {}
+        self.history: History = History()
+        self.logins = LoginLimiter()
+        self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
+        self.room = Room()
+        self.reports_accepted = self.reports_duplicate = 0
+        self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
+        self.store = Store(config.database_path, self.reload)
+        self.store.write(self._start)
+        self.stop = Stop()  # of all background loops; its troubles() are what /healthz has to tell
+        self.keeper = open_keeper(config, self.store, self.history, self.fleet, self.stop)
+        self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
+        self.replaying = threading.Lock()
+
+    def _start(self, db: sqlite3.Connection) -> None:
+        check_secret(db, self.secret)
+        end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
+        set_meta(db, "serving_since", self.fleet.serving_since)
+        count_what_came(db)
+        self.doubted_until = float(get_meta(db, "clock_doubted_until") or 0)
+        alive_at = float(get_meta(db, "alive_at") or self.looked_at)
+        if self.looked_at - alive_at > DAY:
+            self.doubt_clock(db, self.looked_at, self.looked_at - alive_at)
+        self.fleet.load(db)
+        drop_orphans(db, self.fleet, self.clock())
+
+    def doubt_clock(self, db: sqlite3.Connection, now: float, jump: float) -> None:
+        """A clock that is so far ahead of where it was may be wrong, and all that is kept looks old then. Whoever has
+        to set it right has a day, before anything goes for its age."""
+        self.doubted_until = now + DAY
+        set_meta(db, "clock_doubted_until", self.doubted_until)
+        log(f"server: the clock is {jump:.0f} s ahead of where it was; for a day nothing is thrown away for its age")
+
+    def doubts_clock(self, now: float) -> bool:
+        """Whether it was set forward less than a day ago."""
+        return now - self.looked_at > AWAY_SECONDS or 0 < self.doubted_until - now <= DAY
+
+    def use_settings(self, settings: Settings) -> None:
+        """Take over what server.toml says."""
+        self.settings = settings
+        self.fleet.layers, self.fleet.channels = settings.layers, settings.channels
+
+    def reload_settings(self) -> bool:
+        """Read server.toml anew (SIGHUP); a mistake in it keeps the old rules, and is told."""
+        try:
+            self.use_settings(load_settings(self.config))
+        except Failure as failure:
+            log(f"server: {failure}; the old rules stay")
+            told = f"{failure}; the old rules stay"
+            self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
+            return False
+        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
+        self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
+        self.notifier.start()
+        return True
+
+    def reload(self) -> None:
+        """After a failed commit memory is ahead of the disk: take the disk's word."""
+        self.runs.clear()
+        self.history.clear()
+        try:
+            self.fleet.load(self.store.db)
+        except Exception as error:  # the server lives on, and the next failure tries again
+            log(f"database: the state could not be read again: {error}")
+
+    def close(self) -> None:
+        self.stop.set()
+        self.store.close()
+
+
+def count_what_came(db: sqlite3.Connection) -> None:
+    """Once, after an upgrade: version 0.1 wrote which numbers had come every 5 minutes only. What it took after that
+    and is still kept as it came would count twice if its agent sent it again."""
+    if get_meta(db, "runs_are_whole"):
+        return
+    came: dict[int, list[int]] = {}
+    for run, seq in db.execute("SELECT run, seq FROM report"):
+        came.setdefault(run, []).append(seq)
+    for run, numbers in came.items():
+        row = db.execute("SELECT ranges FROM run WHERE id = :id", {"id": run}).fetchone()
+        if row is not None:
+            ranges = parse_ranges(row["ranges"])
+            for seq in numbers:
+                add_to_ranges(ranges, seq)
+            db.execute("UPDATE run SET ranges = :ranges WHERE id = :id", {"ranges": format_ranges(ranges), "id": run})
+    set_meta(db, "runs_are_whole", 1)
+
+
+def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
+    """Remember which secret the tokens were made with; say so in the log if it is another now. What is kept for that
+    is slow to try guesses on, for whoever has the database."""
+    known = get_meta(db, "secret_check")
+    if known is None or hmac.compare_digest(known, hmac.digest(secret, b"proxmon secret check", "sha256").hex()):
+        set_meta(db, "secret_check", PASSWORDS.hash(secret))
+    elif not verify_password(known, secret):
+        log("server: SECRET_KEY_BASE is not the one the hosts' tokens were made with: "
+            "restore it, or rotate the token of every host")
 
 
 # --- jobs: what runs by the clock, in one thread ---
@@ -9947,6 +9983,80 @@ def read_request(environ: dict[str, Any], limit: int) -> bytes:
     return environ["wsgi.input"].read(int(length))
 
 
+def read_cookie(call: Call, name: str) -> str:
+    """One of the cookies that came."""
+    wanted = cookie_name(call, name)
+    for part in call.header("cookie").split(";"):
+        found, _, value = part.strip().partition("=")
+        if found == wanted:
+            return value
+    return ""
+
+
+def check_same_origin(call: Call) -> None:
+    """Refuse what another site made the browser send."""
+    if call.header("sec-fetch-site") not in ("", "same-origin", "none"):
+        raise Problem("forbidden", "sent by another site")
+    origin = call.header("origin")
+    own = {urllib.parse.urlsplit(call.monitor.config.public_url).netloc.lower(), call.header("host").lower()}
+    if origin and origin.partition("://")[2].lower() not in own:
+        raise Problem("forbidden", "sent by another origin")
+
+
+COOKIE, KIOSK_COOKIE, SEEN_COOKIE = "proxmon_session", "proxmon_kiosk", "proxmon_seen"
+
+
+def cookie_name(call: Call, name: str) -> str:
+    """With __Host- no other host of the domain can set it (RFC 6265bis, 4.1.3.2); browsers want https for that."""
+    return f"__Host-{name}" if call.https else name
+
+
+def cookie_header(call: Call, name: str, value: str, seconds: int) -> str:
+    secure = "; Secure" if call.https else ""
+    return f"{cookie_name(call, name)}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+
+
+BEARER = {"WWW-Authenticate": "Bearer"}
+
+
+def identify(call: Call) -> None:
+    """Find out who is asking: an API token in Authorization, else a session's cookie."""
+    scheme, _, given = call.header("authorization").partition(" ")
+    if given:
+        token = find_api_token(call.db, given.strip(), call.now) if scheme.lower() == "bearer" else None
+        if token is None:
+            raise Problem("unauthorized", "the API token is not known, revoked or expired", headers=BEARER)
+        call.actor, call.kind, call.role = token["name"], "token", "admin" if token["admin"] else "viewer"
+        call.token_expires_at = token["expires_at"]
+        return
+    cookie, config = read_cookie(call, COOKIE), call.monitor.config
+    found = find_session(call.db, call.monitor.secret, cookie, call.now, config.password_hash) if cookie else None
+    if found is not None:
+        login, session = found
+        call.actor, call.kind, call.role = login.name, "session", login.role
+        call.cookie, call.session = cookie, session
+        slide_session(call, session)
+
+
+def slide_session(call: Call, session: sqlite3.Row) -> None:
+    """An hour after its last use a session is used anew, and the browser's cookie slides with it."""
+    if call.now - session["used_at"] > HOUR:  # without a write for each request
+        left = session["created_at"] + SESSION_MOST - call.now
+        call.set_cookie = cookie_header(call, COOKIE, call.cookie, int(min(SESSION_SECONDS, left)))
+        call.monitor.store.write(lambda db: db.execute(
+            "UPDATE session SET used_at = :now WHERE hash = :hash",
+            {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
+
+
+def is_known(call: Call) -> bool:
+    """Whether somebody asks who is let in; for routes that tell strangers less."""
+    try:
+        identify(call)
+    except Problem:
+        pass
+    return call.actor is not None
+
+
 class Route(NamedTuple):
     method: str
     path: str
@@ -10813,7 +10923,6 @@ def describe_ingest() -> dict[str, Any]:
 
 # --- page: the one page, its fragment, log-in and log-out ---
 
-COOKIE, KIOSK_COOKIE, SEEN_COOKIE = "proxmon_session", "proxmon_kiosk", "proxmon_seen"
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 PAGE_LIMIT = 100
 
@@ -11388,46 +11497,7 @@ def safe_path(text: str) -> str:
     return text if fine and len(text) <= 2000 else ""
 
 
-def cookie_header(call: Call, name: str, value: str, seconds: int) -> str:
-    secure = "; Secure" if call.https else ""
-    return f"{cookie_name(call, name)}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
-
-
-def cookie_name(call: Call, name: str) -> str:
-    """With __Host- no other host of the domain can set it (RFC 6265bis, 4.1.3.2); browsers want https for that."""
-    return f"__Host-{name}" if call.https else name
-
-
 # --- serving: who asks, what he may, and how an answer leaves ---
-
-
-def identify(call: Call) -> None:
-    """Find out who is asking: an API token in Authorization, else a session's cookie."""
-    scheme, _, given = call.header("authorization").partition(" ")
-    if given:
-        token = find_api_token(call.db, given.strip(), call.now) if scheme.lower() == "bearer" else None
-        if token is None:
-            raise Problem("unauthorized", "the API token is not known, revoked or expired", headers=BEARER)
-        call.actor, call.kind, call.role = token["name"], "token", "admin" if token["admin"] else "viewer"
-        call.token_expires_at = token["expires_at"]
-        return
-    cookie, config = read_cookie(call, COOKIE), call.monitor.config
-    found = find_session(call.db, call.monitor.secret, cookie, call.now, config.password_hash) if cookie else None
-    if found is not None:
-        login, session = found
-        call.actor, call.kind, call.role = login.name, "session", login.role
-        call.cookie, call.session = cookie, session
-        slide_session(call, session)
-
-
-def slide_session(call: Call, session: sqlite3.Row) -> None:
-    """An hour after its last use a session is used anew, and the browser's cookie slides with it."""
-    if call.now - session["used_at"] > HOUR:  # without a write for each request
-        left = session["created_at"] + SESSION_MOST - call.now
-        call.set_cookie = cookie_header(call, COOKIE, call.cookie, int(min(SESSION_SECONDS, left)))
-        call.monitor.store.write(lambda db: db.execute(
-            "UPDATE session SET used_at = :now WHERE hash = :hash",
-            {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
 
 
 def identify_browser(call: Call, route: Route) -> Answer | None:
@@ -11447,28 +11517,6 @@ def identify_browser(call: Call, route: Route) -> Answer | None:
         call.actor, call.kind = kiosk["name"], "kiosk"
     known = call.kind in ("session", "kiosk")
     return None if known else Answer(303, b"", {"Location": login_address(call, route)})
-
-
-BEARER = {"WWW-Authenticate": "Bearer"}
-
-
-def is_known(call: Call) -> bool:
-    """Whether somebody asks who is let in; for routes that tell strangers less."""
-    try:
-        identify(call)
-    except Problem:
-        pass
-    return call.actor is not None
-
-
-def read_cookie(call: Call, name: str) -> str:
-    """One of the cookies that came."""
-    wanted = cookie_name(call, name)
-    for part in call.header("cookie").split(";"):
-        found, _, value = part.strip().partition("=")
-        if found == wanted:
-            return value
-    return ""
 
 
 def check_access(call: Call, route: Route) -> Answer | None:
@@ -11518,16 +11566,6 @@ def check_csrf(call: Call) -> None:
     expected = csrf_token(call.monitor.secret, call.cookie)
     if not hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode()):
         raise Problem("forbidden", "the page's CSRF token is missing or old: load the page again")
-
-
-def check_same_origin(call: Call) -> None:
-    """Refuse what another site made the browser send."""
-    if call.header("sec-fetch-site") not in ("", "same-origin", "none"):
-        raise Problem("forbidden", "sent by another site")
-    origin = call.header("origin")
-    own = {urllib.parse.urlsplit(call.monitor.config.public_url).netloc.lower(), call.header("host").lower()}
-    if origin and origin.partition("://")[2].lower() not in own:
-        raise Problem("forbidden", "sent by another origin")
 
 
 def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[str, str]) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import os
 import re
 import stat
@@ -216,3 +217,33 @@ def test_the_guides_link_to_what_there_is():
         if name.endswith(".md"):
             for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text()):
                 assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"
+
+
+@pytest.mark.parametrize("name", ["agent.py", "server.py"])
+def test_a_section_uses_only_what_stands_above_it(name):
+    """Globals that a function asks for, by its compiled code: names of types alone do not count."""
+    source = (ROOT / name).read_text()
+    begins = [0] + [number for number, line in enumerate(source.splitlines(), 1) if re.match(r"# --- \w+.*: ", line)]
+
+    def section(line):
+        return sum(begin <= line for begin in begins)
+
+    defined = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+        names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        for found in names:
+            defined.setdefault(found, section(node.lineno))
+
+    def below(code):
+        line = code.co_firstlineno
+        for step in dis.get_instructions(code):
+            line = step.starts_line if isinstance(step.starts_line, int) and step.starts_line > 0 else line
+            if step.opname == "LOAD_GLOBAL" and defined.get(step.argval, 0) > section(line):
+                yield f"line {line}: {step.argval}"
+        for const in code.co_consts:
+            if hasattr(const, "co_code"):
+                yield from below(const)
+
+    assert list(below(compile(source, name, "exec"))) == []
