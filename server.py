@@ -3146,10 +3146,11 @@ class Room:
 
     @contextmanager
     def of_host(self, host_id: int) -> Iterator[None]:
-        """Two requests of one host at once: else one would keep all threads from the others."""
+        """So many requests of one host at once: else one would keep all threads from the others."""
         with self._lock:
             if self._hosts.get(host_id, 0) >= UNDER_WAY:
-                raise Problem("rate_limited", f"{UNDER_WAY} requests of this host are under way", headers={"Retry-After": "2"})
+                raise Problem("rate_limited", f"{UNDER_WAY} requests of this host are under way",
+                              headers={"Retry-After": "2"})
             self._hosts[host_id] = self._hosts.get(host_id, 0) + 1
         try:
             yield

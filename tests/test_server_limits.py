@@ -75,12 +75,10 @@ def test_what_unpacks_to_more_than_it_says_costs_its_sender_and_nobody_else(regi
     assert post(token, build_report()).status == 200
 
 
-def test_one_host_has_two_requests_under_way_and_others_theirs(monitor, register, client, clock):
+def test_one_host_has_so_many_requests_under_way_and_others_theirs(monitor, register, client, clock):
     tokens = {name: register(name) for name in ("pve1", "pve2")}
-    inside, release, codes = threading.Barrier(4), threading.Event(), []
-
-    def hold(db: Any) -> None:
-        release.wait(10)
+    sent = [("pve1", seq) for seq in range(1, server.UNDER_WAY + 2)] + [("pve2", 1)]
+    inside, release, codes = threading.Barrier(len(sent)), threading.Event(), []
 
     def send(host: str, seq: int) -> None:
         body = encode(build_report(host, seq=seq))
@@ -88,19 +86,16 @@ def test_one_host_has_two_requests_under_way_and_others_theirs(monitor, register
         inside.wait(10)
         codes.append((host, client.request("POST", f"/api/v1/hosts/{host}/reports", body, headers).status))
 
-    holder = threading.Thread(target=monitor.store.write, args=(hold,))
-    threads = [threading.Thread(target=send, args=one) for one in (("pve1", 1), ("pve1", 2), ("pve1", 3), ("pve2", 1))]
-    holder.start()
-    for thread in threads:
+    holder = threading.Thread(target=monitor.store.write, args=(lambda db: release.wait(10),))
+    threads = [threading.Thread(target=send, args=one) for one in sent]
+    for thread in (holder, *threads):
         thread.start()
-    threads[3].join(0.2)
-    while len(monitor.store._waiting) < 3:
-        threads[3].join(0.01)
+    while len(monitor.store._waiting) < server.UNDER_WAY + 1:
+        threads[-1].join(0.01)
     release.set()
-    for thread in threads:
+    for thread in (holder, *threads):
         thread.join(10)
-    holder.join(10)
-    assert sorted(codes) == [("pve1", 200), ("pve1", 200), ("pve1", 429), ("pve2", 200)]
+    assert sorted(codes) == [("pve1", 200)] * server.UNDER_WAY + [("pve1", 429), ("pve2", 200)]
 
 
 # --- the latest state ---
