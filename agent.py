@@ -228,6 +228,8 @@ def check_settings(path: str, table: str, settings: dict[str, Any]) -> None:
             raise ConfigError(path, key, f"must be {TYPE_NAMES[kind]}, not {value!r}")
         if type(value) is int and not low <= value <= high:
             raise ConfigError(path, key, f"{value} is out of range: {low} to {high}")
+        if type(value) is str and "\0" in value:  # open() raises ValueError for it, no OSError
+            raise ConfigError(path, key, "has a NUL in it")
         if isinstance(value, dict):
             check_settings(path, name, value)
 

@@ -81,6 +81,7 @@ def test_everything_can_be_set(tmp_path):
         (GOOD + 'host_id = "ä"', "host_id", "1 to 63"),
         (GOOD + f'host_id = "{"a" * 64}"', "host_id", "1 to 63"),
         (GOOD + 'ca_file = "/nonexistent.pem"', "ca_file", "cannot be read"),
+        (GOOD + r'ca_file = "/etc/ca\u0000"', "ca_file", "NUL"),
         (GOOD + 'token_file = "t"', "token_file", "not both"),
         (f'token = "{TOKEN}"', "server_url", "missing"),
         ('server_url = "https://x"', "token", "missing"),
