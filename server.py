@@ -2,8 +2,8 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> answers -> ingest -> rules
-        -> notifications -> columns -> history -> remote -> monitor -> jobs -> resources -> api -> page -> serving
-        -> commands
+        -> notifications -> columns -> history -> remote -> monitor -> jobs -> resources -> api -> cards -> page
+        -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
 transaction (database) with all that follows from it: the latest state (fleet), alerts (rules) and history. Whoever
@@ -829,14 +829,14 @@ def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, 
 AUDIT = "audit"  # in the place of a kind: all that somebody did or was refused
 
 
-def each_event(db: sqlite3.Connection, *, since: float, until: float | None = None,
-               kind: str | None = None) -> Iterator[dict[str, Any]]:
+def each_event(db: sqlite3.Connection, *, since: float, until: float | None = None, kind: str | None = None,
+               host: str | None = None) -> Iterator[dict[str, Any]]:
     """What changed since then, newest first; of one kind, or of all that people, tokens and commands did."""
     for row in db.execute("""
             SELECT id, at, kind, host, object, message, "by", address FROM event
-            WHERE at >= :since AND (:until IS NULL OR at <= :until)
+            WHERE at >= :since AND (:until IS NULL OR at <= :until) AND (:host IS NULL OR host = :host)
               AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR address IS NOT NULL))
-            ORDER BY at DESC, id DESC""", {"since": since, "until": until, "kind": kind}):
+            ORDER BY at DESC, id DESC""", {"since": since, "until": until, "kind": kind, "host": host}):
         yield dict(row)
 
 
@@ -10922,6 +10922,399 @@ def describe_ingest() -> dict[str, Any]:
     }
 
 
+# --- cards: one host, guest, pool, disk or cluster, opened: what it stands on, and what depends on it ---
+
+CARD_EVENTS = 50  # of the last 30 days, the newest
+# What says that something was done or has happened to a host, not that somebody was told of it.
+CHANGES = ("task", "reboot", "update", "scrub", "guest", "config", "host-", "token-")
+
+
+def open_card(call: Call) -> Row | None:
+    """What the address names, with all that its card shows; `kind` is host, guest, pool, disk, cluster, or missing
+    for what is not there (any more). None: nothing is opened."""
+    query = call.query
+    if query.get("cluster"):
+        return cluster_card(call, query["cluster"])
+    if not query.get("host"):
+        return None
+    try:
+        state = call.fleet.find(query["host"])
+    except Problem:
+        return missing_card(f"There is no host “{query['host']}”; it may have been renamed or removed.")
+    for kind, make in (("guest", guest_card), ("disk", disk_card), ("pool", pool_card)):
+        if query.get(kind):
+            name = query[kind]
+            found = make(call, state, name) or missing_card(
+                f"{state.name} reports no {kind} “{name}” now. What was known of it is in the history.")
+            return {**found, "key": f"{state.name}/{kind}/{name}", "host": host_facts(call, state)}
+    return host_card(call, state)
+
+
+def missing_card(sentence: str) -> Row:
+    return {"kind": "missing", "key": sentence, "title": "Not found", "verdict": "unknown", "sentences": [sentence],
+            "alerts": [], "watching": [], "host": None}
+
+
+def host_facts(call: Call, state: HostState) -> Row:
+    """What any card of a host or of one of its objects shows of the host."""
+    sections = {
+        name: {"body": latest.body, "time": latest.time, "received_at": latest.stamp.received_at,
+               "stale": is_stale(state, name, call.now)}
+        for name, latest in state.sections.items() if latest.stamp is not None}
+    return {
+        "row": host_row(call.fleet, state, call.now), "sections": sections,
+        "absent": [name for name, latest in state.sections.items() if latest.absent],
+        "errors": {name: latest.error for name, latest in state.sections.items() if latest.error},
+        **{name: card_rows(call, state, name) for name in ("pools", "guests", "storages", "backups", "disks")},
+    }
+
+
+def card_rows(call: Call, state: HostState, name: str) -> Rows:
+    """A list's rows of one host, worst first."""
+    rows, _ = rows_of_hosts(RESOURCES[name], call.fleet, [state], call.now)
+    return sorted(rows, key=lambda row: verdict_rank(row["verdict"]))
+
+
+def card_alerts(call: Call, owner: Any, *objects: str, state: str = "firing") -> Rows:
+    """The open alerts of an owner, or of some of its objects; those that follow from another are its `children`."""
+    rows = [row for row in open_alerts([owner], state)
+            if not objects or is_of_object(row["object"] or "", objects)]
+    for row in rows:
+        radius = blast_radius(owner, row["object"] or "") if isinstance(owner, HostState) else None
+        rule = RULE.get(row["rule"])
+        row.update(silence=silence_of(call, owner, row), site=getattr(owner, "site", None),
+                   tags=getattr(owner, "tags", []), blast=radius and radius["sentence"], children=[],
+                   todo=rule and rule.todo, before=changes_before(call, owner.name, row["since"]))
+    shown = {row["id"]: row for row in rows}
+    tops: Rows = []
+    for row in rows:
+        cause = root_cause(row, shown)
+        (tops if cause is row else cause["children"]).append(row)
+    return tops
+
+
+def is_of_object(object: str, names: Iterable[str]) -> bool:
+    return any(object == name or object.startswith(name + "/") for name in names)
+
+
+def changes_before(call: Call, host: str | None, at: float) -> Rows:
+    """What changed on a host in the hour before: the first place to look for a cause."""
+    events = each_event(call.db, since=at - HOUR, until=at, host=host) if host else ()
+    return list(islice((event for event in events if event["kind"].startswith(CHANGES)), 6))
+
+
+def card_events(call: Call, host: str | None, *objects: str) -> Rows:
+    """The newest events of a host, or of some of its objects."""
+    events = each_event(call.db, since=call.now - 30 * DAY, host=host) if host else each_event(
+        call.db, since=call.now - 30 * DAY)
+    return list(islice((event for event in events
+                        if not objects or is_of_object(event["object"] or "", objects)), CARD_EVENTS))
+
+
+def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] | None:
+    """The silence that covers an alert; of several the one that ends last."""
+    known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
+    covering = [one for one in call.fleet.silences
+                if known is not None and one["until"] > call.now and silence_fits(one, call.fleet, state, known)]
+    return max(covering, key=lambda one: one["until"], default=None)
+
+
+def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none, or if
+    the chain is a circle."""
+    top, passed = problem, {problem["id"]}
+    while (cause := top["because_of"]) in shown:
+        if cause in passed:
+            return problem
+        passed.add(cause)
+        top = shown[cause]
+    return top
+
+
+def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
+    """The link to what an alert is about: the card of its guest, pool, disk or cluster, else its section of the
+    host's card."""
+    kind, _, rest = (alert["object"] or "").partition("/")
+    name = rest.partition("/")[0]
+    if kind == "clusters":
+        return url(host=None, cluster=name)
+    if not alert["host"]:
+        return url(tab="alerts", q=None, host=None)
+    if name and kind in ("guests", "pools", "disks") and not alert.get("rule", "").startswith("backup-job"):
+        return url(host=alert["host"], **{kind[:-1]: name})
+    section = next((id for id, _, parts in STRIP if kind in parts), "host-alerts")
+    return url(host=alert["host"]) + f"#{section}"
+
+
+def object_url(url: Callable[..., str], list: str, row: Row) -> str:
+    """The card that a row of a list belongs to."""
+    host = row.get("host")
+    if list in ("alerts", "events"):
+        return alert_url(row, url)
+    for kind, field in (("guest", "vmid"), ("disk", "serial"), ("disk", "disk")):
+        if row.get(field) is not None:
+            return url(host=host, **{kind: row[field]})
+    if list == "disks":
+        return url(host=host, disk=row["name"])
+    return alert_url(row, url) if row.get("object") else url(host=host)
+
+
+# The host: its sections in the order of the card, and what of an alert's object belongs to each.
+STRIP = (
+    ("node", "Node", ("node", "clock", "kernel", "memory", "root")), ("pools", "Pools", ("pools", "pool_states")),
+    ("guests", "Guests", ("guests",)), ("storages", "Storages", ("storages",)), ("disks", "Disks", ("disks",)),
+    ("cluster", "Cluster", ("cluster",)), ("backups", "Backups", ("backups",)),
+    ("replication", "Replication", ("replication",)), ("ha", "HA", ("ha",)),
+    ("datasets", "Datasets", ("datasets",)), ("snapshots", "Snapshots", ("snapshots",)),
+    ("services", "Services", ("services", "time_sync", "failed_units", "units")),
+    ("upkeep", "Upkeep", ("updates", "versions", "subscription", "certificates")), ("tasks", "Tasks", ("tasks",)),
+    ("ceph", "Ceph", ("ceph",)), ("timeline", "Timeline", ()), ("freshness", "Freshness", ("sections",)))
+
+
+def host_card(call: Call, state: HostState) -> Row:
+    facts = host_facts(call, state)
+    alerts = card_alerts(call, state)
+    return {
+        "kind": "host", "key": state.name, "title": state.name, "verdict": facts["row"]["verdict"], "host": facts,
+        "sentences": host_sentences(facts), "alerts": alerts, "watching": open_alerts([state], "pending"),
+        "missing_reports": missing_reports(call.db, state.id), "events": card_events(call, state.name),
+        "strip": host_strip(facts, open_alerts([state]))}
+
+
+def host_sentences(facts: Row) -> list[str]:
+    """The verdict, and what one asks of a host first, in words."""
+    row = facts["row"]
+    told = [row["reason"] or "No problem found."]
+    if row["guests_total"] is not None:
+        told.append(f"{row['guests_running']} of {row['guests_total']} guests run.")
+    if row["backups_state"]:
+        told.append(f"Backups: {row['backups_state']}.")
+    weak = [pool for pool in facts["pools"] if pool["suspects"] or (number(pool, "redundancy_margin") or 1) < 1]
+    told += [f"{pool['name']}: {may_fail(max(-1, int(pool['margin_with_suspects'])))}." for pool in weak
+             if number(pool, "margin_with_suspects") is not None]
+    return told
+
+
+def host_strip(facts: Row, alerts: Rows) -> Rows:
+    """The card's sections: {id, title, count, verdict}; a section that the host does not have is left out."""
+    strip = []
+    for id, title, parts in STRIP:
+        present = [part for part in parts if part in facts["sections"] or part in facts["errors"]]
+        if not present and id not in ("node", "timeline", "freshness"):
+            continue
+        own = [alert["severity"] for alert in alerts if belongs_to(alert, id, parts)]
+        rows = facts.get(id)
+        verdict = min(own, key=verdict_rank, default="ok")
+        if verdict == "ok" and any(part in facts["errors"] or facts["sections"][part]["stale"] for part in present):
+            verdict = "stale"
+        if verdict == "ok" and rows:
+            verdict = min((row["verdict"] for row in rows), key=verdict_rank)
+        body = facts["sections"].get(id, {}).get("body")
+        count = len(rows) if rows is not None else len(body) if isinstance(body, list) else None
+        strip.append({"id": id, "title": title, "count": count, "verdict": verdict})
+    return strip
+
+
+def belongs_to(alert: Row, id: str, parts: tuple[str, ...]) -> bool:
+    """Whether an alert is told in a section of the card; one of a late backup is told with the backups."""
+    kind = (alert["object"] or "node").partition("/")[0]
+    if alert["rule"].startswith("backup-"):
+        return id == "backups"
+    return kind in parts
+
+
+# The guest: node, volumes → dataset → pool → disks, backups, snapshots, replication, copies.
+
+
+def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
+    guest = next((guest for guest in dicts(state.body("guests")) if str(guest.get("vmid")) == vmid), None)
+    if guest is None:
+        return None
+    object = f"guests/{vmid}"
+    row = next(row for row in card_rows(call, state, "guests") if str(row["vmid"]) == vmid)
+    index = call.fleet.copies or SnapshotIndex(call.fleet.hosts.values())
+    copy = None if guest.get("template") else guest_copy(state, guest, index, call.now)
+    datasets = set(volumes_of(guest))
+    return {
+        "kind": "guest", "title": row["name"] or vmid, "verdict": row["verdict"], "row": row, "guest": guest,
+        "sentences": [row["reason"] or "No problem found.",
+                      *(f"It {ground}." for ground in lives_on(guest, grounds(state))),
+                      *([f"If {state.name} burned now: {copy['reason']}."] if copy else [])],
+        "alerts": card_alerts(call, state, object), "watching": watched(state, object),
+        "volumes": [guest_volume(state, volume) for volume in dicts(guest.get("volumes"))],
+        "backup": next((found for found in card_rows(call, state, "backups") if str(found["vmid"]) == vmid), None),
+        "jobs": [job for job in dicts((state.body("backups") or {}).get("jobs")) if names_guest(job, guest)],
+        "snapshots": [kind for kind in dicts(state.body("snapshots")) if kind.get("dataset") in datasets],
+        "replication": [job for job in dicts(state.body("replication")) if str(job.get("vmid")) == vmid],
+        "tasks": newest_tasks(task for task in dicts(state.body("tasks")) if str(task.get("vmid")) == vmid),
+        "events": card_events(call, state.name, object)}
+
+
+def watched(owner: AlertOwner, object: str) -> Rows:
+    """What of an object is not well, but not for long enough to fire."""
+    return [row for row in open_alerts([owner], "pending") if is_of_object(row["object"] or "", [object])]
+
+
+def names_guest(job: Row, guest: Row) -> bool:
+    """Whether a backup job names this guest; one of all guests may leave it out."""
+    guests, vmid = job.get("guests"), guest.get("vmid")
+    left_out = job.get("exclude")
+    return vmid in guests if isinstance(guests, list) else guests == "all" and not (
+        isinstance(left_out, list) and vmid in left_out)
+
+
+def newest_tasks(tasks: Iterable[Row]) -> Rows:
+    return sorted(tasks, key=lambda task: -(number(task, "ended_at") or 0))[:20]
+
+
+def guest_volume(state: HostState, volume: Row) -> Row:
+    """A guest's volume, with what its dataset takes and the disks that it lies on in the end."""
+    name = text(volume, "dataset")
+    dataset = next((found for found in dicts(state.body("datasets")) if found.get("name") == name), {})
+    pool = name.partition("/")[0] if name else None
+    body = next((found for found in dicts(state.body("pools")) if found.get("name") == pool), {})
+    leaves = [leaf for leaf in walk_vdevs(dicts(body.get("vdevs"))) if not dicts(leaf.get("children"))]
+    return {**pick(volume, ("storage", "dataset", "size_bytes")), "pool": pool,
+            "used_bytes": number(dataset, "used_bytes"),
+            "snapshots_bytes": number(dataset, "used_by_snapshots_bytes"),
+            "disks": [str(leaf.get("disk") or leaf.get("name")) for leaf in leaves]}
+
+
+# The pool: what each vdev may still lose, who lives on it, when it is full.
+
+
+def pool_card(call: Call, state: HostState, name: str) -> Row | None:
+    row = next((row for row in card_rows(call, state, "pools") if row["name"] == name), None)
+    if row is None:
+        return None
+    object = f"pools/{name}"
+    body = next((pool for pool in dicts(state.body("pools")) if pool.get("name") == name), {})
+    here = {guest.get("vmid") for guest in guests_on(state, name)}
+    radius = blast_radius(state, object)
+    filling = next((found for found in forecast_rows(state) if found["object"] == object), None)
+    return {
+        "kind": "pool", "title": name, "verdict": row["verdict"], "row": row, "body": body,
+        "sentences": [row["reason"] or "No problem found.", *([f"{capital(radius['sentence'])}."] if radius else [])],
+        "alerts": card_alerts(call, state, object), "watching": watched(state, object), "filling": filling,
+        "margins": pool_margins(state, body), "guests": [
+            guest for guest in card_rows(call, state, "guests") if guest["vmid"] in here],
+        "datasets": sorted((dataset for dataset in dicts(state.body("datasets"))
+                            if str(dataset.get("name")).partition("/")[0] == name),
+                           key=lambda dataset: -(number(dataset, "used_bytes") or 0)),
+        "storages": [storage for storage in card_rows(call, state, "storages")
+                     if str(storage["dataset"]).partition("/")[0] == name],
+        "scrubs": [event for event in card_events(call, state.name, object) if event["kind"] == "scrub"],
+        "events": card_events(call, state.name, object)}
+
+
+def capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+# The disk: which one to pull, and what happens if it is the wrong one.
+
+
+class Place(NamedTuple):
+    """Where a disk is in a pool."""
+
+    pool: str
+    vdev: Row
+    leaf: Row
+
+
+def disk_place(state: HostState, names: Iterable[Any]) -> Place | None:
+    """The vdev whose member goes by one of these names."""
+    wanted = {str(name) for name in names if name}
+    for pool in dicts(state.body("pools")):
+        for vdev in dicts(pool.get("vdevs")):
+            for leaf in walk_vdevs([vdev]):
+                own = {str(leaf.get(field)) for field in ("disk", "name", "path") if leaf.get(field)}
+                if not dicts(leaf.get("children")) and own & wanted:
+                    return Place(str(pool.get("name")), vdev, leaf)
+    return None
+
+
+def disk_card(call: Call, state: HostState, name: str) -> Row | None:
+    """A disk by serial, by-id, wwn or kernel name; or what is left of it in a pool by the name it has there."""
+    disk = next((disk for field in ("serial", "by_id", "wwn", "name") for disk in dicts(state.body("disks"))
+                 if disk.get(field) and str(disk[field]) == name), None)
+    place = disk_place(state, [disk.get("name")] if disk else [name])
+    if disk is None and place is None:
+        return None
+    own = disk or {}
+    row = next((row for row in card_rows(call, state, "disks") if disk and row["name"] == own.get("name")), {})
+    object = f"disks/{own.get('name') or (place and (place.leaf.get('disk') or place.leaf.get('name')))}"
+    margin = vdev_margin(state, place)
+    verdict = row.get("verdict") or ("ok" if place and text(place.leaf, "state") == "ONLINE" else "critical")
+    why = suspicions(own, place.leaf if place else {})
+    sentences = [row.get("reason") or ("; ".join(why) if why else "No problem found.") if disk else
+                 "The host does not see this disk: it is missing, or its connection is."]
+    return {
+        "kind": "disk", "title": own.get("name") or name, "verdict": verdict, "row": row, "disk": own,
+        "place": place, "margin": margin, "sentences": sentences, "pulls": pull_sentences(state, place, margin, own),
+        "suspicions": why, "alerts": card_alerts(call, state, object), "watching": watched(state, object),
+        "guests": [guest for guest in card_rows(call, state, "guests") if place and guest["vmid"] in {
+            on.get("vmid") for on in guests_on(state, place.pool)}],
+        "events": card_events(call, state.name, object)}
+
+
+def vdev_margin(state: HostState, place: Place | None) -> VdevMargin | None:
+    pools = [pool for pool in dicts(state.body("pools")) if place and pool.get("name") == place.pool]
+    return next((margin for pool in pools for margin in pool_margins(state, pool)
+                 if place and margin.vdev == str(place.vdev.get("name"))), None)
+
+
+def pull_sentences(state: HostState, place: Place | None, margin: VdevMargin | None, disk: Row) -> Rows:
+    """What pulling this disk, and what pulling a wrong one, would do: {verdict, text}."""
+    if place is None:
+        return [{"verdict": "unknown",
+                 "text": "It is in no pool that is imported here; whether anything else uses it is not known."}]
+    kind = text(place.vdev, "class")
+    if margin is None:
+        return [{"verdict": "info" if kind in ("log", "cache", "spare") else "unknown", "text":
+                 f"It is a {kind} device: no data are lost without it." if kind in ("log", "cache", "spare")
+                 else "How many disks the vdev may lose is not known."}]
+    counts = text(place.leaf, "state") == "ONLINE"
+    own = margin.margin - counts
+    told = [{"verdict": "critical" if own < 0 else "ok", "text":
+             f"Pulling this one: {may_fail(own)}{'' if counts else '; it does not count any more'}."}]
+    told.append({"verdict": "critical" if margin.margin < 1 else "warning", "text":
+                 f"Pulling another disk of {margin.vdev} by mistake: {may_fail(margin.margin - 1)}."})
+    others = [str(leaf.get("disk") or leaf.get("name")) for leaf, _, _ in margin.suspects if leaf is not place.leaf]
+    if others:
+        told.append({"verdict": "warning", "text": f"{', '.join(others)} in the same vdev may fail next."})
+    return told
+
+
+# The cluster: quorum as each node sees it, HA, replication, Ceph.
+
+
+def cluster_card(call: Call, name: str) -> Row:
+    found = next(((cluster, ids) for cluster, ids in list_clusters(call.fleet, call.now)
+                  if cluster.name.lower() == name.lower()), None)
+    if found is None:
+        return missing_card(f"No host reports a cluster “{name}” now.")
+    cluster, ids = found
+    states = [call.fleet.hosts[id] for id in ids]
+    object = f"clusters/{cluster.name}"
+    rows = [host_row(call.fleet, state, call.now) for state in states]
+    alerts = card_alerts(call, call.fleet.shared, object)
+    views = {view.host.name: view for view in cluster.views}
+    quorate = [view.quorate for view in cluster.views]
+    worst = min([alert["severity"] for alert in alerts], key=verdict_rank, default="ok" if quorate else "unknown")
+    with_quorum = sum(word is True for word in quorate)
+    return {
+        "kind": "cluster", "key": object, "title": cluster.name, "verdict": worst, "host": None, "nodes": rows,
+        "sentences": [f"{with_quorum} of {len(states)} monitored nodes say that the cluster is quorate."],
+        "alerts": alerts, "watching": watched(call.fleet.shared, object), "views": views,
+        "services": [(state.name, service) for state in states
+                     for service in dicts((state.body("ha") or {}).get("services"))
+                     if service.get("node") in (text(state.body("node"), "name") or state.name, None)],
+        "replication": [{"host": state.name, **job} for state in states for job in dicts(state.body("replication"))],
+        "ceph": [(state.name, state.body("ceph")) for state in states if isinstance(state.body("ceph"), dict)],
+        "events": card_events(call, None, object)}
+
+
 # --- page: the one page, its fragment, log-in and log-out ---
 
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
@@ -11009,6 +11402,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
     groups = group_problems(call, find_rows(call, TABS["alerts"], problems, terms))
+    card = open_card(call)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
         "user": call.actor, "kiosk": call.kind == "kiosk",
@@ -11021,7 +11415,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": [*with_stakes(call.fleet, groups[:STAKES_SHOWN]), *groups[STAKES_SHOWN:]],
         "next_due": None if unseen else find_next_due(call),
-        "host": page_host(call), "pool": query.get("pool", ""),
+        "card": card, "host": card and card["host"],
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
         "access": page_access(call) if managing else None,
         "channels": [channel_shown(row) for row in channel_rows(call.db, call.fleet)],
@@ -11108,29 +11502,6 @@ def page_offset(asked: str, total: int) -> int:
     return offset // PAGE_LIMIT * PAGE_LIMIT if offset < total else 0
 
 
-def page_host(call: Call) -> dict[str, Any] | None:
-    """The host that is opened, with all that its drawer shows; None if there is none of that name."""
-    try:
-        state = call.fleet.find(call.query.get("host", ""))
-    except Problem:
-        return None
-    sections = {
-        name: {"body": one.body, "time": one.time, "received_at": one.stamp.received_at,
-               "stale": is_stale(state, name, call.now)}
-        for name, one in state.sections.items() if one.stamp is not None}
-    return {
-        "row": host_row(call.fleet, state, call.now), "sections": sections,
-        "absent": [name for name, one in state.sections.items() if one.absent],
-        "errors": {name: one.error for name, one in state.sections.items() if one.error},
-        "alerts": [{**alert, "silence": silence_of(call, state, alert), "site": state.site, "tags": state.tags}
-                   for alert in with_stakes(call.fleet, open_alerts([state]))],
-        "watching": open_alerts([state], "pending"),
-        "missing_reports": missing_reports(call.db, state.id),
-        **{name: order_rows(TABS[name], rows_of_hosts(TABS[name], call.fleet, [state], call.now)[0], "")
-           for name in ("pools", "guests", "storages", "backups")},
-    }
-
-
 def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
     """The fleet in one word, the worst that nobody has acknowledged, and in one sentence."""
     hosts, problems = overview["hosts"], overview["problems"]
@@ -11191,14 +11562,6 @@ def fold_alike(problems: Rows) -> Rows:
     return folded
 
 
-def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] | None:
-    """The silence that covers an alert; of several the one that ends last."""
-    known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
-    covering = [one for one in call.fleet.silences
-                if known is not None and one["until"] > call.now and silence_fits(one, call.fleet, state, known)]
-    return max(covering, key=lambda one: one["until"], default=None)
-
-
 def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
     """A channel's row with `look` and `word`: whether what is to be told arrives."""
     if row["last_error"] and (row["last_error_at"] or 0) > (row["last_sent_at"] or 0):
@@ -11207,25 +11570,6 @@ def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "look": "warning", "word": "given up"}
     return {**row, "look": "ok", "word": "delivered"} if row["last_sent_at"] else {
         **row, "look": "unknown", "word": "not tried"}
-
-
-def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none, or if
-    the chain is a circle."""
-    top, passed = problem, {problem["id"]}
-    while (cause := top["because_of"]) in shown:
-        if cause in passed:
-            return problem
-        passed.add(cause)
-        top = shown[cause]
-    return top
-
-
-def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
-    """The link to what an alert is about: its host, opened, and in it the pool if it is of one."""
-    kind, _, rest = (alert["object"] or "").partition("/")
-    pool = rest.partition("/")[0] if kind == "pools" else None
-    return url(host=alert["host"], pool=pool) + (f"#pool-{anchor(pool)}" if pool else "")
 
 
 def find_next_due(call: Call) -> dict[str, Any] | None:
@@ -11369,8 +11713,8 @@ def can_accept(rule: str) -> bool:
 
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    can_accept, known, dicts, fields, show_bytes, show_ratio, show_number, show_duration, show_age, show_time,
-    show_cell, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
+    can_accept, known, dicts, fields, object_url, show_bytes, show_ratio, show_number, show_duration, show_age,
+    show_time, show_cell, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
 
 
 class Template(bottle.SimpleTemplate):

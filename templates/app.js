@@ -1,5 +1,5 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
-//   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> charts
+//   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> cards -> charts
 //     -> problems -> acting -> onboarding -> alerting
 "use strict";
 (() => {
@@ -68,10 +68,10 @@
 
   function morphAttributes(old, fresh) {
     for (const { name } of [...old.attributes]) {
-      const own = name === "open" || name === "data-open" || (name === "class" && old.id === "main");      // what the reader opened stays open
+      const own = name === "open" || name === "inert" || name === "data-open" || (name === "class" && old.id === "main");      // what the reader opened stays open
       if (!own && !fresh.hasAttribute(name)) old.removeAttribute(name);
     }
-    for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    for (const { name, value } of fresh.attributes) if (name !== "open" && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
 
   // Rows stand still while the pointer or the focus is among them: new values come in, another order waits.
@@ -140,8 +140,9 @@
   function show(text) {
     const fresh = new DOMParser().parseFromString(text, "text/html").getElementById("main");
     if (!fresh) return lost();
-    const was = $("#drawer");
-    const before = was && was.dataset.host;
+    const was = $("#drawer"), next = $("#drawer", fresh);
+    const before = was && was.dataset.card;
+    if (was && next && next.dataset.card !== before) was.remove();      // another card: nothing of this one stays
     orderWaits(false);
     morph($("#main"), fresh);
     placed = here();
@@ -151,23 +152,7 @@
 
   function settle(before) {
     document.title = $("#main").dataset.title || "proxmon";
-    const drawer = $("#drawer");
-    root.classList.toggle("has-drawer", Boolean(drawer));
-    if (drawer && drawer.dataset.host !== before) { drawer.scrollTop = 0; $("#drawer-title").focus({ preventScroll: true }); }
-    if (drawer && drawer.dataset.host !== before) goToPool(drawer);
-    if (drawer && !$("[data-charts][data-shown]")) chooseRange($(`[data-range="${range}"]`));
-    if (!drawer && before) {
-      const row = $$(".row-link").find((link) => new URL(link.href).searchParams.get("host") === before);
-      if (row && document.activeElement === document.body) row.focus({ preventScroll: true });
-    }
-  }
-
-  function goToPool(drawer) {
-    const target = drawer.dataset.pool ? `pool-${drawer.dataset.pool}` : location.hash.slice(1);
-    const place = target && document.getElementById(target);
-    if (!place) return;
-    if (place.classList.contains("pool")) place.classList.add("chosen");
-    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 7;
+    settleCard(before);
   }
 
   // --- live: poll while the page is seen, and say so when the data stands still ---
@@ -262,7 +247,8 @@
     event.preventDefault();
     if (root.classList.contains("is-frozen") && link.matches(".drawer-close, .scrim")) return closeAlone(url);
     const same = url.pathname + url.search === here();
-    if (same) { history.replaceState(null, "", url); const drawer = $("#drawer"); if (drawer) goToPool(drawer); goToPlace(); return; }
+    if (same) { history.replaceState(null, "", url); goToSection(); goToPlace(); return; }
+    rememberOpener(link);
     const turned = url.searchParams.get("offset") !== new URLSearchParams(location.search).get("offset");
     go(url.href).then(() => { if (turned) scrollTo({ top: 0 }); });
   }
@@ -288,7 +274,7 @@
     const parameters = new URLSearchParams(location.pathname === "/" ? location.search : "");
     const text = $("#search").value.trim();
     if (text === (parameters.get("q") || "") && location.pathname === "/") return;
-    for (const name of ["offset", "host", "pool"]) parameters.delete(name);
+    for (const name of ["offset", "host", "guest", "pool", "disk", "cluster"]) parameters.delete(name);
     if (text) parameters.set("q", text); else parameters.delete("q");
     go("/" + (parameters.size ? `?${parameters}` : ""), { replace });
   }
@@ -456,6 +442,48 @@
       const shown = $("[data-made]", form);
       if (shown) { shown.textContent = made.link; shown.parentElement.hidden = false; }
     });
+  }
+
+  // --- cards: the dialog of one host, guest, pool, disk or cluster ---
+  let opener = "";       // the link that opened the first card: where the focus goes back to
+
+  const markOf = (link) => `${link.className} ${link.pathname}${link.search}`;
+
+  function rememberOpener(link) { if (!$("#drawer")) opener = markOf(link); }
+
+  function settleCard(before) {
+    const drawer = $("#drawer");
+    root.classList.toggle("has-drawer", Boolean(drawer));
+    keepOut(drawer);
+    if (drawer && drawer.dataset.card !== before) {
+      drawer.scrollTop = 0;
+      $("#drawer-title").focus({ preventScroll: true });
+      goToSection();
+    }
+    if (drawer && !$("[data-charts][data-shown]")) showCharts({ again: true });
+    if (!drawer && before) focusBack(before);
+  }
+
+  // While a card is open nothing else can be reached, neither by keyboard nor by a screen reader.
+  function keepOut(drawer) {
+    const others = [...$$("body > :not(main, script, dialog, #frozen, #page-error, .symbols)"), ...$("#main").children];
+    for (const other of others) if (other !== drawer && !other.classList.contains("scrim")) other.inert = Boolean(drawer);
+  }
+
+  function focusBack(before) {
+    const links = $$("#main a[href]"), host = before.split("/")[0];
+    const link = links.find((a) => markOf(a) === opener) || links.find((a) => new URL(a.href).searchParams.get("host") === host);
+    opener = "";
+    if (document.activeElement === document.body) (link || $("#main")).focus({ preventScroll: true });
+  }
+
+  function goToSection() {
+    const drawer = $("#drawer"), place = drawer && location.hash && document.getElementById(location.hash.slice(1));
+    if (!place || !drawer.contains(place)) return;
+    if (place.nodeName === "DETAILS") place.open = true;
+    for (const other of $$(".chosen", drawer)) other.classList.remove("chosen");
+    place.classList.add("chosen");
+    drawer.scrollTop += place.getBoundingClientRect().top - $(".drawer-head", drawer).getBoundingClientRect().bottom - 7;
   }
 
   // --- charts: the history API as SVG; average line, band from minimum to maximum, gaps as gaps, marks below ---

@@ -181,14 +181,18 @@ def test_the_drawer_tells_absent_error_and_no_data_apart(browser, register, post
 
 def test_a_problem_leads_to_its_pool(browser, two_hosts):
     page = browser.get("/").text
-    assert 'href="/?host=pve2&amp;pool=tank#pool-tank"' in page
+    assert 'href="/?host=pve2&amp;pool=tank"' in page
     assert 'id="pool-tank"' in browser.get("/?host=pve2&pool=tank").text
 
 
-def test_an_unknown_host_leaves_the_page_without_drawer(browser, two_hosts):
-    page = browser.get("/?host=nobody")
+@pytest.mark.parametrize("query, said", [
+    ("host=nobody", "There is no host “nobody”"), ("host=pve1&guest=9", "reports no guest “9”"),
+    ("host=pve1&pool=x", "reports no pool “x”"), ("host=pve1&disk=x", "reports no disk “x”"),
+    ("cluster=x", "No host reports a cluster “x”")])  # fmt: skip
+def test_a_card_of_what_is_not_there_says_so(browser, two_hosts, query, said):
+    page = browser.get("/?" + urllib.parse.quote(query, safe="=&"))
     assert page.status == 200
-    assert 'id="drawer"' not in page.text
+    assert said in page.text
 
 
 def test_the_same_state_is_the_same_fragment_at_any_time(browser, two_hosts, clock):
