@@ -1676,7 +1676,7 @@ def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
     """What version 0.1.0 remembered, in today's shape; jobs of backups are learned anew."""
     if not kept or "shape" in kept:
         return kept
-    found: dict[str, Any] = {**kept, "began": 0.0}
+    found: dict[str, Any] = dict(kept)
     for rule in ("reboot-needed", "updates-security", "scrub-age"):
         found[rule] = {key: [True, at] for key, at in kept.get(rule, {}).items()}
     for rule in ("smart-growth", "smart-crc"):

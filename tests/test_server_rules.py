@@ -473,6 +473,7 @@ def test_a_dying_nvme_is_one_alert_with_all_that_it_says(sim):
 
 
 def test_alerts_follow_a_disk_to_its_new_letter(sim):
+    """Letters change at a start: https://github.com/c0m4r/kula/issues/46"""
     first, second = {"name": "sda", "serial": "S1", "passed": False}, {"name": "sdb", "serial": "S2", "passed": False}
     sim.send("pve1", disks=[first, second])
     before = {row["object"]: row["id"] for row in sim.alerts("smart-failed")}
@@ -487,6 +488,7 @@ def test_alerts_follow_a_disk_to_its_new_letter(sim):
 
 
 def test_a_disk_that_does_not_answer_is_not_gone(sim):
+    """smartctl on a busy disk: https://github.com/prometheus-community/smartctl_exporter/issues/309"""
     leaves = mirror(leaf("sda", disk="sda"), leaf("sdb", disk="sdb"))
     sim.send("pve1", disks=[*disk(pool="tank"), *disk(name="sdb", serial="S2", pool="tank")], pools=leaves)
     sim.now += 1800
@@ -501,6 +503,7 @@ def test_a_disk_that_does_not_answer_is_not_gone(sim):
 
 
 def test_snapshots_that_arrive_once_a_day_are_expected_once_a_day(sim):
+    """https://github.com/jimsalterjrs/sanoid/issues/432: hourly snapshots, sent daily."""
     for hour in range(0, 80):
         sim.now = START + hour * HOUR
         batch = hour // 24
@@ -515,6 +518,7 @@ def test_snapshots_that_arrive_once_a_day_are_expected_once_a_day(sim):
 
 
 def test_a_resilver_that_begins_anew_again_and_again_gets_nowhere(sim):
+    """https://github.com/openzfs/zfs/issues/11572 and 9551: it moves, and gets nowhere for days."""
     for hour in range(0, 30):
         sim.now = START + hour * HOUR
         done = .09 if hour == 3 else hour % 5 / 100
@@ -526,6 +530,7 @@ def test_a_resilver_that_begins_anew_again_and_again_gets_nowhere(sim):
 
 
 def test_certificates_are_judged_by_their_own_life(sim):
+    """https://github.com/lxc/incus/issues/3808: an own CA gives certificates of 7 days."""
     for left, starts, expected in ((6.9, None, ["warning"]), (6.9, 0.1, []), (2.4, 4.6, []), (2.3, 4.7, ["warning"]),
                                    (1.1, 5.9, ["critical"]), (20, 70, ["warning"])):
         given = {} if starts is None else {"starts_at": sim.now - starts * DAY}
@@ -564,6 +569,7 @@ def test_oom_is_critical_when_a_guest_went_down_with_it(sim):
 
 
 def test_a_storage_that_is_worse_than_its_pool_is_told_itself(sim):
+    """Reservations fill a pool that `zpool list` calls 81 % full: https://github.com/openzfs/zfs/issues/7321"""
     for minute in range(0, 30, 5):
         sim.now = START + minute * MINUTE
         sim.send("pve1", pools=pool(capacity_ratio=.81), storages=storage(used_bytes=100, dataset="tank", type="zfspool"))
@@ -760,12 +766,14 @@ def test_a_failed_backup_warns_and_two_in_a_row_are_critical(sim):
     (["scsi0", "scsi1"], [], []), (["scsi0", "scsi1"], ["scsi1"], ["info"]), (["scsi0"], ["scsi0"], ["warning"]),
 ])
 def test_a_backup_without_the_disks_is_no_backup(sim, kept, excluded, expected):
+    """qemu-server's VZDump: `exclude disk 'scsi0' (backup=no)`, `backup contains no disks`."""
     run = {"vmid": 104, "newest_ok": {"ended_at": sim.now - HOUR, "excluded_disks": excluded, "size_bytes": 2048}}
     sim.send("pve1", guests=guest(volumes=[{"name": name, "storage": "s"} for name in kept]), backups=backups([], run))
     assert [row["severity"] for row in sim.alerts("backup-excludes")] == expected
 
 
 def test_a_job_that_fails_is_one_alert_and_its_guests_follow(sim):
+    """PVE::VZDump: `could not activate storage`; the job's state file has the reason."""
     failed = [{"vmid": vmid, "newest_failed": {"ended_at": sim.now - 60, "error": "x"}} for vmid in (104, 105)]
     jobs = [{"id": "all", "enabled": True, "guests": "all", "last_state": "job errors", "last_run_at": sim.now - 90}]
     sim.send("pve1", guests=[*guest(), *guest(vmid=105)], backups=backups(jobs, *failed))
@@ -775,6 +783,7 @@ def test_a_job_that_fails_is_one_alert_and_its_guests_follow(sim):
 
 
 def test_another_guest_with_the_same_vmid_starts_anew(sim):
+    """PVE proposes the lowest free id: https://github.com/bpg/terraform-provider-proxmox/issues/2925"""
     old = good(104, sim.now - 30 * DAY)
     old["newest_failed"] = {"ended_at": sim.now - 20 * DAY, "error": "x"}
     sim.send("pve1", guests=guest(created_at=1), backups=backups([daily(sim.now)], old))
@@ -923,6 +932,7 @@ def test_what_ha_tells_is_judged_once_a_cluster(trio, ha, rule, minutes, expecte
 
 
 def test_ceph_is_told_once_a_cluster(trio):
+    """https://docs.ceph.com/en/latest/rados/operations/health-checks/#osd-full"""
     for_minutes(trio, 1, **{name: (cluster_of(*NODES), {"ceph": ceph("HEALTH_ERR")}) for name in NODES})
     alert, = trio.alerts()
     assert (alert["rule"], alert["object"], alert["severity"]) == ("cluster-ceph", "clusters/prod", "critical")

@@ -105,9 +105,18 @@ def test_naming_others_as_members_makes_no_member(sim):  # noqa: F811
     sim.now = at_hour(21, 1) + 10 * HOUR
     sim.send("rogue", node=node(name="pve2"), cluster=cluster_of("pve1", "pve2", "rogue"), guests=[],
              backups=backups([], good(104, sim.now - 60)))
+    sim.host("another")  # the names are gathered anew
     late_backup(sim, cluster=cluster_of("pve1", "pve2"))  # pve2 is not watched here, and rogue says it was pve2
     assert fires(sim, "backup-overdue") == {("pve1", "guests/104")}
     assert [host.name for host in sim.fleet.mates(sim.fleet.find("pve1"))] == ["pve1"]
+
+
+def test_a_namesake_in_another_cluster_of_the_same_name_is_no_member(sim):  # noqa: F811
+    sim.host("pve2")  # the one of the other cluster; ours is not watched here
+    sim.now = at_hour(21, 1) + 10 * HOUR
+    sim.send("pve2", cluster=cluster_of("pve2", "pve3"), guests=[], backups=backups([], good(104, sim.now - 60)))
+    late_backup(sim, cluster=cluster_of("pve1", "pve2"))
+    assert fires(sim, "backup-overdue") == {("pve1", "guests/104")}
 
 
 def test_a_host_registered_under_another_name_is_told_by_its_tag(sim):  # noqa: F811
@@ -233,8 +242,13 @@ def test_what_the_version_before_remembered_is_understood(sim):  # noqa: F811
     sim.send("pve1", node=node(reboot_needed=True, oom_kills_total=3), agent={"dropped": 7},
              pools=pool(vdevs=[{"name": "sda", "state": "ONLINE", "checksum_errors": 5}], scan={"function": "none"}),
              disks=disk(pending_sectors=8), guests=[*guest(status="stopped"), *guest(vmid=105, status="stopped")])
+    jobs = [daily(sim.now)]
+    sim.send("pve1", guests=[*guest(), *guest(vmid=105, status="stopped")],
+             backups=backups(jobs, good(104, sim.now - 9 * DAY)))
+    assert fires(sim, "backup-overdue") == {("pve1", "guests/104")}  # and was so before the upgrade
     assert {row["rule"] for row in sim.alerts()} >= {"vdev-errors", "scrub-age", "smart-growth", "reboot-needed",
                                                      "spool-dropped"}
-    sim.now += 180
-    sim.send("pve1", guests=[*guest(status="stopped"), *guest(vmid=105, status="stopped")])
+    for _ in range(2):
+        sim.now += 180
+        sim.send("pve1", guests=[*guest(status="stopped"), *guest(vmid=105, status="stopped")])
     assert fires(sim, "guest-down") == {("pve1", "guests/104"), ("pve1", "guests/105")}
