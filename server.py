@@ -2784,6 +2784,87 @@ def volumes_without_guest(host: HostState) -> Iterator[dict[str, Any]]:
             yield trap(host, dataset, "orphan", number(dataset, "used_bytes"), f"there is no guest {dataset['vmid']}")
 
 
+# Snapshots: their rhythm, who has none, who never lets go
+
+
+def snapshot_class(snapshots: dict[str, Any]) -> str | None:
+    """The class of snapshots, None where no interval can be held to: made by hand, or by who knows what."""
+    name = text(snapshots, "class") or "other"
+    return None if name in ("pve", "other") or name.startswith("__replicate") else name
+
+
+NEIGHBOURS = 4  # so many datasets of one parent, and three of four that have a class: the others lack it
+
+
+def missing_snapshots(host: HostState) -> dict[str, list[str]]:
+    """By dataset, the classes of at most a day's rhythm that its neighbours (guests' disks, or datasets of the same
+    parent) have and it has not. Nothing where a pool could not be asked."""
+    entries = dicts(host.body("snapshots"))
+    dark = {(text(entry, "dataset") or "").partition("/")[0] for entry in entries if entry.get("unknown_reason")}
+    families: dict[tuple[str, bool], list[str]] = {}
+    for dataset in dicts(host.body("datasets")):
+        name = text(dataset, "name") or ""
+        parent, _, last = name.rpartition("/")
+        if parent and name.partition("/")[0] not in dark and not UNSNAPPED.search(last):
+            families.setdefault((parent, GUEST_VOLUME.fullmatch(last) is not None), []).append(name)
+    having: dict[str, set[str]] = {}
+    for entry in entries:
+        rhythm, kind = number(entry, "interval_seconds"), snapshot_class(entry)
+        if kind and rhythm and rhythm <= 1.5 * DAY and (number(entry, "count") or 0) >= 5:
+            having.setdefault(kind, set()).add(str(entry.get("dataset")))
+    found: dict[str, list[str]] = {}
+    for members in families.values():
+        for kind, owners in sorted(having.items()):
+            without = [name for name in members if name not in owners]
+            if len(members) >= NEIGHBOURS and 0 < len(without) <= len(members) // 4:
+                for name in without:
+                    found.setdefault(name, []).append(kind)
+    some = {(str(entry.get("dataset")), snapshot_class(entry)) for entry in entries}  # new, or fewer than five
+    kept = {name: [kind for kind in kinds if (name, kind) not in some] for name, kinds in found.items()}
+    return {name: kinds for name, kinds in kept.items() if kinds}
+
+
+UNSNAPPED = re.compile(r"-cloudinit$|^base|-state-|swap")  # what nobody wants to go back to, and templates
+
+
+SERIES_COLUMNS = ("host", "dataset", "class", "verdict", "reason", "count", "interval_seconds", "newest_at",
+                  "oldest_at", "held_bytes")
+UNPRUNED = 200  # snapshots of a series, of which none in between is gone
+
+
+def series_rows(host: HostState, now: float) -> Iterator[dict[str, Any]]:
+    """Each series of snapshots (dataset and class) with the rhythm that it has shown, and each that is missing.
+    `held_bytes` is known where a dataset has one series only."""
+    held = {dataset.get("name"): number(dataset, "used_by_snapshots_bytes") for dataset in dicts(host.body("datasets"))}
+    entries = [entry for entry in dicts(host.body("snapshots")) if entry.get("count")]
+    series = Counter(text(entry, "dataset") for entry in entries)
+    for entry in entries:
+        name = text(entry, "dataset") or ""
+        verdict, reason = describe_series(host, entry, now)
+        yield {**{column: entry.get(column) for column in SERIES_COLUMNS}, "host": host.name, "verdict": verdict,
+               "reason": reason, "held_bytes": held.get(name) if series[name] == 1 else None}
+    for name, kinds in missing_snapshots(host).items():
+        for kind in kinds:
+            yield {**dict.fromkeys(SERIES_COLUMNS), "host": host.name, "dataset": name, "class": kind, "count": 0,
+                   "verdict": "warning", "reason": "missing: its neighbours have it"}
+
+
+def describe_series(host: HostState, entry: dict[str, Any], now: float) -> tuple[str, str | None]:
+    """Late, as the rule has it; never pruned; or as regular as ever."""
+    kind, count, rhythm = snapshot_class(entry), number(entry, "count") or 0, number(entry, "interval_seconds")
+    newest, oldest = number(entry, "newest_at"), number(entry, "oldest_at")
+    late = host.alerts.get(("snapshot-age", f"snapshots/{entry.get('dataset')}@{kind}"))
+    if late is not None:
+        return late.severity, late.message
+    if newest is None:
+        return "unknown", "when they were made is not known"
+    if rhythm and oldest is not None and count >= UNPRUNED and newest - oldest > 0.8 * rhythm * count:
+        span = newest - oldest
+        if span < 1.25 * rhythm * count:
+            return "info", f"never pruned: {int(count)} in {format_duration(span)}, none in between is gone"
+    return "ok", f"one each {format_duration(rhythm)}" if rhythm else None
+
+
 # What changed: facts of a report that belong on the time line.
 
 
@@ -4043,6 +4124,34 @@ def scrub_result(pool: dict[str, Any], host: HostState) -> Found:
     return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes.", repaired) if repaired else None
 
 
+SCRUBS_KEPT = 10  # of a pool are remembered
+SCRUB_LEAST = 10 * MINUTE  # what takes less says nothing of the disks
+
+
+@rule("scrub-slow", each="pools", tidy=True,
+      reads="pools.last_scrub.ended_at pools.last_scrub.duration_seconds pools.allocated_bytes pools.vdevs.slow_ios",
+      why="A scrub that takes much longer than it used to is often a disk that ages.",
+      todo="zpool iostat -vl POOL 5 shows which disk is slow; was there other load, a backup or a rebuild?")
+def scrub_slow(pool: dict[str, Any], host: HostState) -> Found:
+    """The last scrub took half as long again per byte as the median of at least three before it."""
+    last, object = pool.get("last_scrub"), f"pools/{pool['name']}"
+    ended, took, size = number(last, "ended_at"), number(last, "duration_seconds"), number(pool, "allocated_bytes")
+    known = host.memory.get("scrub-slow", object, [])
+    if ended is not None and took and size and ended not in (at for at, _, _ in known):
+        known = [*known, [ended, took, size]][-SCRUBS_KEPT:]
+        host.memory.keep("scrub-slow", object, known)
+    if len(known) < 4:
+        return UNKNOWN
+    *before, (_, took, size) = known
+    usual = statistics.median(seconds / bytes for _, seconds, bytes in before)
+    if took < SCRUB_LEAST or took / size <= 1.5 * usual:
+        return None
+    slow = max(leaves_with_parent(pool), key=lambda pair: number(pair[0], "slow_ios") or 0, default=None)
+    named = f"; {slow[0].get('name')} had slow I/Os" if slow and number(slow[0], "slow_ios") else ""
+    return warning(f"The last scrub of pool {pool['name']} took {format_duration(took)}; for as much data it used to "
+                   f"take {format_duration(usual * size)}{named}.", took / size / usual)
+
+
 @rule("scrub-stuck", each="pools", tidy=True,
       reads="pools.scan.function pools.scan.state pools.scan.progress_ratio pools.scan.started_at",
       why="A scrub or resilver that stands still, or begins again and again, protects nothing.",
@@ -4075,10 +4184,11 @@ SANOID_AGES = {"hourly": (90 * MINUTE, 360 * MINUTE), "daily": (28 * HOUR, 32 * 
                "monthly": (32 * DAY, 40 * DAY)}  # sanoid.defaults.conf: *_warn, *_crit
 
 
-def snapshot_class(snapshots: dict[str, Any]) -> str | None:
-    """The class of snapshots, None where no interval can be held to: made by hand, or by who knows what."""
-    name = text(snapshots, "class") or "other"
-    return None if name in ("pve", "other") or name.startswith("__replicate") else name
+def accept_missing(host: HostState, object: str) -> bool:
+    missing = missing_snapshots(host).get(object.partition("/")[2])
+    if missing:
+        host.memory.keep("snapshot-missing", object, missing)
+    return bool(missing)
 
 
 def snapshot_limits(snapshots: dict[str, Any]) -> tuple[float, float] | None:
@@ -4140,6 +4250,20 @@ def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) ->
             continue
         host.memory.keep("snapshot-gone", object, gone_at)
         yield warning(f"Dataset {dataset} has no {name} snapshot any more.", 0, object)
+
+
+@rule("snapshot-missing", on="snapshots", of="dataset", hold=DAY, always=True, accept=accept_missing,
+      reads="snapshots.class snapshots.interval_seconds datasets.name",
+      why="Its neighbours are snapshotted and it is not: nobody could go back.",
+      todo="Add it to what makes the snapshots (sanoid.conf …), or accept this as normal.")
+def snapshot_missing(classes: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
+    for dataset, missing in missing_snapshots(host).items():
+        object = f"datasets/{dataset}"
+        if host.memory.get("snapshot-missing", object) != missing:
+            yield warning(f"Dataset {dataset} has no {', '.join(missing)} snapshots, as its neighbours have.", None,
+                          object)
+    if not host.has("datasets") or is_unseen(host, "datasets") or is_unseen(host, "snapshots"):
+        yield UNKNOWN
 
 
 @rule("guest-snapshot-age", on="snapshots", of="guest", always=True,
@@ -9591,6 +9715,12 @@ def fleet_forecasts(fleet: Fleet, states: list[HostState], now: float) -> Iterat
                                              row["verdict"] != "unknown"))
 
 
+def fleet_series(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    rows = [row for _, row in of_each(states, "snapshots", lambda state: series_rows(state, now))]
+    order = {"critical": 0, "warning": 1, "unknown": 2, "info": 3}
+    yield from sorted(rows, key=lambda row: order.get(row["verdict"], 4))
+
+
 def build_overview(fleet: Fleet, now: float) -> Row:
     """The fleet in a few numbers, of the same size for 1 host and 10,000."""
     known = [state for state in fleet.hosts.values() if state.last_seen_at is not None]
@@ -9782,6 +9912,14 @@ RESOURCES = {resource.name: resource for resource in (
         title="Space traps", words={"name": ("object",)},
         heads=(("Object", "object", "c-name"), ("Host", "host", "c-text"), ("Trap", "trap", "c-text"),
                ("Takes", "-bytes", "c-num"), ("Why", "reason", "c-text"))),
+    Resource(
+        "snapshots", "Series of snapshots, by dataset and class: their rhythm, who is late, who has none though its "
+        "neighbours have, who never prunes.", SERIES_COLUMNS, of_hosts=fleet_series, title="Snapshots",
+        words={"name": ("dataset",)},
+        heads=(("State", "verdict", "c-state"), ("Dataset", "dataset", "c-name"), ("Host", "host", "c-text"),
+               ("Class", "class", "c-text"), ("Newest", "newest_at", "c-num"), ("Count", "-count", "c-num opt-2"),
+               ("Rhythm", "interval_seconds", "c-num opt-2"), ("Oldest", "oldest_at", "c-num opt-3"),
+               ("Holds", "-held_bytes", "c-num opt-2"), ("Why", "reason", "c-text opt-2"))),
     Resource(
         "forecasts", "When pools, storages, thin pools, datasets with a quota and root file systems are full, as a "
         "range of days, what grew, and what could be won.", FORECAST_COLUMNS, of_hosts=fleet_forecasts,

@@ -479,6 +479,70 @@ def test_a_host_that_fell_silent_is_as_full_as_it_was(sim: Simulation) -> None:
     assert later["days_until_full"] == row["days_until_full"] and later["as_of"] == row["as_of"]
 
 
+# snapshots and scrubs
+
+
+def family(sim: Simulation, having: int, without: int, **more: Any) -> server.HostState:
+    """Guests' disks of one parent: so many with hourly snapshots, so many without."""
+    names = [f"tank/vm/vm-{number}-disk-0" for number in range(100, 100 + having + without)]
+    sets = [snapshot(str(at), HOUR / 2, name, interval_seconds=HOUR) for at, name in enumerate(names[:having])]
+    return state(sim, **{"snapshots": sets, "datasets": [{"name": name, "type": "volume"} for name in names], **more})
+
+
+def test_who_lacks_the_snapshots_of_its_neighbours_is_named(sim: Simulation) -> None:
+    host = family(sim, 5, 1)
+    assert server.missing_snapshots(host) == {"tank/vm/vm-105-disk-0": ["autosnap_hourly"]}
+    rows = list(server.series_rows(host, START))
+    assert [row["dataset"] for row in rows if row["verdict"] == "warning"] == ["tank/vm/vm-105-disk-0"]
+    for _ in range(3):
+        sim.now += 13 * HOUR
+        family(sim, 5, 1)
+    (alert,) = sim.alerts("snapshot-missing")
+    assert alert["object"] == "datasets/tank/vm/vm-105-disk-0"
+    server.accept_missing(host, alert["object"])
+    family(sim, 5, 1)
+    assert not sim.alerts("snapshot-missing")
+
+
+@pytest.mark.parametrize(("having", "without", "more"), [
+    (3, 0, {}), (2, 1, {}), (3, 3, {}), (5, 1, {"datasets": None}),
+    (5, 1, {"snapshots": [{"dataset": "tank", "unknown_reason": "timeout"}]})])
+def test_where_it_is_no_habit_or_not_known_nothing_is_missing(sim: Simulation, having: int, without: int, more: Any) -> None:
+    assert server.missing_snapshots(family(sim, having, without, **more)) == {}
+
+
+def test_series_that_are_never_pruned_are_told(sim: Simulation) -> None:
+    kept = snapshot("1", 0, count=500, oldest_at=START - 499 * HOUR, interval_seconds=HOUR)
+    pruned = snapshot("2", 0, "rpool/b", count=500, oldest_at=START - 5000 * HOUR, interval_seconds=HOUR)
+    unknown = snapshot("3", 0, "rpool/c", newest_at=None)
+    rows = {row["dataset"]: row["verdict"] for row in server.series_rows(state(sim, snapshots=[kept, pruned, unknown]), START)}
+    assert list(rows.values()) == ["info", "ok", "unknown"]
+
+
+def scrubbed(sim: Simulation, *hours: float, **fields: Any) -> list[str]:
+    for nth, took in enumerate(hours):
+        sim.now += 30 * DAY
+        last = {"ended_at": sim.now - HOUR, "duration_seconds": took * HOUR, "repaired_bytes": 0, "errors": 0}
+        state(sim, pools=[{**pool(vdev("mirror", leaf("a", slow_ios=3), leaf("b"))), "allocated_bytes": 10 * GIB,
+                           "last_scrub": last, **fields}])
+    return [row["message"] for row in sim.alerts("scrub-slow")]
+
+
+def test_a_scrub_slower_by_half_than_its_median_is_told(sim: Simulation) -> None:
+    (told,) = scrubbed(sim, 4, 4, 5, 4, 9)
+    assert "took 9 h" in told and "used to take 4 h" in told and "a had slow I/Os" in told
+
+
+@pytest.mark.parametrize("hours", [(4, 4, 5, 4, 5), (4, 4, 9), (0.01, 0.01, 0.01, 0.09)])
+def test_usual_scrubs_and_the_first_ones_say_nothing(sim: Simulation, hours: tuple[float, ...]) -> None:
+    assert scrubbed(sim, *hours) == []
+
+
+def test_twice_the_data_take_twice_the_time(sim: Simulation) -> None:
+    scrubbed(sim, 4, 4, 4, 4)
+    assert scrubbed(sim, 8, allocated_bytes=20 * GIB) == []
+
+
 # what changed before it broke
 
 
@@ -565,9 +629,9 @@ def test_a_missing_address_alone_is_information(sim: Simulation) -> None:
 # the lists of the API
 
 
-@pytest.mark.parametrize("name", ["copies", "replacements", "blindspots", "traps", "drift", "cohorts"])
+@pytest.mark.parametrize("name", ["copies", "replacements", "blindspots", "traps", "drift", "cohorts", "snapshots"])
 def test_a_host_of_odd_values_costs_its_own_rows(sim: Simulation, name: str) -> None:
-    usual = {"safeguards": {"zed_mail": False}, "pools": [pool(vdev("mirror", leaf("a"), leaf("b")))],
+    usual = {"snapshots": [snapshot("1", HOUR)], "safeguards": {"zed_mail": False}, "pools": [pool(vdev("mirror", leaf("a"), leaf("b")))],
              "disks": [disk("a", passed=False)],
              "datasets": [{"name": "rpool/a", "type": "volume", "refreservation_bytes": 9 * GIB, "used_by_dataset_bytes": 1}]}
     for number in range(3):

@@ -342,7 +342,8 @@ def test_every_rule_has_a_row_here():
         "backup-failed", "backup-missing", "clock-skew", "cluster-clock", "cluster-quorum", "cluster-disagree",
         "cluster-member", "cluster-margin", "cluster-storage-full", "ha-service", "section-failing", "spool-dropped",
         "agent-old", "host-twice", "server-certificate", "backup-excludes", "cluster-ceph", "ha-disarmed", "ha-node",
-        "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot", "space-forecast"}
+        "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot", "space-forecast",
+        "scrub-slow", "snapshot-missing"}
     assert {row[0] for row in LIVES} | elsewhere == set(server.RULE)
 
 
