@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import troubles  # noqa: E402
 from recorded import RecordedProbe, recordings  # noqa: E402
 
 import agent  # noqa: E402
@@ -102,6 +103,8 @@ def recording_of(number: int, usual: list[Recording], troubled: list[Recording])
     if troubled and number % 20 == 7:
         order = sorted(troubled, key=lambda one: TROUBLED.index(one.name))
         return order[number // 20 % len(order)]
+    if number % 20 in troubles.SICK:
+        return next(recording for recording in usual if recording.name == troubles.SICK[number % 20][0])
     return usual[(number + number // (WELL_BETWEEN + 1)) % len(usual)]  # so that each fault meets each recording
 
 
@@ -156,12 +159,16 @@ def heal(sections: dict[str, Any], now: float) -> None:
         if guest.get("status") not in ("running", "stopped"):
             guest["status"] = "running"
     for storage in sections.get("storages") or ():
+        if storage.get("type") == "dir" and "backup" in storage["storage"]:  # elsewhere, as backups should be
+            storage.update(type="nfs", server="192.0.2.50", shared=True)
         if storage.get("enabled") and not storage.get("active"):
             storage.update(active=True, total_bytes=4 << 40, used_bytes=1 << 40, available_bytes=3 << 40)
     for disk in sections.get("disks") or ():
         for key in disk.keys() & HEALTHY.keys():
             disk[key] = min(disk[key] or 0, HEALTHY[key])
         disk["passed"] = True
+        if (disk.get("selftest") or {}).get("passed") is False:
+            disk["selftest"]["passed"] = True
         if "spare_ratio" in disk:
             disk["spare_ratio"] = 1.0
     for certificate in sections.get("certificates") or ():
@@ -180,6 +187,10 @@ def heal_pools(sections: dict[str, Any]) -> None:
         set_pool_state(sections, pool, "ONLINE")
         pool.update(status_text=None, action_text=None, data_errors=0, damaged_files=[])
         pool["redundancy_margin"] = full_redundancy(pool)
+        scan = pool.get("scan") or {}
+        if scan.get("state") in ("scanning", "paused"):  # here it would never end
+            scan.update(state="finished", ended_at=scan.get("started_at"), repaired_bytes=0, errors=0)
+            scan.pop("progress_ratio", None)
         for vdev in walk(pool.get("vdevs") or []):
             vdev.update(read_errors=0, write_errors=0, checksum_errors=0, reason=None)
             if vdev.get("class") != "spare":
@@ -198,6 +209,11 @@ def heal_services(sections: dict[str, Any]) -> None:
         told = sections["safeguards"]
         told.update({key: True for key in ("zed_mail", "root_mail", "scrub_scheduled", "security_source") if key in told},
                     matchers_without_target=[], enterprise_source=False)
+    if sections.get("mail_queue"):
+        sections["mail_queue"].update(deferred=0, active=0, oldest_at=None)
+    for dataset in sections.get("datasets") or ():
+        if dataset.get("mounted") is False and dataset.get("canmount") == "on":
+            dataset["mounted"] = True
     for service in (sections.get("ha") or {}).get("services") or ():
         service["state"] = "started"
     if (sections.get("updates") or {}).get("security"):
@@ -209,10 +225,9 @@ def heal_copies(sections: dict[str, Any]) -> None:
     backups = sections.get("backups") or {}
     for job in backups.get("jobs") or ():
         job["last_state"] = "OK"
-    for guest in backups.get("guests") or ():
-        guest.pop("newest_failed", None)
-        guest["newest_ok"] = guest.get("newest_ok") or {"ended_at": 0, "storage": "backup"}
-        guest["newest_ok"]["ended_at"] = float("inf")  # see keep_fresh
+    if backups.get("jobs"):
+        backups["jobs"][0].update(enabled=True, guests="all", exclude=[], pool=None, node=None)
+        heal_backups(sections, backups)
     for job in sections.get("replication") or ():
         job.update(fail_count=0, enabled=True, last_sync_at=float("inf"), last_try_at=float("inf"))
         job.pop("error", None)
@@ -221,6 +236,26 @@ def heal_copies(sections: dict[str, Any]) -> None:
         one["newest_at"] = float("inf")
     if "snapshots" in sections:
         sections["snapshots"] = kept
+
+
+def heal_backups(sections: dict[str, Any], backups: dict[str, Any]) -> None:
+    """Every guest has a good backup, and that on another machine."""
+    away = {storage["storage"] for storage in sections.get("storages") or () if storage.get("type") in ("nfs", "pbs")}
+    if not away:
+        away = {"pbs-away"}
+        sections.setdefault("storages", []).append({
+            "storage": "pbs-away", "type": "pbs", "content": "backup", "shared": True, "enabled": True, "active": True,
+            "server": "192.0.2.9", "total_bytes": 8 << 40, "used_bytes": 3 << 40, "available_bytes": 5 << 40})
+    known = {guest["vmid"]: guest for guest in backups.get("guests") or ()}
+    for guest in sections.get("guests") or ():
+        run = known.setdefault(guest["vmid"], {"vmid": guest["vmid"]})
+        run.pop("newest_failed", None)
+        run["newest_ok"] = run.get("newest_ok") or {}
+        run["newest_ok"].update(ended_at=float("inf"), excluded_disks=[])  # see keep_fresh
+        run["newest_ok"].pop("started_at", None)
+        if run["newest_ok"].get("storage") not in away:
+            run["newest_ok"]["storage"] = min(away)
+    backups["guests"] = list(known.values())
 
 
 def keep_fresh(sections: dict[str, Any], started: float, now: float) -> None:
@@ -411,6 +446,7 @@ class PlayedHost:
         self.rates: dict[str, float] = {}
         self.kept: list[dict[str, Any]] = []  # made while the host was cut off
         self.phase = ""
+        self.troubles = troubles.SICK[number % 20][1] if number % 20 in troubles.SICK else ()
         self.paused: dict[int, float] = {}  # vmid -> when the guest comes back
         self.sections: dict[str, Any] = copy.deepcopy(recording.sections)
         shift_times(self.sections, now - recording.time)
@@ -523,6 +559,8 @@ class PlayedHost:
         progress = self.fault.progress(self._cycle(now)) if self.fault else None
         if self.fault and progress is not None:
             self.fault.lay(shown, progress, now)
+        for trouble in self.troubles:
+            trouble.lay(shown, self.started, now)
         phase = "" if progress is None else str(int(progress * 20))
         full = self.ticks % MEDIUM_EVERY == 0 or phase != self.phase
         self.ticks, self.phase = self.ticks + 1, phase
@@ -544,12 +582,24 @@ class PlayedHost:
 
     def backfill(self, now: float) -> list[dict[str, Any]]:
         """Some hours of node and guests, oldest first, so that charts have something to show at once."""
-        reports = []
+        reports = self.backfill_growth(now)
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
             known: dict[str, Any] = {n: self.sections[n] for n in ("node", "guests") if n in self.sections}
             reports.append(self.wrap(copy.deepcopy(known), at, tick="fast", full=False))
+        return reports
+
+
+    def backfill_growth(self, now: float) -> list[dict[str, Any]]:
+        """Days of a pool that fills up: a forecast needs to see some."""
+        if not any(trouble.rule == "pool-forecast" for trouble in self.troubles):
+            return []
+        reports = []
+        for at in range(int(now - troubles.GROWS_SINCE), int(now - BACKFILL_HOURS * HOUR), 2 * HOUR):
+            known = copy.deepcopy({name: self.sections[name] for name in ("pools", "datasets")})
+            troubles.lay_growth(known, self.started, at)
+            reports.append(self.wrap(known, at, tick="slow", full=False))
         return reports
 
 

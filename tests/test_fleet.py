@@ -17,6 +17,9 @@ import fleet
 import jsonschema
 import pytest
 from conftest import ROOT, LiveServer
+from simulation import Simulation
+
+import server
 
 NOW = 1_800_000_000.0
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
@@ -110,6 +113,43 @@ def test_a_fleet_registers_reports_and_keeps_its_tokens(live_server: LiveServer,
     assert len(hosts) == 12
     assert all(host["last_seen_at"] and host["site"] and host["tags"] for host in hosts)
     assert {"critical", "ok"} <= {host["verdict"] for host in hosts}
+
+
+# --- played in simulated time ---
+
+
+def test_each_trouble_is_told_and_the_healthy_hosts_are_quiet(tmp_path):
+    usual, ill = fleet.load_recordings()
+    sim = Simulation(tmp_path)
+    hosts = [fleet.PlayedHost(number, fleet.recording_of(number, usual, ill), "whsec_", sim.now, 1)
+             for number in range(20) if fleet.fault_of(number) is None and number % 20 not in (7, *fleet.AS_RECORDED)]
+    for host in hosts:
+        sim.host(host.name, tags=["prod"])
+        sim.post(host.name, *host.backfill(sim.now))
+    began, fired = sim.now, {host.name: set() for host in hosts}
+    while sim.now < began + 26 * fleet.HOUR:
+        for host in hosts:
+            host.ticks = 0  # a full report each time
+            sim.post(host.name, host.report(sim.now))
+            sim.fleet.find(host.name).last_seen_at = sim.now
+        sim.turn()
+        server.index_copies(sim.monitor, sim.now, sim.monitor.store.reader())
+        server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+        for alert in sim.alerts():
+            name = alert["host"] or f"pve-{alert['object'].removeprefix('clusters/cluster-').partition('/')[0]}"
+            fired[name].add(alert["rule"] + (" info" if alert["severity"] == "info" else ""))
+        sim.now += 30 * fleet.MINUTE
+    wanted = {host.name: {trouble.rule for trouble in host.troubles} - {""} for host in hosts}
+    told = {name: {rule.removesuffix(" info") for rule in rules} for name, rules in fired.items()}
+    missing = {name: rules - told[name] for name, rules in wanted.items() if rules - told[name]}
+    loud = {name: alarms for name, rules in wanted.items()
+            if not rules and (alarms := {rule for rule in fired[name] if not rule.endswith("info")})}
+    sick = [sim.fleet.find(host.name) for host in hosts if host.troubles]
+    rows = {name: list(server.RESOURCES[name].of_hosts(sim.fleet, sick, sim.now)) for name in (
+        "copies", "replacements", "blindspots", "traps", "forecasts", "snapshots", "drift", "cohorts")}
+    sim.close()
+    assert (missing, loud, [name for name, found in rows.items() if not found]) == ({}, {}, [])
+    assert {"warning"} <= {row["verdict"] for row in rows["copies"]} and any(row["grew"] for row in rows["forecasts"])
 
 
 # --- the command ---

@@ -421,6 +421,7 @@ def test_the_chronicle_becomes_events_and_a_backlog_tells_its_tasks_only(sim: Si
 def test_tasks_are_kept_for_two_weeks(sim: Simulation) -> None:
     state(sim, tasks=[{"upid": "U", "type": "qmstop", "vmid": "104", "ended_at": START, "status": "OK"}])
     for days, kept in ((13, 1), (15, 0)):
+        sim.monitor.looked_at = START + days * DAY  # time has passed, and not by a jump of the clock
         sim.write(partial(server.prune, sim.monitor, START + days * DAY))
         assert len(server.list_events(sim.monitor.store.reader(), since=0, limit=99, kind="task")) == kept
 
