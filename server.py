@@ -11845,13 +11845,17 @@ def why_unknown(host: dict[str, Any], section: str) -> str:
     return "stale, and not known before" if host["sections"][section]["stale"] else "not reported by the host"
 
 
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def can_accept(rule: str) -> bool:
     """Whether what a rule says can be taken as normal: whether it has a baseline."""
     return rule in RULE and RULE[rule].accept is not None
 
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
-    can_accept, known, dicts, fields, object_url, show_bytes, show_ratio, show_number, show_duration, show_age,
+    can_accept, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number, show_duration, show_age,
     show_time, show_cell, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
 
 

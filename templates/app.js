@@ -460,7 +460,7 @@
       $("#drawer-title").focus({ preventScroll: true });
       goToSection();
     }
-    if (drawer && !$("[data-charts][data-shown]")) showCharts({ again: true });
+    if (drawer && !$("[data-charts][data-shown]")) firstCharts();
     if (!drawer && before) focusBack(before);
   }
 
@@ -490,9 +490,12 @@
   const SVG = "http://www.w3.org/2000/svg";
   const CHART_HEIGHT = 112, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 30;
   const CHARTS = {       // section -> [title, unit, fields with their names in the read-out]
-    node: [["CPU", "ratio", { cpu_ratio: "in use", iowait_ratio: "waiting for IO" }], ["RAM free", "ratio", { memory_free_ratio: "free" }],
-      ["IO pressure", "ratio", { pressure_io_full_avg10_ratio: "stalled" }], ["Load", "number", { load1: "1 min" }],
-      ["Network", "bytes/s", { net_receive_bytes_total: "in", net_transmit_bytes_total: "out" }], ["ZFS cache", "bytes", { arc_size_bytes: "size" }]],
+    node: [["CPU", "ratio", { cpu_ratio: "in use", iowait_ratio: "waiting for IO" }],
+      ["Memory", "bytes", { "~used": "used", "~arc": "ZFS cache", "~free": "free" }, "stacked"], ["Swap", "bytes", { swap_used_bytes: "used", swap_total_bytes: "size" }],
+      ["Pressure", "ratio", { pressure_io_full_avg10_ratio: "IO", pressure_memory_full_avg10_ratio: "memory", pressure_cpu_some_avg10_ratio: "CPU" }],
+      ["Load", "number", { load1: "1 min" }], ["Network", "bytes/s", { net_receive_bytes_total: "in", net_transmit_bytes_total: "out" }],
+      ["Disk IO", "bytes/s", { "~read": "read", "~written": "written" }], ["Busiest disk", "ratio", { "~busy": "busy" }], ["Hottest sensor", "celsius", { "~hottest": "now" }],
+      ["Root disk", "bytes", { root_used_bytes: "used", root_total_bytes: "size" }], ["Pools", "ratio", { "~pools": "" }]],
     pools: [["Used", "ratio", { capacity_ratio: "used" }], ["Fragmentation", "ratio", { fragmentation_ratio: "of free space" }],
       ["Errors", "number", { read_errors: "read", checksum_errors: "checksum" }], ["Scrub or resilver", "ratio", { scan_progress_ratio: "done" }]],
     guests: [["CPU", "ratio", { cpu_ratio: "in use" }], ["Memory", "bytes", { memory_used_bytes: "used", memory_max_bytes: "most" }],
@@ -500,7 +503,9 @@
     storages: [["Space", "bytes", { used_bytes: "used", total_bytes: "size" }]],
     disks: [["Temperature", "celsius", { temperature_celsius: "now" }], ["Wear", "ratio", { wear_ratio: "used up" }], ["Reallocated sectors", "number", { reallocated_sectors: "sectors" }]],
   };
-  let range = 86400, chartsAsked = 0, chartsTimer = 0;
+  const SPANS = { "1h": 3600, "6h": 21600, "24h": 86400, "7d": 604800, "30d": 2592000, "1y": 31557600 };
+  const inAddress = () => new URLSearchParams(location.search);
+  let range = SPANS[inAddress().get("range")] || 86400, chartsAsked = 0, chartsTimer = 0;
 
   function node(name, attributes = {}, ...children) {
     const made = name === "svg" || SVG_NAMES.has(name) ? document.createElementNS(SVG, name) : document.createElement(name);
@@ -537,7 +542,7 @@
     if (!(most > 0)) return 1;
     const base = unit.startsWith("bytes") ? 1024 ** Math.max(0, Math.floor(Math.log(most) / Math.log(1024))) : 1;
     const power = 10 ** Math.floor(Math.log10(most / base));
-    return base * power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((one) => most / base / power <= one);
+    return base * power * [1, 2, 4, 6, 8, 10].find((one) => most / base / power <= one);
   }
 
   // Stretches without a gap: a gap is a step without a point, or, as received, a much longer wait than usual.
@@ -583,8 +588,60 @@
       const upper = part.map(([at, , , most]) => `${f(view.x(at))},${f(view.y(most))}`);
       const lower = part.map(([at, , least]) => `${f(view.x(at))},${f(view.y(least))}`).reverse();
       if (part.length > 1 && series.step > 30) svg.append(node("path", { class: `band band-${number}`, d: `M${[...upper, ...lower].join("L")}Z` }));
-      svg.append(node("path", { class: `curve curve-${number}`, d: part.length > 1 ? `M${line}` : `M${line}h.01` }));
+      if (part.length > 1) svg.append(node("path", { class: `curve curve-${number}`, d: `M${line}` }));
+      else svg.append(node("circle", { class: `dot dot-${number}`, cx: f(view.x(part[0][0])), cy: f(view.y(part[0][1])), r: 2 }));
     }
+  }
+
+  // One on top of the other, where all of them are known.
+  function drawStack(svg, view, list) {
+    const sums = new Map();
+    list.forEach((series, number) => {
+      const points = series.points.filter((point) => number === 0 || sums.has(point[0]));
+      for (const part of stretches(points, series.step)) {
+        const lower = part.map(([at]) => [at, sums.get(at) || 0]);
+        const upper = part.map(([at, average], n) => [at, lower[n][1] + average]);
+        const line = (some) => some.map(([at, value]) => `${view.x(at).toFixed(1)},${view.y(value).toFixed(1)}`).join("L");
+        svg.append(node("path", { class: `stack stack-${number}`, d: `M${line(upper)}L${line(lower.reverse())}Z` }));
+        for (const [at, value] of upper) sums.set(at, value);
+      }
+    });
+  }
+
+  // A field that is made of others, point by point: null where one of them is not known.
+  function combine(parts, how) {
+    const known = parts.filter((series) => series && series.points.length);
+    if (!known.length) return { points: [], step: 30 };
+    const values = known.map((series) => new Map(series.points.map((point) => [point[0], point[1]])));
+    const times = [...new Set(known.flatMap((series) => series.points.map((point) => point[0])))].sort((a, b) => a - b);
+    const points = times.map((at) => [at, how(values.map((map) => map.get(at)))]).filter(([, value]) => value !== null && !Number.isNaN(value));
+    return { points: points.map(([at, value]) => [at, value, value, value]), step: known[0].step };
+  }
+
+  const MADE = {       // field -> [the fields it is made of, how]; devices, sensors and pools are named by the page
+    "~used": [() => ["node.memory_total_bytes", "node.memory_available_bytes", "node.arc_size_bytes"], ([total, free, arc]) => total - free - (arc || 0)],
+    "~arc": [() => ["node.arc_size_bytes"], ([arc]) => arc],
+    "~free": [() => ["node.memory_available_bytes"], ([free]) => free],
+    "~read": [(frame) => partsOf(frame, "devices").map((name) => `node/block_devices/${name}.read_bytes_total`), sumOf],
+    "~written": [(frame) => partsOf(frame, "devices").map((name) => `node/block_devices/${name}.write_bytes_total`), sumOf],
+    "~busy": [(frame) => partsOf(frame, "devices").map((name) => `node/block_devices/${name}.busy_seconds_total`), mostOf],
+    "~hottest": [(frame) => partsOf(frame, "sensors").map((name) => `node/temperatures/${name}.celsius`), mostOf],
+  };
+  const partsOf = (frame, kind) => JSON.parse(frame.dataset[kind] || "[]").slice(0, 60);
+  function sumOf(values) { return values.reduce((sum, value) => sum + (value || 0), 0); }
+  function mostOf(values) { return Math.max(...values.filter((value) => value !== undefined)); }
+
+  function namesOf(frame, subject, fields) {
+    if ("~pools" in fields) return partsOf(frame, "pools").map((name) => `pools/${name}.capacity_ratio`);
+    return Object.keys(fields).flatMap((field) => MADE[field] ? MADE[field][0](frame) : [`${subject}.${field}`]);
+  }
+
+  function seriesOf(frame, subject, fields, found) {
+    if ("~pools" in fields) return partsOf(frame, "pools").map((name) => ({ ...found.get(`pools/${name}.capacity_ratio`), label: name })).filter((series) => series.points);
+    return Object.entries(fields).map(([field, label]) => {
+      const made = MADE[field];
+      return { ...(made ? combine(made[0](frame).map((name) => found.get(name)), made[1]) : found.get(`${subject}.${field}`)), label };
+    }).filter((series) => series.points && series.points.length);
   }
 
   function drawMarks(svg, view, marks) {
@@ -630,9 +687,10 @@
     }).join(" · ");
   }
 
-  function drawChart(body, title, unit, list, span, marks) {
+  function drawChart(body, title, unit, list, span, marks, { stacked = false, most: given = 0 } = {}) {
     const width = Math.max(260, Math.floor(body.clientWidth / (body.clientWidth > 620 ? 2 : 1)) - 10);
-    const most = Math.max(0, ...list.flatMap((series) => series.points.map((point) => point[3])));
+    const highest = (series) => series.points.reduce((most, point) => Math.max(most, point[3]), 0);
+    const most = Math.max(given, stacked ? highest(combine(list, sumOf)) : Math.max(0, ...list.map(highest)));
     const top = niceTop(most, unit);
     const view = { ...span, top, width, x: (at) => LEFT + (at - span.from) / (span.to - span.from) * (width - LEFT - RIGHT),
       y: (value) => TOP + (1 - Math.max(0, value) / top) * (CHART_HEIGHT - TOP - BOTTOM) };
@@ -640,19 +698,35 @@
     const svg = node("svg", { class: "chart", viewBox: `0 0 ${width} ${CHART_HEIGHT}`, width, height: CHART_HEIGHT, tabindex: "0", role: "img", "aria-label": `${title}: ${told}. Left and right arrow keys read single values.` });
     drawAxes(svg, view, unit);
     drawMarks(svg, view, marks);
-    list.forEach((series, number) => drawSeries(svg, view, series, number));
+    if (stacked) drawStack(svg, view, list); else list.forEach((series, number) => drawSeries(svg, view, series, number));
     svg.append(node("line", { class: "cursor", y1: TOP, y2: CHART_HEIGHT - BOTTOM }));
     const figure = node("figure", { class: "chart-figure" },
-      node("figcaption", {}, node("strong", {}, title), node("span", { class: "chart-read", "aria-live": "polite" }, told)), svg);
+      node("figcaption", {}, node("strong", {}, title), ...(list.length > 1 ? list.map((series, number) => keyOfSeries(series, number, stacked)) : []), node("span", { class: "chart-read" }, told)), svg);
     figure.chart = { view, unit, list, marks, summary: told, at: null };
     svg.addEventListener("pointermove", (event) => {
       const x = event.clientX - svg.getBoundingClientRect().left;
-      readOut(figure, Math.min(view.to, Math.max(view.from, view.from + (x - LEFT) / (width - LEFT - RIGHT) * (view.to - view.from))));
+      readAll(figure, Math.min(view.to, Math.max(view.from, view.from + (x - LEFT) / (width - LEFT - RIGHT) * (view.to - view.from))));
     });
-    svg.addEventListener("pointerleave", () => endReadOut(figure));
-    svg.addEventListener("blur", () => endReadOut(figure));
+    svg.addEventListener("pointerleave", () => endReadAll(figure));
+    svg.addEventListener("blur", () => endReadAll(figure));
     svg.addEventListener("keydown", (event) => chartKey(event, figure));
     return figure;
+  }
+
+  // The line as it is drawn, with its name.
+  function keyOfSeries(series, number, stacked) {
+    const sample = node("svg", { class: "key-line", viewBox: "0 0 18 6", "aria-hidden": "true" },
+      stacked ? node("rect", { class: `stack stack-${number}`, width: 18, height: 6 }) : node("path", { class: `curve curve-${number}`, d: "M0,3H18" }));
+    return node("span", { class: "key" }, sample, series.label);
+  }
+
+  // One crosshair over all charts of a card: they share the axis of time.
+  function readAll(figure, at) {
+    for (const other of $$(".chart-figure", figure.parentNode)) readOut(other, at);
+  }
+
+  function endReadAll(figure) {
+    for (const other of $$(".chart-figure", figure.parentNode || figure)) endReadOut(other);
   }
 
   function chartKey(event, figure) {
@@ -662,7 +736,7 @@
     const to = { ArrowLeft: from - step, ArrowRight: from + step, Home: view.from, End: view.to }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    readOut(figure, Math.min(view.to, Math.max(view.from, to)));
+    readAll(figure, Math.min(view.to, Math.max(view.from, to)));
   }
 
   async function getJson(address) {
@@ -693,9 +767,11 @@
     const ticket = ++chartsAsked, name = frame.dataset.charts, subject = $("[data-subject]", frame).value;
     const table = CHARTS[subject.split("/")[0]], to = Math.floor(now()), span = { from: to - range, to };
     frame.dataset.shown = "1";
-    const names = table.flatMap(([, , fields]) => Object.keys(fields).map((field) => `${subject}.${field}`));
-    const query = new URLSearchParams([...[...names, "node.uptime_seconds"].map((one) => ["series", one]), ["from", span.from], ["to", to], ...(range === 604800 ? [["step", 900]] : [])]);
-    const [history, alerts, host, gaps] = await Promise.all([getJson(apiOf(name, `/history?${query}`)), getJson(`/api/v1/alerts?state=all&host=${encodeURIComponent(name)}`), getJson(apiOf(name)), getJson(apiOf(name, "/gaps"))]);
+    const beside = subject === "node" ? $("[data-beside]", frame).value.trim() : "";
+    const names = [...new Set(["node.uptime_seconds", ...table.flatMap(([, , fields]) => namesOf(frame, subject, fields))])];
+    const query = new URLSearchParams([...names.map((series) => ["series", series]), ["from", span.from], ["to", to], ...(range === 604800 ? [["step", 900]] : [])]);
+    const past = (host) => getJson(apiOf(host, `/history?${query}`));
+    const [history, alerts, host, gaps, other] = await Promise.all([past(name), getJson(`/api/v1/alerts?state=all&host=${encodeURIComponent(name)}`), getJson(apiOf(name)), getJson(apiOf(name, "/gaps")), beside ? past(beside) : null]);
     if (ticket !== chartsAsked || !frame.isConnected) return;
     chartsTimer = setTimeout(() => showCharts({ again: true }), range <= 21600 ? 30000 : 300000);
     const body = $("[data-charts-body]", frame);
@@ -704,13 +780,17 @@
     if (!history) { body.textContent = "The history could not be read."; return; }
     const found = new Map(history.series.map((series) => [series.name, series]));
     const marks = marksOf(found.get("node.uptime_seconds"), alerts, host);
-    const figures = table.map(([title, unit, fields]) => [title, unit, Object.entries(fields).map(([field, label]) => ({ ...found.get(`${subject}.${field}`), label })).filter((series) => series.points.length)])
-      .filter(([, , list]) => list.length).map(([title, unit, list]) => drawChart(body, title, unit, list, span, marks));
+    const theirs = other && new Map(other.series.map((series) => [series.name, series]));
+    const figures = table.flatMap(([title, unit, fields, stacked]) => {
+      const lists = [found, ...(theirs ? [theirs] : [])].map((past) => seriesOf(frame, subject, fields, past));
+      const most = Math.max(0, ...lists.map((list) => stacked ? Math.max(0, ...combine(list, sumOf).points.map((point) => point[1])) : Math.max(0, ...list.flatMap((series) => series.points.map((point) => point[3])))));
+      return lists.map((list, number) => list.length && drawChart(body, theirs ? `${title}, ${number ? beside : name}` : title, unit, list, span, number ? [] : marks, { stacked: Boolean(stacked), most })).filter(Boolean);
+    });
     const focused = [...body.children].indexOf(document.activeElement && document.activeElement.closest(".chart-figure"));
     body.replaceChildren(...figures);
     if (!figures.length) body.textContent = "Nothing was recorded in this time.";
     if (focused >= 0 && figures[focused]) $("svg", figures[focused]).focus({ preventScroll: true });
-    $("[data-charts-note]", frame).textContent = gapsText(gaps);
+    $("[data-charts-note]", frame).textContent = (beside && !other ? `There is no history of ${beside}. ` : "") + gapsText(gaps);
   }
 
   function gapsText(gaps) {
@@ -724,7 +804,31 @@
 
   function chooseRange(button) {
     range = Number(button.dataset.range);
-    for (const one of $$("[data-range]")) one.setAttribute("aria-pressed", String(one === button));
+    keepInAddress();
+    pressRange();
+    showCharts({ again: true });
+  }
+
+  function pressRange() {
+    for (const button of $$("[data-range]")) button.setAttribute("aria-pressed", String(Number(button.dataset.range) === range));
+  }
+
+  // What the charts show is in the address: a link to it shows the same.
+  function keepInAddress() {
+    const frame = $("[data-charts]"), parameters = inAddress();
+    const chosen = { range: Object.keys(SPANS).find((word) => SPANS[word] === range), subject: $("[data-subject]", frame).value, beside: $("[data-beside]", frame).value.trim() };
+    if (chosen.range === "24h") chosen.range = "";
+    if (chosen.subject === frame.dataset.first) chosen.subject = "";
+    for (const [name, value] of Object.entries(chosen)) if (value) parameters.set(name, value); else parameters.delete(name);
+    history.replaceState(null, "", `${location.pathname}?${parameters}${location.hash}`);
+  }
+
+  function firstCharts() {
+    const frame = $("[data-charts]"), subject = inAddress().get("subject");
+    range = SPANS[inAddress().get("range")] || range;
+    if (frame && subject && [...$("[data-subject]", frame).options].some((option) => option.value === subject)) $("[data-subject]", frame).value = subject;
+    if (frame) $("[data-beside]", frame).value = inAddress().get("beside") || "";
+    pressRange();
     showCharts({ again: true });
   }
 
@@ -991,9 +1095,10 @@
     document.addEventListener("keydown", onKey);
     document.addEventListener("click", onProblem);
     document.addEventListener("change", (event) => { if (event.target.closest("#act")) describeAct(); });
-    document.addEventListener("change", (event) => { if (event.target.matches("[data-subject]")) showCharts({ again: true }); });
+    document.addEventListener("change", (event) => { if (event.target.matches("[data-subject], [data-beside]")) { keepInAddress(); showCharts({ again: true }); } });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);
+    addEventListener("beforeprint", () => { for (const fold of $$("#drawer details")) fold.open = true; });
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });
     timer = setTimeout(beat, POLL_MS);

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import LiveServer, build_disk, build_guest, build_pool
+from conftest import LiveServer, build_disk, build_guest, build_pool, build_report
 from playwright.sync_api import Page, expect
 from test_page import Fleet, chromium, open_page  # noqa: F401
 
@@ -177,3 +177,61 @@ def test_no_card_is_wider_than_the_screen_and_names_stay_text(page, query):
         assert page.evaluate("document.querySelector('#drawer').getBoundingClientRect().right") == width, width
         assert page.evaluate("document.querySelector('#drawer').scrollWidth - "
                              "document.querySelector('#drawer').clientWidth") == 0, (query, width)
+
+
+# --- charts ---
+
+
+@pytest.fixture
+def history(fleet: Fleet) -> Fleet:
+    """Two hosts with two hours of history."""
+    for host in ("pve7", "pve8"):
+        fleet.tokens[host] = fleet.server.register(host)
+        reports = [build_report(host, seq=seq, at=time.time() - 7200 + 30 * seq, run_id=f"run-{host}", pools=None, node={
+            "name": host, "cpu_ratio": 0.25, "iowait_ratio": 0.05, "uptime_seconds": 30 * seq,
+            "memory_total_bytes": 64 << 30, "memory_available_bytes": 16 << 30, "arc_size_bytes": 8 << 30,
+            "temperatures": [{"sensor": "k10temp", "label": "Tctl", "celsius": 61.0},
+                             {"sensor": "nvme", "label": "Composite", "celsius": 47.0}],
+            "block_devices": [{"name": name, "read_bytes_total": seq * 30 * 1024, "write_bytes_total": seq * 30 * 2048,
+                               "busy_seconds_total": seq * 3.0} for name in ("sda", "sdb")]})
+            for seq in range(1, 240)]  # fmt: skip
+        assert fleet.server.post(fleet.tokens[host], reports, host=host, message_id=f"past-{host}").status == 200
+    return fleet
+
+
+def test_charts_tell_memory_disks_and_the_hottest_sensor_under_one_crosshair(page, history):
+    opened(page, "host=pve7&range=6h")
+    expect(page.get_by_role("button", name="6 h")).to_have_attribute("aria-pressed", "true")
+    charts = page.locator(".chart-figure")
+    memory = charts.filter(has=page.locator("strong", has_text="Memory"))
+    expect(memory.locator("path.stack")).to_have_count(3)
+    for text in ("used 40.0 GiB", "ZFS cache 8.00 GiB", "free 16.0 GiB"):
+        expect(memory.locator(".chart-read")).to_contain_text(text)
+    expect(memory.locator(".key")).to_have_count(3)
+    for title, text in (("Disk IO", "read 2.00 KiB/s · written 4.00 KiB/s"), ("Busiest disk", "busy 10 %"),
+                        ("Hottest sensor", "now 61 °C")):
+        expect(charts.filter(has_text=title).locator(".chart-read")).to_contain_text(text)
+    memory.locator("svg.chart").focus()
+    page.keyboard.press("Home")
+    assert page.locator(".chart-figure.is-read").count() == charts.count() > 5
+
+
+def test_two_hosts_stand_beside_each_other_and_the_address_keeps_it(page, history):
+    opened(page, "host=pve7")
+    page.locator("[data-beside]").fill("pve8")
+    page.locator("[data-beside]").press("Enter")
+    expect(page.locator(".chart-figure strong", has_text="CPU, pve8")).to_be_visible()
+    page.get_by_role("button", name="7 d").click()
+    assert "beside=pve8" in page.url and "range=7d" in page.url
+    page.reload()
+    expect(page.locator(".chart-figure strong", has_text="CPU, pve8")).to_be_visible()
+    expect(page.get_by_role("button", name="7 d")).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_host_is_printed_as_a_document_with_all_its_sections(page):
+    opened(page, "host=pve1")
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    expect(page.locator("#snapshots table")).to_be_visible()
+    expect(page.locator(".posture")).to_be_hidden()
+    assert page.evaluate("getComputedStyle(document.querySelector('#drawer')).position") == "static"
