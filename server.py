@@ -2,8 +2,8 @@
 """Receive the signed reports of a fleet of Proxmox VE hosts, keep them, judge them, and show what is wrong.
 
     constants -> config -> loops -> database -> queries -> auth -> reports -> fleet -> answers -> ingest -> rules
-        -> notifications -> columns -> history -> remote -> monitor -> jobs -> resources -> api -> cards -> page
-        -> serving -> commands
+        -> notifications -> columns -> history -> remote -> monitor -> jobs -> resources -> api -> cards -> problems
+        -> page -> serving -> commands
 
 A report comes in (ingest), is checked against its signature (auth) and its shape (reports), and is written in one
 transaction (database) with all that follows from it: the latest state (fleet), alerts (rules) and history. Whoever
@@ -35,6 +35,7 @@ import os
 import pwd
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import smtplib
@@ -9839,8 +9840,9 @@ RESOURCES = {resource.name: resource for resource in (
             Metric("online", "Whether the pool's state is ONLINE.",
                    lambda row: None if row["state"] is None else row["state"] == "ONLINE")),
         heads=(("State", "verdict", "c-state"), ("Pool", "name", "c-name"), ("Host", "host", "c-text"),
-               ("Capacity", "-capacity_ratio", "c-meter"), ("Free", "usable_available_bytes", "c-num opt-2"),
-               ("Frag.", "-fragmentation_ratio", "c-num opt-3"), ("Can lose", "redundancy_margin", "c-num"),
+               ("Capacity", "-capacity_ratio", "c-meter"), ("Full in", "days_until_full", "c-num opt-2"),
+               ("Free", "usable_available_bytes", "c-num opt-2"), ("Frag.", "-fragmentation_ratio", "c-num opt-3"),
+               ("Can lose", "redundancy_margin", "c-num"),
                ("Errors", "-checksum_errors", "c-num opt-2"), ("Scan", "scan_function", "c-text opt-2"),
                ("Last scrub", "last_scrub_at", "c-num opt-3"))),
     Resource(
@@ -11453,10 +11455,135 @@ def cluster_card(call: Call, name: str) -> Row:
         "events": card_events(call, None, object)}
 
 
+# --- problems: one cause is one line, the worst consequence first, with the next step ---
+
+# What a problem means for whoever owns the data, the worst first, and the rules that say so; all others are upkeep.
+CONSEQUENCES = (
+    ("Data is at risk now.", "pool-data-errors pool-vanished cluster-quorum"),
+    ("Redundancy is gone.", "pool-state pool-margin pool-spare suspects-hold-pool vdev-errors smart-failed smart-growth"
+                            " selftest-failed disk-gone ceph cluster-ceph"),
+    ("Hosts or guests are down, or stop soon.",
+     "host-offline site-offline guest-down guest-hangs ha-service ha-node pool-readonly pool-unanswered pool-capacity"
+     " root-full storage-full storage-inactive guest-disk-full oom"),
+    ("A promise is not kept.",
+     "backup-overdue backup-failed backup-job backup-missing backup-excludes replication copy-missing snapshot-age"
+     " snapshot-gone scrub-age scrub-result scrub-stuck blind-spot"),
+    ("It ages.", ""),
+)
+RANKS = {rule: rank for rank, (_, rules) in enumerate(CONSEQUENCES) for rule in rules.split()}
+UPKEEP = len(CONSEQUENCES) - 1
+
+
+def consequence(problem: Row) -> int:
+    """The place in CONSEQUENCES. A pool that does not answer is worse than one that lacks a disk."""
+    rule = problem.get("rule") or ""
+    if rule == "pool-state" and re.search(r"\b(SUSPENDED|UNAVAIL|FAULTED)\b", problem.get("message") or ""):
+        return 0
+    return RANKS.get(rule, UPKEEP)
+
+
+def problem_order(problem: Row) -> tuple[Any, ...]:
+    return (SEVERITIES.index(problem["severity"]), consequence(problem), -(problem.get("since") or 0), problem["id"])
+
+
+ALIKE = 3  # so many problems of one host by one rule become one line
+EVERYWHERE = 5  # and those of one rule on so many hosts
+
+
+def thing_of(problem: Row, state: HostState | None) -> tuple[Any, ...]:
+    """What a problem is about as one can touch it: a disk is its pool's, and by its serial the same under any name."""
+    host, (kind, _, name) = problem["host"], (problem["object"] or "").partition("/")
+    if state is None or not name:
+        return host, kind, name, problem["id"]
+    if kind == "pools":
+        return host, kind, name.partition("/")[0]
+    if kind != "disks":
+        return host, kind, name
+    for pool in dicts(state.body("pools")):
+        if any(text(leaf, "disk") == name for leaf in walk_vdevs(pool.get("vdevs"))):
+            return host, "pools", pool.get("name")
+    disk = next((disk for disk in dicts(state.body("disks")) if disk.get("name") == name), {})
+    return host, kind, text(disk, "serial") or name
+
+
+def fold_problems(tops: Rows, things: dict[Any, tuple[Any, ...]]) -> Rows:
+    """One line for all of one thing, then for many of one host and rule, then for one rule on many hosts. `alike` are
+    the ids of all that a line stands for; `fold` says why: '', thing, rule or fleet."""
+    def seen(problem: Row) -> bool:
+        return bool(problem.get("acknowledged"))
+
+    rows: Rows = [{**problem, "alike": [problem["id"]], "fold": ""} for problem in sorted(tops, key=problem_order)]
+    rows = fold_by(rows, "thing", 2, lambda row: (things[row["id"]], seen(row)))
+    rows = fold_by(rows, "rule", ALIKE,
+                   lambda row: (row["host"], row.get("rule"), seen(row), row["fold"] and row["id"]))
+    return fold_by(rows, "fleet", EVERYWHERE,
+                   lambda row: (row.get("rule"), seen(row), (row["fold"] or not row["host"]) and row["id"]))
+
+
+def fold_by(rows: Rows, fold: str, least: int, key: Callable[[Row], Any]) -> Rows:
+    """Rows of the same key, when they are at least so many, folded into the first of them."""
+    groups: dict[Any, Rows] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    folded: Rows = []
+    for group in groups.values():
+        if len(group) < least:
+            folded += group
+            continue
+        first, *others = group
+        rest = [problem for row in others for problem in (row, *row["children"])]
+        folded.append({**first, "fold": fold, "hosts": len({row["host"] for row in group}),
+                       "alike": [number for row in group for number in row["alike"]],
+                       "children": [*first["children"], *rest]})
+    return sorted(folded, key=problem_order)
+
+
+def describe_problem(problem: Row, state: HostState | None) -> Row:
+    """What a line adds to its alert: what hangs on it, what it means, and what to type."""
+    told = at_stake(state, problem["object"])
+    if state and problem.get("rule") == "host-offline":
+        told = f"{state.guest_counts[0]} guests ran on it" if state.guest_counts[0] else None
+    return {**problem, "hit": told, "means": CONSEQUENCES[consequence(problem)][0],
+            "commands": commands_for(problem, state) if state else []}
+
+
+def commands_for(problem: Row, state: HostState) -> list[str]:
+    """What to type on the host, with names filled in; not with such as a shell or a reader could mistake."""
+    kind, _, name = (problem["object"] or "").partition("/")
+    if not (name.isascii() and name.isprintable()):
+        return []
+    quoted = shlex.quote(name)
+    if kind == "pools":
+        pool = shlex.quote(name.partition("/")[0])
+        scrub = [f"zpool scrub {pool}"] if (problem.get("rule") or "").startswith("scrub-") else []
+        return [f"zpool status -v {pool}", *scrub]
+    if kind == "disks":
+        return disk_commands(state, name)
+    if kind == "guests":
+        guest = next((guest for guest in dicts(state.body("guests")) if str(guest.get("vmid")) == name), {})
+        tool = "pct" if guest.get("type") == "lxc" else "qm"
+        start = [f"{tool} start {quoted}"] if problem.get("rule") == "guest-down" else []
+        return [f"{tool} status {quoted} --verbose", *start]
+    if kind == "storages":
+        return [f"pvesm status --storage {quoted}"]
+    return [f"systemctl status {quoted}", f"journalctl -u {quoted}"] if kind in ("services", "units") else []
+
+
+def disk_commands(state: HostState, name: str) -> list[str]:
+    """Look at the disk, and replace it in its pool."""
+    found = [f"smartctl -a /dev/{shlex.quote(name)}"]
+    for pool in dicts(state.body("pools")):
+        for leaf in walk_vdevs(pool.get("vdevs")):
+            if text(leaf, "disk") == name and str(leaf.get("name")).isprintable():
+                old, into = shlex.quote(str(leaf.get("name"))), shlex.quote(str(pool.get("name")))
+                found.append(f"zpool replace {into} {old} /dev/disk/by-id/NEW")
+    return found
+
+
 # --- page: the one page, its fragment, log-in and log-out ---
 
 STATIC_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
-PAGE_LIMIT = 100
+PAGE_LIMIT, PROBLEMS_ABOVE, PROBLEMS_SHOWN = 100, 7, 50
 
 TABS = {name: resource for name, resource in RESOURCES.items() if resource.heads}
 
@@ -11527,7 +11654,9 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     counts = count_tabs(call, terms)
     found = next((name for name, count in counts.items() if count), "hosts") if terms else "hosts"
     resource = TABS.get(query.get("tab", ""), TABS[found])
-    tab = resource.name
+    tab, view = resource.name, "problems" if query.get("tab") == "problems" else "list"
+    if not terms and "tab" not in query:
+        view = "home"
     everything, failed = tab_rows(call, resource)
     rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
     of_any_state = [term for term in terms if term.field != "state"]
@@ -11539,7 +11668,6 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         shown = add_sparks(call, shown)
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
-    groups = group_problems(call, find_rows(call, TABS["alerts"], problems, terms))
     card = open_card(call)
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
@@ -11551,7 +11679,11 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "states": count_states(find_rows(call, resource, everything, of_any_state)),
         "counts": {**counts, tab: len(rows)}, "csv": csv_url(resource, query),
         "overview": overview, "posture": posture, "sentence": sentence,
-        "problems": [*with_stakes(call.fleet, groups[:STAKES_SHOWN]), *groups[STAKES_SHOWN:]],
+        "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms), PROBLEMS_SHOWN),
+        "view": view, "lines": PROBLEMS_SHOWN if view == "problems" else 0 if "tab" in query else PROBLEMS_ABOVE,
+        "tiles": fleet_tiles(everything) if view in ("home", "problems") else [],
+        "not_words": not_words(query.get("q", ""), resource) if view == "list" else [],
+        "facets": facets(tab, everything),
         "next_due": None if unseen else find_next_due(call),
         "card": card, "host": card and card["host"],
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
@@ -11560,9 +11692,6 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01"), "waiting": waiting_hosts(call),
     }
-
-
-STAKES_SHOWN = 20  # of so many problems the page says what depends on them
 
 
 def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
@@ -11575,6 +11704,48 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
     if resource.of_hosts is not None:
         return list(resource.of_hosts(call.fleet, call.fleet.sorted(call.now), call.now)), []
     return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
+
+
+def fleet_tiles(hosts: Rows) -> list[tuple[str, Rows]]:
+    """The hosts as the picture of the fleet has them: by site, else by cluster; in a group by name, so that each keeps
+    its place."""
+    groups: dict[str, Rows] = {}
+    for row in sorted(hosts, key=lambda row: row["name"].lower()):
+        groups.setdefault(row.get("site") or row.get("cluster") or "", []).append(row)
+    return sorted(groups.items(), key=lambda group: (not group[0], group[0].lower()))
+
+
+FACETS = {  # what operators ask every week, in the words of the search
+    "hosts": (("needs a reboot", "reboot:yes"), ("security updates", "security>0"), ("full within 30 d", "full<30")),
+    "guests": (("no backup in 24 h", "backup>24h"), ("in no job", "job:none"),
+               ("snapshots over 30 d", "snapshots>30d")),
+    "pools": (("full within 30 d", "full<30"), ("over 80%", "used>80"), ("no scrub in 35 d", "scrub>35d")),
+    "backups": (("no backup in 24 h", "backup>24h"), ("in no job", "job:none")),
+    "disks": (("worn over 80%", "wear>80"), ("over 50 °C", "temp>50")),
+}
+
+
+def facets(tab: str, rows: Rows) -> list[tuple[str, str]]:
+    """Questions of a list: the words to show and the words to search. A kernel is old if a host has a newer one."""
+    asked = list(FACETS.get(tab, ()))
+    kernels = {row["kernel"] for row in rows if row.get("kernel")} if tab == "hosts" else set()
+    newest = max(kernels, key=lambda name: [int(part) for part in re.findall(r"\d{1,9}", name)], default="")
+    if len(kernels) > 1 and re.fullmatch(r"[\w.+~-]+", newest):
+        asked.append(("old kernel", f"-kernel:{newest} kernel:."))
+    return asked
+
+
+def not_words(query: str, resource: Resource) -> list[str]:
+    """What of a search is no word of this list, in sentences: it finds nothing, or is looked for as text."""
+    said = []
+    for word in re.findall(r'(?:[^\s"]|"[^"]*"?)+', query[:500].lower()):
+        field = re.match(r"-?([a-z_]+)[:<>].", word)
+        term = parse_term(word.replace('"', ""))
+        if field and not term.operator:
+            said.append(f"“{word}” is no filter here and is looked for as text; ? shows the words.")
+        elif term.field and term.field not in ("site", *WORDS, *resource.words, *resource.columns):
+            said.append(f"{resource.name} have no “{term.field}”; ? shows the words.")
+    return said
 
 
 def waiting_hosts(call: Call) -> dict[str, list[str]]:
@@ -11658,46 +11829,25 @@ def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
     return word, f"{hosts['reporting']} of {many} reporting; {', '.join(told) or 'no open problem'}."
 
 
-def group_problems(call: Call, alerts: Iterable[Row]) -> Rows:
-    """Firing alerts, worst first and then newest, each with those that follow from it folded in as `children`."""
+def group_problems(call: Call, alerts: Iterable[Row], most: int) -> Rows:
+    """Firing alerts, the worst first, each with those that follow from it folded in as `children`; of the first
+    `most` what hangs on them and what to do."""
     url, hosts = page_url(call.query), {state.name: state for state in call.fleet.hosts.values()}
-    shown: dict[Any, dict[str, Any]] = {}
+    shown: dict[Any, Row] = {}
     for alert in alerts:
         state = hosts.get(alert["host"])
         rule = RULE.get(alert.get("rule", ""))
         shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
                               "silence": silence_of(call, state or call.fleet.shared, alert),
                               "site": state.site if state else None, "tags": state.tags if state else [],
-                              "host_verdict": call.fleet.verdict(state, call.now)[0] if state else None,
                               "href": alert_url(alert, url), "children": []}
     tops: Rows = []
     for problem in shown.values():
         cause = root_cause(problem, shown)
         (tops if cause is problem else cause["children"]).append(problem)
-    return fold_alike(tops)
-
-
-ALIKE = 3  # so many problems of one host by one rule become one line
-
-
-def fold_alike(problems: Rows) -> Rows:
-    """Problems with those of the same host and rule folded into the first of them: 15 late backups are one thing
-    to do. `alike` are the ids of all that its line stands for."""
-    def kind(problem: dict[str, Any]) -> tuple[Any, ...]:
-        return problem["host"], problem.get("rule"), bool(problem.get("acknowledged"))
-
-    groups: dict[Any, Rows] = {}
-    for problem in problems:
-        groups.setdefault(kind(problem), []).append(problem)
-    folded: Rows = []
-    for problem in problems:
-        group = groups[kind(problem)]
-        if len(group) < ALIKE:
-            folded.append({**problem, "alike": [problem["id"]]})
-        elif problem is group[0]:
-            rest = [one for other in group[1:] for one in (other, *other["children"])]
-            folded.append({**problem, "alike": [one["id"] for one in group], "children": [*problem["children"], *rest]})
-    return folded
+    things = {problem["id"]: thing_of(problem, hosts.get(problem["host"])) for problem in tops}
+    folded = fold_problems(tops, things)
+    return [describe_problem(problem, hosts.get(problem["host"])) for problem in folded[:most]] + folded[most:]
 
 
 def channel_shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -284,6 +284,7 @@
     const inField = event.target.closest && event.target.closest("input, select, textarea, dialog");
     if (event.key === "Escape" && !$("dialog[open]")) return onEscape(event);
     if (inField || event.metaKey || event.ctrlKey || event.altKey) return;
+    if (event.key === "?") { event.preventDefault(); $("#words").showModal(); }
     if (event.key === "/") { event.preventDefault(); $("#search").focus(); $("#search").select(); }
     const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[event.key];
     const arrow = event.key.startsWith("Arrow");
@@ -361,6 +362,11 @@
     const label = button.textContent;
     button.textContent = await toClipboard(text) ? "Copied" : "Select it and copy by hand";
     setTimeout(() => { button.textContent = label; }, 1600);
+  }
+
+  async function copyText(button) {
+    button.textContent = await toClipboard(button.dataset.copyText) ? "Copied" : "Select it and copy by hand";
+    setTimeout(() => { button.textContent = "Copy"; }, 1600);
   }
 
   async function copyLink(button) {
@@ -1061,6 +1067,8 @@
     else if ((button = on("[data-act]"))) openAct(button);
     else if (on("[data-act-cancel]")) $("#act").close();
     else if (on("[data-undo]")) undo();
+    else if (on("[data-words]")) $("#words").showModal();
+    else if ((button = on("[data-copy-text]"))) copyText(button);
     else if (on("#reorder")) load(here(), { force: true });
     else if ((button = on("[data-open-edit]"))) openEdit(button);
     else if ((button = on("[data-rotate]"))) rotate(button);

@@ -141,3 +141,23 @@ def test_log_in_leads_back_to_where_one_was(page, fleet):  # noqa: F811
     page.fill("input[name=password]", PASSWORD)
     page.click("button[type=submit]")
     expect(page).to_have_url(re.compile(r"/\?tab=guests&q=mail&host=pve1$"))
+
+
+def test_the_tabs_are_within_ten_tab_stops_and_the_lists_on_the_first_screen(page, fleet):  # noqa: F811
+    fleet.report("pve1", pools=[DEGRADED], pool_states=DEGRADED_STATE)
+    expect(page.locator(".problem").first).to_be_visible(timeout=REFRESHED)
+    page.evaluate("document.activeElement.blur()")
+    for stop in range(1, 11):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('tab')"):
+            break
+    assert stop < 10, stop
+    expect(page.locator(".tab[aria-current]")).to_contain_text("Problems")
+    page.locator(".tab", has_text="Guests").click()
+    expect(page.locator(".row").first).to_be_in_viewport()
+    expect(page.locator(".problem")).to_have_count(0)
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="What the search understands")).to_contain_text("snapshots")
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="no backup in 24 h").click()
+    expect(page).to_have_url(re.compile(r"q=backup%3E24h"))

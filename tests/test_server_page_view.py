@@ -333,10 +333,10 @@ def test_a_sparkline_is_broken_where_a_value_is_unknown():
 
 def test_causes_fold_what_follows_from_them_and_a_circle_hides_nothing(monitor, client):
     def alert(number, cause):
-        return {"id": number, "because_of": cause, "host": "pve1", "object": None, "severity": "warning"}
+        return {"id": number, "because_of": cause, "host": "pve1", "object": None, "severity": "warning", "since": 1}
     call = server.Call(monitor, {"QUERY_STRING": ""}, {})
     alerts = [alert(1, None), alert(2, 1), alert(3, 2), alert(4, 99), alert(5, 6), alert(6, 5)]
-    tops = server.group_problems(call, alerts)
+    tops = server.group_problems(call, alerts, 50)
     children = [child["id"] for top in tops for child in top["children"]]
     assert sorted([top["id"] for top in tops] + children) == [1, 2, 3, 4, 5, 6]
     assert next(top for top in tops if top["id"] == 1)["children"][1]["id"] == 3
@@ -349,9 +349,64 @@ def test_many_of_one_host_and_rule_are_one_line_that_stands_for_all(monitor, cli
     call = server.Call(monitor, {"QUERY_STRING": ""}, {})
     alerts = [alert(1, "backup-age"), alert(2, "guest-down"), alert(3, "backup-age"), alert(4, "backup-age"),
               alert(5, "backup-age", host="pve2"), alert(6, "backup-age", acknowledged={"at": 1})]  # fmt: skip
-    tops = server.group_problems(call, alerts)
-    assert [top["alike"] for top in tops] == [[1, 3, 4], [2], [5], [6]]
-    assert [child["id"] for child in tops[0]["children"]] == [3, 4]
+    tops = server.group_problems(call, alerts, 50)
+    assert [top["alike"] for top in tops] == [[2], [1, 3, 4], [5], [6]]  # a guest that is down comes first
+    assert [child["id"] for child in tops[1]["children"]] == [3, 4]
+
+
+def alert(number, rule, host="pve1", object=None, severity="warning", message=""):
+    return {"id": number, "because_of": None, "host": host, "object": object, "severity": severity, "rule": rule,
+            "acknowledged": None, "message": message, "since": 1000.0 - number}  # fmt: skip
+
+
+def problems_of(monitor, *alerts):
+    return server.group_problems(server.Call(monitor, {"QUERY_STRING": ""}, {}), alerts, 50)
+
+
+def test_one_dying_disk_is_one_line_with_its_pool_what_hangs_on_it_and_what_to_type(monitor, register, post):
+    disk = {"name": "sda", "model": "X", "serial": "S1", "kind": "hdd", "passed": False}
+    guest = build_guest(104, volumes=[{"dataset": "tank/vm-104-disk-0", "storage": "local-zfs"}])
+    post(register("pve1"), build_report(disks=[disk], guests=[guest], pools=[build_pool(vdevs=[{
+        "name": "mirror-0", "type": "mirror", "class": "normal", "state": "ONLINE",
+        "children": [build_disk("ata-X_S1", disk="sda"), build_disk("ata-X_S2", disk="sdb")]}])]))
+    tops = problems_of(monitor, alert(1, "smart-failed", object="disks/sda"), alert(2, "vdev-errors", object="pools/tank/ata-X_S1"),
+                       alert(3, "smart-growth", object="disks/sda"), alert(4, "cpu"))
+    assert [top["alike"] for top in tops] == [[1, 2, 3], [4]]
+    assert "1 guest on tank" in tops[0]["hit"] and tops[0]["means"] == "Redundancy is gone."
+    assert tops[0]["commands"] == ["smartctl -a /dev/sda", "zpool replace tank ata-X_S1 /dev/disk/by-id/NEW"]
+
+
+def test_one_cause_on_many_hosts_is_one_line_and_on_few_it_is_not(monitor):
+    tops = problems_of(monitor, *[alert(number, "certificate", host=f"pve{number}") for number in range(1, 6)])
+    assert [(top["fold"], top["hosts"], len(top["alike"])) for top in tops] == [("fleet", 5, 5)]
+    assert len(problems_of(monitor, *[alert(number, "certificate", host=f"pve{number}") for number in range(1, 5)])) == 4
+
+
+def test_the_worst_consequence_stands_first(monitor):
+    rules = [("cpu", ""), ("backup-overdue", ""), ("guest-down", ""), ("pool-margin", ""), ("pool-state", "Pool a is DEGRADED"),
+             ("pool-state", "Pool b is SUSPENDED"), ("pool-data-errors", "")]  # fmt: skip
+    alerts = [alert(number, rule, severity="critical", object=f"x/{number}", message=text)
+              for number, (rule, text) in enumerate(rules)]
+    first = [top["id"] for top in problems_of(monitor, *alerts, alert(9, "pool-data-errors", object="x/9"))]
+    assert first == [5, 6, 3, 4, 2, 1, 0, 9]
+
+
+def test_a_hostile_name_becomes_no_command(monitor, register, post):
+    post(register("pve1"), build_report())
+    told = problems_of(monitor, alert(1, "pool-state", object="pools/a;reboot"), alert(2, "guest-down", object="guests/\u202e"))
+    assert {command for top in told for command in top["commands"]} == {"zpool status -v 'a;reboot'"}
+
+
+def test_words_that_mean_nothing_are_said(browser, two_hosts):
+    assert "“wearr&gt;5” is no filter here" in browser.get("/?tab=guests&q=wearr%3E5").text
+    assert "guests have no “wear”" in browser.get("/?tab=guests&q=wear%3E5").text
+    assert "is no filter here" not in browser.get("/?tab=guests&q=cpu%3E5%20web").text
+
+
+def test_the_picture_of_the_fleet_has_every_host_with_its_word(browser, register, post, two_hosts):
+    page = browser.get("/").text
+    assert re.search(r'class="tile look-\w+ full-\d+"[^>]*title="pve1: \w+, fullest pool \d+%"', page)
+    assert page.index('class="tabs"') < page.index('class="problems"') < page.index('class="tiles"')
 
 
 def test_what_is_only_worth_knowing_is_no_problem(browser, register, post):
