@@ -100,6 +100,7 @@ SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
 CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stalls loses his after a minute
 THREADS = 32  # a report keeps one until it is on the disk
+REPORTS_AT_ONCE = 16  # of these threads: a fleet that comes back must not keep the page from anybody
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
@@ -12342,6 +12343,30 @@ class HttpRequest(HTTPRequestParser):
             raise ParsingError("Content-Length beside Transfer-Encoding")
 
 
+class WaitingRequests:
+    """waitress's queue of channels with a request, in two lanes: those with reports wait for all others, and so many
+    are worked on at once. Who sends reports comes again; who looks at the page, or watches the server, waits."""
+
+    def __init__(self) -> None:
+        self.reports: deque[HttpChannel] = deque()
+        self.others: deque[HttpChannel] = deque()
+        self.under_way: set[HttpChannel] = set()
+
+    def append(self, channel: HttpChannel) -> None:
+        path = getattr(channel.requests[0], "path", "") if channel.requests else ""
+        (self.reports if path.endswith("/reports") else self.others).append(channel)
+
+    def __len__(self) -> int:
+        """How many a thread may take. Each that ends one looks again, so none waits for ever."""
+        return len(self.others) + (len(self.reports) if len(self.under_way) < REPORTS_AT_ONCE else 0)
+
+    def popleft(self) -> HttpChannel:
+        if self.others:
+            return self.others.popleft()
+        self.under_way.add(self.reports[0])
+        return self.reports.popleft()
+
+
 class HttpChannel(HTTPChannel):
     """A connection. waitress hangs up on one that is silent; here also on one that drips, and on one that does not
     read while a thread has more to write: else a few of them would hold every thread."""
@@ -12357,6 +12382,12 @@ class HttpChannel(HTTPChannel):
         if self.request is not None and time.monotonic() - self.request.began > REQUEST_SECONDS:
             self.will_close = True
         return super().readable()
+
+    def service(self) -> None:
+        try:
+            super().service()
+        finally:
+            self.server.task_dispatcher.queue.under_way.discard(self)
 
     def writable(self) -> bool:
         if self.total_outbufs_len and time.time() - self.last_activity > UNREAD_SECONDS:
@@ -12405,6 +12436,7 @@ def open_sockets(monitor: Monitor) -> Any:
     for one in sockets.values():
         if isinstance(one, BaseWSGIServer):  # one for each address
             one.channel_class = HttpChannel
+    server.task_dispatcher.queue = WaitingRequests()
     return server
 
 
