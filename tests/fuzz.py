@@ -9,6 +9,7 @@ A feeder makes one input by the dice and gives it to the program in this process
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import io
 import json
@@ -70,7 +71,7 @@ def bend(dice: random.Random, value: Any, times: int = 2) -> Any:
         elif how == 3 and isinstance(holder[key], str):
             holder[key] = smudge(dice, holder[key])
         else:
-            holder[key] = dice.choice(ODD)
+            holder[key] = copy.deepcopy(dice.choice(ODD))  # what is put in may be bent in its turn
     return value
 
 
@@ -468,8 +469,8 @@ def feed_answer(dice: random.Random, world: World) -> None:
 
 
 FEEDERS: dict[str, tuple[Callable[[random.Random, World], None], int]] = {  # with its share of the long run
-    "reports": (feed_report, 10), "signatures": (feed_signature, 14), "bodies": (feed_body, 8), "api": (feed_api, 10), "wire": (feed_wire, 6), "answers": (feed_answer, 30),
-    "settings": (feed_environment, 10), "commands": (feed_server_command, 6), "parsers": (feed_parser, 60), "collectors": (feed_collector, 2),
+    "reports": (feed_report, 10), "signatures": (feed_signature, 20), "bodies": (feed_body, 8), "api": (feed_api, 10), "wire": (feed_wire, 2), "answers": (feed_answer, 120),
+    "settings": (feed_environment, 10), "commands": (feed_server_command, 3), "parsers": (feed_parser, 120), "collectors": (feed_collector, 1),
     "agent's settings": (feed_agent_config, 10),
 }  # fmt: skip
 
