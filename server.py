@@ -3649,6 +3649,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
         return
     objects = objects_of(host, rule) if known != "absent" else []
     said: set[str] = set()
+    told: set[str] = set()  # a report may name an object twice: its alert is changed once
     read = rule.bind(host, fleet, now)
     for object, item in objects:
         try:
@@ -3660,10 +3661,11 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
                 own = limits_for(host, rule, about, reading, limits, fleet)
                 old = open_alerts.get(about)
                 said.add(about)
-                if old is None and own.severity(reading) in NOTHING_OPENS:
+                if about in told or (old is None and own.severity(reading) in NOTHING_OPENS):
                     continue
                 new = evaluate(own, old, rule, about, reading if own.enabled else None, now)
                 if new is not old:
+                    told.add(about)
                     yield old, new
         except FAULTS as error:  # a report can hold anything: it costs this object, and no other
             said.add(object)
@@ -4816,7 +4818,7 @@ def job_holds(job: dict[str, Any], vmid: int, state: HostState) -> bool | None:
     if node and node.lower() not in (state.name.lower(), (text(state.body("node"), "name") or state.name).lower()):
         return False
     exclude, guests = job.get("exclude"), job.get("guests")
-    if str(vmid) in [str(excluded) for excluded in exclude if isinstance(exclude, list)] if exclude else False:
+    if isinstance(exclude, list) and str(vmid) in [str(excluded) for excluded in exclude]:
         return False
     if guests == "all":
         return True

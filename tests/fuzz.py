@@ -92,7 +92,7 @@ def smudge(dice: random.Random, text: str, times: int = 4) -> str:
         end = min(len(text), at + dice.choice((0, 1, 2, 5, 20, 200)))
         piece = text[at:end]
         how = dice.randrange(5)
-        put = piece * 2 if how == 0 else "" if how == 1 else dice.choice(WORDS) if how < 4 else chr(dice.choice((0, 10, 13, 127, 160, 0x202e, 0xdc80)))
+        put = piece * 2 if how == 0 else "" if how == 1 else dice.choice(WORDS) if how < 4 else chr(dice.choice((0, 10, 13, 127, 160, 0x202e)))
         text = text[:at] + put + text[end:]
     return text
 
@@ -255,7 +255,7 @@ def feed_api(dice: random.Random, world: World) -> None:
         headers["Content-Type"] = dice.choice(["application/json"] * 5 + ["text/plain", "", "application/x-www-form-urlencoded"])
     if "pve1" in path and (route.method == "DELETE" or "rotate" in path):
         path = path.replace("pve1", "pve2")
-    if route.path.endswith("/test") or "preview" in route.path:  # these start a channel or a process
+    if route.path.endswith(("/test", "/export")) or "preview" in route.path:  # a channel, a process, or all there ever was
         return
     if dice.random() < 0.1:
         headers.pop("Authorization")

@@ -550,6 +550,19 @@ def test_a_counter_of_64_bits_may_be_the_value_of_an_alert(register, post, admin
     assert admin.get("/api/v1/alerts?state=all").json()["total"] > 0 or count < 0
 
 
+def test_what_a_report_names_twice_has_one_alert(register, post, admin):
+    """Two alerts of one object cannot be written: the report was answered by 500 for ever, and so were those behind it."""
+    token = register("pve1")
+    for seq in (1, 2):
+        twice = [build_disk("sda", state="FAULTED", read_errors=seq), build_disk("sda", state="FAULTED", read_errors=seq + 1)]
+        services = [{"id": "vm:100", "state": "error", "node": "pve1"}] * 2
+        answer = post(token, build_report(seq=seq, pools=[build_pool(vdevs=twice, state="DEGRADED")] * 2, ha={"services": services},
+                                          disks=[{"name": "sda", "passed": False}] * 2, backups={"jobs": [{"id": "j", "exclude": 5}]}))  # fmt: skip
+        assert answer.status in (200, 422), answer.text
+    objects = [(row["rule"], row["object"]) for row in admin.get("/api/v1/alerts?state=all").json()["items"]]
+    assert len(objects) == len(set(objects))
+
+
 HOSTILE = (["x"], {"a": ["x"]}, True, -1e15, 2**64)
 
 
