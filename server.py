@@ -1750,6 +1750,7 @@ class HostState(AlertOwner):
         self.coverage: tuple[Any, float, list[Coverage]] | None = None  # of its guests by backups; see covered()
         self.forecasts: dict[str, Filling] | None = None  # by object, from the history; None: not looked at yet
         self.forecast_at = 0.0
+        self.margins: dict[str, list[VdevMargin]] | None = None  # by pool, as pool_margins() has it; None: not made
         self.failures: dict[str, int] = {}  # of sections that could not be collected: times in a row
         self.heard = 0  # reports since it was last silent
         self.skews: tuple[float, ...] = ()  # of its clock in the last live reports
@@ -1793,6 +1794,8 @@ class HostState(AlertOwner):
             if old.status == stamp or stamp.newer_than(old.status):  # part of a section may come with an error
                 sections[name] = old._replace(status=stamp, error={**error, "time": stamp.time}, absent=False)
         self.sections, self.named = sections, {}
+        if "pools" in changed or "disks" in changed:
+            self.margins = None
         if "guests" in changed:
             self.guest_counts = count_guests(self.body("guests"))
             self.guest_words = {guest["vmid"]: text(guest, "status") for guest in self.items("guests")}
@@ -2427,6 +2430,19 @@ def is_whole(member: dict[str, Any]) -> bool:
 
 def pool_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
     """Each top-level vdev that holds data (special and dedup too: their loss is the pool's loss)."""
+    known = None if host.margins is None else host.margins.get(str(pool.get("name")))
+    return make_margins(host, pool) if known is None else known
+
+
+def keep_margins(host: HostState) -> None:
+    """Make the margins with the report that brought disks or pools: lists would have to read the disks again."""
+    try:
+        host.margins = {str(pool.get("name")): make_margins(host, pool) for pool in dicts(host.body("pools"))}
+    except ODD:
+        host.margins = None
+
+
+def make_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
     disks = {str(disk.get("name")): disk for disk in dicts(host.body("disks"))}
     told = number(pool, "redundancy_margin")  # counts resilvering members as the agent sees them
     found = []
@@ -5998,7 +6014,7 @@ def past_state(state: HostState) -> HostState:
     """A state to run old reports through: it knows what the rules remember, and nothing that came later."""
     past = copy.copy(state)
     past.sections, past.named, past.alerts, past.stamp, past.coverage, past.past = {}, {}, {}, None, None, None
-    past.memory = Memory(json.loads(state.memory.to_json()))
+    past.memory, past.margins = Memory(json.loads(state.memory.to_json())), None
     return past
 
 
@@ -6043,6 +6059,8 @@ def follow_report(monitor: Monitor, db: sqlite3.Connection, state: HostState, re
     newest = state.stamp is stamp
     watch_agent(state, report, stamp)
     absorb_tasks(state, report.get("tasks"), stamp.time)
+    if state.margins is None:
+        keep_margins(state)
     state.heard += newest
     if stamp.received_at - stamp.time > JUDGED_WITHIN or (not newest and stamp.received_at - stamp.time > 2 * MINUTE):
         judge_backlog(db, monitor.fleet, state, report, stamp)
@@ -9453,7 +9471,8 @@ def backups_state(state: HostState, fleet: Fleet, now: float) -> str | None:
     covers = known_coverage(state, fleet, now)
     if covers is None:
         return None
-    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())}
+    tagged = any(cover.covered is False for cover in covers)  # only of these the guests' own tags count
+    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())} if tagged else {}
     words = [backup_word(cover, guests.get(cover.vmid, {})) for cover in covers]
     worst = min(words, key=BACKUP_WORDS.index, default="not wanted")
     return worst if worst in ("fresh", "not wanted") else f"{words.count(worst)} {worst}"

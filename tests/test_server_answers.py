@@ -220,6 +220,16 @@ def test_disks_are_replaced_in_the_order_of_what_is_left(sim: Simulation) -> Non
         ("close", "x", 0, "S-x"), ("safe", "a", 1, "S-a")]
 
 
+def test_margins_follow_the_newest_disks_and_outlive_a_restart(sim: Simulation) -> None:
+    one = pool(vdev("mirror", leaf("a"), leaf("b")))
+    for pending, suspects in ((3, ["a"]), (0, []), (5, ["a"])):
+        sim.now += 60
+        host = state(sim, pools=[one], disks=[disk("a", pending_sectors=pending)])
+        assert [row["suspects"] for row in server.pool_rows(host, sim.now)] == [suspects]
+    sim.restart()
+    assert [row["suspects"] for row in server.pool_rows(sim.fleet.find("pve1"), sim.now)] == [["a"]]
+
+
 # blast radius, both ways
 
 
