@@ -330,3 +330,9 @@ def test_the_page_names_no_other_origin(page, register, post, client):
             for name in ("src", "href", "action"):
                 if tag != "a" and attrs.get(name):
                     assert not re.match(r"(https?:)?//", attrs[name] or ""), (path, tag, attrs)
+
+
+def test_what_scrolls_sideways_can_be_scrolled_by_keyboard():
+    for path in (ROOT / "templates").glob("*.html"):
+        for region in re.findall(r'<div class="scroll"[^>]*>', path.read_text()):
+            assert 'tabindex="0"' in region and "aria-label" in region, path
