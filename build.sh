@@ -132,6 +132,11 @@ command_soak() {  # the long proofs: faults, load, attacks: soak [--minutes N] [
     exec .venv/bin/python tests/soak.py "$@"
 }
 
+command_mutate() {  # how many small mistakes in what must not be wrong the tests see: mutate [--most N] [PART…]
+    make_venv .venv requirements-dev.txt
+    exec .venv/bin/python tests/mutate.py "$@"
+}
+
 # --- freeze: each program as one file, made in a Debian 12 root of its own ---
 
 # Debian 12 is the oldest a Proxmox VE with support stands on; what is linked there runs on Debian 13 too.
