@@ -426,7 +426,7 @@ def test_large_reports_and_small_ones_take_turns_on_one_connection(live_server):
 def test_a_report_that_unpacks_to_much_keeps_nobody_waiting(live_server):
     """8 MB of JSON in a few kB: small reports of others are answered meanwhile."""
     token, other = live_server.register("pve1"), live_server.register("pve2")
-    report = build_report(at=time.time(), run_id="large", seq=1, gpu=[{"n": n % 10} for n in range(900_000)])
+    report = build_report(at=time.time(), run_id="large", seq=1, gpu=[{"n": n % 10, "note": "x" * 70} for n in range(100_000)])
     body = gzip.compress(encode(report), 9)
     assert len(body) < 1 << 16 and len(encode(report)) > 8_000_000
     head = raw_report(token, 1).partition(b"\r\n\r\n")[0]
