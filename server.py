@@ -1327,6 +1327,9 @@ TEXT_NAMES = frozenset((  # text, or a number that Perl made of it
     "unit", "label", "sensor", "source", "target", "message", "reason", "lock", "health", "level", "mode", "address",
     "issuer", "subject", "severity", "encryption", "origin", "master", "manager", "file",
 ))
+TRUTH_NAMES = frozenset((  # true, false or not told: what pages choose a word by
+    "active", "onboot", "online", "passed", "quorate", "synchronised", "standby", "template", "shared", "mounted",
+))
 NUMBER_MOST = 2.0**64  # counters are unsigned 64 bit at the most
 NUMBER_LEAST = -NUMBER_MOST
 
@@ -1459,10 +1462,11 @@ def is_number(value: Any) -> bool:
 
 @lru_cache(4096)
 def kind_of_name(key: str) -> type | None:
-    """What belongs under a name: a number (float; units are in the names), a text (str), or whatever (None)."""
+    """What belongs under a name: a number (float; units are in the names), a text (str), a truth value (bool), or
+    whatever (None)."""
     if key.endswith(NUMBER_SUFFIXES) or key in NUMBER_NAMES:
         return float
-    return str if key in TEXT_NAMES else None
+    return str if key in TEXT_NAMES else bool if key in TRUTH_NAMES else None
 
 
 def check_values(value: Any, *, strict: bool, depth: int = 0) -> None:

@@ -173,6 +173,7 @@ def test_gaps_in_the_sequence_do_not_grow_without_end(register, post, store, clo
     ({"guests": [{"vmid": 100, "type": "qemu", "name": {"a": 1}}]}, "/guests/0/name"),
     ({"guests": [{"vmid": 100, "type": "qemu", "uptime_seconds": {}}]}, "/guests/0/uptime_seconds"),
     ({"services": [{"unit": "pvestatd.service", "restarts_total": [1]}]}, "/services/0/restarts_total"),
+    ({"disks": [{"name": "sda", "passed": []}]}, "/disks/0/passed"),  # the page chose a word by it: 500
     ({"services": {"unit": "x"}}, "/services"), ({"failed_units": [{"a": 1}]}, "/failed_units/0"),
 ])  # fmt: skip
 def test_a_list_or_an_object_in_the_place_of_one_value_is_refused(register, post, section, pointer):
@@ -217,4 +218,6 @@ def test_the_server_and_the_schema_have_the_same_sections_and_the_same_kinds_of_
         assert types[name] <= {"number", "integer", "null"}, name
     for name in server.TEXT_NAMES:
         assert types[name] and not types[name] & {"object", "array"}, name
+    for name in server.TRUTH_NAMES:
+        assert "boolean" in types[name] and not types[name] & {"object", "array"}, name
     assert {name for name, kinds in types.items() if kinds & {"number", "integer"} and kinds & {"array", "object"}} == set()
