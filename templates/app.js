@@ -472,7 +472,7 @@
 
   // While a card is open nothing else can be reached, neither by keyboard nor by a screen reader.
   function keepOut(drawer) {
-    const others = [...$$("body > :not(main, script, dialog, #frozen, #page-error, .symbols)"), ...$("#main").children];
+    const others = [...$$("body > :not(main, script, dialog, #frozen, #undo, #page-error, .symbols)"), ...$("#main").children];
     for (const other of others) if (other !== drawer && !other.classList.contains("scrim")) other.inert = Boolean(drawer);
   }
 
