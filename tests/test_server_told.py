@@ -363,7 +363,8 @@ class Play:
         found = next((one for one in OBJECTS if one[1] == CAUSE_OF.get(rule) and one[0] in (host, None)), None)
         if found and found[0] is None and host == "h3":
             found = None  # it is not of this site
-        return found if found and self.alert(found) else None
+        cause, alert = found and self.alert(found), self.alert(identity)
+        return found if cause and not server.is_milder(cause.severity, alert.severity) else None  # it excuses nothing worse
 
     def was_told_of_cause(self, one, identity):
         """Whether a channel was told of what this follows from; a cause that is told in this very moment counts too."""
