@@ -3793,7 +3793,7 @@ def pool_state(pool: dict[str, Any]) -> Found:
         shown = ", ".join(f"{leaf.get('name')} {leaf.get('state')}" for leaf in leaves[:4])
         parts.append(shown + (f" and {len(leaves) - 4} more" if len(leaves) > 4 else ""))
     if margin is not None:
-        parts.append("data is lost already" if margin < 0 else f"{int(margin)} more disk(s) may fail without loss")
+        parts.append(may_fail(int(margin)))
     by_hand = word in ("ONLINE", "DEGRADED") and leaves and all(text(leaf, "state") == "OFFLINE" for leaf in leaves)
     severe = warning if by_hand and margin is not None and margin >= 1 else critical
     return severe("; ".join(parts) + ".", margin)
@@ -11503,7 +11503,7 @@ UPKEEP = len(CONSEQUENCES) - 1
 def consequence(problem: Row) -> int:
     """The place in CONSEQUENCES. A pool that does not answer is worse than one that lacks a disk."""
     rule = problem.get("rule") or ""
-    if rule == "pool-state" and re.search(r"\b(SUSPENDED|UNAVAIL|FAULTED)\b", problem.get("message") or ""):
+    if rule == "pool-state" and re.match(r"Pool .+? is (SUSPENDED|UNAVAIL|FAULTED)\b", problem.get("message") or ""):
         return 0
     return RANKS.get(rule, UPKEEP)
 

@@ -511,7 +511,7 @@ def server_disk_read_only(folder: Path, seconds: float, dice: random.Random) -> 
             mended = time.monotonic()
             server.start()
             recovered = players.recover(mended)
-            # Linux 6.18 may say yes to an fsync that runs while ext4 gives up: the journal has ended the transaction
+            # Believed, not traced: an fsync that runs while ext4 gives up may be told yes, as the journal has ended the transaction
             # by then, without it (jbd2_complete_transaction waits for none that is neither running nor committing).
             lost = at_its_end - set(stored(database_of(server)))
             note = f"after fsck and mount by an operator; of {len(at_its_end)} in the moment of the failure {len(lost)} gone"

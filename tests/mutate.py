@@ -4,7 +4,7 @@
 Each function of a part is changed in one place at a time (another comparison, `or` for `and`, a number one more, a
 condition that always holds, a statement left out …), and the part's tests have to fail. A runner of our own: mutmut and
 cosmic-ray change whole files, and both programs are one file each of which a part is a few hundred lines; here a
-change replaces the code of one function in a forked process that has all imports done, which takes a fifth of the time.
+change replaces the code of one function in a forked process that has all imports done.
 
     parts -> changes of a function -> a forked pytest for each -> score, and what survived
 """
