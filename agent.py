@@ -4704,7 +4704,7 @@ class Spool:
                     handle.truncate()
             self.saved_losses = content
         except OSError as error:
-            log_once("losses", f"spool: cannot write {self.losses}: {error.strerror}")
+            log_once(self.losses, f"spool: cannot write {self.losses}: {error.strerror}")
 
 
 IS_SPOOLED = re.compile(r"[0-9]{1,18}-[0-9]{1,18}" + re.escape(SPOOL_ENDING)).fullmatch

@@ -129,7 +129,9 @@ def test_the_card_of_a_cluster_shows_quorum_by_node_and_what_is_in_error(page):
 
 
 def test_a_problem_leads_to_the_card_of_its_object(page):
-    page.locator(".problem", has_text="SMART").first.locator("a").first.click()
+    problem = page.locator(".problem", has_text="SMART").first
+    problem.locator("summary").first.click()
+    problem.locator("a[href*='disk=']").first.click()
     expect(page.locator("#pull")).to_be_visible()
 
 

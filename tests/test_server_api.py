@@ -336,9 +336,15 @@ def test_a_write_that_is_no_json_object_is_a_400(admin, body):
 # --- one host's values are its own affair ---
 
 
-def test_a_host_with_odd_values_costs_the_others_no_row_and_is_named(register, post, admin, capsys):
+def test_a_host_with_odd_values_costs_the_others_no_row_and_is_named(register, post, admin, capsys, monkeypatch):
     server.log_once.cache_clear()
-    jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all", "exclude": 5}]
+    make_rows = server.backup_rows
+
+    def stumble(state, *rest):
+        return make_rows(state, *rest) if state.name != "odd" else iter([{}["what nobody has thought of"]])
+
+    monkeypatch.setattr(server, "backup_rows", stumble)
+    jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}]
     post(register("odd"), build_report("odd", backups={"jobs": jobs, "guests": []}), host="odd")
     jobs = [{"id": "nightly", "enabled": True, "schedule": "02:00", "guests": "all"}]
     post(register("well"), build_report("well", backups={"jobs": jobs, "guests": []}), host="well")
@@ -437,7 +443,8 @@ def test_a_site_that_goes_dark_is_among_its_alerts_and_the_metrics(register, pos
 def test_an_alert_is_the_same_from_memory_and_from_the_disk(fleet, admin, store):
     alert = items(admin.get("/api/v1/alerts"))[0]
     admin.send("POST", f"/api/v1/alerts/{alert['id']}/acknowledge", {"note": "ordered"})
-    assert items(admin.get("/api/v1/alerts?state=all")) == server.list_alerts(store.reader(), "all")
+    told = [{**row, "at_stake": None} for row in items(admin.get("/api/v1/alerts?state=all"))]  # worked out when asked
+    assert told == server.list_alerts(store.reader(), "all")
 
 
 FACETS = {

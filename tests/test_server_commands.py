@@ -181,9 +181,9 @@ def test_hash_password_reads_stdin_and_gives_argon2id(run, monkeypatch):
     assert not server.verify_password(out.strip(), "s3cret sentence\n")
 
 
-@pytest.mark.parametrize("password", ["", "1", "seven 7"])
+@pytest.mark.parametrize("password", ["", "1", "five5"])
 def test_a_password_that_is_soon_guessed_is_refused(run, password):
-    assert_failed(run("hash-password", stdin=password + "\n"), "8 characters")
+    assert_failed(run("hash-password", stdin=password + "\n"), "6 characters")
 
 
 def test_generate_secret_is_long_and_never_the_same(run):

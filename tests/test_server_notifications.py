@@ -777,8 +777,9 @@ def test_the_page_offers_what_can_be_done(firing, client):
     client.log_in()
     page = client.get("/?host=pve1").text
     number = alert_of(client, "vdev-errors")["id"]
-    assert f'data-acknowledge="{number}"' in page and f'data-accept="{number}"' in page
-    assert f'data-accept="{alert_of(client, "pool-state")["id"]}"' not in page
+    cause = alert_of(client, "pool-state")["id"]
+    assert f'data-acknowledge="{cause}"' in page and f'data-accept="{cause}"' not in page
+    assert f'data-accept="{number}"' in page  # what follows from it can be taken as normal beside it
     assert "has lost redundancy" in page  # why it matters
 
 

@@ -91,9 +91,6 @@ FIRES: dict[str, tuple[str, list[tuple[float, Bend]]]] = {
     "slow-ios": (PVE8, [(0, {f"{LEAF}.slow_ios": 1}), (5, {f"{LEAF}.slow_ios": 20})]),
     "pool-data-errors": (PVE8, [(0, {"pools.0.data_errors": 2})]),
     "pool-capacity": (PVE8, held({"pools.0.capacity_ratio": .85}, 16, 5)),
-    "pool-forecast": (PVE8, [(hours * 60, {"pools.0.usable_used_bytes": int(4e11 + hours * 2e9),
-                                           "pools.0.usable_available_bytes": int(5e11 - hours * 2e9)})
-                             for hours in range(0, 100, 6)]),
     "dataset-quota": (PVE8, held({"datasets.0.quota_bytes": lambda old, now: 1000, "datasets.0.used_bytes": 960}, 16, 5)),
     "dataset-unmounted": (PVE8, [(0, {}), *[(at, {"datasets": lambda old, now: [
         {**row, "mounted": False} if row.get("mounted") else row for row in old]}) for at in (5, 10, 25)]]),
@@ -175,6 +172,8 @@ ELSEWHERE = {
     "host-offline": "no report at all", "site-offline": "no report at all", "server-certificate": "of the server",
     "log-ins-fail": "of the server", "cluster-disagree": "two hosts, below", "cluster-clock": "two hosts, below",
     "copy-missing": "the whole fleet: test_server_answers.py",
+    "pool-forecast": "days of history: test_server_rules.py", "space-forecast": "days of history: test_server_rules.py",
+    "snapshot-missing": "test_server_answers.py", "scrub-slow": "test_server_answers.py",
 }
 
 
