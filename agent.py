@@ -1526,7 +1526,7 @@ def parse_error_count(text: str) -> int | None:
     return 0 if text.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", text))
 
 
-VDEV_ROW = re.compile(rf"\t( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
+VDEV_ROW = re.compile(rf"(?:\t| {{8}})( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
 VDEV_COUNTERS = {"READ": "read_errors", "WRITE": "write_errors", "CKSUM": "checksum_errors", "SLOW": "slow_ios"}
 
 

@@ -808,3 +808,9 @@ def test_pools_of_another_shape_still_have_a_layout_and_a_margin(pools: Any) -> 
     for pool in agent.parse_zpool_status_json(text, 1795305600.0).values():
         agent.pool_layout(pool["vdevs"])
         agent.redundancy_margin(pool["vdevs"])
+
+
+def test_a_table_of_vdevs_with_blanks_for_the_tab_is_read_too() -> None:
+    text = "  pool: tank\n state: ONLINE\nconfig:\n\n\tNAME        STATE     READ WRITE CKSUM\n\ttank        ONLINE       0     0     0\n\t  mirror-0  ONLINE       0     0     0\n\t    sda     ONLINE       0     0     0\n\t    sdb     ONLINE       0     0     1\n\nerrors: No known data errors\n"
+    assert agent.parse_zpool_status(text.expandtabs(8)) == agent.parse_zpool_status(text)
+    assert agent.parse_zpool_status(text)["tank"]["vdevs"][0]["children"][1]["checksum_errors"] == 1

@@ -361,7 +361,7 @@ def test_a_pool_that_resilvers_says_so(sim):
                 scan={"function": "resilver", "state": "scanning", "progress_ratio": .43})
     sim.send("pve1", pool_states=pool(state="DEGRADED"), pools=full)
     message = sim.alerts("pool-state")[0]["message"]
-    assert "resilvering 43%" in message and "0 more disk(s)" in message and "sdb UNAVAIL" in message
+    assert "resilvering 43%" in message and "no more disk may fail" in message and "sdb UNAVAIL" in message
 
 
 def test_a_disk_taken_offline_by_hand_only_warns_while_there_is_redundancy(sim):
