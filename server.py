@@ -62,6 +62,7 @@ from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import accumulate, chain, compress, islice
 from operator import eq, itemgetter, lt, mul, sub
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import IO, Any, NamedTuple
 
 import argon2
@@ -79,7 +80,8 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 
 SENT_LIMIT = 2 << 20  # bytes of one request as sent
 TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; beyond it the connection is closed
-REQUEST_SECONDS, UNREAD_SECONDS = 60, 60  # that a request may take to come in, and an answer to be read on
+HEAD_SECONDS, REQUEST_SECONDS = 20, 60  # that a request's head and all of it may take to come in
+UNREAD_SECONDS = 60  # that an answer may wait to be read on
 UNREAD_LIMIT = 4 << 20  # bytes of an answer that are made before they are read
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
 PARSED_LIMIT = 64 << 20  # bytes of one request once parsed, as weigh() has it
@@ -98,7 +100,8 @@ NAME_LIMIT = 64  # characters of a field's name that means anything here
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
 SKEW_LIMIT = 300  # seconds between a signature's time and ours
 REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week is 20,160 reports
-CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stalls loses his after a minute
+CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stalls loses his to who comes anew
+OTHER_FILES = 512  # descriptors for all else: the database for each thread, bodies and answers, channels
 THREADS = 32  # a report keeps one until it is on the disk
 REPORTS_AT_ONCE = 16  # of these threads: a fleet that comes back must not keep the page from anybody
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
@@ -12257,7 +12260,8 @@ def finish(call: Call, result: Any) -> Answer:
     reads = call.environ["REQUEST_METHOD"] in ("GET", "HEAD")
     if reads and result.status == 200 and "Cache-Control" not in result.headers:
         tag = result.headers.get("ETag") or body_etag(result.body)
-        result.headers.update({"ETag": tag, "Cache-Control": "private, no-cache"})
+        keep = "no-store" if call.kind in ("session", "kiosk") else "private, no-cache"  # for Back after log-out
+        result.headers.update({"ETag": tag, "Cache-Control": keep})
         if call.header("if-none-match") == tag:
             return Answer(304, b"", {"ETag": tag})
     return packed(call, result)
@@ -12402,9 +12406,21 @@ class HttpChannel(HTTPChannel):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sendbuf_len = min(self.sendbuf_len, 1 << 17)  # read from a file at once; the kernel's buffer is 2.5 MiB
+        if len(self.server.active_channels) > self.adj.connection_limit * 7 // 8:
+            self.take_place()
+
+    def take_place(self) -> None:
+        """End the oldest connection that has asked for nothing yet: waitress would take no more at its limit, and a
+        stranger who only opens connections could keep every host out."""
+        for channel in list(self.server.active_channels.values()):
+            if not (channel is self or channel.will_close or channel.requests or channel.total_outbufs_len):
+                channel.will_close = True
+                return
 
     def readable(self) -> bool:  # asked at each turn of the loop
-        if self.request is not None and time.monotonic() - self.request.began > REQUEST_SECONDS:
+        request = self.request
+        if request is not None and time.monotonic() - request.began > (
+                REQUEST_SECONDS if request.headers_finished else HEAD_SECONDS):
             self.will_close = True
         return super().readable()
 
@@ -12418,6 +12434,15 @@ class HttpChannel(HTTPChannel):
         if self.total_outbufs_len and time.time() - self.last_activity > UNREAD_SECONDS:
             self.will_close = True
         return super().writable()
+
+
+def accept_waiting(listener: BaseWSGIServer) -> None:
+    """Take all who wait. waitress takes one at each turn of its loop, and a turn costs for each open connection."""
+    for _ in range(CONNECTIONS_MOST // 16):
+        before = len(listener.active_channels)
+        BaseWSGIServer.handle_accept(listener)
+        if len(listener.active_channels) == before:
+            return
 
 
 def run_server(monitor: Monitor) -> None:
@@ -12449,18 +12474,28 @@ def run_server(monitor: Monitor) -> None:
         log("server: stopped")
 
 
+def room_for_connections() -> int:
+    """How many at once: CONNECTIONS_MOST, or as the descriptors allow that this process may have."""
+    wanted = CONNECTIONS_MOST + OTHER_FILES
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+    if 0 <= soft < wanted:  # -1: no limit
+        soft = wanted if hard < 0 else min(hard, wanted)
+        setrlimit(RLIMIT_NOFILE, (soft, hard))
+    return CONNECTIONS_MOST if soft < 0 else min(CONNECTIONS_MOST, max(soft // 2, soft - OTHER_FILES))
+
+
 def open_sockets(monitor: Monitor) -> Any:
     """waitress's server, listening."""
     config = monitor.config
     sockets: dict[int, Any] = {}
     server = waitress.create_server(
         build_app(monitor), sockets, host=config.listen, port=config.port, threads=THREADS, ident="",
-        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=CONNECTIONS_MOST, backlog=1024,
+        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=room_for_connections(), backlog=1024,
         channel_timeout=120, cleanup_interval=10, max_request_header_size=1 << 15, max_request_body_size=TAKEN_LIMIT,
         inbuf_overflow=1 << 16, outbuf_high_watermark=UNREAD_LIMIT, clear_untrusted_proxy_headers=False)
     for one in sockets.values():
         if isinstance(one, BaseWSGIServer):  # one for each address
-            one.channel_class = HttpChannel
+            one.channel_class, one.handle_accept = HttpChannel, partial(accept_waiting, one)
     server.task_dispatcher.queue = WaitingRequests()
     return server
 

@@ -129,6 +129,13 @@ def test_log_out_has_the_browser_forget_the_page(client):
     assert client.request("POST", "/logout", headers=client.headers).headers["clear-site-data"] == '"cache"'
 
 
+def test_nothing_that_a_session_saw_is_kept_by_the_browser(client, admin):
+    client.log_in()
+    for path in ("/", "/?tab=guests", "/api/v1/hosts"):
+        assert client.get(path).headers["cache-control"] == "no-store", path
+    assert admin.get("/api/v1/hosts").headers["cache-control"] == "private, no-cache"
+
+
 # --- the way back ---
 
 

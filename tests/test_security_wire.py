@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import ssl
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import waitress.adjustments
 from conftest import ROOT, LiveServer, build_report, encode, find_program, free_port, sign
 
 import server
@@ -248,6 +250,37 @@ def test_a_thousand_idle_connections_are_no_burden(target: Target) -> None:
     with connections(900, lambda: direct(target)):
         assert target.accepts()
         assert target.memory() - before < 30 << 20
+
+
+def test_who_only_opens_connections_keeps_nobody_out(target: Target) -> None:
+    """More than the server takes: the oldest that has asked for nothing gives its place."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with connections(0, lambda: direct(target)) as held:
+            for number in range(server.CONNECTIONS_MOST + 300):
+                held.append(direct(target))
+                if number % 2:  # one in two has begun a head
+                    held[-1].send(b"G")
+            assert target.accepts()
+            assert target.live.request("GET", "/login").status == 200
+            held[0].settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert held[0].recv(1) == b""  # the first to come was the first to go
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_head_has_less_time_than_a_body(target: Target) -> None:
+    """Nothing here waits for it: the channel is asked as the server's loop asks it."""
+    channel = server.HttpChannel.__new__(server.HttpChannel)
+    channel.request = server.HttpRequest(waitress.adjustments.Adjustments())
+    channel.requests, channel.total_outbufs_len, channel.adj = [], 0, channel.request.adj
+    for finished, seconds, ends in ((False, 19, False), (False, 21, True), (True, 21, False), (True, 61, True)):
+        channel.request.headers_finished, channel.request.began = finished, time.monotonic() - seconds
+        channel.will_close = False
+        channel.readable()
+        assert channel.will_close is ends, (finished, seconds)
 
 
 # --- through the proxy that is shipped ---

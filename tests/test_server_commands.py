@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import os
@@ -297,6 +298,24 @@ def test_a_port_that_is_taken_is_told_in_one_line(live_server: LiveServer):
     answer = live_server.command("serve")
     assert answer.returncode == 1
     assert len(answer.stderr.splitlines()) == 1 and str(live_server.port) in answer.stderr
+
+
+def test_another_fault_while_it_runs_is_not_told_as_a_port(monitor, monkeypatch):
+    class Full:
+        effective_port, closed = 4000, False
+
+        def run(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.closed = True
+
+    sockets = Full()
+    monkeypatch.setattr(server, "open_sockets", lambda monitor: sockets)
+    monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+    with pytest.raises(OSError, match="No space left"):
+        server.run_server(monitor)
+    assert sockets.closed
 
 
 def test_a_second_server_on_one_database_is_refused(live_server: LiveServer, tmp_path):
