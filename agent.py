@@ -1167,27 +1167,29 @@ def parse_guest_config(text: str) -> dict[str, Any]:
             values[key.strip()] = value.strip()
     meta = dict(pair.partition("=")[::2] for pair in values.get("meta", "").split(","))
     volumes = [volume for key, value in values.items() if (volume := parse_volume(key, value))]
+    unused = [volume for key, value in values.items() if (volume := parse_volume(key, value, ("unused",)))]
     return known(
         name=values.get("name") or values.get("hostname"), lock=values.get("lock"),
         template=to_flag(values.get("template", "0")), tags=split_list(values.get("tags")),
         onboot=to_flag(values.get("onboot", "0")), created_at=to_count(meta.get("ctime")), volumes=volumes,
+        unused=unused or None, settings={key: zlib.crc32(value.encode()) for key, value in values.items()},
     )
 
 
-def parse_volume(key: str, value: str) -> dict[str, Any] | None:
+def parse_volume(key: str, value: str, kinds: tuple[str, ...] = DISK_KEYS) -> dict[str, Any] | None:
     """`scsi0: local-zfs:vm-100-disk-0,size=32G` as name, storage, volume, size, and whether a backup takes it along;
     None for CD drives and host paths. Mount points of containers are left out of it unless they say backup=1."""
     kind = key.rstrip("0123456789")
     options = dict(part.partition("=")[::2] for part in value.split(",") if "=" in part)
     place = next((part for part in value.split(",") if "=" not in part), "")
     place = options.get("file", options.get("volume", place))
-    if kind not in DISK_KEYS or (kind == key and key != "rootfs") or options.get("media") == "cdrom":
+    if kind not in kinds or (kind == key and key != "rootfs") or options.get("media") == "cdrom":
         return None
     storage, separator, volume = place.partition(":")
     if not separator or place.startswith("/"):
         return None
     size = to_size(options["size"]) if "size" in options else None
-    backup = key == "rootfs" or to_flag(options.get("backup", "0" if kind == "mp" else "1"))
+    backup = kind != "unused" and (key == "rootfs" or to_flag(options.get("backup", "0" if kind == "mp" else "1")))
     return known(name=key, storage=storage, volume=volume, size_bytes=size, backup=backup)
 
 
@@ -2400,11 +2402,14 @@ def shared(probe: ProbeLike, name: str, read: Callable[[Any], Any]) -> Any:
     return values[name]
 
 
-def remember(probe: ProbeLike, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None) -> Any:
-    """`read()`, repeated only after ten minutes or when `key` (of JSON values) is another one."""
+def remember(
+    probe: ProbeLike, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None,
+    seconds: float = RECHECK_SECONDS,
+) -> Any:
+    """`read()`, repeated only after so long or when `key` (of JSON values) is another one."""
     now = probe.now()
     kept = as_dict(memory.get(name))
-    if kept.get("key") == key and 0 <= now - (to_number(kept.get("at")) or 0) < RECHECK_SECONDS and "value" in kept:
+    if kept.get("key") == key and 0 <= now - (to_number(kept.get("at")) or 0) < seconds and "value" in kept:
         return kept["value"]
     value = read()
     memory[name] = {"key": key, "at": now, "value": value}
@@ -2785,7 +2790,10 @@ def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, A
     for vmid, config in sorted(configs.items(), key=lambda pair: int(pair[0])):
         raw, stamp = choose_guest(probe, vmid, sources[config["type"]], rrd.get(vmid))
         guest = build_guest(vmid, config, raw)
-        guest.update(known(ha_state=states.get(vmid), volumes=build_volumes(config, datasets)))
+        lists = {name: build_volumes(config.get(name), datasets) for name in ("volumes", "unused")}
+        recent = 0 <= probe.now() - (to_number(config.get("config_changed_at")) or 0) < 3600  # a report may be lost
+        change = {name: config.get(name) for name in ("config_changed", "config_changed_at")} if recent else {}
+        guest.update(known(ha_state=states.get(vmid), **lists, **change))
         if "lock" in guest and busy is not None:
             guest["lock_held"] = int(vmid) in busy or (guest["lock"] == "backup" and None in busy)
         if stamp is not None and (is_late(probe, stamp) or is_late(probe, sources[config["type"]][1])):
@@ -2823,12 +2831,25 @@ def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, di
     for vmid, (home, kind, version) in listing.items():
         if home == node:
             config = as_dict(before.get(vmid))
-            key = [kind, version, start]
+            key = [kind, version, start, CONFIG_FORM]
             if config.get("key") != key:
-                config = {**read_guest_config(probe, node, kind, vmid), "key": key, "type": kind}
+                found = read_guest_config(probe, node, kind, vmid)
+                config = {**found, **note_change(config, found, probe.now()), "key": key, "type": kind}
             configs[vmid] = config
     memory["guest_configs"] = configs
     return configs
+
+
+CONFIG_FORM = 2  # another one reads every file anew
+
+
+def note_change(before: dict[str, Any], config: dict[str, Any], now: float) -> dict[str, Any]:
+    """Which settings of a guest changed last, and when that was seen; not what tasks write, which tell of it."""
+    old, new = as_dict(before.get("settings")), config.get("settings", {})
+    changed = sorted(name for name in {*old, *new} - {"lock", "parent"} if old.get(name) != new.get(name))
+    if old and new and changed:
+        return {"config_changed": changed[:10], "config_changed_at": int(now)}
+    return {name: before[name] for name in ("config_changed", "config_changed_at") if name in before}
 
 
 def read_guest_config(probe: ProbeLike, node: str, kind: str, vmid: str) -> dict[str, Any]:
@@ -2906,12 +2927,12 @@ def build_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
     return known(cpu_ratio=ratio, memory_used_bytes=to_count(raw.get("mem")), memory_host_bytes=host, **counters)
 
 
-def build_volumes(config: dict[str, Any], datasets: dict[str, str]) -> list[dict[str, Any]] | None:
+def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) -> list[dict[str, Any]] | None:
     """Where the guest's disks lie: storage, and the dataset for those on a zfspool storage."""
-    if "volumes" not in config:
+    if given is None:
         return None
     volumes = []
-    for volume in config["volumes"]:
+    for volume in given:
         pool = datasets.get(volume["storage"])
         # a linked clone is written base-9000-disk-0/vm-103-disk-0: its own dataset is the last part
         dataset = f"{pool}/{volume['volume'].rpartition('/')[2]}" if pool else None
@@ -3210,6 +3231,7 @@ def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -
     guid = found.get("guid") or status.get("guid") or ""
     vdevs = status.pop("vdevs", [])
     place_disks(probe, name, vdevs)
+    note_io(probe, memory, name, vdevs)
     return {
         **found, **status, "layout": pool_layout(vdevs), **read_pool_space(probe, name),
         **known(redundancy_margin=redundancy_margin(vdevs)),
@@ -3249,6 +3271,27 @@ def note_guids(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[
     if len(kept[name]["guids"]) == len(rows):
         for row, guid in zip(rows, kept[name]["guids"]):
             row.update(known(guid=to_guid(guid)))
+
+
+IO_COLUMNS = "name alloc free reads writes read_bytes write_bytes read_total write_total read_wait write_wait".split()
+
+
+def note_io(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dict[str, Any]]) -> None:
+    """Space of the top-level vdevs, and how long each disk took for an answer, on average since the import: asked for
+    every half hour. Nanoseconds and bytes with -p, no space for what is below [openzfs cmd/zpool/zpool_main.c,
+    print_vdev_stats]."""
+    def ask() -> dict[str, Any]:
+        text = attempt(probe.run, "zpool", "iostat", "-HPlpv", name, default="")
+        return {row.pop("name"): row for row in attempt(parse_columns, text, IO_COLUMNS, default=[])}
+    rows = remember(probe, memory.setdefault("io", {}), name, ask, seconds=1800)
+    for vdev in list_vdevs(vdevs):
+        row = rows.get(vdev.get("path", vdev["name"]), {})
+        used, free = to_count(row.get("alloc")), to_count(row.get("free"))
+        if used is not None and free:
+            vdev.update(allocated_bytes=used, size_bytes=used + free)
+        for way in ("read", "write") if "children" not in vdev else ():
+            wait = to_count(row.get(f"{way}_wait"))
+            vdev.update(known(**{f"{way}_wait_seconds": round(wait / 1e9, 6) if wait else None}))
 
 
 def list_vdevs(vdevs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -3424,7 +3467,11 @@ def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str
         groups = group_snapshots(probe, pool)
         created = read_creations(probe, pool, groups, before)
         kept.update(created)
-        return [build_snapshot_set(dataset, label, found, created) for (dataset, label), found in groups.items()]
+        held = read_held(probe, memory, pool, sum(map(len, groups.values())))
+        return [
+            {**build_snapshot_set(dataset, label, found, created), **known(used_bytes=held.get(f"{dataset}@{label}"))}
+            for (dataset, label), found in groups.items()
+        ]
 
     sets = ask_pools(probe, memory, ask, lambda pool: {"dataset": pool})
     dark = any("unknown_reason" in found for found in sets)
@@ -3493,6 +3540,25 @@ def read_creations(
         if row["name"] in missing and at is not None:
             created[missing[row["name"]]] = at
     return created
+
+
+HELD_MOST = 2000  # snapshots of a pool; `used` makes ZFS open each of them
+
+
+def read_held(probe: ProbeLike, memory: dict[str, Any], pool: str, count: int) -> dict[str, int]:
+    """Bytes by dataset@class, asked for every six hours: the sum of what each snapshot alone holds, so at least what
+    would be free without the class. What several hold together belongs to none [openzfs man/man7/zfsprops.7, used]."""
+    def add_up() -> dict[str, int]:
+        held: dict[str, int] = {}
+        argv = ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used", pool)
+        told = attempt(lambda: probe.run(*argv, limit=SNAPSHOTS_LIMIT), default="")
+        for name, used in parse_tab_pairs(told).items():
+            dataset, _, snapshot = name.partition("@")
+            group = f"{dataset}@{snapshot_class(dataset, snapshot)}"
+            held[group] = held.get(group, 0) + (to_count(used) or 0)
+        return held
+    few = 0 < count <= HELD_MOST
+    return dict(remember(probe, memory.setdefault("held", {}), pool, add_up, seconds=6 * 3600)) if few else {}
 
 
 def build_snapshot_set(

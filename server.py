@@ -7428,6 +7428,7 @@ NOT_NUMBERS = frozenset((
     "state", "layout", "damaged_files", "status_text", "action_text", "scan", "last_scrub", "expansion", "readonly",
     "features_disabled", "vdevs", "storage", "content", "shared", "enabled", "active", "dataset", "by_id", "model",
     "serial", "wwn", "firmware", "kind", "pool", "vdev", "passed", "standby", "selftest", "up", "sensor", "label",
+    "unused", "config_changed", "config_changed_at",
 ))
 BOOT = "~boot"  # a number that is another after each boot: counters begin anew then
 

@@ -434,6 +434,44 @@ def test_only_new_snapshots_are_asked_for_their_time() -> None:
     assert (guest["count"], guest["newest_name"], guest["newest_at"]) == (2, "after_upgrade", NOW + 10)
 
 
+def test_space_and_waits_of_vdevs_are_read_beyond_blank_lines_and_asked_for_each_half_hour() -> None:
+    pools = section_of("pve9-raidz2-draid", "pools")
+    raid, special, log, cache, spare = by(pools, "name", "tank")["vdevs"]
+    assert [vdev.get("size_bytes") for vdev in (raid, special, log, cache, spare)] == [
+        83603117858816, 479500000000, 10737418240, 200000000000, None]
+    assert special["allocated_bytes"] == 288000000000 and raid["children"][0]["read_wait_seconds"] == 0.007192
+    assert not {"allocated_bytes", "read_wait_seconds"} & by(pools, "name", "vault")["vdevs"][0].keys()  # no answer
+    missing = next(leaf for leaf in agent.list_vdevs([raid]) if leaf["state"] == "UNAVAIL")
+    assert "read_wait_seconds" not in missing
+    _, probe = collect("pve9-raidz2-draid", "pools", ticks=2)
+    assert not [what for kind, what in probe.calls if what.startswith("zpool iostat")]
+
+
+def test_what_snapshots_hold_is_added_up_by_class_and_asked_for_every_six_hours() -> None:
+    sets = section_of("pve9-raidz2-draid", "snapshots")
+    daily, hourly = (by([row for row in sets if row["dataset"] == "rpool/data/vm-102-disk-0"], "class", f"autosnap_{word}")
+                     for word in ("daily", "hourly"))
+    assert daily["used_bytes"] == 27 * 18874368 + 4096 * sum(range(0, 216, 8)) > hourly["used_bytes"] > 27 * 90112
+    assert "used_bytes" not in by(sets, "dataset", "tank/vm/vm-101-disk-0")  # not recorded: not known, and not 0
+    _, probe = collect("pve9-raidz2-draid", "snapshots", ticks=2)
+    assert not [what for kind, what in probe.calls if what.endswith("name,used rpool")]
+
+
+def test_a_change_of_a_guests_settings_is_told_with_their_names_for_an_hour() -> None:
+    assert not any("config_changed" in guest for guest in section_of("pve8-mirror", "guests"))
+    changed = [guest for guest in section_of("pve8-mirror", "guests", ticks=2) if "config_changed" in guest]
+    assert [(guest["vmid"], guest["config_changed"]) for guest in changed] == [(103, ["cores", "memory"])]
+    now = RecordedProbe(HOSTS / "pve8-mirror", 1).now()
+    assert changed[0]["config_changed_at"] == now
+
+
+@pytest.mark.parametrize("before", [{}, {"settings": {}}, {"settings": {"memory": 1, "parent": 5}}])
+def test_a_lock_or_a_first_look_is_no_change_of_settings(before: dict[str, Any]) -> None:
+    assert agent.note_change(before, {"settings": {"memory": 1, "lock": 2}}, 9.0) == {}
+    kept = {"config_changed": ["cores"], "config_changed_at": 5}
+    assert agent.note_change({**before, **kept}, {}, 9.0) == kept
+
+
 def test_ten_thousand_snapshots_cost_two_listings_once_and_one_from_then_on() -> None:
     names = [f"rpool/d{n % 40}@autosnap_{n:05d}_hourly" for n in range(10_000)]
     probe = FakeProbe("pve8-mirror")

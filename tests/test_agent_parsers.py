@@ -231,7 +231,11 @@ def test_guest_config_ends_at_the_first_section_and_skips_notes() -> None:
             {"name": "scsi0", "storage": "tank", "volume": "vm-1-disk-0", "size_bytes": 2 << 40, "backup": True},
             {"name": "mp0", "storage": "pool", "volume": "subvol-1-disk-1", "size_bytes": 8 << 30, "backup": False},
         ],
+        "unused": [{"name": "unused0", "storage": "tank", "volume": "vm-1-disk-9", "backup": False}],
+        "settings": config["settings"],
     }
+    assert config["settings"].keys() == {"name", "onboot", "tags", "meta", "scsi0", "mp0", "ide2", "virtio1", "unused0",
+                                         "scsihw", "memory"}
 
 
 def corosync_conf(quorum: str, *votes: int) -> str:

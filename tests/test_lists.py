@@ -94,6 +94,7 @@ OF_THE_SERVER = {"host-offline", "site-offline", "host-twice", "server-certifica
 # What tells a state, and no rule reads: shown only, and why.
 SHOWN_ONLY = {
     "says which one it is, and nothing of how it is": """
+        guests.unused
         backups.guests.vmid backups.guests.newest_ok.storage backups.jobs.storage backups.jobs.mode ceph.checks.name
         certificates.file cluster.members.address datasets.origin disks.by_id disks.firmware disks.model disks.paths disks.vdev
         ha.master node.block_devices.name node.interfaces.name node.name node.temperatures.label node.temperatures.sensor
@@ -116,7 +117,7 @@ SHOWN_ONLY = {
         node.interfaces.up mail_queue.hold safeguards.no_subscription_source safeguards.notification_matchers
         safeguards.notification_targets safeguards.test_source safeguards.trim_scheduled""",
     "settings, held against what is advised in a list of their own": "pool_settings",
-    "its change is an event": "versions.storage_cfg_digest",
+    "its change is an event": "versions.storage_cfg_digest guests.config_changed",
     "passes by itself": "mail_queue.incoming pools.expansion.state",
     "a sensor's own limits are seldom set right by its maker": "node.temperatures.celsius",
 }
