@@ -560,21 +560,22 @@ class Probe:
         return self.workers[name]
 
     def _open_door(self, kind: str, path: str, job: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        began, size, outcome = time.monotonic(), 0, "ok"
         try:
             worker = self.worker_of(kind, path)
-            deadline = LANE_DEADLINE if threading.current_thread().name in TICKS else self.deadline
-            result = worker.call(path, job, deadline) if worker else job()
-        except OSError as error:
-            told = source_error(error, path)
-            self._note(kind, path, began, 0, told.code)
+            if worker is None:
+                result = job()
+            else:
+                in_lane = threading.current_thread().name in TICKS
+                result = worker.call(path, job, LANE_DEADLINE if in_lane else self.deadline)
+            size = len(result) if isinstance(result, (str, list)) else 0
+            return result
+        except (OSError, SourceError) as error:
+            told = source_error(error, path) if isinstance(error, OSError) else error
+            outcome = told.code
             raise told from None
-        except SourceError as error:
-            self._note(kind, path, began, 0, error.code)
-            raise
-        if self.trace is not None:
-            self._note(kind, path, began, len(result) if isinstance(result, (str, list)) else 0, "ok")
-        return result
+        finally:
+            self._note(kind, path, began, size, outcome)
 
     # commands
 
@@ -584,9 +585,7 @@ class Probe:
         After `limit` seconds its process group is killed; one that cannot be killed (state D) is left behind, and
         the same command is refused as 'stuck' until it has gone.
         """
-        began = time.monotonic()
-        outcome = "?"
-        out = b""
+        began, out, outcome = time.monotonic(), b"", "?"
         try:
             exit_code, out, err = self._run(argv, limit, stdin)
             outcome = f"exit {exit_code}"
@@ -939,6 +938,13 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def dig(value: Any, *names: str) -> Any:
+    """What lies below these names in JSON; None where there is no such thing."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 # Linux
 
 
@@ -1242,6 +1248,7 @@ def parse_pve_version(text: str) -> str | None:
 
 # ZFS
 
+VDEV_STATE_NAMES = {"CANT_OPEN": "UNAVAIL"}  # the text form, and everybody, says so
 VDEV_STATES = "ONLINE DEGRADED FAULTED OFFLINE REMOVED UNAVAIL CLOSED UNKNOWN SPLIT AVAIL INUSE".split()
 VDEV_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "cache": "cache", "spares": "spare"}
 JSON_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "l2cache": "cache", "spares": "spare"}
@@ -1308,22 +1315,22 @@ def parse_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering:
         parse_json_vdev(child_name, as_dict(child), label, resilvering=resilvering)
         for child_name, child in as_dict(vdev.get("vdevs")).items()
     ]
-    name = str(vdev.get("name") or name)
-    path = vdev.get("was") or vdev.get("path")
+    path, aux = vdev.get("was") or vdev.get("path"), vdev.get("aux")
     state = vdev.get("state") or worst_state(children)
-    if state == "CANT_OPEN":  # the text form, and everybody, says UNAVAIL
-        state = "UNAVAIL"
     flags = [note for note in VDEV_NOTES if vdev.get(note)]
     if vdev.get("resilver_deferred"):
         flags.append("awaiting resilver")
     if resilvering and not children and vdev.get("scan_processed"):
         flags.insert(0, "resilvering")
-    reason = "missing device" if vdev.get("not_present") else parse_aux(vdev.get("aux"))
+    if vdev.get("not_present"):
+        flags.insert(0, "missing device")
+    elif isinstance(aux, str) and aux not in ("", "NONE"):
+        flags.insert(0, VDEV_REASONS.get(aux, "corrupted data"))
     return build_vdev(
-        name=name, kind=str(vdev.get("vdev_type") or ""), label=label,
-        state=state if isinstance(state, str) else "UNKNOWN",
+        name=str(vdev.get("name") or name), kind=str(vdev.get("vdev_type") or ""), label=label,
+        state=VDEV_STATE_NAMES.get(state, state) if isinstance(state, str) else "UNKNOWN",
         path=path if isinstance(path, str) and not children else None, counters=vdev,
-        reason=reason or (flags[0] if flags else None), children=children,
+        reason=flags[0] if flags else None, children=children,
     )
 
 
@@ -1338,10 +1345,6 @@ def note_rebuild(vdev: dict[str, Any]) -> bool:
     return any(noted)
 
 
-def parse_aux(aux: Any) -> str | None:
-    return VDEV_REASONS.get(aux, "corrupted data") if isinstance(aux, str) and aux not in ("", "NONE") else None
-
-
 def worst_state(children: list[dict[str, Any]]) -> str:
     """For draid vdevs, whose JSON may lack a state (openzfs issue 18431): DEGRADED as soon as a child is not well."""
     states = [child["state"] for child in children]
@@ -1352,14 +1355,7 @@ def worst_state(children: list[dict[str, Any]]) -> str:
 
 
 def build_vdev(
-    *,
-    name: str,
-    kind: str,
-    label: str,
-    state: str,
-    path: str | None,
-    counters: dict[str, Any],
-    reason: str | None,
+    *, name: str, kind: str, label: str, state: str, path: str | None, counters: dict[str, Any], reason: str | None,
     children: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One vdev as the report has it. Raid levels are part of the name only (`raidz2-0`): the type gets them."""
@@ -1417,23 +1413,28 @@ def later_scan(scan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return other if other.get("ended_at", 0) > scan.get("ended_at", 0) else scan
 
 
-def share_done(done: int | None, total: int | None) -> float | None:
-    return round(min(1.0, done / total), 4) if done is not None and total else None
+def scan_fields(stats: dict[str, Any], state: str, done: int | None, total: int | None) -> dict[str, Any]:
+    """State, times and progress, which scrub, resilver, rebuild and expansion tell alike."""
+    running = state == "scanning"
+    ratio = round(min(1.0, done / total), 4) if running and done is not None and total else None
+    ended = None if running else to_count(stats.get("end_time")) or None
+    started = to_count(stats.get("start_time")) or None
+    return {"state": state, "started_at": started, "ended_at": ended, "progress_ratio": ratio}
 
 
 def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
     state = SCAN_STATES[stats["state"]]
-    running = state == "scanning"
-    paused = running and bool(to_count(stats.get("scrub_pause")))
     issued, examine = to_count(stats.get("issued")), to_count(stats.get("to_examine"))
     total = None if examine is None else examine - (to_count(stats.get("skipped")) or 0)
+    fields = scan_fields(stats, state, issued, total)
+    if state == "canceled":
+        fields["started_at"] = None  # as the text form
+    elif state == "scanning" and to_count(stats.get("scrub_pause")):
+        fields["state"] = "paused"
+    elif state == "scanning":
+        fields["remaining_seconds"] = remaining_seconds(stats, issued, total, now)
     return known(
-        function=stats["function"].lower(),
-        state="paused" if paused else state,
-        started_at=to_count(stats.get("start_time")) or None if state != "canceled" else None,  # as the text form
-        ended_at=None if running else to_count(stats.get("end_time")) or None,
-        progress_ratio=share_done(issued, total) if running else None,
-        remaining_seconds=None if paused or not running else remaining_seconds(stats, issued, total, now),
+        function=stats["function"].lower(), **fields,
         repaired_bytes=to_count(stats.get("processed")) if state != "canceled" else None,
         errors=to_count(stats.get("errors")) if state == "finished" else None,
     )
@@ -1457,26 +1458,16 @@ def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
     issued = to_count(rebuild.get("bytes_issued", rebuild.get("issued")))
     total = to_count(rebuild.get("bytes_est", rebuild.get("to_scan")))
     return known(
-        function="resilver", state=state, started_at=to_count(rebuild.get("start_time")) or None,
-        ended_at=None if state == "scanning" else to_count(rebuild.get("end_time")) or None,
-        progress_ratio=share_done(issued, total) if state == "scanning" else None,
+        function="resilver", **scan_fields(rebuild, state, issued, total),
         repaired_bytes=to_count(rebuild.get("bytes_rebuilt", rebuild.get("rebuilt"))),
         errors=to_count(rebuild.get("errors")) if state == "finished" else None,
     )
 
 
 def parse_json_expansion(stats: dict[str, Any]) -> dict[str, Any] | None:
-    state = SCAN_STATES.get(str(stats.get("state")))
-    if state is None or state == "none":
-        return None
-    done, total = to_count(stats.get("reflowed")), to_count(stats.get("to_reflow"))
-    running = state == "scanning"
-    return known(
-        state=state,
-        started_at=to_count(stats.get("start_time")) or None,
-        ended_at=None if running else to_count(stats.get("end_time")) or None,
-        progress_ratio=share_done(done, total) if running else None,
-    )
+    state = SCAN_STATES.get(str(stats.get("state")), "none")
+    fields = scan_fields(stats, state, to_count(stats.get("reflowed")), to_count(stats.get("to_reflow")))
+    return None if state == "none" else known(**fields)
 
 
 def parse_zpool_status(text: str) -> dict[str, dict[str, Any]]:
@@ -1513,19 +1504,16 @@ def split_status_blocks(text: str) -> list[dict[str, list[str]]]:
 
 
 def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
-    errors = " ".join(block.get("errors", [""])[:1])
-    files = [line.strip() for line in block.get("errors", [])[1:]]
-    status = squeeze(" ".join(block.get("status", [])))
+    texts = {key: squeeze(" ".join(lines)) for key, lines in block.items()}
+    errors, *files = block.get("errors", [""])
+    count = 0 if errors.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", errors))
     return known(
-        name=name, state=" ".join(block.get("state", [])) or None, status_text=status,
-        action_text=squeeze(" ".join(block.get("action", []))), data_errors=parse_error_count(errors),
-        damaged_files=[file for file in files if file] or None, scan=parse_text_scan(block.get("scan", [])),
-        expansion=parse_text_expansion(block.get("expand", [])), vdevs=parse_text_vdevs(block.get("config", [])),
+        name=name, state=" ".join(block.get("state", [])) or None, status_text=texts.get("status"),
+        action_text=texts.get("action"), data_errors=count,
+        damaged_files=[file.strip() for file in files if file.strip()] or None,
+        scan=parse_text_scan(block.get("scan", [])), expansion=parse_text_expansion(texts.get("expand") or ""),
+        vdevs=parse_text_vdevs(block.get("config", [])),
     )
-
-
-def parse_error_count(text: str) -> int | None:
-    return 0 if text.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", text))
 
 
 VDEV_ROW = re.compile(rf"(?:\t| {{8}})( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
@@ -1617,14 +1605,11 @@ def parse_scan_text(text: str) -> dict[str, Any]:
     )
 
 
-def parse_text_expansion(lines: list[str]) -> dict[str, Any] | None:
+def parse_text_expansion(text: str) -> dict[str, Any] | None:
     """`expansion of raidz1-0 in progress since …` with a line of figures, or `expanded raidz1-0 … on …`."""
-    text = " ".join(" ".join(lines).split())
     if " in progress since " in text:
-        progress = to_ratio(find_text(r"([\d.]+)% done", text))
-        return known(
-            state="scanning", started_at=parse_ctime(find_text(f" since {SCAN_DATE}", text)), progress_ratio=progress
-        )
+        started, progress = parse_ctime(find_text(f" since {SCAN_DATE}", text)), find_text(r"([\d.]+)% done", text)
+        return known(state="scanning", started_at=started, progress_ratio=to_ratio(progress))
     if text.startswith("expanded "):
         ended, seconds = parse_ctime(find_text(f" on {SCAN_DATE}", text)), to_seconds(find_text(r" in ([^,]+),", text))
         started = None if ended is None or seconds is None else ended - seconds
@@ -1860,34 +1845,27 @@ def parse_event_values(text: str, lowest: int, highest: int) -> list[range]:
     return spans
 
 
-def next_value(spans: list[range], value: int) -> int | None:
-    """The field's lowest value that is not below this one."""
-    later = [span.start + max(0, -((span.start - value) // span.step)) * span.step for span in spans]
-    return min((found for found, span in zip(later, spans) if found in span), default=None)
-
-
 def next_event(text: str, after: float) -> int | None:
     """When it is due next, in the host's time zone; None when never, or not understood.
 
-    Each step is made on the wall clock and then settled in the zone, as Proxmox does: 2:30 of the night without one
-    becomes 3:30, which is no hit, so there is no run in that night [proxmox-time/src/tm_editor.rs].
+    Each step is made on the wall clock and then settled in the zone, as Proxmox does: a time that is skipped lies after
+    the gap (2:30 of the night without one becomes 3:30, which is no hit, so there is no run in that night), of one that
+    comes twice the first counts, unless that is over [proxmox-time/src/tm_editor.rs].
     """
     event = parse_calendar_event(text)
-    if event is None:
-        return None
-    since = int(after) + 1
-    at = datetime.fromtimestamp(since, UTC if event.utc else None)
-    for _ in range(EVENT_STEPS):
-        following = next_step(event, at)
-        if following is None:
+    at = datetime.fromtimestamp(int(after) + 1, UTC if event and event.utc else None)
+    for _ in range(EVENT_STEPS if event else 0):
+        wall = next_step(event, at)
+        if wall is None:
             return None
-        if following == at:
+        if wall == at:
             return int(at.timestamp())
-        at = settle(following, at.timestamp())
+        told = wall if wall.timestamp() >= at.timestamp() else wall.replace(fold=1)
+        at = datetime.fromtimestamp(told.timestamp(), wall.tzinfo)
     return None
 
 
-def next_step(event: CalendarEvent, at: datetime) -> datetime | None:
+def next_step(event: Any, at: datetime) -> datetime | None:
     """One step towards a hit: the first field that does not fit is moved on and all below it start anew; `at` itself
     when everything fits, None when no year does."""
     fields = [at.year, at.month, at.day, at.hour, at.minute, at.second]
@@ -1895,9 +1873,10 @@ def next_step(event: CalendarEvent, at: datetime) -> datetime | None:
         if place == 3 and at.weekday() not in event.weekdays:
             return replace_wall(at, fields, 2, at.day + 1)
         if spans and not any(value in span for span in spans):
-            following = next_value(spans, value)
-            if following is not None:
-                return replace_wall(at, fields, place, following)
+            later = [span.start + max(0, -((span.start - value) // span.step)) * span.step for span in spans]
+            following = [number for number, span in zip(later, spans) if number in span]
+            if following:
+                return replace_wall(at, fields, place, min(following))
             return replace_wall(at, fields, place - 1, fields[place - 1] + 1) if place else None
     return at
 
@@ -1910,13 +1889,6 @@ def replace_wall(at: datetime, fields: list[int], place: int, value: int) -> dat
         return None
     midnight = datetime(year, month, 1, tzinfo=at.tzinfo)
     return midnight + timedelta(days=rest[0] - 1, hours=rest[1], minutes=rest[2], seconds=rest[3])
-
-
-def settle(wall: datetime, since: float) -> datetime:
-    """What the wall clock says, in its zone: a time that is skipped lies after the gap, of one that comes twice the
-    first counts, unless that is over."""
-    at = wall.timestamp()
-    return datetime.fromtimestamp(at if at >= since else wall.replace(fold=1).timestamp(), wall.tzinfo)
 
 
 def due_fields(text: str, now: float) -> dict[str, Any]:
@@ -2072,7 +2044,7 @@ def parse_subscription(text: str) -> dict[str, Any]:
     lines = text.split()
     if not lines:
         return {"status": "notfound"}
-    level = lines[0].partition("-")[0][-1:]
+    level: str | None = lines[0].partition("-")[0][-1:]
     try:
         told = parse_object(binascii.a2b_base64("".join(lines[2:])).decode("utf-8", "replace"), "/etc/subscription")
     except (binascii.Error, ValueError):
@@ -2080,11 +2052,8 @@ def parse_subscription(text: str) -> dict[str, Any]:
     due = told.get("nextduedate")
     due_at = to_unix(due) if isinstance(due, str) and "-" in due else to_count(due)
     status = told.get("status")
-    return known(
-        status=status.lower() if isinstance(status, str) else None,
-        level=level if level in ("c", "b", "s", "p") else None,
-        next_due_at=due_at,
-    )
+    level = level if level in ("c", "b", "s", "p") else None
+    return known(status=status.lower() if isinstance(status, str) else None, level=level, next_due_at=due_at)
 
 
 def parse_ceph_status(text: str) -> dict[str, Any]:
@@ -2121,6 +2090,8 @@ DAMAGE_ATTRIBUTES = {  # not Current_Pending_ECC_Cnt of Crucial: that one comes 
 }
 ALL_ONES = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFF)  # what is printed of a counter that is not kept
 MOST_HOURS = 300_000  # 34 years: above that minutes or seconds were taken for hours
+Attributes = dict[str, tuple[int | None, int | None]]  # of ATA: normalized value and raw number by name
+NVME_LOG = "nvme_smart_health_information_log"
 NVME_FAILED, SCSI_FAILED = (5, 6, 7), (3, 4, 5, 6, 7)  # results of self-tests; others were not ended, or still run
 
 
@@ -2132,7 +2103,7 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
     smart = parse_object(text, "smartctl")
     run = as_dict(smart.get("smartctl"))
     exit_status = to_count(run.get("exit_status")) or 0
-    messages = [str(as_dict(message).get("string")) for message in as_list(run.get("messages"))]
+    messages = [str(dig(message, "string")) for message in as_list(run.get("messages"))]
     device = as_dict(smart.get("device"))
     if any(" mode, exit(" in message for message in messages) or (exit_status == 3 and "smart_status" not in smart):
         return known(asleep=True, type=device.get("type"))
@@ -2141,7 +2112,7 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
     attributes = parse_attributes(smart)
     return known(
         type=device.get("type"), protocol=device.get("protocol"), **parse_identity(smart),
-        passed=to_bool(as_dict(smart.get("smart_status")).get("passed")),
+        passed=to_bool(dig(smart, "smart_status", "passed")),
         temperature_celsius=parse_temperature(smart, attributes), power_on_hours=parse_hours(smart),
         **parse_wear(smart, attributes), **parse_damage(smart, attributes), selftest=parse_selftest(smart, now),
     )
@@ -2158,20 +2129,18 @@ def to_share(percent: Any, most: int = 100) -> float | None:
 
 
 def parse_hours(smart: dict[str, Any]) -> int | None:
-    hours = to_count(as_dict(smart.get("power_on_time")).get("hours"))
+    hours = to_count(dig(smart, "power_on_time", "hours"))
     return hours if hours is not None and hours <= MOST_HOURS else None
 
 
 def parse_identity(smart: dict[str, Any]) -> dict[str, Any]:
-    wwn = as_dict(smart.get("wwn"))
-    naa, oui, number = (to_count(wwn.get(part)) for part in ("naa", "oui", "id"))
+    naa, oui, number = (to_count(dig(smart, "wwn", part)) for part in ("naa", "oui", "id"))
     name = None if naa is None or oui is None or number is None else f"0x{naa:x}{oui:06x}{number:09x}"
     return known(
-        model=first_text(smart, "model_name", "scsi_model_name"),
-        serial=first_text(smart, "serial_number"),
+        model=first_text(smart, "model_name", "scsi_model_name"), serial=first_text(smart, "serial_number"),
         wwn=name or first_text(smart, "logical_unit_id"),
         firmware=first_text(smart, "firmware_version", "scsi_revision", "revision"),
-        size_bytes=to_count(as_dict(smart.get("user_capacity")).get("bytes")) or None,
+        size_bytes=to_count(dig(smart, "user_capacity", "bytes")) or None,
         rotation_rate=to_count(smart.get("rotation_rate")),
     )
 
@@ -2181,45 +2150,40 @@ def first_text(values: dict[str, Any], *names: str) -> str | None:
     return next((text for text in texts if text), None)
 
 
-def parse_attributes(smart: dict[str, Any]) -> dict[str, tuple[int | None, int | None]]:
+def parse_attributes(smart: dict[str, Any]) -> Attributes:
     """(normalized, raw) by name. A raw value packs several counters: the first number of its text is meant."""
     table = {}
-    for row in map(as_dict, as_list(as_dict(smart.get("ata_smart_attributes")).get("table"))):
-        words = re.match(r"\d{1,18}(?![\dx])", str(as_dict(row.get("raw")).get("string", "")))
+    for row in map(as_dict, as_list(dig(smart, "ata_smart_attributes", "table"))):
+        words = re.match(r"\d{1,18}(?![\dx])", str(dig(row, "raw", "string") or ""))
         raw = int(words[0]) if words else None
         table[str(row.get("name"))] = to_count(row.get("value")), None if raw in ALL_ONES else raw
     return table
 
 
-def parse_temperature(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> int | None:
+def parse_temperature(smart: dict[str, Any], attributes: Attributes) -> int | None:
     """0 is what disks say that do not measure it, and no disk works beyond 150 °C."""
-    log = as_dict(smart.get("nvme_smart_health_information_log"))
     names = ("Temperature_Celsius", "Airflow_Temperature_Cel", "Temperature_Internal", "Temperature_Case")
-    told = [to_number(as_dict(smart.get("temperature")).get("current")), to_number(log.get("temperature"))]
+    told = [to_number(dig(smart, "temperature", "current")), to_number(dig(smart, NVME_LOG, "temperature"))]
     told += [attributes.get(name, (None, None))[1] for name in names]
     return next((int(celsius) for celsius in told if celsius and -40 <= celsius <= 150), None)
 
 
-def parse_wear(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> dict[str, Any]:
+def parse_wear(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
     """wear_ratio is what is used up (it may exceed 1), whatever way round the disk says it."""
-    log = as_dict(smart.get("nvme_smart_health_information_log"))
-    spare = as_dict(smart.get("spare_available"))
-    told = (
-        as_dict(smart.get("endurance_used")).get("current_percent"),  # smartctl 7.5, all kinds
-        log.get("percentage_used"),
-        smart.get("scsi_percentage_used_endurance_indicator"),
-    )
+    log, spare = as_dict(smart.get(NVME_LOG)), as_dict(smart.get("spare_available"))
+    # smartctl 7.5 has the first one, for all kinds
+    told = (dig(smart, "endurance_used", "current_percent"), log.get("percentage_used"),
+            smart.get("scsi_percentage_used_endurance_indicator"))  # fmt: skip
     used = next((share for share in (to_share(percent, 254) for percent in told) if share is not None), None)
     if used is None and not to_count(smart.get("rotation_rate")):
         used = parse_life(attributes)
     return known(
-        wear_ratio=used,
-        spare_ratio=to_share(log.get("available_spare", spare.get("current_percent"))),
+        wear_ratio=used, spare_ratio=to_share(log.get("available_spare", spare.get("current_percent"))),
         spare_threshold_ratio=to_share(log.get("available_spare_threshold", spare.get("threshold_percent"))),
     )
 
 
-def parse_life(attributes: dict[str, tuple[int | None, int | None]]) -> float | None:
+def parse_life(attributes: Attributes) -> float | None:
     """What an SSD's attributes say is used up; unknown where value and raw number contradict each other, as on firmware
     that counts the value the other way round [hiyohiyo/CrystalDiskInfo issue 178]."""
     for name in LIFE_ATTRIBUTES:
@@ -2231,13 +2195,13 @@ def parse_life(attributes: dict[str, tuple[int | None, int | None]]) -> float | 
     return None
 
 
-def parse_damage(smart: dict[str, Any], attributes: dict[str, tuple[int | None, int | None]]) -> dict[str, Any]:
-    log = as_dict(smart.get("nvme_smart_health_information_log"))
+def parse_damage(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
+    log = as_dict(smart.get(NVME_LOG))
     damage: dict[str, int | None] = {}
     for field, names in DAMAGE_ATTRIBUTES.items():
         damage[field] = next((attributes[name][1] for name in names.split() if name in attributes), None)
     counters = as_dict(smart.get("scsi_error_counter_log")).values()
-    uncorrected = [to_count(as_dict(counter).get("total_uncorrected_errors")) for counter in counters]
+    uncorrected = [to_count(dig(counter, "total_uncorrected_errors")) for counter in counters]
     if "scsi_grown_defect_list" in smart:
         damage["reallocated_sectors"] = to_count(smart["scsi_grown_defect_list"])
     if uncorrected and None not in uncorrected:
@@ -2250,28 +2214,22 @@ def parse_damage(smart: dict[str, Any], attributes: dict[str, tuple[int | None, 
 def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
     """The newest self-test that came to an end: whether it passed, and when, by the hours the disk had run then."""
     ata, hours = as_dict(smart.get("ata_smart_self_test_log")), parse_hours(smart)
-    rows = as_list(as_dict(ata.get("standard") or ata.get("extended")).get("table"))
-    rows += as_list(as_dict(smart.get("nvme_self_test_log")).get("table"))
+    rows = as_list(dig(ata.get("standard") or ata.get("extended"), "table"))
+    rows += as_list(dig(smart, "nvme_self_test_log", "table"))
     rows += [smart[name] for name in (f"scsi_self_test_{number}" for number in range(20)) if name in smart]
     for row in map(as_dict, rows):
-        nvme = to_count(as_dict(row.get("self_test_result")).get("value"))
-        scsi = to_count(as_dict(row.get("result")).get("value"))
-        passed = to_bool(as_dict(row.get("status")).get("passed"))
+        nvme, scsi = to_count(dig(row, "self_test_result", "value")), to_count(dig(row, "result", "value"))
+        passed = to_bool(dig(row, "status", "passed"))
         if nvme == 0 or scsi == 0 or nvme in NVME_FAILED or scsi in SCSI_FAILED:
             passed = not (nvme or scsi)
-        told = row.get("lifetime_hours", row.get("power_on_hours", as_dict(row.get("power_on_time")).get("hours")))
-        at = to_count(told)
-        if passed is not None:
-            if hours is not None and at is not None and at <= hours:  # ATA keeps the lowest 16 bits
-                at += (hours - at) // 0x10000 * 0x10000 if "lifetime_hours" in row else 0
-                return {"passed": passed, "ended_at": int(now) - (hours - at) * 3600}
+        at = to_count(row.get("lifetime_hours", row.get("power_on_hours", dig(row, "power_on_time", "hours"))))
+        if passed is None:
+            continue
+        if hours is None or at is None or at > hours:
             return {"passed": passed}
+        at += (hours - at) // 0x10000 * 0x10000 if "lifetime_hours" in row else 0  # ATA keeps the lowest 16 bits
+        return {"passed": passed, "ended_at": int(now) - (hours - at) * 3600}
     return None
-
-
-def parse_microcode(text: str) -> str | None:
-    found = re.search(r"^microcode\s*:\s*(\S+)", text, re.MULTILINE)
-    return found[1] if found else None
 
 
 # Safeguards: what should speak up when something fails.
@@ -2309,13 +2267,10 @@ def parse_notifications(text: str) -> dict[str, Any]:
             current.setdefault(key, []).append(value.strip())
     enabled = {key: values for key, values in sections.items() if values.get("disable") not in (["1"], ["true"])}
     targets = {name for kind, name in enabled if kind != "matcher"}
-    silent = [
-        name
-        for (kind, name), values in enabled.items()
-        if kind == "matcher" and not targets & set(values.get("target", ()))
-    ]
-    matchers = sum(kind == "matcher" for kind, _ in enabled)
-    return {"notification_targets": len(targets), "notification_matchers": matchers, "matchers_without_target": silent}
+    matchers = {name: values.get("target", ()) for (kind, name), values in enabled.items() if kind == "matcher"}
+    silent = [name for name, wanted in matchers.items() if not targets & set(wanted)]
+    return {"notification_targets": len(targets), "notification_matchers": len(matchers),
+            "matchers_without_target": silent}  # fmt: skip
 
 
 def parse_apt_sources(text: str, *, deb822: bool) -> list[tuple[str, list[str], list[str]]]:
@@ -2982,13 +2937,15 @@ GUEST_GROUPS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
 GUEST_GROUP = re.compile(r"(\d{3,9})(?:\.scope|-\d+)?$")  # LXC appends -1 where a folder of an earlier run is left
 
 
-def find_running(probe: ProbeLike) -> set[int]:
-    """vmids with a process in their control group (cgroup v2): what runs right now, whatever pvestatd says."""
+def find_running(probe: ProbeLike, *, trusted: str = "") -> set[int]:
+    """vmids with a process in their control group (cgroup v2): what runs right now, whatever pvestatd says. Groups with
+    a `trusted` ending are taken as they are listed."""
     running = set()
     for folder in GUEST_GROUPS:
         for entry in attempt(probe.list_dir, folder, default=[]):
-            found = GUEST_GROUP.match(entry)
-            if found and "populated 0" not in attempt(probe.read, f"{folder}/{entry}/cgroup.events", default=""):
+            found, events = GUEST_GROUP.match(entry), f"{folder}/{entry}/cgroup.events"
+            is_trusted = trusted and entry.endswith(trusted)
+            if found and (is_trusted or "populated 0" not in attempt(probe.read, events, default="")):
                 running.add(int(found[1]))
     return running
 
@@ -3170,7 +3127,7 @@ def require_zfs(probe: ProbeLike) -> None:
         raise Absent("the zfs module is not loaded")
 
 
-def read_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = True) -> list[dict[str, Any]]:
     """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs.
 
     `$import` (from 2.3 on with thread and pool behind it) is no pool: `zpool import` looks at one under that name
@@ -3184,7 +3141,7 @@ def read_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
             plain.append(name)
             continue
         state = read_word(probe, f"{ZFS_KSTAT}/{name}/state")
-        guid = read_word(probe, f"{ZFS_KSTAT}/{name}/guid")
+        guid = read_word(probe, f"{ZFS_KSTAT}/{name}/guid") if guids or not state else ""
         if state or guid:
             pools.append(known(name=name, guid=to_guid(guid), state=state or None))
         elif not probe.exists(f"{ZFS_KSTAT}/{name}/."):
@@ -4196,7 +4153,7 @@ def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]
         qemu=packages.get("pve-qemu-kvm") or None,
         smartctl=packages.get("smartmontools") or None,
         agent_python=sys.version.split()[0],
-        microcode=parse_microcode(attempt(probe.read, "/proc/cpuinfo", default="")),
+        microcode=find_text(r"(?m)^microcode\s*:\s*(\S+)", attempt(probe.read, "/proc/cpuinfo", default="")) or None,
         storage_cfg_digest=digest_of(attempt(probe.read, "/etc/pve/storage.cfg")),
     )
 
@@ -5293,9 +5250,9 @@ def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
     # TRANSITIONING: an import or export is under way, which is no state of its own.
     pools = {
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
-        for pool in attempt(read_pool_states, probe, memory, default=())
+        for pool in attempt(lambda: read_pool_states(probe, memory, guids=False), default=())
     }
-    guests = find_running(probe)
+    guests = find_running(probe, trusted=".scope")  # systemd removes a scope's group with its last process
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
     return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
