@@ -21,7 +21,7 @@ CREATE TABLE host (
 ) STRICT;
 
 -- One start of an agent. `ranges` are the sequence numbers that have arrived, e.g. '1-4711,4713-4720':
--- they tell duplicates from news for ever, and lost reports from silence.
+-- they tell duplicates from news for as long as there is any history, and lost reports from silence.
 CREATE TABLE run (
     id           INTEGER PRIMARY KEY,
     host_id      INTEGER NOT NULL REFERENCES host(id) ON DELETE CASCADE,
@@ -336,6 +336,10 @@ CREATE INDEX notification_alert ON notification (alert_id, channel);
 CREATE INDEX message_made ON message (channel, created_at);
 
 -- +migrate Down
+-- '1-9?2' (two of these have not come) is '1-9' to older versions.
+UPDATE run SET ranges = substr(ranges, 1, instr(ranges, '?') - 1)
+                     || iif(instr(ranges, ',') > 0, substr(ranges, instr(ranges, ',')), '')
+    WHERE instr(ranges, '?') > 0;
 DELETE FROM meta WHERE key = 'secret_check';  -- made otherwise by older versions, which would take ours for a lost secret
 DROP INDEX message_made;
 DROP INDEX notification_alert;

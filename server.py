@@ -94,7 +94,8 @@ MEMBERS_LIMIT = 16  # of one gzip file
 UNDER_WAY = 8  # requests of one host at once: a quarter of the threads
 RUNS_BURST, RUNS_PER_SECOND = 1000, 1 / 300  # starts of one host's agent: each is a row for ever
 RUNS_AT_HAND = 10_000  # whose sequence numbers are in memory
-SPANS_LIMIT = 2000  # of sequence numbers that have come, per run; with more, the oldest gaps count as filled
+SPANS_LIMIT = 10_000  # of sequence numbers that have come, per run; a week in any order makes half as many
+SPANS_AT_HAND = 200_000  # in memory, over all runs
 BATCH_LIMIT = 500  # reports in one request
 NAME_LIMIT = 64  # characters of a field's name that means anything here
 NESTING_LIMIT = 32  # a pool's vdev tree needs about 8
@@ -403,9 +404,10 @@ class Stop(threading.Event):
         for loop in self.loops:
             loop.wake()
 
-    def troubles(self) -> dict[str, str]:
-        """What is wrong with which loop; empty when all is well."""
-        return {loop.name: trouble for loop in list(self.loops) if (trouble := loop.trouble()) is not None}
+    def troubles(self, *, vital: bool = False) -> dict[str, str]:
+        """What is wrong with which loop (or which of those that reports and alerts need); empty when all is well."""
+        return {loop.name: trouble for loop in list(self.loops)
+                if (loop.vital or not vital) and (trouble := loop.trouble()) is not None}
 
 
 class Loop:
@@ -414,8 +416,9 @@ class Loop:
 
     STUCK_SECONDS = 10 * MINUTE  # at one piece of work, or late for it
 
-    def __init__(self, seconds: float, name: str, work: Callable[[], float | None], stop: Stop, first: float):
-        self.seconds, self.name, self.work, self.stop = seconds, name, work, stop
+    def __init__(self, seconds: float, name: str, work: Callable[[], float | None], stop: Stop, first: float,
+                 vital: bool):
+        self.seconds, self.name, self.work, self.stop, self.vital = seconds, name, work, stop, vital
         self.error: str | None = None  # of the last turn
         self.due_at = time.monotonic() + first
         self._wake, self._ended = threading.Event(), False
@@ -459,10 +462,12 @@ class Loop:
                     self.turn()
 
 
-def every(seconds: float, name: str, work: Callable[[], float | None], stop: Stop, *, first: float = 0.0) -> Loop:
+def every(seconds: float, name: str, work: Callable[[], float | None], stop: Stop, *, first: float = 0.0,
+          vital: bool = True) -> Loop:
     """Start a thread that calls `work` every so many seconds until `stop` is set, for the first time after `first`.
-    `work` may give back another pause for this once. `Loop.wake` has it work at once; `stop.troubles` tells faults."""
-    loop = Loop(seconds, name, work, stop, first)
+    `work` may give back another pause for this once. `Loop.wake` has it work at once; `stop.troubles` tells faults.
+    Not `vital`: its faults are told, and reports are taken, judged and told of all the same."""
+    loop = Loop(seconds, name, work, stop, first, vital)
     stop.loops.append(loop)
     loop.thread.start()
     return loop
@@ -872,7 +877,17 @@ def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
     """How many reports of a host never came: holes in the sequence numbers of each run of its agent."""
     rows = db.execute("SELECT ranges FROM run WHERE host_id = :id", {"id": host_id})
     every = (parse_ranges(row["ranges"]) for row in rows)
-    return sum(ranges[-1][1] - sum(last - first + 1 for first, last in ranges) for ranges in every if ranges)
+    return sum(ranges[-1][1] - sum(last - first + 1 - sum(unknown) for first, last, *unknown in ranges)
+               for ranges in every if ranges)
+
+
+def has_report(db: sqlite3.Connection, host_id: int, run: int, seq: int) -> bool:
+    """Whether a report is kept as it came."""
+    first, last = report_span(host_id, 0, None)
+    return db.execute("""
+        SELECT 1 FROM report WHERE id BETWEEN :first AND :last AND run = :run AND seq = :seq UNION ALL
+        SELECT 1 FROM kept_report WHERE id BETWEEN :first AND :last AND run = :run AND seq = :seq""",
+        {"first": first, "last": last, "run": run, "seq": seq}).fetchone() is not None
 
 
 def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
@@ -883,31 +898,43 @@ def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
 
 
 def parse_ranges(text: str) -> list[list[int]]:
-    """'1-3,7' -> [[1, 3], [7, 7]]; '' of a run whose first report has not been counted yet -> []"""
-    spans = (part.partition("-") for part in text.split(",") if part)
-    return [[int(first), int(last or first)] for first, _, last in spans]
+    """'1-3,7' -> [[1, 3], [7, 7]]; '1-9?2' -> [[1, 9, 2]]: two of these have not come, and which ones is not known any
+    more; '' of a run whose first report has not been counted yet -> []"""
+    spans = (list(map(int, part.replace("?", "-").split("-"))) for part in text.split(",") if part)
+    return [span if len(span) > 1 else span * 2 for span in spans]
 
 
 def format_ranges(ranges: list[list[int]]) -> str:
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return ",".join([str(first) if first == last else f"{first}-{last}?{unknown[0]}" if unknown else f"{first}-{last}"
+                     for first, last, *unknown in ranges])
+
+
+def find_range(ranges: list[list[int]], number: int) -> int:
+    """Where a number stands: its span is the one before this place, if it is in any."""
+    return bisect.bisect_right(ranges, number, key=itemgetter(0))
 
 
 def add_to_ranges(ranges: list[list[int]], number: int) -> bool:
     """Put a number into sorted, disjoint ranges; False if it was there."""
-    at = bisect.bisect_right(ranges, number, key=lambda span: span[0])
+    at = find_range(ranges, number)
     if at and number <= ranges[at - 1][1]:
         return False
-    joins_left = at > 0 and ranges[at - 1][1] == number - 1
-    joins_right = at < len(ranges) and ranges[at][0] == number + 1
-    if joins_left and joins_right:
-        ranges[at - 1][1] = ranges.pop(at)[1]
-    elif joins_left:
+    if at and ranges[at - 1][1] == number - 1:
         ranges[at - 1][1] = number
-    elif joins_right:
+        if at < len(ranges) and ranges[at][0] == number + 1:
+            join_ranges(ranges, at - 1)
+    elif at < len(ranges) and ranges[at][0] == number + 1:
         ranges[at][0] = number
     else:
         ranges.insert(at, [number, number])
     return True
+
+
+def join_ranges(ranges: list[list[int]], at: int) -> None:
+    """Make one of a span and the next; what is between them is from then on known by its count alone."""
+    left, right = ranges[at], ranges.pop(at + 1)
+    unknown = right[0] - left[1] - 1 + sum(left[2:]) + sum(right[2:])
+    left[1:] = [right[1], unknown] if unknown else [right[1]]
 
 
 HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
@@ -3383,9 +3410,9 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
     runs: dict[int, Run] = {}
     for report in reports:
         run = find_run(monitor, db, state, report["run_id"], now)
-        if not add_to_ranges(run.ranges, report["seq"]):
-            continue
         at = min(report["time"], now)
+        if not add_to_ranges(run.ranges, report["seq"]) and not fills_a_gap(monitor, db, host_id, run, report, at):
+            continue
         packed = kept
         if packed is None:
             text = json.dumps(report, separators=(",", ":")).encode()
@@ -3404,7 +3431,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
             follow_up(monitor, db, state, changed, now)
         state.let_go(bodies)
         monitor.fleet.generation += 1
-    if len(monitor.runs) > RUNS_AT_HAND:
+    if len(monitor.runs) > RUNS_AT_HAND or sum(len(run.ranges) for run in monitor.runs.values()) > SPANS_AT_HAND:
         monitor.runs.clear()
     monitor.reports_accepted += accepted
     monitor.reports_duplicate += len(reports) - accepted
@@ -3436,11 +3463,23 @@ def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id:
     return run
 
 
+def fills_a_gap(monitor: Monitor, db: sqlite3.Connection, host_id: int, run: Run, report: dict[str, Any],
+                at: float) -> bool:
+    """Whether a number that seems to have come is new after all: where only the count of gaps is known, what is kept
+    of the reports of that time tells. What is older than is kept is taken: rather a point anew than a report lost."""
+    span = run.ranges[find_range(run.ranges, report["seq"]) - 1]
+    if (len(span) == 2 or has_report(db, host_id, run.id, report["seq"])
+            or monitor.keeper.has_packed(db, host_id, at, report)):
+        return False
+    span[2:] = [span[2] - 1] if span[2] > 1 else []
+    return True
+
+
 def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
     """Write which sequence numbers have come, and which reports hold the latest state."""
     for run in runs:
         while len(run.ranges) > SPANS_LIMIT:
-            run.ranges[:2] = [[run.ranges[0][0], run.ranges[1][1]]]
+            join_ranges(run.ranges, 0)
         db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
@@ -7237,9 +7276,10 @@ def beat(monitor: Monitor) -> float:
 def start_watches(monitor: Monitor) -> None:
     """The loops that ask the network: this server's certificate, twice a day; the sign of life to the outside."""
     if monitor.fleet.public_url.startswith("https://"):
-        every(12 * HOUR, "certificate", partial(watch_certificate, monitor.fleet), monitor.stop, first=MINUTE)
+        every(12 * HOUR, "certificate", partial(watch_certificate, monitor.fleet), monitor.stop, first=MINUTE,
+              vital=False)
     if monitor.config.heartbeat_url:
-        every(MINUTE, "heartbeat", partial(beat, monitor), monitor.stop, first=5)
+        every(MINUTE, "heartbeat", partial(beat, monitor), monitor.stop, first=5, vital=False)
 
 
 EACH_REQUEST.append(lambda monitor, db, state, changed, now: dispatch(db, monitor.fleet, [state], now))
@@ -8388,6 +8428,12 @@ class Keeper:
         return {key for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until)
                 for key in unpack_reports(self.history, db, row["body"], {}, {}).keys}
 
+    def has_packed(self, db: sqlite3.Connection, host_id: int, at: float, report: dict[str, Any]) -> bool:
+        """Whether a report of that time is among those that are packed here. (Another store's is not asked: it keeps
+        the same number of the same time once.)"""
+        key = zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"]
+        return any(packed[1:] == key for packed in Keeper.stored_keys(self, db, host_id, at, at))
+
     def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
         """CPU in use of the last 24 hours by host, the hour under way last; [] where nothing is known."""
         last = int(now) // HOUR * HOUR
@@ -9190,6 +9236,12 @@ def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
                {"before": now - KEEP_EVENTS, "seldom": now - KEEP_TASKS})
     db.execute("DELETE FROM alert WHERE state = 'resolved' AND resolved_at < :before", {"before": now - KEEP_RESOLVED})
     db.execute(f"DELETE FROM session WHERE NOT ({LIVING_SESSION})", {"now": now})
+    gone = db.execute("""
+        DELETE FROM run WHERE last_seen_at < :before AND EXISTS (
+            SELECT 1 FROM run AS later WHERE later.host_id = run.host_id AND later.last_seen_at > run.last_seen_at)""",
+                      {"before": now - KEPT[COARSE]})  # all it brought is gone; the last tells when a host was seen
+    if gone.rowcount:
+        monitor.runs.clear()
     db.execute("DELETE FROM silence WHERE until < :before", {"before": now - KEEP_RESOLVED})
     db.execute("DELETE FROM notification WHERE message_id IS NOT NULL AND created_at < :before",
                {"before": now - KEEP_RESOLVED})
@@ -9273,7 +9325,8 @@ class Scheduler:
     def start(self) -> None:
         monitor = self.monitor
         every(1, "jobs", self.turn, monitor.stop)
-        every(5, "forecasts", lambda: forecast_fleet(monitor, monitor.clock(), monitor.store.reader()), monitor.stop)
+        every(5, "forecasts", lambda: forecast_fleet(monitor, monitor.clock(), monitor.store.reader()), monitor.stop,
+              vital=False)
 
     def turn(self) -> None:
         """Run what is due; `Failure` while there is a job whose last run failed."""
@@ -10670,13 +10723,16 @@ def get_openapi(call: Call) -> Any:
 
 @route("GET", "/healthz", auth="none")
 def get_health(call: Call) -> Any:
-    """Whether the database can be written, when it last was, and whether all that works in the background does; 503
-    if not."""
-    store, troubles = call.monitor.store, call.monitor.stop.troubles()
+    """Whether the database can be written, when it last was, and whether what works in the background does: 503 when
+    reports are not taken, judged or told of; 200 and "degraded" when something else fails."""
+    store, stop = call.monitor.store, call.monitor.stop
+    troubles = stop.troubles()
     age = time.monotonic() - store.last_commit if store.last_commit else None
     free = shutil.disk_usage(os.path.dirname(store.path)).free
-    well = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE and not troubles
-    document: dict[str, Any] = {"status": "ok" if well else "failing", "writer_alive": store.alive,
+    writes = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE
+    well = writes and not stop.troubles(vital=True)
+    status = "failing" if not well else "degraded" if troubles else "ok"
+    document: dict[str, Any] = {"status": status, "writer_alive": store.alive,
                 "database_writable": store.last_error is None, "last_commit_age_seconds": age}
     if is_known(call):
         document |= {"last_error": store.last_error, "disk_free_bytes": free, "version": VERSION,

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, LiveServer, find_program, free_port
+from beside import Caddy
+from conftest import ROOT, LiveServer, find_program
 
 import agent
 import server
@@ -75,49 +75,6 @@ def test_the_watchdog_waits_longer_than_any_command_may_take():
 
 
 # --- Caddy ---
-
-
-class Caddy:
-    """Debian's Caddy with Caddyfile.example: only the name, the ports and the folders are this test's."""
-
-    def __init__(self, folder: Path, upstream: int):
-        self.folder, self.port = folder, free_port()
-        self.url = f"https://localhost:{self.port}"
-        self.log = folder / "access.log"
-        text = (ROOT / "Caddyfile.example").read_text()
-        for old, new in (
-            ("monitor.example.com {\n", f"{self.url} {{\n\ttls internal\n"),
-            ("{\n\t# Slow", f"{{\n\tadmin off\n\tskip_install_trust\n\thttp_port {free_port()}\n\t# Slow"),
-            ("127.0.0.1:4000", f"127.0.0.1:{upstream}"),
-            ("/var/log/caddy/monitor.log", str(self.log)),
-        ):
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        (folder / "Caddyfile").write_text(text)
-        env = {name: str(folder) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
-        env["PATH"] = os.environ["PATH"]
-        argv = [find_program("caddy"), "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
-        with open(folder / "caddy.log", "wb") as log:
-            self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.root = folder / "caddy/pki/authorities/local/root.crt"
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                self.get("/healthz")
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "caddy.log").read_text()[-2000:])
-
-    def get(self, path: str, body: bytes | None = None, **headers: str):
-        context = ssl.create_default_context(cafile=str(self.root))
-        handlers = urllib.request.HTTPSHandler(context=context), urllib.request.ProxyHandler({})
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        request = urllib.request.Request(self.url + path, body, given)
-        with urllib.request.build_opener(*handlers).open(request, timeout=10) as answer:
-            return {name.lower(): value for name, value in answer.headers.items()}, answer.read()
 
 
 @pytest.fixture(scope="module")

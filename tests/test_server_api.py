@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import subprocess
+import time
 import urllib.parse
 
 import pytest
@@ -624,6 +625,22 @@ def test_health_is_503_when_a_job_fails_or_a_loop_has_ended(client, admin, monit
     jobs.wake()
     jobs.thread.join(10)
     assert admin.get("/healthz").json()["troubles"] == {"jobs": "has ended"}
+
+
+def test_health_is_degraded_and_200_while_reports_are_taken_judged_and_told_of(client, admin, monitor):
+    monitor.store.write(lambda db: None)
+    monitor.fleet.public_url, monitor.config.heartbeat_url = "https://127.0.0.1:9", "http://127.0.0.1:9/beat"
+    monitor.judged_at = time.monotonic()
+    server.start_watches(monitor)
+    beat = next(loop for loop in monitor.stop.loops if loop.name == "heartbeat")
+    beat.wake()
+    until = time.monotonic() + 10
+    while beat.error is None and time.monotonic() < until:
+        time.sleep(0.01)
+    answer = admin.get("/healthz")
+    assert (answer.status, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["troubles"].keys() == {"heartbeat"} and client.get("/healthz").json()["status"] == "degraded"
+    assert {loop.name for loop in monitor.stop.loops if not loop.vital} == {"certificate", "heartbeat"}
 
 
 @pytest.mark.parametrize("name", ["notify", "@proxmon-test-notify"])

@@ -12,7 +12,6 @@ import random
 import secrets
 import signal
 import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import Victoria, wait_until
 from conftest import (
     PASSWORD_HASH,
     Client,
@@ -34,8 +34,6 @@ from conftest import (
     build_pool,
     build_report,
     build_storage,
-    find_program,
-    free_port,
 )
 
 import server
@@ -47,50 +45,6 @@ SERIES = (
     "guests/100.net_receive_bytes_total", "pools/tank.capacity_ratio", "storages/local.used_bytes",
     'datasets/tank/"vm"\\n{é😀}.used_bytes', "guests/999.cpu_ratio", "node.nonsense",
 )  # fmt: skip
-
-
-class Victoria:
-    """A real VictoriaMetrics on a free port; it can be killed and started again."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *more: str) -> None:
-        argv = [find_program("victoria-metrics"), f"-storageDataPath={self.folder}", "-retentionPeriod=10y",
-                f"-httpListenAddr=127.0.0.1:{self.port}", "-dedup.minScrapeInterval=1ms", *more]  # fmt: skip
-        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(self.answers)
-
-    def answers(self) -> bool:
-        try:
-            urllib.request.urlopen(self.url + "/health", timeout=5).close()
-            return True
-        except OSError:
-            return False
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(how)
-            self.process.wait(30)
-
-    def values(self, which: str, at: float) -> list[dict[str, Any]]:
-        form = {"query": f"{which}[1y]", "time": at + 60, "nocache": 1}
-        with urllib.request.urlopen(self.url + "/api/v1/query", urllib.parse.urlencode(form).encode()) as answer:
-            return json.load(answer)["data"]["result"]
-
-    def sequences(self, at: float) -> list[int]:
-        """The sequence numbers of all reports that are there."""
-        found = self.values("proxmon_report_seq", at)
-        return sorted(int(value) for one in found for _, value in one["values"])
-
-
-def wait_until(true: Any, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.1)
 
 
 @pytest.fixture

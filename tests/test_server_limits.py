@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from conftest import ROOT, build_report, encode, sign
+from conftest import ROOT, START, build_report, encode, sign
 
 import server
 
@@ -162,6 +162,60 @@ def test_gaps_in_the_sequence_do_not_grow_without_end(register, post, store, clo
     ranges = server.parse_ranges(store.reader().execute("SELECT ranges FROM run").fetchone()[0])
     assert len(ranges) == 20 and ranges[-1] == [200, 200]
     assert post(token, build_report(seq=199)).json()["accepted"] == 1
+
+
+def test_of_forgotten_gaps_none_is_lost_and_none_is_doubled(register, post, store, clock, monitor, monkeypatch):
+    monkeypatch.setattr(server, "SPANS_LIMIT", 20)
+    token = register("pve1")
+
+    def reports(numbers):
+        return [build_report(seq=n, at=START - 3 * 3600 + n, guests=None, pools=None, storages=None) for n in numbers]
+
+    def missing():
+        return server.missing_reports(store.reader(), 1)
+
+    assert post(token, reports(range(2, 201, 2))).json()["accepted"] == 100
+    assert missing() == 100  # what is not known any more is missing, as it was
+    assert post(token, reports(range(2, 201, 2))).json()["duplicates"] == 100
+    assert post(token, reports(range(1, 21))).json() | {"server_time": 0} == {
+        "status": "ok", "accepted": 10, "duplicates": 10, "server_time": 0}
+    assert missing() == 90
+    clock.advance(3 * 3600)
+    monitor.keeper.settle(clock())
+    assert not store.reader().execute("SELECT 1 FROM report WHERE seq = 2").fetchone()  # it is in a chunk
+    monitor.runs.clear()
+    assert post(token, reports(range(1, 201))).json() | {"server_time": 0} == {
+        "status": "ok", "accepted": 90, "duplicates": 110, "server_time": 0}
+    assert missing() == 0
+    assert store.reader().execute("SELECT ranges FROM run").fetchone()[0] == "1-200"
+    monitor.keeper.settle(clock())
+    keys = monitor.keeper.keys(store.reader(), 1, 0, clock())
+    assert sorted(key[2] for key in keys) == list(range(1, 201))
+
+
+def test_ranges_read_as_they_are_written():
+    for text in ("", "7", "1-3,7", "1-9?2", "1-9?2,11,13-14"):
+        assert server.format_ranges(server.parse_ranges(text)) == text
+    ranges = server.parse_ranges("1-9?2,11")
+    assert server.add_to_ranges(ranges, 10) and server.format_ranges(ranges) == "1-11?2"
+    ranges = server.parse_ranges("3,5-9?2")
+    assert server.add_to_ranges(ranges, 4) and server.format_ranges(ranges) == "3-9?2"
+
+
+def test_runs_go_when_nothing_they_brought_is_kept(register, post, store, clock, monitor):
+    token = register("pve1")
+    for n in range(3):
+        assert post(token, build_report(seq=2, at=clock(), run_id=f"run-{n}")).status == 200
+        clock.advance(server.DAY)
+    clock.advance(server.KEPT[server.COARSE] - 2.5 * server.DAY)
+    monitor.looked_at = clock()
+    store.write(lambda db: server.prune(monitor, clock(), db))
+    assert [row[0] for row in store.reader().execute("SELECT run_id FROM run")] == ["run-1", "run-2"]
+    clock.advance(10 * server.DAY)
+    monitor.looked_at = clock()
+    store.write(lambda db: server.prune(monitor, clock(), db))
+    assert [row[0] for row in store.reader().execute("SELECT run_id FROM run")] == ["run-2"]  # when it was last seen
+    assert post(token, build_report(seq=3, at=clock(), run_id="run-1")).json()["accepted"] == 1
 
 
 # --- odd values ---
