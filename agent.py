@@ -2293,12 +2293,11 @@ def judge_apt_sources(sources: list[tuple[str, list[str], list[str]]]) -> dict[s
     """Which kinds of sources are on; Debian's security updates have suites of their own (`trixie-security`)."""
     suites = {suite for _, suites, _ in sources for suite in suites}
     parts = {part for _, _, parts in sources for part in parts}
-    return {
-        "security_source": any(suite.endswith(("-security", "-security/updates")) for suite in suites),
-        "enterprise_source": "pve-enterprise" in parts,
-        "no_subscription_source": "pve-no-subscription" in parts,
-        "test_source": bool(parts & {"pvetest", "pve-test"}),
+    kinds = {
+        "enterprise": {"pve-enterprise"}, "no_subscription": {"pve-no-subscription"}, "test": {"pvetest", "pve-test"},
     }
+    security = any(suite.endswith(("-security", "-security/updates")) for suite in suites)
+    return {"security_source": security, **{f"{kind}_source": bool(parts & names) for kind, names in kinds.items()}}
 
 
 # --- collectors: probe and parsers to one section of the report ---
@@ -2316,16 +2315,25 @@ class Collector(NamedTuple):
 COLLECTORS: dict[str, Collector] = {}  # in the order of the report
 
 
-def collector(name: str, *, tick: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def collector(
+    name: str, *, tick: str, needs: Iterable[Callable[[Any], Any]] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a collector: `function(probe, memory) -> section`.
 
-    It raises SourceError when the section could not be had, Absent when it does not apply; None means nothing to
-    report this time (tasks). `memory` is its own dict, kept over restarts: JSON values only.
+    It raises SourceError when the section could not be had, Absent when it does not apply (so do the `needs`, which are
+    asked first); None means nothing to report this time (tasks). `memory` is its own dict, kept over restarts: JSON
+    values only.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        COLLECTORS[name] = Collector(name, tick, function, threading.Lock())
-        return function
+        @functools.wraps(function)
+        def collect(probe: ProbeLike, memory: dict[str, Any]) -> Any:
+            for need in needs:
+                need(probe)
+            return function(probe, memory)
+
+        COLLECTORS[name] = Collector(name, tick, collect, threading.Lock())
+        return collect
 
     return register
 
@@ -2395,14 +2403,57 @@ def host_name(probe: ProbeLike) -> str:
     return probe.read("/proc/sys/kernel/hostname").strip().split(".")[0]
 
 
+# what sections need
+
+
+def require(path: str, otherwise: str) -> Callable[[ProbeLike], None]:
+    """Absent where the path is not there."""
+
+    def check(probe: ProbeLike) -> None:
+        if not probe.exists(path):
+            raise Absent(otherwise)
+
+    return check
+
+
+require_zfs = require("/sys/module/zfs", "the zfs module is not loaded")  # each zpool or zfs command would load it
+require_systemd = require("/run/systemd/system", "systemd does not run here")
+
+
+def require_pve(probe: ProbeLike) -> None:
+    """Absent on a machine without Proxmox VE. An empty /etc/pve is Proxmox with its file system down."""
+    found = probe.exists(METRICS) or probe.exists(PVECFG)  # the first costs no thread: it lies in RAM
+    if not found and optional(probe.list_dir, "/etc/pve") is None:
+        raise Absent("no Proxmox VE here")
+
+
+def read_version_file(probe: ProbeLike) -> dict[str, Any]:
+    """/etc/pve/.version: a counter per file. Without it pmxcfs is not mounted, and /etc/pve is an empty directory."""
+    text = optional(probe.read, "/etc/pve/.version")
+    if text is None:
+        raise SourceError("unavailable", "/etc/pve is not mounted (pve-cluster down?): no .version")
+    return parse_object(text, "/etc/pve/.version")
+
+
+def read_members(probe: ProbeLike) -> dict[str, Any]:
+    """/etc/pve/.members: who is in the cluster, and which of them is this node."""
+    return parse_object(probe.read("/etc/pve/.members"), "/etc/pve/.members")
+
+
+def require_cluster(probe: ProbeLike) -> None:
+    """Absent on a stand-alone node. Without pmxcfs nobody can tell."""
+    require_pve(probe)
+    read_version_file(probe)
+    if not shared(probe, "members", read_members).get("cluster"):
+        raise Absent("a stand-alone node")
+
+
 # node
 
 
-@collector("node", tick=FAST)
+@collector("node", tick=FAST, needs=[require("/proc/sys/kernel", "no /proc here")])
 def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """CPU, memory, load, pressure, network, disks and temperatures of the host, from /proc and /sys."""
-    if not probe.exists("/proc/sys/kernel"):
-        raise Absent("no /proc here")
     boot_id = probe.read("/proc/sys/kernel/random/boot_id").strip()
     kernel = probe.read("/proc/sys/kernel/osrelease").strip()
     node = known(name=host_name(probe), kernel=kernel, boot_id=boot_id)
@@ -2484,11 +2535,8 @@ def read_pressure(probe: ProbeLike) -> dict[str, Any]:
 def read_root(probe: ProbeLike) -> dict[str, Any]:
     """The root file system; used + available < total, as root keeps a reserve."""
     root = probe.statvfs("/")
-    return {
-        "root_total_bytes": root.f_blocks * root.f_frsize,
-        "root_used_bytes": (root.f_blocks - root.f_bfree) * root.f_frsize,
-        "root_available_bytes": root.f_bavail * root.f_frsize,
-    }
+    blocks = {"total": root.f_blocks, "used": root.f_blocks - root.f_bfree, "available": root.f_bavail}
+    return {f"root_{name}_bytes": count * root.f_frsize for name, count in blocks.items()}
 
 
 def read_versions(probe: ProbeLike, memory: dict[str, Any], kernel: str) -> dict[str, Any]:
@@ -2506,39 +2554,29 @@ def read_next_kernel(probe: ProbeLike, kernel: str) -> str | None:
         pinned = read_word(probe, pin).split("\n")[0].strip()
         if pinned:
             return pinned
-    flavour = kernel.rpartition("-")[2]
-    images = set(attempt(probe.list_dir, "/boot", default=[]))
-    releases = [
-        release
-        for release in attempt(probe.list_dir, "/lib/modules", default=[])
-        if release.rpartition("-")[2] == flavour and f"vmlinuz-{release}" in images
-    ]
-    return max(releases, key=version_key, default=None)
+    flavour, images = kernel.rpartition("-")[2], set(attempt(probe.list_dir, "/boot", default=[]))
+    releases = [name for name in attempt(probe.list_dir, "/lib/modules", default=[]) if f"vmlinuz-{name}" in images]
+    return max((name for name in releases if name.rpartition("-")[2] == flavour), key=version_key, default=None)
 
 
 def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Physical ones have a device; bridges, bonds, VLANs, taps and veths would count the same bytes again."""
     counters = parse_net_dev(probe.read("/proc/net/dev"))
-    names = remember(
-        probe, memory, "interfaces",
-        lambda: [name for name in counters if "/" not in name and probe.exists(f"/sys/class/net/{name}/device")],
-        key=sorted(counters),
-    )
+
+    def find() -> list[str]:
+        return [name for name in counters if "/" not in name and probe.exists(f"/sys/class/net/{name}/device")]
+
     interfaces = []
-    for name in names:
+    for name in remember(probe, memory, "interfaces", find, key=sorted(counters)):
         received, receive_errors, sent, send_errors = counters[name]
         state = read_word(probe, f"/sys/class/net/{name}/operstate")
-        interfaces.append(
-            known(
-                name=name, receive_bytes_total=received, transmit_bytes_total=sent, receive_errors_total=receive_errors,
-                transmit_errors_total=send_errors, up=None if state in ("", "unknown") else state == "up",
-            )
-        )
-    return {
-        "interfaces": interfaces,
-        "net_receive_bytes_total": sum(interface["receive_bytes_total"] for interface in interfaces),
-        "net_transmit_bytes_total": sum(interface["transmit_bytes_total"] for interface in interfaces),
-    }
+        interfaces.append(known(
+            name=name, receive_bytes_total=received, transmit_bytes_total=sent, receive_errors_total=receive_errors,
+            transmit_errors_total=send_errors, up=None if state in ("", "unknown") else state == "up",
+        ))  # fmt: skip
+    totals = {f"net_{way}_bytes_total": sum(interface[f"{way}_bytes_total"] for interface in interfaces)
+              for way in ("receive", "transmit")}  # fmt: skip
+    return {"interfaces": interfaces, **totals}
 
 
 # Not disks of their own: what lies on others, and the paths of one NVMe namespace, which the kernel lists beside it,
@@ -2548,21 +2586,18 @@ NO_DISK = re.compile(r"(zd|loop|dm-|md|sr|fd|z?ram|nbd|rbd|drbd)\d|nvme\d+c\d+n\
 
 def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Whole disks: no partitions, and nothing that lies on other disks."""
-    counters = parse_diskstats(probe.read("/proc/diskstats"))
-    names = remember(
-        probe, memory, "block_devices",
-        lambda: [name for name in counters if not NO_DISK.match(name) and probe.exists(f"/sys/block/{name}")],
-        key=sorted(name for name in counters if not NO_DISK.match(name)),
-    )
-    return {
-        "block_devices": [
-            {
-                "name": name, "read_bytes_total": counters[name][0] * 512, "write_bytes_total": counters[name][1] * 512,
-                "busy_seconds_total": counters[name][2] / 1000,
-            }
-            for name in names
-        ]
-    }
+    rows = parse_diskstats(probe.read("/proc/diskstats"))
+    counters = {name: row for name, row in rows.items() if not NO_DISK.match(name)}
+
+    def find() -> list[str]:
+        return [name for name in counters if probe.exists(f"/sys/block/{name}")]
+
+    devices = []
+    for name in remember(probe, memory, "block_devices", find, key=sorted(counters)):
+        read, written, busy = counters[name]
+        devices.append({"name": name, "read_bytes_total": read * 512, "write_bytes_total": written * 512,
+                        "busy_seconds_total": busy / 1000})  # fmt: skip
+    return {"block_devices": devices}
 
 
 COLDEST, HOTTEST = -60, 125  # °C that a sensor may measure; chips tell others where none is connected
@@ -2605,34 +2640,6 @@ def find_sensors(probe: ProbeLike) -> list[list[Any]]:
 # cluster
 
 
-def require_pve(probe: ProbeLike) -> None:
-    """Absent on a machine without Proxmox VE. An empty /etc/pve is Proxmox with its file system down."""
-    if probe.exists(METRICS) or probe.exists(PVECFG):  # the first costs no thread: it lies in RAM
-        return
-    try:
-        probe.list_dir("/etc/pve")
-    except SourceError as error:
-        if error.code == "missing":
-            raise Absent("no Proxmox VE here") from None
-        raise
-
-
-def read_version_file(probe: ProbeLike) -> dict[str, Any]:
-    """/etc/pve/.version: a counter per file. Without it pmxcfs is not mounted, and /etc/pve is an empty directory."""
-    try:
-        text = probe.read("/etc/pve/.version")
-    except SourceError as error:
-        if error.code == "missing":
-            raise SourceError("unavailable", "/etc/pve is not mounted (pve-cluster down?): no .version") from None
-        raise
-    return parse_object(text, "/etc/pve/.version")
-
-
-def read_members(probe: ProbeLike) -> dict[str, Any]:
-    """/etc/pve/.members: who is in the cluster, and which of them is this node."""
-    return parse_object(probe.read("/etc/pve/.members"), "/etc/pve/.members")
-
-
 def node_name(probe: ProbeLike) -> str:
     """This node's name in the cluster; right after a renaming of the host it is still the old one."""
     name = attempt(shared, probe, "members", read_members, default={}).get("nodename")
@@ -2648,20 +2655,14 @@ def read_pve_config(
     key = [version.get("starttime"), version.get(name)]
     files = memory.setdefault("parsed", {})
     if name not in files or files[name]["key"] != key or key[1] is None:
-        try:
-            value = parse(probe.read(f"/etc/pve/{path or name}"))
-        except SourceError as error:
-            if error.code != "missing":
-                raise
-            value = default
-        files[name] = {"key": key, "value": value}
+        text = optional(probe.read, f"/etc/pve/{path or name}")
+        files[name] = {"key": key, "value": default if text is None else parse(text)}
     return files[name]["value"]
 
 
-@collector("cluster", tick=FAST)
+@collector("cluster", tick=FAST, needs=[require_pve])
 def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Name, quorum and members. Membership is what .members says, not the directories under /etc/pve/nodes."""
-    require_pve(probe)
     shared(probe, "version", read_version_file)
     members = shared(probe, "members", read_members)
     cluster = as_dict(members.get("cluster"))
@@ -2703,6 +2704,14 @@ def run_quorumtool(probe: ProbeLike) -> dict[str, Any]:
 
 # guests
 
+ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd several times
+GUEST_COUNTERS = {
+    "netin": "net_receive_bytes_total", "netout": "net_transmit_bytes_total",
+    "diskread": "disk_read_bytes_total", "diskwrite": "disk_write_bytes_total",
+}
+GUEST_GROUPS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
+GUEST_GROUP = re.compile(r"(\d{3,9})(?:\.scope|-\d+)?$")  # LXC appends -1 where a folder of an earlier run is left
+
 
 def read_metrics(probe: ProbeLike) -> dict[str, dict[str, Any]]:
     """The first line of /run/pve/metrics: pvestatd's newest snapshot, by part."""
@@ -2723,10 +2732,9 @@ def is_late(probe: ProbeLike, stamp: float | None) -> bool:
     return stamp is None or abs(probe.now() - stamp) > LATE_SECONDS
 
 
-@collector("guests", tick=FAST)
+@collector("guests", tick=FAST, needs=[require_pve])
 def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Every VM and container of this node: pvestatd's snapshot, else .rrd; configuration only when it changed."""
-    require_pve(probe)
     sources = {kind: fresh_part(probe, kind) for kind in ("qemu", "lxc")}
     try:
         configs = read_guest_configs(probe, memory)
@@ -2739,7 +2747,8 @@ def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, A
     if any(is_late(probe, sources[config["type"]][1]) for config in configs.values()):
         rrd = attempt(read_rrd, probe, default={}).get("vm", {})
     states = attempt(read_ha_states, probe, memory, default={})
-    datasets = attempt(read_zfs_storages, probe, memory, default={})
+    storages = attempt(read_storages, probe, memory, default=[])
+    datasets = {name: values["pool"] for kind, name, values in storages if kind == "zfspool" and values.get("pool")}
     busy = attempt(read_busy_guests, probe)
     guests = []
     for vmid, config in sorted(configs.items(), key=lambda pair: int(pair[0])):
@@ -2858,28 +2867,16 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
         disk_used_bytes=to_count(raw.get("disk")) if kind == "lxc" else None,
     )
     if status not in ("stopped", "unknown"):  # of a stopped guest the zeroes are no measurements
-        guest.update(build_guest_use(kind, raw))
+        cpu = to_number(raw.get("cpu"))
+        host = to_count(raw.get("memhost")) or None if kind == "qemu" else None
+        counters = {field: to_count(raw.get(name)) for name, field in GUEST_COUNTERS.items()}
+        ratio = None if cpu is None or cpu < 0 else round(cpu, 5)
+        used = to_count(raw.get("mem"))
+        guest.update(known(cpu_ratio=ratio, memory_used_bytes=used, memory_host_bytes=host, **counters))
     if kind == "qemu" and status == "running" and (guest.get("uptime_seconds") or 0) > ANSWER_SECONDS:
         # Of a QEMU that does not answer Proxmox goes on saying "running", without what only QEMU can tell.
         guest["responds"] = any(to_count(raw.get(name)) is not None for name in ("diskread", "diskwrite"))
     return guest
-
-
-ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd several times
-
-
-GUEST_COUNTERS = {
-    "netin": "net_receive_bytes_total", "netout": "net_transmit_bytes_total",
-    "diskread": "disk_read_bytes_total", "diskwrite": "disk_write_bytes_total",
-}
-
-
-def build_guest_use(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
-    cpu = to_number(raw.get("cpu"))
-    host = to_count(raw.get("memhost")) or None if kind == "qemu" else None
-    counters = {field: to_count(raw.get(name)) for name, field in GUEST_COUNTERS.items()}
-    ratio = None if cpu is None or cpu < 0 else round(cpu, 5)
-    return known(cpu_ratio=ratio, memory_used_bytes=to_count(raw.get("mem")), memory_host_bytes=host, **counters)
 
 
 def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) -> list[dict[str, Any]] | None:
@@ -2894,12 +2891,6 @@ def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) 
         fields = {name: volume.get(name) for name in ("name", "storage", "size_bytes", "backup")}
         volumes.append(known(**fields, dataset=dataset))
     return volumes
-
-
-def read_zfs_storages(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, str]:
-    """The dataset of each zfspool storage."""
-    sections = read_storages(probe, memory)
-    return {name: values["pool"] for kind, name, values in sections if kind == "zfspool" and values.get("pool")}
 
 
 def read_ha_states(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, str]:
@@ -2919,22 +2910,13 @@ def check_guests_age(probe: ProbeLike, guests: list[dict[str, Any]]) -> None:
     elif silent and len(silent) == len(guests):
         probe.problem("guests", "unavailable", "pvestatd tells nothing: no /run/pve/metrics, nothing in .rrd")
     old = silent + [guest for guest in guests if ages.get(guest["vmid"], 0) > DEAD_SECONDS]
-    if old:
-        seen = any(attempt(probe.exists, folder, default=False) for folder in GUEST_GROUPS)
-        running = find_running(probe) if seen else None
-        for guest in old:
-            guest["status"] = "unknown" if running is None else told_status(guest, running)
-
-
-def told_status(guest: dict[str, Any], running: set[int]) -> str:
-    """A process that is there may still be paused: what was known stays then."""
-    if guest["vmid"] not in running:
-        return "stopped"
-    return guest["status"] if guest["status"] not in ("stopped", "unknown") else "running"
-
-
-GUEST_GROUPS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
-GUEST_GROUP = re.compile(r"(\d{3,9})(?:\.scope|-\d+)?$")  # LXC appends -1 where a folder of an earlier run is left
+    seen = old and any(attempt(probe.exists, folder, default=False) for folder in GUEST_GROUPS)
+    running = find_running(probe) if seen else set()
+    for guest in old:
+        if not seen or guest["vmid"] not in running:
+            guest["status"] = "stopped" if seen else "unknown"
+        elif guest["status"] in ("stopped", "unknown"):  # else what was known stays: it may be paused
+            guest["status"] = "running"
 
 
 def find_running(probe: ProbeLike, *, trusted: str = "") -> set[int]:
@@ -2952,11 +2934,13 @@ def find_running(probe: ProbeLike, *, trusted: str = "") -> set[int]:
 
 # storages
 
+STORAGE_SERVERS = ("server", "portal", "monhost", "target")  # where a storage of another machine says which
+SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "glusterfs", "zfs", "drbd")
 
-@collector("storages", tick=FAST)
+
+@collector("storages", tick=FAST, needs=[require_pve])
 def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Every PVE storage of this node, inactive and disabled ones too, but not those limited to other nodes."""
-    require_pve(probe)
     metrics, stamp = fresh_part(probe, "storage")
     try:
         sections = [section for section in read_storages(probe, memory) if is_here(section[2], node_name(probe))]
@@ -3027,10 +3011,6 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
         total_bytes=total, used_bytes=to_count(storage.get("used")) if total else None,
         available_bytes=to_count(storage.get("avail")) if total else None, dataset=dataset, as_of=as_of,
     )
-
-
-STORAGE_SERVERS = ("server", "portal", "monhost", "target")  # where a storage of another machine says which
-SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "glusterfs", "zfs", "drbd")
 
 
 def read_rrd_storage(
@@ -3106,10 +3086,9 @@ def keep_place(place: dict[str, Any], mark: list[int], text: str, offset: int) -
     return lines
 
 
-@collector("tasks", tick=FAST)
+@collector("tasks", tick=FAST, needs=[require_pve])
 def collect_tasks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Tasks that ended since the last report. What ended before the agent's first start is not news."""
-    require_pve(probe)
     since = memory["since"] = min(int(probe.now()), memory.get("since", int(probe.now())))  # a clock set back since
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=False)
     tasks = [task for task in map(parse_task_line, lines) if task and task["ended_at"] >= since]
@@ -3119,12 +3098,6 @@ def collect_tasks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
 
 
 # pools
-
-
-def require_zfs(probe: ProbeLike) -> None:
-    """Absent while the module is not loaded: each zpool or zfs command would load it."""
-    if not probe.exists("/sys/module/zfs"):
-        raise Absent("the zfs module is not loaded")
 
 
 def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = True) -> list[dict[str, Any]]:
@@ -3151,18 +3124,16 @@ def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = 
     return pools
 
 
-@collector("pool_states", tick=FAST)
+@collector("pool_states", tick=FAST, needs=[require_zfs])
 def collect_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """State of each pool; never runs a command."""
-    require_zfs(probe)
     return read_pool_states(probe, memory)
 
 
-@collector("pools", tick=MEDIUM)
+@collector("pools", tick=MEDIUM, needs=[require_zfs])
 def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Each pool in full, one pool per command. A suspended one is told from the kernel's files alone, one that does
     not answer with the reason."""
-    require_zfs(probe)
     pools = []
     for pool in read_pool_states(probe, memory):
         try:
@@ -3258,10 +3229,14 @@ def list_vdevs(vdevs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
     """Raw space of the pool (raidz counts parity), and what its root dataset leaves users."""
+
+    def ask(columns: list[str], *argv: str) -> dict[str, str | None]:
+        rows = parse_columns(probe.run(*argv, name, limit=ZFS_LIMIT), columns)
+        return next((row for row in rows if row["name"] == name), {})
+
     space: dict[str, Any] = {}
     try:
-        text = probe.run("zpool", "list", "-Hp", "-o", ",".join(POOL_COLUMNS), name, limit=ZFS_LIMIT)
-        row = next((row for row in parse_columns(text, POOL_COLUMNS) if row["name"] == name), {})
+        row = ask(POOL_COLUMNS, "zpool", "list", "-Hp", "-o", ",".join(POOL_COLUMNS))
         space = known(
             size_bytes=to_count(row.get("size")), allocated_bytes=to_count(row.get("alloc")),
             free_bytes=to_count(row.get("free")), capacity_ratio=to_ratio(row.get("cap")),
@@ -3270,11 +3245,9 @@ def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
             readonly=None if row.get("readonly") is None else row["readonly"] == "on",
         )
         columns = ["name", "used", "avail", "refer"]
-        argv = ("zfs", "list", "-Hp", "-d", "0", "-o", ",".join(columns), "-t", "filesystem", name)
-        text = probe.run(*argv, limit=ZFS_LIMIT)
-        row = next((row for row in parse_columns(text, columns) if row["name"] == name), {})
-        usable = known(usable_used_bytes=to_count(row.get("used")), usable_available_bytes=to_count(row.get("avail")))
-        return {**space, **usable}
+        row = ask(columns, "zfs", "list", "-Hp", "-d", "0", "-o", ",".join(columns), "-t", "filesystem")
+        return space | known(usable_used_bytes=to_count(row.get("used")),
+                             usable_available_bytes=to_count(row.get("avail")))  # fmt: skip
     except SourceError as error:
         return {**space, **unknown_because(error)}
 
@@ -3308,11 +3281,9 @@ def keep_scrub(memory: dict[str, Any], guid: str, scan: dict[str, Any]) -> dict[
     """The last finished scrub: a resilver, or a scrub that is canceled, overwrites it in ZFS."""
     scrubs = memory.setdefault("scrubs", {})
     if scan["function"] == "scrub" and scan["state"] == "finished" and "ended_at" in scan:
+        told = {name: scan.get(name) for name in ("repaired_bytes", "errors")}
         duration = scan["ended_at"] - scan["started_at"] if "started_at" in scan else None
-        scrubs[guid] = known(
-            ended_at=scan["ended_at"], duration_seconds=duration, repaired_bytes=scan.get("repaired_bytes"),
-            errors=scan.get("errors"),
-        )
+        scrubs[guid] = known(ended_at=scan["ended_at"], duration_seconds=duration, **told)
     return kept_scrub(memory, guid)
 
 
@@ -3360,7 +3331,6 @@ def ask_pools(
 
     Of a suspended pool `zfs list` leaves out everything without a word: it is not asked.
     """
-    require_zfs(probe)
     found = []
     failed: list[SourceError] = []
     pools = read_pool_states(probe, memory)
@@ -3377,7 +3347,7 @@ def ask_pools(
     return found
 
 
-@collector("datasets", tick=MEDIUM)
+@collector("datasets", tick=MEDIUM, needs=[require_zfs])
 def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Filesystems and volumes of each pool."""
     argv = ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(DATASET_COLUMNS))
@@ -3387,34 +3357,30 @@ def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
     )
 
 
-@collector("pool_settings", tick=SLOW)
+@collector("pool_settings", tick=SLOW, needs=[require_zfs])
 def collect_pool_settings(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """What was once chosen for a pool and costs ever after: sector size, compression, sync, volumes' block sizes."""
-    return ask_pools(
-        probe, memory, lambda pool: [read_pool_settings(probe, pool)], lambda pool: {"name": pool}
-    )
+    return ask_pools(probe, memory, lambda pool: [read_pool_settings(probe, pool)], lambda pool: {"name": pool})
 
 
 def read_pool_settings(probe: ProbeLike, pool: str) -> dict[str, Any]:
-    pairs = probe.run("zpool", "get", "-Hp", "-o", "property,value", "ashift,autotrim", pool, limit=ZFS_LIMIT)
-    pairs += probe.run(
-        "zfs", "get", "-Hp", "-o", "property,value", "compression,atime,sync", pool, limit=ZFS_LIMIT
-    )
-    values = parse_tab_pairs(pairs)
-    argv = ("zfs", "get", "-Hp", "-r", "-t", "volume", "-o", "name,value", "volblocksize", pool)
-    blocks = parse_tab_pairs(probe.run(*argv, limit=ZFS_LIMIT))
+    def ask(*words: str) -> dict[str, str]:
+        return parse_tab_pairs(probe.run(*words, pool, limit=ZFS_LIMIT))
+
+    values = ask("zpool", "get", "-Hp", "-o", "property,value", "ashift,autotrim")
+    values |= ask("zfs", "get", "-Hp", "-o", "property,value", "compression,atime,sync")
+    blocks = ask("zfs", "get", "-Hp", "-r", "-t", "volume", "-o", "name,value", "volblocksize")
     return known(
         name=pool,
         ashift=to_count(values.get("ashift")) or None,  # 0: each vdev has what its disks said when it was made
         autotrim=None if "autotrim" not in values else values["autotrim"] == "on",
-        compression=values.get("compression"),
-        atime=None if "atime" not in values else values["atime"] == "on",
+        compression=values.get("compression"), atime=None if "atime" not in values else values["atime"] == "on",
         sync=values.get("sync"),
         volumes=[{"name": name, "block_bytes": to_count(value)} for name, value in blocks.items()],
     )
 
 
-@collector("snapshots", tick=SLOW)
+@collector("snapshots", tick=SLOW, needs=[require_zfs])
 def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Snapshots per dataset and class: one cheap listing per pool, times only for guids that are new."""
     before = as_dict(memory.get("created"))
@@ -3481,18 +3447,15 @@ def read_creations(
         needed.update({guid: f"{dataset}@{name}" for name, guid in (found[0], *found[-LAST_SNAPSHOTS - 1 :])})
     created = {guid: before[guid] for guid in needed if guid in before}
     missing = {name: guid for guid, name in needed.items() if guid not in created}
-    columns = ["name", "creation"]
-    argv: tuple[str, ...]
+    if not missing:
+        return created
     if len(missing) > MANY_SNAPSHOTS:
-        argv = ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", ",".join(columns), pool)
-        rows = parse_columns(probe.run(*argv, limit=SNAPSHOTS_LIMIT), columns)
-    elif missing:
-        # one that was destroyed meanwhile makes it fail: the rest follows next time
-        argv = ("zfs", "get", "-Hp", "-o", "name,value", "creation", *sorted(missing))
-        rows = parse_columns(probe.run(*argv, limit=SNAPSHOTS_LIMIT, ok=None), columns)
-    else:
-        rows = []
-    for row in rows:
+        argv = ["zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,creation", pool]
+        text = probe.run(*argv, limit=SNAPSHOTS_LIMIT)
+    else:  # one that was destroyed meanwhile makes it fail: the rest follows next time
+        argv = ["zfs", "get", "-Hp", "-o", "name,value", "creation", *sorted(missing)]
+        text = probe.run(*argv, limit=SNAPSHOTS_LIMIT, ok=None)
+    for row in parse_columns(text, ["name", "creation"]):
         at = to_count(row["creation"])
         if row["name"] in missing and at is not None:
             created[missing[row["name"]]] = at
@@ -3534,11 +3497,9 @@ def build_snapshot_set(
 # backups, replication, ha
 
 
-@collector("backups", tick=MEDIUM)
+@collector("backups", tick=MEDIUM, needs=[require_pve, read_version_file])
 def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Backup jobs, and the newest good and failed run of each guest: task logs, vzdump's logs, local dump folders."""
-    require_pve(probe)
-    read_version_file(probe)
     guests: dict[str, dict[str, Any]] = memory.setdefault("guests", {})
     for part in (read_task_backups, read_vzdump_logs, read_dump_folders):
         with part_of(probe, "backups"):
@@ -3589,15 +3550,11 @@ def build_backup_job(
 
 def read_job_state(probe: ProbeLike, name: str) -> dict[str, Any]:
     """What this node last made of the job (OK, an error, or created, starting, started), and when that began."""
-    text = None
+    state: dict[str, Any] = {}
     if "/" not in name:
         with part_of(probe, "backups"):
-            text = optional(probe.read, f"/var/lib/pve-manager/jobs/vzdump-{name}.json")
-    if text is None:
-        return {}
-    state: dict[str, Any] = {}
-    with part_of(probe, "backups"):
-        state = parse_object(text, f"state of backup job {name}")
+            text = optional(probe.read, f"/var/lib/pve-manager/jobs/vzdump-{name}.json", default="{}")
+            state = parse_object(text, f"state of backup job {name}")
     told = state.get("msg") if state.get("state") == "stopped" else state.get("state")
     began = as_dict(parse_upid(str(state.get("upid")))).get("started_at", to_count(state.get("time")))
     return known(last_state=told[:500] if isinstance(told, str) else None, last_run_at=began)
@@ -3726,11 +3683,9 @@ def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str)
             guests.setdefault(str(vmid), {})["newest_ok"] = run
 
 
-@collector("replication", tick=MEDIUM)
+@collector("replication", tick=MEDIUM, needs=[require_cluster])
 def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Replication jobs of the guests on this node. A state file that cannot be read makes the state unknown."""
-    require_pve(probe)
-    require_cluster(probe)
     node = node_name(probe)
     listing = parse_vmlist(probe.read("/etc/pve/.vmlist"))
     states: dict[str, Any] = {}
@@ -3749,72 +3704,44 @@ def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[s
     return jobs
 
 
-def require_cluster(probe: ProbeLike) -> None:
-    """Absent on a stand-alone node. Without pmxcfs nobody can tell."""
-    read_version_file(probe)
-    if not shared(probe, "members", read_members).get("cluster"):
-        raise Absent("a stand-alone node")
-
-
 def build_replication(
     name: str, vmid: str, values: dict[str, str], state: dict[str, Any], now: float
 ) -> dict[str, Any]:
-    error = state.get("error")
-    schedule, enabled = values.get("schedule", "*/15"), not flag_of(values, "disable")
+    error, schedule, enabled = state.get("error"), values.get("schedule", "*/15"), not flag_of(values, "disable")
+    last_sync, last_try = (to_count(state.get(name)) or None for name in ("last_sync", "last_try"))  # 0: never
     return known(
-        id=name,
-        vmid=int(vmid),
-        target=values.get("target"),
-        schedule=schedule,
-        enabled=enabled,
-        **(due_fields(schedule, now) if enabled else {}),
-        last_sync_at=to_count(state.get("last_sync")) or None,  # 0: never
-        last_try_at=to_count(state.get("last_try")) or None,
-        duration_seconds=to_number(state.get("duration")),
-        fail_count=to_count(state.get("fail_count")),
+        id=name, vmid=int(vmid), target=values.get("target"), schedule=schedule, enabled=enabled,
+        **(due_fields(schedule, now) if enabled else {}), last_sync_at=last_sync, last_try_at=last_try,
+        duration_seconds=to_number(state.get("duration")), fail_count=to_count(state.get("fail_count")),
         error=error[:500] if isinstance(error, str) else None,
     )
 
 
-@collector("ha", tick=MEDIUM)
+@collector("ha", tick=MEDIUM, needs=[require_cluster])
 def collect_ha(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
-    """HA's manager, services and this node's LRM, from the files they keep."""
-    require_pve(probe)
-    require_cluster(probe)
+    """HA's manager, services and this node's LRM, from the files they keep.
+
+    A manager with nothing to manage stops writing: idle. Else it writes every 10 s, and silence is its death.
+    """
     text = optional(probe.read, "/etc/pve/ha/manager_status")
     if text is None:
         raise Absent("no HA manager has ever run")
     status = parse_object(text, "ha/manager_status")
-    stamp = to_count(status.get("timestamp"))
-    services, disarm = as_dict(status.get("service_status")), as_dict(status.get("disarm"))
-    return known(
-        manager=manager_state(probe.now(), stamp, services),
-        master=status.get("master_node"),
-        manager_as_of=stamp,
-        disarm=known(mode=disarm.get("mode"), state=disarm.get("state")) or None,
-        nodes=[known(name=name, state=state) for name, state in sorted(as_dict(status.get("node_status")).items())],
-        services=[
-            known(id=name, node=as_dict(service).get("node"), state=as_dict(service).get("state"))
-            for name, service in sorted(services.items())
-        ],
-        lrm=read_lrm(probe),
-    )
-
-
-def manager_state(now: float, stamp: int | None, services: dict[str, Any]) -> str:
-    """A manager with nothing to manage stops writing: idle. Else it writes every 10 s, and silence is its death."""
-    if stamp is not None and abs(now - stamp) <= DEAD_SECONDS:
-        return "active"
-    return "dead" if services else "idle"
-
-
-def read_lrm(probe: ProbeLike) -> dict[str, Any] | None:
-    status: dict[str, Any] = {}
+    stamp, services = to_count(status.get("timestamp")), as_dict(status.get("service_status"))
+    writes = stamp is not None and abs(probe.now() - stamp) <= DEAD_SECONDS
+    lrm: dict[str, Any] = {}
     with part_of(probe, "ha"):
         path = f"/etc/pve/nodes/{node_name(probe)}/lrm_status"
-        status = parse_object(optional(probe.read, path, default="{}"), "lrm_status")
-    told = known(state=status.get("state"), mode=status.get("mode"), as_of=to_count(status.get("timestamp")))
-    return told or None
+        lrm = parse_object(optional(probe.read, path, default="{}"), "lrm_status")
+    return known(
+        manager="active" if writes else "dead" if services else "idle", master=status.get("master_node"),
+        manager_as_of=stamp,
+        disarm=known(mode=dig(status, "disarm", "mode"), state=dig(status, "disarm", "state")) or None,
+        nodes=[known(name=name, state=state) for name, state in sorted(as_dict(status.get("node_status")).items())],
+        services=[known(id=name, node=dig(service, "node"), state=dig(service, "state"))
+                  for name, service in sorted(services.items())],
+        lrm=known(state=lrm.get("state"), mode=lrm.get("mode"), as_of=to_count(lrm.get("timestamp"))) or None,
+    )  # fmt: skip
 
 
 # services, time_sync
@@ -3824,39 +3751,33 @@ UNITS = (
     "watchdog-mux zfs-zed zfs-mount zfs-import-cache zfs-import-scan pve-guests pve-lxc-syscalld lxcfs spiceproxy "
     "smartmontools chrony systemd-timesyncd ntpsec ksmtuned rrdcached ssh postfix"
 ).split()
-UNIT_FIELDS = "Id,LoadState,ActiveState,SubState,UnitFileState,NRestarts"
+UNIT_FIELDS = {
+    "Id": "unit", "LoadState": "load", "ActiveState": "active", "SubState": "sub", "UnitFileState": "enabled",
+    "NRestarts": "restarts",
+}
 
 
-@collector("services", tick=MEDIUM)
+@collector("services", tick=MEDIUM, needs=[require_systemd])
 def collect_services(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """PVE's, ZFS's and time services, in one call; those that are not installed are no fault and left out."""
-    require_systemd(probe)
-    text = probe.run("systemctl", "show", "-p", UNIT_FIELDS, *[f"{unit}.service" for unit in UNITS], ok=None)
+    text = probe.run("systemctl", "show", "-p", ",".join(UNIT_FIELDS), *[f"{unit}.service" for unit in UNITS], ok=None)
     blocks = parse_blocks(text)
     if not blocks:
         raise SourceError("garbage", f"systemctl show: {text[:80]!r}")
-    return [
-        known(
-            unit=block.get("Id"), load=block.get("LoadState"), active=block.get("ActiveState"),
-            sub=block.get("SubState"), enabled=block.get("UnitFileState") or None,
-            restarts=to_count(block.get("NRestarts")),
-        )
-        for block in blocks
-        if block.get("LoadState") != "not-found"
-    ]
+    services = []
+    for block in blocks:
+        if block.get("LoadState") != "not-found":
+            words = {field: block.get(name) for name, field in UNIT_FIELDS.items()}
+            more = {"enabled": words["enabled"] or None, "restarts": to_count(words["restarts"])}
+            services.append(known(**{**words, **more}))
+    return services
 
 
-@collector("failed_units", tick=MEDIUM)
+@collector("failed_units", tick=MEDIUM, needs=[require_systemd])
 def collect_failed_units(probe: ProbeLike, memory: dict[str, Any]) -> list[str]:
     """All units of the system that have failed."""
-    require_systemd(probe)
     text = probe.run("systemctl", "list-units", "--failed", "--plain", "--no-legend")
     return [line.split()[0] for line in text.splitlines() if line.split()]
-
-
-def require_systemd(probe: ProbeLike) -> None:
-    if not probe.exists("/run/systemd/system"):
-        raise Absent("systemd does not run here")
 
 
 @collector("time_sync", tick=MEDIUM)
@@ -3880,6 +3801,8 @@ def collect_time_sync(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any
 
 # disks
 
+SMART_PRIVATE = ("type", "protocol", "rotation_rate")  # for the collector, not for the report
+SMART_IDENTITY = ("model", "serial", "wwn", "firmware", "size_bytes", "protocol", "rotation_rate")
 SMART_LIMIT = 30.0  # seconds for one disk
 VIRTUAL_DISKS = ("vd", "xvd", "mmcblk")
 VIRTUAL_MODELS = ("QEMU", "VBOX", "VMware", "Virtual disk", "Virtual Disk")
@@ -3887,14 +3810,12 @@ RAID_NAMES = ("megaraid", "cciss", "areca", "aacraid", "3ware")
 BRIDGE_WORDS = ("Unknown USB bridge", "specify device type", "unsupported field in scsi command")
 
 
-@collector("disks", tick=SLOW)
+@collector("disks", tick=SLOW, needs=[require("/sys/block", "no /sys here")])
 def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Identity, SMART and place in a pool of every disk, one after the other; a sleeping disk is not woken.
 
     What is kept of a disk (its type for smartctl, its last values) goes by its identity, never by its letter.
     """
-    if not probe.exists("/sys/block"):
-        raise Absent("no /sys here")
     links = attempt(read_disk_links, probe, default={})
     boot_id = read_word(probe, "/proc/sys/kernel/random/boot_id")
     before, kept = as_dict(memory.get("smart")), {}
@@ -3914,9 +3835,6 @@ def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
         place = next((places[name] for name in [disk["name"], *disk.get("paths", [])] if name in places), {})
         disk.update(place)
     return [{field: value for field, value in disk.items() if field not in SMART_PRIVATE} for disk in disks]
-
-
-SMART_PRIVATE = ("type", "protocol", "rotation_rate")  # for the collector, not for the report
 
 
 def is_disk(probe: ProbeLike, name: str) -> bool:
@@ -4006,9 +3924,6 @@ def read_smart(probe: ProbeLike, device: str, before: dict[str, Any]) -> tuple[d
     return {**smart, "standby": False}, {"type": smart.get("type"), "at": now, "values": values}
 
 
-SMART_IDENTITY = ("model", "serial", "wwn", "firmware", "size_bytes", "protocol", "rotation_rate")
-
-
 def ask_smartctl(probe: ProbeLike, device: str, kind: str | None, now: int) -> dict[str, Any]:
     """-n standby,3: do not wake it, and tell sleep (3) from failure (2). A known type spares the detection, which wakes
     some disks too; where it does not fit any more, or a bridge is not known, the next way is tried once."""
@@ -4070,10 +3985,9 @@ PACKAGE_LISTS = ("/var/cache/apt/pkgcache.bin", "/var/lib/dpkg/status")
 PKGUPDATES = "/var/lib/pve-manager/pkgupdates"
 
 
-@collector("updates", tick=SLOW)
+@collector("updates", tick=SLOW, needs=[require_pve])
 def collect_updates(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Pending updates as PVE's daily job listed them; where dpkg's state is newer, without those done since."""
-    require_pve(probe)
     written = probe.stat(PKGUPDATES).st_mtime
     updates = parse_json(probe.read(PKGUPDATES), PKGUPDATES)
     if not isinstance(updates, list):
@@ -4111,11 +4025,9 @@ def read_packages(probe: ProbeLike, *names: str) -> dict[str, str]:
 CERTIFICATES = ("nodes/{node}/pveproxy-ssl.pem", "nodes/{node}/pve-ssl.pem", "pve-root-ca.pem")
 
 
-@collector("certificates", tick=SLOW)
+@collector("certificates", tick=SLOW, needs=[require_pve, read_version_file])
 def collect_certificates(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Who they are for, who signed, until when. Never the certificate itself."""
-    require_pve(probe)
-    read_version_file(probe)
     node = node_name(probe)
     config = attempt(probe.read, f"/etc/pve/nodes/{node}/config", default="")
     acme = any(line.startswith("acme") for line in config.splitlines())
@@ -4133,42 +4045,30 @@ def collect_certificates(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[
     return certificates
 
 
-@collector("subscription", tick=SLOW)
+@collector("subscription", tick=SLOW, needs=[require_pve])
 def collect_subscription(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Status, level and due date; the key and the server's id are not sent."""
-    require_pve(probe)
     return parse_subscription(optional(probe.read, "/etc/subscription", default=""))
 
 
 @collector("versions", tick=SLOW)
 def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
-    """What runs here. The module and the tools of ZFS differ after an upgrade without a reboot."""
+    """What runs here. The module and the tools of ZFS differ after an upgrade without a reboot; a digest is enough to
+    see that storage.cfg is not the same on all hosts."""
     packages: dict[str, str] = {}
     with part_of(probe, "versions"):
         packages = optional(read_packages, probe, "pve-qemu-kvm", "smartmontools", "zfsutils-linux", default={})
+    tools, config = packages.get("zfsutils-linux"), attempt(probe.read, "/etc/pve/storage.cfg")
+    if not tools and probe.exists("/sys/module/zfs"):  # not Debian's; `zfs` would load the module where it is not
+        tools = attempt(probe.run, "zfs", "version", default="").partition("\n")[0].removeprefix("zfs-").strip()
     return known(
         pve=parse_pve_version(attempt(probe.read, PVECFG, default="")),
-        zfs_module=read_word(probe, "/sys/module/zfs/version") or None,
-        zfs_userland=packages.get("zfsutils-linux") or read_zfs_userland(probe),
-        qemu=packages.get("pve-qemu-kvm") or None,
-        smartctl=packages.get("smartmontools") or None,
+        zfs_module=read_word(probe, "/sys/module/zfs/version") or None, zfs_userland=tools or None,
+        qemu=packages.get("pve-qemu-kvm") or None, smartctl=packages.get("smartmontools") or None,
         agent_python=sys.version.split()[0],
         microcode=find_text(r"(?m)^microcode\s*:\s*(\S+)", attempt(probe.read, "/proc/cpuinfo", default="")) or None,
-        storage_cfg_digest=digest_of(attempt(probe.read, "/etc/pve/storage.cfg")),
+        storage_cfg_digest=None if config is None else hashlib.sha256(config.encode()).hexdigest()[:12],
     )
-
-
-def digest_of(text: str | None) -> str | None:
-    """Enough to see that a file differs from another host's."""
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def read_zfs_userland(probe: ProbeLike) -> str | None:
-    """`zfs version` where the tools are not Debian's package; it would load the module where that is not loaded."""
-    if not probe.exists("/sys/module/zfs"):
-        return None
-    first = attempt(probe.run, "zfs", "version", default="").partition("\n")[0]
-    return first.removeprefix("zfs-").strip() or None
 
 
 @collector("safeguards", tick=SLOW)
@@ -4197,11 +4097,8 @@ def read_zfs_timers(probe: ProbeLike) -> dict[str, Any]:
     cron = optional(probe.read, "/etc/cron.d/zfsutils-linux", default="")
     lines = [line for line in cron.splitlines() if not line.lstrip().startswith("#")]
     wanted = optional(probe.list_dir, "/etc/systemd/system/timers.target.wants", default=[])
-    return {
-        f"{task}_scheduled": any(f"zfs-linux/{task}" in line for line in lines)
-        or any(name.startswith(f"zfs-{task}") for name in wanted)
-        for task in ("scrub", "trim")
-    }
+    text = "\n".join([*lines, *(name.replace("zfs-", "zfs-linux/", 1) for name in wanted if name.startswith("zfs-"))])
+    return {f"{task}_scheduled": f"zfs-linux/{task}" in text for task in ("scrub", "trim")}
 
 
 def read_pve_mail(probe: ProbeLike) -> dict[str, Any]:
@@ -4218,26 +4115,14 @@ def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
     folder = "/etc/apt/sources.list.d"
     names = optional(probe.list_dir, folder, default=[])
     paths = ["/etc/apt/sources.list", *(f"{folder}/{name}" for name in names if name.endswith((".list", ".sources")))]
-    texts = [(path, optional(probe.read, path)) for path in paths]
-    if all(text is None for _, text in texts):
-        return {}
-    return judge_apt_sources(
-        [
-            source
-            for path, text in texts
-            if text is not None
-            for source in parse_apt_sources(text, deb822=path.endswith(".sources"))
-        ]
-    )
+    texts = {path: text for path in paths if (text := optional(probe.read, path)) is not None}
+    parsed = [parse_apt_sources(text, deb822=path.endswith(".sources")) for path, text in texts.items()]
+    return judge_apt_sources([source for sources in parsed for source in sources]) if texts else {}
 
 
-@collector("ceph", tick=SLOW)
+@collector("ceph", tick=SLOW, needs=[require_pve, read_version_file, require("/etc/pve/ceph.conf", "no ceph.conf")])
 def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Health and its checks; only where Ceph is set up."""
-    require_pve(probe)
-    read_version_file(probe)
-    if not probe.exists("/etc/pve/ceph.conf"):
-        raise Absent("no /etc/pve/ceph.conf")
     try:
         probe.find("ceph")
     except SourceError:
