@@ -78,6 +78,9 @@ from waitress.task import ErrorTask, WSGITask
 VERSION = "0.1.0"
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
+Fields = dict[str, Any]  # an object of JSON, or a row: values by name
+Database = sqlite3.Connection
+
 SENT_LIMIT = 2 << 20  # bytes of one request as sent
 TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; beyond it the connection is closed
 HEAD_SECONDS, REQUEST_SECONDS = 20, 60  # that a request's head and all of it may take to come in
@@ -115,7 +118,7 @@ KEEP_RESOLVED = 90 * DAY
 SESSION_SECONDS, SESSION_MOST = 7 * DAY, 30 * DAY  # without use, and from the log-in on
 LIST_LIMIT, LIST_MOST = 200, 10_000
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED = 0, 1  # and 2 for a usage that argparse refuses
 
 VERDICTS = ("critical", "offline", "warning", "stale", "unknown", "info", "maintenance", "ok")  # worst first
 SEVERITIES = ("critical", "warning", "info")
@@ -129,33 +132,27 @@ class Failure(Exception):
 class Problem(Exception):
     """An answer that is an error: RFC 9457, with a stable `code`."""
 
-    STATUS = {
-        "invalid_request": 400, "invalid_json": 400, "invalid_token": 401, "clock_skew": 401, "unauthorized": 401,
-        "forbidden": 403, "not_found": 404, "unknown_host": 404, "method_not_allowed": 405, "conflict": 409,
-        "too_large": 413, "unsupported_media_type": 415, "host_mismatch": 422, "invalid_report": 422,
-        "rate_limited": 429, "undelivered": 502, "storage_full": 503, "busy": 503,
-    }
-    TITLE = {
-        "invalid_request": "The request is not understood", "invalid_json": "The body is not JSON",
-        "invalid_token": "The signature is missing or wrong", "clock_skew": "The sender's clock is off",
-        "unauthorized": "Log in first", "forbidden": "Not allowed", "not_found": "No such thing",
-        "unknown_host": "No such host", "method_not_allowed": "Method not allowed", "conflict": "Already there",
-        "too_large": "Too large", "unsupported_media_type": "Unsupported media type",
-        "host_mismatch": "The report names another host", "invalid_report": "Not a report",
-        "rate_limited": "Too many requests", "undelivered": "The channel did not take it",
-        "storage_full": "The disk is full", "busy": "Busy",
+    CODES = {
+        "invalid_request": (400, "The request is not understood"), "invalid_json": (400, "The body is not JSON"),
+        "invalid_token": (401, "The signature is missing or wrong"), "clock_skew": (401, "The sender's clock is off"),
+        "unauthorized": (401, "Log in first"), "forbidden": (403, "Not allowed"), "not_found": (404, "No such thing"),
+        "unknown_host": (404, "No such host"), "method_not_allowed": (405, "Method not allowed"),
+        "conflict": (409, "Already there"), "too_large": (413, "Too large"),
+        "unsupported_media_type": (415, "Unsupported media type"),
+        "host_mismatch": (422, "The report names another host"), "invalid_report": (422, "Not a report"),
+        "rate_limited": (429, "Too many requests"), "undelivered": (502, "The channel did not take it"),
+        "storage_full": (503, "The disk is full"), "busy": (503, "Busy"),
     }
 
     def __init__(self, code: str, detail: str, *, headers: dict[str, str] | None = None, **extra: Any):
         super().__init__(detail)
         self.code, self.detail, self.headers, self.extra = code, detail, headers or {}, extra
-        self.status = self.STATUS[code]
+        self.status, self.title = self.CODES[code]
 
     def body(self) -> bytes:
         """The problem document."""
-        document = {"type": "about:blank", "status": self.status, "title": self.TITLE[self.code],
-                    "detail": self.detail, "code": self.code, **self.extra}
-        return json.dumps(document).encode()
+        return json.dumps({"type": "about:blank", "status": self.status, "title": self.title, "detail": self.detail,
+                           "code": self.code, **self.extra}).encode()
 
 
 # --- config: settings from the environment, and how any field that is given is checked ---
@@ -504,7 +501,7 @@ def statements(text: str) -> list[str]:
     return found
 
 
-def connect(path: str, *, readonly: bool = False) -> sqlite3.Connection:
+def connect(path: str, *, readonly: bool = False) -> Database:
     """Open the database; the caller says BEGIN. `Failure` when there is none to read."""
     address = f"file:{urllib.parse.quote(path)}?mode={'ro' if readonly else 'rwc'}"
     try:
@@ -530,7 +527,7 @@ def connect(path: str, *, readonly: bool = False) -> sqlite3.Connection:
 
 
 @contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+def transaction(db: Database) -> Iterator[Database]:
     """Everything inside is written, or nothing."""
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -542,16 +539,16 @@ def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def schema_version(db: sqlite3.Connection) -> int:
+def schema_version(db: Database) -> int:
     return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def is_empty(db: sqlite3.Connection) -> bool:
+def is_empty(db: Database) -> bool:
     ours = "SELECT 1 FROM sqlite_schema WHERE name NOT LIKE 'sqlite|_%' ESCAPE '|' LIMIT 1"
     return not schema_version(db) and not db.execute(ours).fetchone()
 
 
-def check_schema(db: sqlite3.Connection) -> None:
+def check_schema(db: Database) -> None:
     """`Failure` that says in one line what to do when the schema is not this program's."""
     have, want = schema_version(db), len(load_migrations())
     if have > want:
@@ -560,7 +557,7 @@ def check_schema(db: sqlite3.Connection) -> None:
         raise Failure(f"the database has schema {have}, this version needs {want}: run `migrate`")
 
 
-def migrate(db: sqlite3.Connection, migrations: list[Migration]) -> int:
+def migrate(db: Database, migrations: list[Migration]) -> int:
     """Bring the schema up to date, each step whole or not at all; gives back how many steps it took."""
     taken = 0
     while True:
@@ -576,7 +573,7 @@ def migrate(db: sqlite3.Connection, migrations: list[Migration]) -> int:
         taken += 1
 
 
-def rollback(db: sqlite3.Connection, migrations: list[Migration], *, to: int) -> int:
+def rollback(db: Database, migrations: list[Migration], *, to: int) -> int:
     """Take steps back until the schema is version `to`; gives back how many it took."""
     taken = 0
     while schema_version(db) > to:
@@ -592,7 +589,7 @@ def rollback(db: sqlite3.Connection, migrations: list[Migration], *, to: int) ->
 class Write:
     """One piece of work: `work(db)` runs inside the transaction of its group. It has failed until it is committed."""
 
-    def __init__(self, work: Callable[[sqlite3.Connection], Any], urgent: bool):
+    def __init__(self, work: Callable[[Database], Any], urgent: bool):
         self.work, self.urgent = work, urgent
         self.done = False
         self.value: Any = None
@@ -623,13 +620,13 @@ class Store:
         began = self.writing_since
         return not self.closed and (began is None or time.monotonic() - began < MINUTE)
 
-    def reader(self) -> sqlite3.Connection:
+    def reader(self) -> Database:
         """This thread's own connection, read-only."""
         if not hasattr(self._local, "db"):
             self._local.db = connect(self.path, readonly=True)
         return self._local.db
 
-    def write(self, work: Callable[[sqlite3.Connection], Any], *, urgent: bool = True) -> Any:
+    def write(self, work: Callable[[Database], Any], *, urgent: bool = True) -> Any:
         """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned. What
         `work` raises is raised here, and a `Problem` (storage_full, busy) when the commit fails."""
         write = Write(work, urgent)
@@ -676,7 +673,7 @@ class Store:
                 write.done = True
             self.writing_since = None
 
-    def _attempt(self, db: sqlite3.Connection, write: Write) -> Exception | None:
+    def _attempt(self, db: Database, write: Write) -> Exception | None:
         db.execute("SAVEPOINT one")
         error: Exception | None = None
         try:
@@ -714,18 +711,18 @@ def store_problem(error: Exception) -> Problem:
 # --- queries: one function per question, its SQL in full beside it ---
 
 
-def find_host(db: sqlite3.Connection, name: str) -> sqlite3.Row | None:
+def find_host(db: Database, name: str) -> sqlite3.Row | None:
     return db.execute("SELECT * FROM host WHERE name = :name", {"name": name}).fetchone()
 
 
-def list_host_records(db: sqlite3.Connection) -> list[sqlite3.Row]:
+def list_host_records(db: Database) -> list[sqlite3.Row]:
     """Every registered host with the time anything was last received from it."""
     return db.execute("""
         SELECT host.*, (SELECT max(last_seen_at) FROM run WHERE run.host_id = host.id) AS last_seen_at
         FROM host ORDER BY name""").fetchall()
 
 
-def required_host(db: sqlite3.Connection, name: str) -> sqlite3.Row:
+def required_host(db: Database, name: str) -> sqlite3.Row:
     """The host's row; `Problem('unknown_host')` if there is none."""
     row = find_host(db, name)
     if row is None:
@@ -741,7 +738,7 @@ def checked_name(name: Any, whose: str) -> str:
     return name
 
 
-def insert_host(db: sqlite3.Connection, name: Any, now: float, *, site: str | None = None,
+def insert_host(db: Database, name: Any, now: float, *, site: str | None = None,
                 tags: list[str] | None = None) -> sqlite3.Row:
     """Register a host with a fresh nonce. `Problem`: invalid_request or conflict."""
     if find_host(db, checked_name(name, "host")):
@@ -754,7 +751,7 @@ def insert_host(db: sqlite3.Connection, name: Any, now: float, *, site: str | No
     return required_host(db, name)
 
 
-def rotate_nonce(db: sqlite3.Connection, name: str, now: float) -> sqlite3.Row:
+def rotate_nonce(db: Database, name: str, now: float) -> sqlite3.Row:
     """A new nonce: from here on the old token is refused."""
     row = required_host(db, name)
     db.execute("UPDATE host SET nonce = :nonce, rotated_at = :now WHERE id = :id",
@@ -764,7 +761,7 @@ def rotate_nonce(db: sqlite3.Connection, name: str, now: float) -> sqlite3.Row:
     return required_host(db, name)
 
 
-def update_host(db: sqlite3.Connection, name: str, changes: dict[str, Any], now: float) -> sqlite3.Row:
+def update_host(db: Database, name: str, changes: Fields, now: float) -> sqlite3.Row:
     """Change name, site, tags, note or maintenance_until. The nonce stays, so the token stays with a new name."""
     row = required_host(db, name)
     new = checked_name(changes.get("name", row["name"]), "host")
@@ -786,30 +783,29 @@ def update_host(db: sqlite3.Connection, name: str, changes: dict[str, Any], now:
     return required_host(db, new)
 
 
-def delete_host(db: sqlite3.Connection, name: str, now: float) -> None:
+def delete_host(db: Database, name: str, now: float) -> None:
     """Forget a host with all it has sent; the events stay."""
     row = required_host(db, name)
-    first, last = report_span(row["id"], 0, None)
     for table in ("report", "kept_report"):  # its chunks go bit by bit: see expire()
-        db.execute(f"DELETE FROM {table} WHERE id BETWEEN :first AND :last", {"first": first, "last": last})
+        db.execute(f"DELETE FROM {table} WHERE id BETWEEN :first AND :last", report_span(row["id"]))
     db.execute("DELETE FROM host WHERE id = :id", {"id": row["id"]})
     insert_event(db, now, "host-removed", f"Host {row['name']} removed", host=row["name"])
     hosts_changed(db)
 
 
-def hosts_changed(db: sqlite3.Connection) -> None:
+def hosts_changed(db: Database) -> None:
     """Tell a running server, also from another process, that the table of hosts is not what it read."""
     db.execute("""
         INSERT INTO meta VALUES ('hosts_version', '1')
         ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + 1""")
 
 
-def get_meta(db: sqlite3.Connection, key: str) -> str | None:
+def get_meta(db: Database, key: str) -> str | None:
     row = db.execute("SELECT value FROM meta WHERE key = :key", {"key": key}).fetchone()
     return row[0] if row else None
 
 
-def set_meta(db: sqlite3.Connection, key: str, value: Any) -> None:
+def set_meta(db: Database, key: str, value: Any) -> None:
     db.execute("INSERT INTO meta VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = :value",
                {"key": key, "value": str(value)})
 
@@ -827,7 +823,7 @@ def done_by(by: str | None, address: str | None = None) -> Iterator[None]:
         DOING.reset(before)
 
 
-def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, host: str | None = None,
+def insert_event(db: Database, at: float, kind: str, message: str, *, host: str | None = None,
                  object: str | None = None) -> None:
     by, address = DOING.get()
     db.execute("""
@@ -836,12 +832,9 @@ def insert_event(db: sqlite3.Connection, at: float, kind: str, message: str, *, 
         {"at": at, "kind": kind, "host": host, "object": object, "message": message, "by": by, "address": address})
 
 
-AUDIT = "audit"  # in the place of a kind: all that somebody did or was refused
-
-
-def each_event(db: sqlite3.Connection, *, since: float, until: float | None = None, kind: str | None = None,
-               host: str | None = None) -> Iterator[dict[str, Any]]:
-    """What changed since then, newest first; of one kind, or of all that people, tokens and commands did."""
+def each_event(db: Database, *, since: float, until: float | None = None, kind: str | None = None,
+               host: str | None = None) -> Iterator[Fields]:
+    """What changed since then, newest first; of one kind, or (`audit`) all that somebody did or was refused."""
     for row in db.execute("""
             SELECT id, at, kind, host, object, message, "by", address FROM event
             WHERE at >= :since AND (:until IS NULL OR at <= :until) AND (:host IS NULL OR host = :host)
@@ -850,11 +843,11 @@ def each_event(db: sqlite3.Connection, *, since: float, until: float | None = No
         yield dict(row)
 
 
-def list_events(db: sqlite3.Connection, *, since: float, limit: int, kind: str | None = None) -> list[dict[str, Any]]:
+def list_events(db: Database, *, since: float, limit: int, kind: str | None = None) -> list[Fields]:
     return list(islice(each_event(db, since=since, kind=kind), limit))
 
 
-def failed_logins(db: sqlite3.Connection, since: float) -> int:
+def failed_logins(db: Database, since: float) -> int:
     """How many log-ins have failed since then: what a rule can tell of."""
     return db.execute("SELECT count(*) FROM event WHERE kind = 'login-failed' AND at >= :since",
                       {"since": since}).fetchone()[0]
@@ -863,17 +856,17 @@ def failed_logins(db: sqlite3.Connection, since: float) -> int:
 SILENCE_MATCHERS = ("tag", "site", "host", "object", "rule")
 
 
-def active_silences(db: sqlite3.Connection, now: float = 0.0) -> list[dict[str, Any]]:
+def active_silences(db: Database, now: float = 0.0) -> list[Fields]:
     """The silences that have not ended, the next to end first."""
     return [dict(row) for row in db.execute("SELECT * FROM silence WHERE until > :now ORDER BY until, id",
                                             {"now": now})]
 
 
-def last_notification_at(db: sqlite3.Connection) -> float | None:
+def last_notification_at(db: Database) -> float | None:
     return db.execute("SELECT max(sent_at) FROM message WHERE sent_at IS NOT NULL").fetchone()[0]
 
 
-def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
+def missing_reports(db: Database, host_id: int) -> int:
     """How many reports of a host never came: holes in the sequence numbers of each run of its agent."""
     rows = db.execute("SELECT ranges FROM run WHERE host_id = :id", {"id": host_id})
     every = (parse_ranges(row["ranges"]) for row in rows)
@@ -881,16 +874,15 @@ def missing_reports(db: sqlite3.Connection, host_id: int) -> int:
                for ranges in every if ranges)
 
 
-def has_report(db: sqlite3.Connection, host_id: int, run: int, seq: int) -> bool:
+def has_report(db: Database, host_id: int, run: int, seq: int) -> bool:
     """Whether a report is kept as it came."""
-    first, last = report_span(host_id, 0, None)
     return db.execute("""
         SELECT 1 FROM report WHERE id BETWEEN :first AND :last AND run = :run AND seq = :seq UNION ALL
         SELECT 1 FROM kept_report WHERE id BETWEEN :first AND :last AND run = :run AND seq = :seq""",
-        {"first": first, "last": last, "run": run, "seq": seq}).fetchone() is not None
+        {**report_span(host_id), "run": run, "seq": seq}).fetchone() is not None
 
 
-def find_report(db: sqlite3.Connection, report_id: int) -> sqlite3.Row | None:
+def find_report(db: Database, report_id: int) -> sqlite3.Row | None:
     """A report by its id, wherever it is kept."""
     return db.execute("""
         SELECT * FROM report WHERE id = :id UNION ALL SELECT * FROM kept_report WHERE id = :id""",
@@ -940,11 +932,11 @@ def join_ranges(ranges: list[list[int]], at: int) -> None:
 HOST_SHIFT = 42  # bits of milliseconds: until the year 2109
 
 
-def report_span(host_id: int, since: float, until: float | None) -> tuple[int, int]:
-    """First and last possible id of a host's reports in a span of time."""
+def report_span(host_id: int, since: float = 0, until: float = math.inf) -> dict[str, int]:
+    """First and last possible id of a host's reports in a span of time, for SQL."""
     most = (1 << HOST_SHIFT) - 1
-    last = most if until is None else max(0, min(most, int(until * 1000)))
-    return host_id << HOST_SHIFT | max(0, min(most, int(since * 1000))), host_id << HOST_SHIFT | last
+    return {name: host_id << HOST_SHIFT | int(max(0, min(most, at * 1000)))
+            for name, at in (("first", since), ("last", until))}
 
 
 def report_time(report_id: int) -> float:
@@ -962,15 +954,14 @@ def read_text(body: bytes) -> bytes:
     return text
 
 
-def read_body(body: bytes) -> dict[str, Any]:
+def read_body(body: bytes) -> Fields:
     return json.loads(read_text(body))
 
 
-def insert_report(db: sqlite3.Connection, host_id: int, run: int, seq: int, at: float, received_at: float,
-                  body: bytes) -> int:
+def insert_report(db: Database, host_id: int, run: int, seq: int, at: float, received_at: float, body: bytes) -> int:
     """Keep a report; gives back its id. When its millisecond is taken, the next free one after its neighbours: the
     id is a place, the time that counts stands in the report."""
-    report_id, window = report_span(host_id, at, None)[0], 1000
+    report_id, window = report_span(host_id, at)["first"], 1000
     while True:
         added = db.execute("""
             INSERT OR IGNORE INTO report SELECT :id, :run, :seq, :received_at, :body
@@ -1021,7 +1012,7 @@ def token_hash(token: str) -> bytes:
 TOKEN_KINDS = {"token": "pxm_", "kiosk": "pxk_"}  # a kiosk's opens the page to look at, and nothing else
 
 
-def create_api_token(db: sqlite3.Connection, name: Any, now: float, *, admin: bool, days: float | None,
+def create_api_token(db: Database, name: Any, now: float, *, admin: bool, days: float | None,
                      kind: str = "token") -> str:
     """A new token, shown this once. `Problem`: invalid_request or conflict."""
     if db.execute("SELECT 1 FROM api_token WHERE name = :name", {"name": checked_name(name, "token")}).fetchone():
@@ -1036,18 +1027,18 @@ def create_api_token(db: sqlite3.Connection, name: Any, now: float, *, admin: bo
     return token
 
 
-def revoke_api_token(db: sqlite3.Connection, name: str, now: float) -> None:
+def revoke_api_token(db: Database, name: str, now: float) -> None:
     if not db.execute("DELETE FROM api_token WHERE name = :name", {"name": name}).rowcount:
         raise Problem("not_found", f"no API token '{name}'")
     insert_event(db, now, "token-revoked", f"API token {name} revoked")
 
 
-def list_api_tokens(db: sqlite3.Connection) -> list[dict[str, Any]]:
+def list_api_tokens(db: Database) -> list[Fields]:
     return [{**dict(row), "admin": bool(row["admin"])} for row in db.execute(
         "SELECT name, admin, kind, created_at, expires_at FROM api_token ORDER BY name")]
 
 
-def find_api_token(db: sqlite3.Connection, token: str, now: float, *, kind: str = "token") -> sqlite3.Row | None:
+def find_api_token(db: Database, token: str, now: float, *, kind: str = "token") -> sqlite3.Row | None:
     return db.execute("""
         SELECT * FROM api_token WHERE hash = :hash AND kind = :kind AND (expires_at IS NULL OR expires_at > :now)""",
         {"hash": token_hash(token), "kind": kind, "now": now}).fetchone()
@@ -1065,7 +1056,7 @@ ROLES = ("viewer", "operator", "admin")  # each may what stands before it may
 BUILT_IN = "admin"  # whose password is DASHBOARD_PASSWORD_HASH
 
 
-def find_login(db: sqlite3.Connection, name: str, built_in_hash: str) -> Login | None:
+def find_login(db: Database, name: str, built_in_hash: str) -> Login | None:
     """Who logs in by this name; None if nobody does."""
     if name.lower() == BUILT_IN:
         return Login(BUILT_IN, "admin", built_in_hash) if built_in_hash else None
@@ -1078,8 +1069,7 @@ def session_key(secret: bytes, login: Login, cookie: str) -> bytes:
     return hmac.digest(secret, f"proxmon session\0{login.hash}\0{cookie}".encode("utf-8", "replace"), "sha256")
 
 
-def create_session(db: sqlite3.Connection, secret: bytes, login: Login, now: float, address: str,
-                   user_agent: str) -> str:
+def create_session(db: Database, secret: bytes, login: Login, now: float, address: str, user_agent: str) -> str:
     """A new session; gives back the cookie's value, which begins with the name of whose it is."""
     cookie = f"{login.name}.{secrets.token_urlsafe(32)}"
     db.execute("""
@@ -1094,24 +1084,22 @@ def create_session(db: sqlite3.Connection, secret: bytes, login: Login, now: flo
 LIVING_SESSION = f"used_at > :now - {SESSION_SECONDS} AND created_at > :now - {SESSION_MOST}"
 
 
-def find_session(db: sqlite3.Connection, secret: bytes, cookie: str, now: float,
-                 built_in_hash: str) -> tuple[Login, sqlite3.Row] | None:
+def find_session(db: Database, secret: bytes, cookie: str, now: float,
+                 built_in_hash: str) -> tuple[Login | None, sqlite3.Row | None]:
     """Whose living session this cookie is of."""
     login = find_login(db, cookie.rpartition(".")[0], built_in_hash)
-    row = login and db.execute(f"SELECT * FROM session WHERE hash = :hash AND {LIVING_SESSION}",
-                               {"hash": session_key(secret, login, cookie), "now": now}).fetchone()
-    return (login, row) if login and row else None
+    return login, login and db.execute(f"SELECT * FROM session WHERE hash = :hash AND {LIVING_SESSION}",
+                                       {"hash": session_key(secret, login, cookie), "now": now}).fetchone()
 
 
-def list_sessions(db: sqlite3.Connection, now: float) -> list[dict[str, Any]]:
+def list_sessions(db: Database, now: float) -> list[Fields]:
     """The living sessions; `id` is the beginning of the hash, from which no cookie can be made."""
     return [dict(row) for row in db.execute(f"""
         SELECT lower(hex(substr(hash, 1, 8))) AS id, user, created_at, used_at, address, user_agent FROM session
         WHERE {LIVING_SESSION} ORDER BY used_at DESC""", {"now": now})]
 
 
-def end_sessions(db: sqlite3.Connection, now: float, *, id: str | None = None, user: str | None = None,
-                 but: bytes = b"") -> int:
+def end_sessions(db: Database, now: float, *, id: str | None = None, user: str | None = None, but: bytes = b"") -> int:
     """End the session with this public id, those of a user, or all; gives back how many that were."""
     ended = db.execute("""
         DELETE FROM session WHERE (:id IS NULL OR lower(hex(substr(hash, 1, 8))) = :id)
@@ -1121,7 +1109,7 @@ def end_sessions(db: sqlite3.Connection, now: float, *, id: str | None = None, u
     return ended
 
 
-def end_foreign_sessions(db: sqlite3.Connection, secret: bytes, built_in_hash: str, now: float) -> None:
+def end_foreign_sessions(db: Database, secret: bytes, built_in_hash: str, now: float) -> None:
     """Sessions of another password or secret open nothing any more; they need not be listed either."""
     mark = session_key(secret, Login(BUILT_IN, "admin", built_in_hash), "").hex()
     if get_meta(db, "sessions_of") not in (None, mark):
@@ -1129,7 +1117,7 @@ def end_foreign_sessions(db: sqlite3.Connection, secret: bytes, built_in_hash: s
     set_meta(db, "sessions_of", mark)
 
 
-def check_user_name(db: sqlite3.Connection, name: Any) -> str:
+def check_user_name(db: Database, name: Any) -> str:
     """The name, if somebody new may have it. `Problem`: invalid_request or conflict."""
     taken = db.execute("SELECT 1 FROM user WHERE name = :name", {"name": checked_name(name, "user")}).fetchone()
     if taken or name.lower() == BUILT_IN:
@@ -1137,20 +1125,14 @@ def check_user_name(db: sqlite3.Connection, name: Any) -> str:
     return name
 
 
-def checked_role(role: Any) -> str:
-    if role not in ROLES:
-        raise Problem("invalid_request", f"role: one of {', '.join(ROLES)}", pointer="/role")
-    return role
-
-
-def insert_user(db: sqlite3.Connection, name: Any, role: Any, password_hash: str, now: float) -> None:
+def insert_user(db: Database, name: Any, role: str, password_hash: str, now: float) -> None:
     """Somebody new who may log in."""
     db.execute("INSERT INTO user VALUES (:name, :hash, :role, :now)",
-               {"name": check_user_name(db, name), "hash": password_hash, "role": checked_role(role), "now": now})
+               {"name": check_user_name(db, name), "hash": password_hash, "role": role, "now": now})
     insert_event(db, now, "user-added", f"User {name} added as {role}")
 
 
-def update_user(db: sqlite3.Connection, name: str, now: float, *, role: str | None = None,
+def update_user(db: Database, name: str, now: float, *, role: str | None = None,
                 password_hash: str | None = None) -> None:
     """Another role, which counts at once, or another password, which ends the user's sessions."""
     row = required_user(db, name)
@@ -1159,12 +1141,11 @@ def update_user(db: sqlite3.Connection, name: str, now: float, *, role: str | No
         insert_event(db, now, "user-password", f"Password of user {row['name']} set")
         end_sessions(db, now, user=row["name"])
     if role:
-        db.execute("UPDATE user SET role = :role WHERE name = :name",
-                   {"role": checked_role(role), "name": row["name"]})
+        db.execute("UPDATE user SET role = :role WHERE name = :name", {"role": role, "name": row["name"]})
         insert_event(db, now, "user-role", f"User {row['name']} is {role} now")
 
 
-def delete_user(db: sqlite3.Connection, name: str, now: float) -> None:
+def delete_user(db: Database, name: str, now: float) -> None:
     """Nobody logs in by this name any more; the sessions end."""
     row = required_user(db, name)
     db.execute("DELETE FROM user WHERE name = :name", {"name": row["name"]})
@@ -1172,7 +1153,7 @@ def delete_user(db: sqlite3.Connection, name: str, now: float) -> None:
     end_sessions(db, now, user=row["name"])
 
 
-def required_user(db: sqlite3.Connection, name: str) -> sqlite3.Row:
+def required_user(db: Database, name: str) -> sqlite3.Row:
     """The user's row. `Problem('not_found')`; the built-in one is not in the table."""
     row = db.execute("SELECT name, role, created_at FROM user WHERE name = :name", {"name": name}).fetchone()
     if row is None:
@@ -1181,7 +1162,7 @@ def required_user(db: sqlite3.Connection, name: str) -> sqlite3.Row:
     return row
 
 
-def list_users(db: sqlite3.Connection, built_in_hash: str) -> list[dict[str, Any]]:
+def list_users(db: Database, built_in_hash: str) -> list[Fields]:
     """Who may log in, and when he last did."""
     built_in = [{"name": BUILT_IN, "role": "admin", "created_at": None}] if built_in_hash else []
     rows = built_in + [dict(row) for row in db.execute("SELECT name, role, created_at FROM user ORDER BY name")]
@@ -1231,7 +1212,7 @@ def verify_password(encoded: str, password: str | bytes) -> bool:
             return False
 
 
-def unlock_logins(db: sqlite3.Connection, now: float) -> None:
+def unlock_logins(db: Database, now: float) -> None:
     """Have a running server forget the failed log-ins."""
     set_meta(db, "logins_unlocked", secrets.token_hex(8))
     insert_event(db, now, "login-unlocked", "Failed log-ins forgotten")
@@ -1650,12 +1631,10 @@ class Memory:
         self.changed = True
         return True
 
-    def since(self, rule: str, key: str, now: float, value: Any = True) -> float:
-        """Since when a value has stood, which is now if it is new."""
-        entry = self.get(rule, key)
-        if entry is None or entry[0] != value:
-            entry = [value, now]
-            self.keep(rule, key, entry)
+    def since(self, rule: str, key: str, now: float) -> float:
+        """Since when something is so, which is now if it is new."""
+        entry = self.get(rule, key, [True, now])
+        self.keep(rule, key, entry)
         return entry[1]
 
     def known_from(self, now: float) -> float:
@@ -1953,7 +1932,6 @@ class Fleet:
         self.hosts: dict[int, HostState] = {}
         self.names: dict[str, HostState] = {}  # in lower case
         self.nodes: dict[str, list[HostState]] = {}  # by the names they may have as nodes of a cluster
-        self.generation = 0
         self.hosts_version = 0
         self.lock = threading.Lock()
         self.serving_since = 0.0  # silence is counted from here at the earliest
@@ -1969,7 +1947,7 @@ class Fleet:
         self.certificate_ends_at: float | None = None  # of this server itself
         self.copies: SnapshotIndex | None = None  # whose snapshots lie where; see index_copies()
 
-    def load(self, db: sqlite3.Connection) -> None:
+    def load(self, db: Database) -> None:
         """Build everything anew."""
         hosts = {}
         for record in list_host_records(db):
@@ -1982,7 +1960,7 @@ class Fleet:
         self.told_at = last_notification_at(db)
         self._take_over(hosts, int(get_meta(db, "hosts_version") or 0))
 
-    def refresh(self, db: sqlite3.Connection) -> None:
+    def refresh(self, db: Database) -> None:
         """Take over hosts that were registered, changed or removed, also by a command in another process."""
         version = int(get_meta(db, "hosts_version") or 0)
         if version <= self.hosts_version:
@@ -2004,7 +1982,6 @@ class Fleet:
         self.hosts, self.nodes = hosts, nodes
         self.names = {state.name.lower(): state for state in hosts.values()}
         self.hosts_version = version
-        self.generation += 1
 
     def sorted(self, now: float) -> list[HostState]:
         """Worst first, of the silent ones the longest silent, then by name: rows stand still from report to report."""
@@ -2093,7 +2070,7 @@ def with_limit(sections: dict[str, Section], changed: list[str]) -> dict[str, Se
     return sections
 
 
-def load_sections(db: sqlite3.Connection, state: HostState) -> None:
+def load_sections(db: Database, state: HostState) -> None:
     """The latest sections of a host, from the reports that hold them."""
     row = db.execute("SELECT sections FROM latest WHERE host_id = :id", {"id": state.id}).fetchone()
     wanted = {one for pair in json.loads(row[0]).values() for one in pair if one} if row else set()
@@ -2105,7 +2082,7 @@ def load_sections(db: sqlite3.Connection, state: HostState) -> None:
     state.let_go({report["id"]: report["body"] for report in found if report})
 
 
-def load_alerts(db: sqlite3.Connection, state: HostState | Shared) -> None:
+def load_alerts(db: Database, state: HostState | Shared) -> None:
     owner = {"id": state.id or 0}
     rows = db.execute("SELECT * FROM alert WHERE ifnull(host_id, 0) = :id AND state <> 'resolved'", owner)
     state.alerts = {(row["rule"], row["object"]): read_alert(row) for row in rows}
@@ -3381,7 +3358,7 @@ def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now:
     if strange:
         room.take(room.runs, host, len(strange), now)
 
-    def work(db: sqlite3.Connection) -> int:
+    def work(db: Database) -> int:
         monitor.fleet.refresh(db)
         if host.nonce != nonce:
             raise Problem("invalid_token", "the host has just been given another token")
@@ -3394,12 +3371,12 @@ def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now:
 
 # What the sections below do with each report as it is taken, and once with all that is new of a request: inside the
 # transaction, in the order in which they stand in the file.
-EACH_REPORT: list[Callable[[Monitor, sqlite3.Connection, HostState, dict[str, Any], Stamp], None]] = []
-EACH_REQUEST: list[Callable[[Monitor, sqlite3.Connection, HostState, set[str], float], None]] = []
+EACH_REPORT: list[Callable[[Monitor, Database, HostState, dict[str, Any], Stamp], None]] = []
+EACH_REQUEST: list[Callable[[Monitor, Database, HostState, set[str], float], object]] = []
 
 
 def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
-                   db: sqlite3.Connection, weight: int = 0) -> int:
+                   db: Database, weight: int = 0) -> int:
     """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write.
     `kept`: the body of one report as it came, and `weight` its weight, see weigh()."""
     state = monitor.fleet.hosts.get(host_id)
@@ -3430,15 +3407,13 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         for follow_up in EACH_REQUEST:
             follow_up(monitor, db, state, changed, now)
         state.let_go(bodies)
-        monitor.fleet.generation += 1
     if len(monitor.runs) > RUNS_AT_HAND or sum(len(run.ranges) for run in monitor.runs.values()) > SPANS_AT_HAND:
         monitor.runs.clear()
     monitor.reports_accepted += accepted
-    monitor.reports_duplicate += len(reports) - accepted
     return accepted
 
 
-def note_changes(db: sqlite3.Connection, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+def note_changes(db: Database, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
     """Write down what a report tells beyond what is known, before it is known."""
     newest = stamp.newer_than(state.stamp)
     for _, (at, kind, object, message) in of_each(
@@ -3446,7 +3421,7 @@ def note_changes(db: sqlite3.Connection, state: HostState, report: dict[str, Any
         insert_event(db, at, kind, message, host=state.name, object=object or None)
 
 
-def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id: str, now: float) -> Run:
+def find_run(monitor: Monitor, db: Database, state: HostState, run_id: str, now: float) -> Run:
     """The run a report belongs to, made with its first report."""
     run = monitor.runs.get((state.id, run_id))
     if run is None:
@@ -3463,7 +3438,7 @@ def find_run(monitor: Monitor, db: sqlite3.Connection, state: HostState, run_id:
     return run
 
 
-def fills_a_gap(monitor: Monitor, db: sqlite3.Connection, host_id: int, run: Run, report: dict[str, Any],
+def fills_a_gap(monitor: Monitor, db: Database, host_id: int, run: Run, report: dict[str, Any],
                 at: float) -> bool:
     """Whether a number that seems to have come is new after all: where only the count of gaps is known, what is kept
     of the reports of that time tells. What is older than is kept is taken: rather a point anew than a report lost."""
@@ -3475,7 +3450,7 @@ def fills_a_gap(monitor: Monitor, db: sqlite3.Connection, host_id: int, run: Run
     return True
 
 
-def write_state(db: sqlite3.Connection, state: HostState, runs: Iterable[Run]) -> None:
+def write_state(db: Database, state: HostState, runs: Iterable[Run]) -> None:
     """Write which sequence numbers have come, and which reports hold the latest state."""
     for run in runs:
         while len(run.ranges) > SPANS_LIMIT:
@@ -3530,7 +3505,6 @@ class Rule(NamedTuple):
     each: str = ""  # the section whose objects it looks at, one by one; '' = the host as a whole
     on: tuple[str, ...] = ()  # judged when one of these sections comes
     of: str = ""  # kind of object
-    reads: str = ""  # the fields it reads, as section.field
     warn: float | None = None
     crit: float | None = None
     clear_by: float = 0.0  # fires at the threshold, clears this much on the good side of it
@@ -3582,8 +3556,7 @@ def row(name: str, *, reads: str, says: str, **fields: Any) -> None:
         value = number(item, reads)
         return measured(value, lambda: says.format_map({**item, "value": value}))
 
-    section = fields.get("each") or fields["on"]
-    add_rule(name, partial(BIND[()], read), reads=f"{section}.{reads}", by_number=True, **fields)
+    add_rule(name, partial(BIND[()], read), by_number=True, **fields)
 
 
 def add_rule(name: str, bind: Callable[[Any, Fleet, float], Callable[[Any], Found]], *, each: str = "", on: str = "",
@@ -3813,15 +3786,34 @@ def days(seconds: float) -> str:
     return f"{seconds / DAY:.0f} d"
 
 
+def some_of(names: list[str], most: int) -> str:
+    """'a, b and 3 more'"""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def called(guest: Fields) -> str:
+    """'104 (web)'"""
+    return f"{guest['vmid']} ({text(guest, 'name') or guest['vmid']})"
+
+
+def worst_each(readings: Iterable[Reading]) -> Iterable[Reading]:
+    """Of several readings of one object the worst: by severity, then by number."""
+    worst: dict[str | None, Reading] = {}
+    for reading in sorted(readings, key=lambda one: (WORST_FIRST.index(one.severity), -(one.value or 0))):
+        worst.setdefault(reading.object, reading)
+    return worst.values()
+
+
+WORST_FIRST = (*SEVERITIES, LEVEL, UNKNOWN.severity)
+
+
 # Pools
 
 
 @rule("pool-state", each="pool_states", on="pool_states pools", data_risk=True, worse=-1,
-      reads="pool_states.state pools.state pools.redundancy_margin pools.vdevs.state pools.vdevs.class pools.vdevs.name"
-            " pools.vdevs.reason pools.scan.function pools.scan.state pools.scan.progress_ratio",
       why="A pool that is not ONLINE has lost redundancy, or data.",
       todo="zpool status -v POOL; replace or bring back the disk that is named.")
-def pool_state(pool: dict[str, Any]) -> Found:
+def pool_state(pool: Fields) -> Found:
     """The worst of what the pool's word, its disks and its margin say: which disk, how far the repair is, and how many
     more disks it can lose. A label that was overwritten leaves the word ONLINE (openzfs/zfs issue 4653)."""
     word, margin = text(pool, "state"), number(pool, "redundancy_margin")
@@ -3832,8 +3824,7 @@ def pool_state(pool: dict[str, Any]) -> Found:
         return None
     parts = [f"Pool {pool['name']} is {word}"] + resilver_words(pool)
     if leaves:
-        shown = ", ".join(f"{leaf.get('name')} {leaf.get('state')}" for leaf in leaves[:4])
-        parts.append(shown + (f" and {len(leaves) - 4} more" if len(leaves) > 4 else ""))
+        parts.append(some_of([f"{leaf.get('name')} {leaf.get('state')}" for leaf in leaves], 4))
     if margin is not None:
         parts.append(may_fail(int(margin)))
     by_hand = word in ("ONLINE", "DEGRADED") and leaves and all(text(leaf, "state") == "OFFLINE" for leaf in leaves)
@@ -3841,7 +3832,7 @@ def pool_state(pool: dict[str, Any]) -> Found:
     return severe("; ".join(parts) + ".", margin)
 
 
-def resilver_words(pool: dict[str, Any]) -> list[str]:
+def resilver_words(pool: Fields) -> list[str]:
     scan = scan_of(pool)
     if text(scan, "function") != "resilver" or text(scan, "state") != "scanning":
         return []
@@ -3850,10 +3841,9 @@ def resilver_words(pool: dict[str, Any]) -> list[str]:
 
 
 @rule("pool-margin", each="pools", tidy=True, accept=accepts("pool-margin"),
-      reads="pools.redundancy_margin pools.scan.function pools.scan.state pools.scan.progress_ratio",
       why="It can lose fewer disks than it was built for, whatever its word is.",
       todo="zpool status: wait for a resilver, or attach a disk; accept as normal if it was made smaller on purpose.")
-def pool_margin(pool: dict[str, Any], host: HostState, now: float) -> Found:
+def pool_margin(pool: Fields, host: HostState, now: float) -> Found:
     """A margin below the best that was seen: said at once, and a warning after an hour."""
     margin, object = number(pool, "redundancy_margin"), f"pools/{pool['name']}"
     if margin is None:
@@ -3869,10 +3859,9 @@ def pool_margin(pool: dict[str, Any], host: HostState, now: float) -> Found:
 
 
 @rule("pool-spare", each="pools", of="vdev", hold=15 * MINUTE,
-      reads="pools.vdevs.class pools.vdevs.type pools.vdevs.state pools.vdevs.children pools.scan.state",
       why="A spare that is in use or dead steps in for nobody, and a dead cache only slows down.",
       todo="zpool status; zpool detach the disk or the spare that is not to stay, zpool remove what is dead.")
-def pool_spare(pool: dict[str, Any]) -> Iterator[Reading]:
+def pool_spare(pool: Fields) -> Iterator[Reading]:
     """Spares that stay in use beside a disk that came back; spares and caches that are dead."""
     if pool.get("vdevs") is None:
         yield UNKNOWN
@@ -3890,28 +3879,27 @@ def pool_spare(pool: dict[str, Any]) -> Iterator[Reading]:
                           object=object)
 
 
-@rule("pool-readonly", each="pools", hold=15 * MINUTE, reads="pools.readonly",
+@rule("pool-readonly", each="pools", hold=15 * MINUTE,
       why="Its guests and backups cannot write.",
       todo="zpool get readonly POOL; export it and import it without -o readonly=on.")
-def pool_readonly(pool: dict[str, Any]) -> Found:
+def pool_readonly(pool: Fields) -> Found:
     if pool.get("readonly") is None:
         return UNKNOWN
     return warning(f"Pool {pool['name']} is imported read-only.") if pool["readonly"] is True else None
 
 
-@rule("pool-unanswered", each="pools", hold=15 * MINUTE, reads="pools.unknown_reason",
+@rule("pool-unanswered", each="pools", hold=15 * MINUTE,
       why="What cannot be asked may be failing: nobody sees its disks, errors and space.",
       todo="zpool status POOL; dmesg: does a disk or a controller hang?")
-def pool_unanswered(pool: dict[str, Any]) -> Found:
+def pool_unanswered(pool: Fields) -> Found:
     reason = text(pool, "unknown_reason")
     return warning(f"Pool {pool['name']} cannot be looked at: {reason[:200]}") if reason else None
 
 
 @rule("slow-ios", each="pools", of="vdev", tidy=True, accept=accepts("slow-ios", counter=True),
-      reads="pools.vdevs.slow_ios",
       why="A disk that needs half a minute for an answer is failing, or its cable is; all guests wait for it.",
       todo="smartctl -a, the cable, dmesg; replace it if it is the only slow one. accept as normal if it is over.")
-def slow_ios(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Reading]:
+def slow_ios(pool: Fields, host: HostState, now: float) -> Iterator[Reading]:
     """Ten or more I/Os of over 30 s within a day (zio_slow_io_ms, zfs(4))."""
     if pool.get("vdevs") is None:
         yield UNKNOWN
@@ -3926,16 +3914,15 @@ def slow_ios(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Read
                           lately, object)
 
 
-def scan_of(pool: dict[str, Any]) -> dict[str, Any]:
+def scan_of(pool: Fields) -> Fields:
     scan = pool.get("scan")
     return scan if isinstance(scan, dict) else {}
 
 
 @rule("pool-vanished", on="pool_states", of="pool", data_risk=True, accept=accepts("pool-vanished"),
-      reads="pool_states.name node.boot_id storages.dataset guests.volumes.dataset tasks.type",
       why="A pool that is not imported is no longer there for its guests.",
       todo="zpool import; if it was exported on purpose, accept this as normal.")
-def pool_vanished(pools: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
+def pool_vanished(pools: list[Fields], host: HostState) -> Iterator[Reading]:
     """Pools that were there and are not. Only an export, a destroy, or a start without an import does that."""
     here = {f"pools/{pool['name']}" for pool in pools}
     boot, memory = text(host.body("node"), "boot_id"), host.memory
@@ -3969,7 +3956,7 @@ def pool_of(dataset: Any) -> str | None:
     return dataset.partition("/")[0] if dataset and isinstance(dataset, str) else None
 
 
-def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def leaves_with_parent(pool: Fields) -> Iterator[tuple[Fields, str]]:
     """Every leaf that holds data, with the name of the top-level vdev it belongs to; spares and caches are left out."""
     for top in dicts(pool.get("vdevs")):
         if text(top, "class") in ("spare", "cache"):
@@ -3980,14 +3967,13 @@ def leaves_with_parent(pool: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
 
 
 @rule("vdev-errors", each="pools", of="vdev", data_risk=True, tidy=True, accept=accepts("vdev-errors", counter=True),
-      reads="pools.vdevs.read_errors pools.vdevs.write_errors pools.vdevs.checksum_errors pools.vdevs.class",
       why="A disk, cable or controller gives errors; ZFS has covered for them so far.",
       todo="Look at the disk's SMART values and cable; then zpool clear, or accept as normal.")
-def vdev_errors_grown(pool: dict[str, Any], host: HostState, now: float) -> Iterator[Reading]:
+def vdev_errors_grown(pool: Fields, host: HostState, now: float) -> Iterator[Reading]:
     """Errors above the accepted baseline; 10 in 24 h, or two disks of one vdev, are critical."""
     if pool.get("vdevs") is None:
         yield UNKNOWN
-    found: list[tuple[str, dict[str, Any], str, Growth]] = []
+    found: list[tuple[str, Fields, str, Growth]] = []
     for vdev, top in leaves_with_parent(pool):
         object = f"pools/{pool['name']}/{vdev.get('name')}"
         total = sum_known(number(vdev, key) for key in VDEV_COUNTERS)
@@ -4008,10 +3994,10 @@ def vdev_errors_grown(pool: dict[str, Any], host: HostState, now: float) -> Iter
                      f"{reason}.", growth.above, object)
 
 
-@rule("pool-data-errors", each="pools", data_risk=True, worse=1, reads="pools.data_errors pools.damaged_files",
+@rule("pool-data-errors", each="pools", data_risk=True, worse=1,
       why="Data is damaged and ZFS has no good copy.",
       todo="zpool status -v names the files: restore them from a backup, then zpool clear and scrub.")
-def pool_data_errors(pool: dict[str, Any]) -> Found:
+def pool_data_errors(pool: Fields) -> Found:
     errors = number(pool, "data_errors")
     if not errors:
         return UNKNOWN if errors is None else None
@@ -4026,22 +4012,20 @@ row("pool-capacity", each="pools", reads="capacity_ratio", says="Pool {name} is 
     todo="Delete old snapshots, move guests, or add a vdev.")
 
 
-FORECAST_RULE: dict[str, Any] = {"warn": 14, "crit": 3, "clear_by": 1, "low": True, "hold": HOUR}
+FORECAST_RULE: Fields = {"warn": 14, "crit": 3, "clear_by": 1, "low": True, "hold": HOUR}
 
 
 @rule("pool-forecast", each="pools", **FORECAST_RULE,
-      reads="pools.usable_used_bytes pools.usable_available_bytes pools.allocated_bytes pools.free_bytes",
       why="It grows steadily, and a full pool stops its guests.",
       todo="The list of forecasts says what grew and what could be won; or plan disks.")
-def pool_forecast(pool: dict[str, Any], host: HostState) -> Found:
+def pool_forecast(pool: Fields, host: HostState) -> Found:
     return forecast_reading(host, f"pools/{pool['name']}")
 
 
 @rule("space-forecast", on="node", of="space", **FORECAST_RULE,
-      reads="storages.used_bytes datasets.used_bytes datasets.referenced_bytes node.root_used_bytes",
       why="It grows steadily, and writes fail when it is full.",
       todo="Find what grows and delete, move or enlarge it.")
-def space_forecast(node: dict[str, Any], host: HostState) -> Iterator[Reading]:
+def space_forecast(node: Fields, host: HostState) -> Iterator[Reading]:
     """Storages and thin pools, datasets with a quota, and the root file system."""
     if host.forecasts is None:
         yield UNKNOWN
@@ -4062,21 +4046,10 @@ def forecast_reading(host: HostState, object: str) -> Reading | None:
     return measured(soonest, lambda: describe_filling(filling), limits=limits)
 
 
-def line_through(points: list[list[float]]) -> tuple[float, float]:
-    """Slope of the least-squares line and its coefficient of determination."""
-    count = len(points)
-    middle_x, middle_y = sum(p[0] for p in points) / count, sum(p[1] for p in points) / count
-    xx = sum((p[0] - middle_x) ** 2 for p in points)
-    xy = sum((p[0] - middle_x) * (p[1] - middle_y) for p in points)
-    yy = sum((p[1] - middle_y) ** 2 for p in points)
-    return (xy / xx, xy * xy / (xx * yy)) if xx and yy else (0.0, 0.0)
-
-
 @rule("dataset-quota", each="datasets", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE,
-      reads="datasets.used_bytes datasets.quota_bytes datasets.referenced_bytes datasets.refquota_bytes",
       why="Writes fail when the quota is used up.",
       todo="Raise the quota or delete something.")
-def dataset_quota(dataset: dict[str, Any], host: HostState) -> Found:
+def dataset_quota(dataset: Fields, host: HostState) -> Found:
     if any(guest["vmid"] == dataset.get("vmid") and number(guest, "disk_used_bytes") is not None
            for guest in host.items("guests") if dataset.get("vmid") is not None):
         return None  # a container's own disk: see guest-disk-full
@@ -4097,11 +4070,9 @@ def accept_unmounted(host: HostState, object: str) -> bool:
 
 
 @rule("dataset-unmounted", each="datasets", hold=15 * MINUTE, tidy=True, accept=accept_unmounted,
-      reads="datasets.mounted datasets.canmount datasets.mountpoint datasets.type datasets.key_available"
-            " datasets.vmid snapshots.class snapshots.newest_seen_at snapshots.newest_at",
       why="Whoever writes to its mount point fills the file system below, or finds nothing there.",
       todo="zfs mount -a says why it cannot be mounted: zfs load-key, or a folder that is not empty.")
-def dataset_unmounted(dataset: dict[str, Any], host: HostState) -> Found:
+def dataset_unmounted(dataset: Fields, host: HostState) -> Found:
     """A file system that should be mounted and is not. What is received from elsewhere often never is."""
     name, object = dataset["name"], f"datasets/{dataset['name']}"
     if dataset.get("type") != "filesystem" or dataset.get("mounted") is None:
@@ -4117,7 +4088,7 @@ def dataset_unmounted(dataset: dict[str, Any], host: HostState) -> Found:
     return warning(f"Dataset {name} should be mounted on {dataset['mountpoint']} and is not{reason}.")
 
 
-def is_received(dataset: dict[str, Any], host: HostState) -> bool:
+def is_received(dataset: Fields, host: HostState) -> bool:
     """Whether a dataset is a copy of another one: a guest's that does not live here, or with snapshots of a sender."""
     if dataset.get("vmid") is not None and dataset["vmid"] not in [guest["vmid"] for guest in host.items("guests")]:
         return True
@@ -4127,10 +4098,9 @@ def is_received(dataset: dict[str, Any], host: HostState) -> bool:
 
 
 @rule("pool-fragmentation", each="pools", warn=0.70, clear_by=0.10, hold=DAY,
-      reads="pools.fragmentation_ratio pools.capacity_ratio",
       why="Little and scattered free space makes writes slow.",
       todo="Free space below 80 % use.")
-def pool_fragmentation(pool: dict[str, Any]) -> Found:
+def pool_fragmentation(pool: Fields) -> Found:
     """Fragmentation matters once little is free."""
     fragmented, used = number(pool, "fragmentation_ratio"), number(pool, "capacity_ratio")
     if fragmented is None or used is None:
@@ -4142,10 +4112,9 @@ def pool_fragmentation(pool: dict[str, Any]) -> Found:
 
 
 @rule("scrub-age", each="pools", warn=40 * DAY, crit=75 * DAY, tidy=True,
-      reads="pools.last_scrub.ended_at pools.scan.function pools.scan.state",
       why="Errors that nobody reads are found only by a scrub.",
       todo="zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.")
-def scrub_age(pool: dict[str, Any], host: HostState, now: float) -> Found:
+def scrub_age(pool: Fields, host: HostState, now: float) -> Found:
     """Age of the last scrub; of a pool that never had one, the time since it is known here."""
     known_since = host.memory.since("scrub-age", f"pools/{pool['name']}", now)
     ended, scan = number(pool.get("last_scrub"), "ended_at"), scan_of(pool)
@@ -4159,7 +4128,7 @@ def scrub_age(pool: dict[str, Any], host: HostState, now: float) -> Found:
     return warning(f"Pool {pool['name']} has never been scrubbed.", age) if age > 40 * DAY else None
 
 
-def last_result(pool: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def last_result(pool: Fields) -> tuple[str, Fields]:
     """The last scrub, or a resilver that ended after it with errors."""
     scan, scrub = scan_of(pool), pool.get("last_scrub")
     scrub = scrub if isinstance(scrub, dict) else {}
@@ -4176,11 +4145,9 @@ def accept_scrub_result(host: HostState, object: str) -> bool:
 
 
 @rule("scrub-result", each="pools", tidy=True, accept=accept_scrub_result,
-      reads="pools.last_scrub.ended_at pools.last_scrub.repaired_bytes pools.last_scrub.errors pools.scan.errors"
-            " pools.scan.ended_at",
       why="A disk returned wrong data.",
       todo="Find the disk with zpool status -v; accept as normal if it was a single event.")
-def scrub_result(pool: dict[str, Any], host: HostState) -> Found:
+def scrub_result(pool: Fields, host: HostState) -> Found:
     (word, last), name = last_result(pool), pool["name"]
     ended, repaired, errors = number(last, "ended_at"), number(last, "repaired_bytes"), number(last, "errors")
     if ended is None or host.memory.get("scrub-result", f"pools/{name}") == ended:
@@ -4195,10 +4162,9 @@ SCRUB_LEAST = 10 * MINUTE  # what takes less says nothing of the disks
 
 
 @rule("scrub-slow", each="pools", tidy=True,
-      reads="pools.last_scrub.ended_at pools.last_scrub.duration_seconds pools.allocated_bytes pools.vdevs.slow_ios",
       why="A scrub that takes much longer than it used to is often a disk that ages.",
       todo="zpool iostat -vl POOL 5 shows which disk is slow; was there other load, a backup or a rebuild?")
-def scrub_slow(pool: dict[str, Any], host: HostState) -> Found:
+def scrub_slow(pool: Fields, host: HostState) -> Found:
     """The last scrub took half as long again per byte as the median of at least three before it."""
     last, object = pool.get("last_scrub"), f"pools/{pool['name']}"
     ended, took, size = number(last, "ended_at"), number(last, "duration_seconds"), number(pool, "allocated_bytes")
@@ -4219,10 +4185,9 @@ def scrub_slow(pool: dict[str, Any], host: HostState) -> Found:
 
 
 @rule("scrub-stuck", each="pools", tidy=True,
-      reads="pools.scan.function pools.scan.state pools.scan.progress_ratio pools.scan.started_at",
       why="A scrub or resilver that stands still, or begins again and again, protects nothing.",
       todo="zpool status; a paused scrub goes on with zpool scrub POOL; look for the disk with errors in dmesg.")
-def scrub_stuck(pool: dict[str, Any], host: HostState, now: float) -> Found:
+def scrub_stuck(pool: Fields, host: HostState, now: float) -> Found:
     """A scrub or resilver that has not got beyond its highest mark for 24 h: stuck, paused, or one that begins anew
     again and again (openzfs/zfs issues 9551, 11572)."""
     scan, object = scan_of(pool), f"pools/{pool['name']}"
@@ -4257,7 +4222,7 @@ def accept_missing(host: HostState, object: str) -> bool:
     return bool(missing)
 
 
-def snapshot_limits(snapshots: dict[str, Any]) -> tuple[float, float] | None:
+def snapshot_limits(snapshots: Fields) -> tuple[float, float] | None:
     """Warning and critical age of a class of snapshots: learned from 5 samples, else by name."""
     interval, count = number(snapshots, "interval_seconds"), number(snapshots, "count") or 0
     if interval and count >= 5:
@@ -4266,11 +4231,9 @@ def snapshot_limits(snapshots: dict[str, Any]) -> tuple[float, float] | None:
 
 
 @rule("snapshot-age", each="snapshots", always=True, tidy=True,
-      reads="snapshots.class snapshots.newest_at snapshots.newest_guid snapshots.interval_seconds snapshots.count"
-            " snapshots.newest_seen_at snapshots.arrival_interval_seconds",
       why="Whoever makes these snapshots, or sends them here, has stopped.",
       todo="systemctl status sanoid.timer (or what makes or sends them).")
-def snapshot_age(snapshots: dict[str, Any], host: HostState, now: float) -> Found:
+def snapshot_age(snapshots: Fields, host: HostState, now: float) -> Found:
     """Age of the newest snapshot of each class; on a replication target they come in batches, and what counts is how
     long ago the last batch came. Classes that were given up long before we looked are left alone."""
     name, newest, limits = snapshot_class(snapshots), number(snapshots, "newest_at"), snapshot_limits(snapshots)
@@ -4293,10 +4256,9 @@ def snapshot_age(snapshots: dict[str, Any], host: HostState, now: float) -> Foun
 
 
 @rule("snapshot-gone", on="snapshots", of="snapshots", accept=accepts("snapshot-gone"),
-      reads="snapshots.class snapshots.count datasets.name",
       why="A kind of snapshot that was always there is not.",
       todo="If it was given up on purpose, accept this as normal.")
-def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) -> Iterator[Reading]:
+def snapshot_gone(classes: list[Fields], host: HostState, now: float) -> Iterator[Reading]:
     """A class of snapshots that had 5 and has none now, while its dataset is still there: said for a week."""
     counts = {f"snapshots/{kind['dataset']}@{snapshot_class(kind)}": number(kind, "count") or 0
               for kind in dicts(classes) if snapshot_class(kind)}
@@ -4319,10 +4281,9 @@ def snapshot_gone(classes: list[dict[str, Any]], host: HostState, now: float) ->
 
 
 @rule("snapshot-missing", on="snapshots", of="dataset", hold=DAY, always=True, accept=accept_missing,
-      reads="snapshots.class snapshots.interval_seconds datasets.name",
       why="Its neighbours are snapshotted and it is not: nobody could go back.",
       todo="Add it to what makes the snapshots (sanoid.conf …), or accept this as normal.")
-def snapshot_missing(classes: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
+def snapshot_missing(classes: list[Fields], host: HostState) -> Iterator[Reading]:
     for dataset, missing in missing_snapshots(host).items():
         object = f"datasets/{dataset}"
         if host.memory.get("snapshot-missing", object) != missing:
@@ -4333,13 +4294,15 @@ def snapshot_missing(classes: list[dict[str, Any]], host: HostState) -> Iterator
 
 
 @rule("guest-snapshot-age", on="snapshots", of="guest", always=True,
-      reads="snapshots.class snapshots.oldest_at datasets.vmid datasets.used_by_snapshots_bytes",
       why="Forgotten snapshots hold space and grow.",
       todo="Delete the snapshot if nobody needs it any more.")
-def guest_snapshot_age(classes: list[dict[str, Any]], host: HostState, now: float) -> Found:
+def guest_snapshot_age(classes: list[Fields], host: HostState, now: float) -> Found:
     """Snapshots made of guests by hand that are old, or hold much of what is free."""
+    return worst_each(old_snapshots(classes, host, now))
+
+
+def old_snapshots(classes: list[Fields], host: HostState, now: float) -> Iterator[Reading]:
     datasets = {dataset["name"]: dataset for dataset in host.items("datasets")}
-    worst: dict[str, Reading] = {}
     for kind in dicts(classes):
         oldest = number(kind, "oldest_at")
         if text(kind, "class") != "pve" or oldest is None or kind["dataset"].rpartition("/")[2].startswith("base-"):
@@ -4352,21 +4315,18 @@ def guest_snapshot_age(classes: list[dict[str, Any]], host: HostState, now: floa
         share = held / free if held is not None and free else 0
         if age > 30 * DAY or share > 0.20:
             much = f" and its snapshots hold {percent(share)} of what is free" if share > 0.20 else ""
-            if object not in worst or (worst[object].value or 0) < age:
-                worst[object] = warning(f"The oldest snapshot of {kind['dataset']} is {days(age)} old{much}.", age,
-                                        object)
-    return worst.values()
+            yield warning(f"The oldest snapshot of {kind['dataset']} is {days(age)} old{much}.", age, object)
 
 
 # Disks
 
 
-def disk_key(disk: dict[str, Any]) -> str:
+def disk_key(disk: Fields) -> str:
     """What stays with a disk when its letter changes."""
     return text(disk, "serial") or text(disk, "wwn") or disk["name"]
 
 
-def disk_called(disk: dict[str, Any]) -> str:
+def disk_called(disk: Fields) -> str:
     known = ", ".join(filter(None, (text(disk, "model"), text(disk, "serial"))))
     where = f" of pool {disk['pool']}" if text(disk, "pool") else ""
     return f"Disk {disk['name']}{f' ({known})' if known else ''}{where}"
@@ -4376,7 +4336,7 @@ NVME_WARNINGS = {0x01: "spare below its limit", 0x02: "temperature", 0x04: "reli
                  0x10: "volatile memory backup failed", 0x20: "persistent memory region"}  # NVMe base spec., log 02h
 
 
-def disk_troubles(disk: dict[str, Any]) -> list[str]:
+def disk_troubles(disk: Fields) -> list[str]:
     """What a disk itself says of its end, all of it: these are signs of one cause."""
     bits, worn, spare, least = (number(disk, key) for key in ("critical_warning", "wear_ratio", "spare_ratio",
                                                               "spare_threshold_ratio"))
@@ -4385,28 +4345,27 @@ def disk_troubles(disk: dict[str, Any]) -> list[str]:
             *([f"{percent(spare)} of its spare left, its own limit is {percent(least)}"]
               if spare is not None and least is not None and spare <= least else []),
             *([f"{percent(worn)} of its rated life used"] if worn is not None and worn >= 0.80 else []),
-            *(["its last self-test failed"] if selftest_failed(disk) else [])]
+            *(["its last self-test failed"] if selftest_passed(disk) is False else [])]
 
 
-def selftest_failed(disk: dict[str, Any]) -> bool:
+def selftest_passed(disk: Fields) -> bool | None:
     test = disk.get("selftest")
-    return isinstance(test, dict) and test.get("passed") is False
+    return test.get("passed") if isinstance(test, dict) else None
 
 
-@rule("smart-failed", each="disks", data_risk=True, always=True, reads="disks.passed",
+@rule("smart-failed", each="disks", data_risk=True, always=True,
       why="The disk itself expects to fail.",
       todo="Replace it: zpool replace POOL OLD NEW.")
-def smart_failed(disk: dict[str, Any]) -> Found:
+def smart_failed(disk: Fields) -> Found:
     if disk.get("passed") is not False:
         return UNKNOWN if disk.get("passed") is None else None
     return critical("; ".join([f"{disk_called(disk)} says that it is failing (SMART)", *disk_troubles(disk)]) + ".")
 
 
 @rule("smart-warning", each="disks", data_risk=True, always=True, worse=1,
-      reads="disks.critical_warning disks.kind disks.passed",
       why="The NVMe controller reports worn-out spare, heat, lost reliability or read-only media.",
       todo="smartctl -a; replace the disk, or cool it if it is the temperature alone.")
-def smart_warning(disk: dict[str, Any]) -> Found:
+def smart_warning(disk: Fields) -> Found:
     bits = number(disk, "critical_warning")
     if not bits:
         return UNKNOWN if bits is None and disk.get("kind") == "nvme" else None
@@ -4415,16 +4374,15 @@ def smart_warning(disk: dict[str, Any]) -> Found:
     return (warning if bits == 0x02 else critical)(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", bits)
 
 
-@rule("selftest-failed", each="disks", data_risk=True, always=True, reads="disks.selftest.passed disks.passed",
+@rule("selftest-failed", each="disks", data_risk=True, always=True,
       why="The disk could not read itself: what lies there may be lost.",
       todo="smartctl -l selftest; scrub the pool; replace the disk. Over with the next test that passes.")
-def selftest(disk: dict[str, Any]) -> Found:
-    test = disk.get("selftest")
-    if not isinstance(test, dict) or test.get("passed") is None:
-        return UNKNOWN
-    if test["passed"]:
+def selftest(disk: Fields) -> Found:
+    passed = selftest_passed(disk)
+    if passed:
         return None
-    return UNKNOWN if disk.get("passed") is False else warning(f"{disk_called(disk)}: its last self-test failed.")
+    known = passed is not None and disk.get("passed") is not False
+    return warning(f"{disk_called(disk)}: its last self-test failed.") if known else UNKNOWN
 
 
 DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable": "reported uncorrectable errors",
@@ -4432,7 +4390,7 @@ DAMAGE = {"reallocated_sectors": "reallocated sectors", "reported_uncorrectable"
           "media_errors": "media errors"}
 
 
-def smart_counts(disk: dict[str, Any], host: HostState, rule: str, fields: dict[str, str],
+def smart_counts(disk: Fields, host: HostState, rule: str, fields: dict[str, str],
                  now: float) -> tuple[list[str], set[float], bool]:
     """Counts above what they were when the disk was first seen, or accepted: in words, when they grew, and whether
     one that stood above cannot be read now."""
@@ -4461,11 +4419,9 @@ def accepts_counts(rule: str) -> Callable[[HostState, str], bool]:
 
 
 @rule("smart-growth", each="disks", data_risk=True, always=True, accept=accepts_counts("smart-growth"),
-      reads="disks.reallocated_sectors disks.reported_uncorrectable disks.pending_sectors disks.uncorrectable_errors"
-            " disks.media_errors",
       why="Damage that grows is the best sign of a disk about to fail.",
       todo="Order a spare; accept as normal if it stays as it is.")
-def smart_growth(disk: dict[str, Any], host: HostState, now: float) -> Found:
+def smart_growth(disk: Fields, host: HostState, now: float) -> Found:
     """Growth warns; twice within 7 days, or with errors of its vdev, is critical."""
     words, times, lost = smart_counts(disk, host, "smart-growth", DAMAGE, now)
     if not words:
@@ -4476,27 +4432,27 @@ def smart_growth(disk: dict[str, Any], host: HostState, now: float) -> Found:
     return severe(f"{disk_called(disk)} has {', '.join(words)}.")
 
 
-def names_disk(object: str, disk: dict[str, Any]) -> bool:
+def names_disk(object: str, disk: Fields) -> bool:
     """Whether a vdev is this disk: by its name, or by a partition of it (sda1, nvme0n1p1, ata-…-part1)."""
     vdev = object.rpartition("/")[2]
     names = {disk["name"], text(disk, "by_id"), text(disk, "vdev")} - {None, ""}
     return vdev in names or re.sub(r"(?<=\d)p\d+$|(?<=[a-z])\d+$|-part\d+$", "", vdev) in names
 
 
-@rule("smart-crc", each="disks", always=True, accept=accepts_counts("smart-crc"), reads="disks.crc_errors",
+@rule("smart-crc", each="disks", always=True, accept=accepts_counts("smart-crc"),
       why="Transfer errors: cable, backplane or power, seldom the disk.",
       todo="Reseat or replace the cable, then accept as normal.")
-def smart_crc(disk: dict[str, Any], host: HostState, now: float) -> Found:
+def smart_crc(disk: Fields, host: HostState, now: float) -> Found:
     words, _, lost = smart_counts(disk, host, "smart-crc", {"crc_errors": "CRC errors"}, now)
     if not words:
         return UNKNOWN if lost else None
     return warning(f"{disk_called(disk)} has {words[0]}.")
 
 
-@rule("smart-unknown", each="disks", always=True, reads="disks.passed disks.standby disks.unknown_reason",
+@rule("smart-unknown", each="disks", always=True,
       why="Behind a RAID controller or USB bridge nobody sees it fail.",
       todo="Ask the controller's own tool.")
-def smart_unknown(disk: dict[str, Any]) -> Found:
+def smart_unknown(disk: Fields) -> Found:
     if disk.get("passed") is not None or disk.get("standby"):
         return None
     reason = text(disk, "unknown_reason")
@@ -4509,11 +4465,9 @@ def accept_gone(host: HostState, object: str) -> bool:
 
 
 @rule("disk-gone", on="disks", of="disk", data_risk=True, always=True, accept=accept_gone,
-      reads="disks.name disks.serial disks.wwn disks.pool disks.listed pools.state pools.vdevs.name pools.vdevs.disk"
-            " pools.vdevs.state",
       why="A disk that was there does not answer any more.",
       todo="Is it plugged in? If it was taken out on purpose, accept this as normal.")
-def disk_gone(disks: list[dict[str, Any]], host: HostState) -> Iterator[Reading]:
+def disk_gone(disks: list[Fields], host: HostState) -> Iterator[Reading]:
     """Disks that were there, that the kernel lists no more, and that no pool has ONLINE; forgotten once no pool names
     them and every pool is well. A disk that does not answer smartctl is not gone."""
     memory = host.memory
@@ -4540,20 +4494,18 @@ def disk_gone(disks: list[dict[str, Any]], host: HostState) -> Iterator[Reading]
 HOT = {"hdd": (55.0, 60.0), "ssd": (65.0, 70.0), "nvme": (75.0, 80.0)}
 
 @rule("disk-temperature", each="disks", clear_by=5, hold=15 * MINUTE, by_number=True,
-      reads="disks.temperature_celsius disks.kind",
       why="Heat shortens a disk's life and makes it throttle.",
       todo="Look at fans, filters and airflow.")
-def disk_temperature(disk: dict[str, Any]) -> Found:
+def disk_temperature(disk: Fields) -> Found:
     degrees = number(disk, "temperature_celsius")
     return measured(degrees, lambda: f"{disk_called(disk)} is {degrees:.0f} °C hot.",
                     limits=HOT.get(text(disk, "kind") or "", HOT["ssd"]))
 
 
 @rule("disk-wear", each="disks", warn=0.80, crit=0.95, always=True,
-      reads="disks.wear_ratio disks.spare_ratio disks.spare_threshold_ratio",
       why="Flash that is used up fails, often at once.",
       todo="Replace it; in a mirror not both at the same time.")
-def disk_wear(disk: dict[str, Any]) -> Found:
+def disk_wear(disk: Fields) -> Found:
     worn, spare, least = (number(disk, key) for key in ("wear_ratio", "spare_ratio", "spare_threshold_ratio"))
     if disk.get("passed") is False or number(disk, "critical_warning"):
         return UNKNOWN  # told there, with all facts
@@ -4562,10 +4514,10 @@ def disk_wear(disk: dict[str, Any]) -> Found:
     return measured(worn, lambda: f"{disk_called(disk)} has used {worn:.0%} of its rated life.")
 
 
-@rule("disk-wear-forecast", each="disks", warn=180, clear_by=14, low=True, always=True, reads="disks.wear_ratio",
+@rule("disk-wear-forecast", each="disks", warn=180, clear_by=14, low=True, always=True,
       why="Its rated life ends within half a year.",
       todo="Plan its replacement; look at what writes so much.")
-def disk_wear_forecast(disk: dict[str, Any], host: HostState, now: float) -> Found:
+def disk_wear_forecast(disk: Fields, host: HostState, now: float) -> Found:
     """Days until a disk's rated life is used up, from one point a week over at least 30 days."""
     worn, key = number(disk, "wear_ratio"), disk_key(disk)
     if worn is None:
@@ -4576,10 +4528,12 @@ def disk_wear_forecast(disk: dict[str, Any], host: HostState, now: float) -> Fou
         host.memory.keep("disk-wear-forecast", key, points)
     if now - points[0][0] < 30 * DAY or worn >= 1:
         return None
-    slope, _ = line_through([*points, [now, worn]])
-    left = (1 - worn) / slope if slope > 0 else 0
+    slope = statistics.linear_regression(*zip(*points, (now, worn))).slope
+    if slope <= 0:
+        return None
+    left = (1 - worn) / slope
     return measured(left / DAY, f"{disk_called(disk)} will have used its rated life in {days(left)} "
-                                f"({percent(worn)} now).") if slope > 0 else None
+                                f"({percent(worn)} now).")
 
 
 # Host
@@ -4594,10 +4548,10 @@ row("memory", on="node", reads="memory_free_ratio", says="{value:.0%} of memory 
     todo="Shrink or move guests, or limit the ARC.")
 
 
-@rule("oom", on="node", accept=accepts("oom", counter=True), reads="node.oom_kills_total",
+@rule("oom", on="node", accept=accepts("oom", counter=True),
       why="The kernel killed processes to get memory.",
       todo="journalctl -k -g 'Killed process' shows which.")
-def oom(node: dict[str, Any], host: HostState, now: float) -> Found:
+def oom(node: Fields, host: HostState, now: float) -> Found:
     """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
     kills = number(node, "oom_kills_total")
     if kills is None:
@@ -4623,48 +4577,46 @@ row("memory-pressure", on="node", reads="pressure_memory_full_avg300_ratio",
 
 
 @rule("root-full", on="node", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE, by_number=True,
-      reads="node.root_used_bytes node.root_available_bytes",
       why="A full root file system stops logs, tasks and pmxcfs.",
       todo="du -xh --max-depth=2 / | sort -h | tail")
-def root_full(node: dict[str, Any]) -> Found:
+def root_full(node: Fields) -> Found:
     used, free = number(node, "root_used_bytes"), number(node, "root_available_bytes")
     full = None if used is None or free is None else ratio(used, used + free)
     return measured(full, lambda: f"The root file system is {full:.0%} full.")
 
 
-@rule("reboot-needed", on="node", warn=30 * DAY, reads="node.reboot_needed",
+def waiting(host: HostState, rule: str, count: Any, says: str, now: float) -> Found:
+    """For how long something has waited; None: it is not known whether anything does."""
+    if count is None:
+        return UNKNOWN
+    if not count:
+        host.memory.drop(rule, "")
+        return None
+    age = now - host.memory.since(rule, "", now)
+    return measured(age, f"{says} for {days(age)}.")
+
+
+@rule("reboot-needed", on="node", warn=30 * DAY,
       why="Kernel fixes are installed but not running.",
       todo="Plan a reboot.")
-def reboot_needed(node: dict[str, Any], host: HostState, now: float) -> Found:
-    needed = node.get("reboot_needed")
-    if needed is None:
-        return UNKNOWN
-    if not needed:
-        host.memory.drop("reboot-needed", "")
-        return None
-    waits = now - host.memory.since("reboot-needed", "", now)
-    return measured(waits, lambda: f"A new kernel waits for a reboot for {days(waits)}.")
+def reboot_needed(node: Fields, host: HostState, now: float) -> Found:
+    return waiting(host, "reboot-needed", node.get("reboot_needed"), "A new kernel waits for a reboot", now)
 
 
 # Storages
 
 
-def thin_limits(storage: dict[str, Any]) -> tuple[float, float] | None:
-    """A full thin pool stops every guest on it."""
-    return (0.80, 0.90) if storage.get("type") == "lvmthin" else None
-
-
-def storage_reading(storage: dict[str, Any], object: str | None = None) -> Reading:
+def storage_reading(storage: Fields, object: str | None = None) -> Reading:
+    """How full a storage is; a full thin pool stops every guest on it, so it is told sooner."""
     used = storage_used_ratio(storage)
     return measured(used, lambda: f"Storage {storage['storage']} is {used:.0%} full.", object=object,
-                    limits=thin_limits(storage))
+                    limits=(0.80, 0.90) if storage.get("type") == "lvmthin" else None)
 
 
 @rule("storage-full", each="storages", warn=0.85, crit=0.93, clear_by=0.03, hold=10 * MINUTE, by_number=True,
-      reads="storages.used_bytes storages.total_bytes storages.type storages.shared storages.enabled storages.dataset",
       why="Guests and backups on it fail when it is full.",
       todo="Delete old backups or images, or move some.")
-def storage_full(storage: dict[str, Any], host: HostState, fleet: Fleet) -> Found:
+def storage_full(storage: Fields, host: HostState, fleet: Fleet) -> Found:
     """Use of each storage of this host alone; one on a pool that is told of as full as this is told by the pool."""
     elsewhere = host.body("cluster") is not None and storage.get("shared") in (True, 1)
     if storage.get("enabled") in (False, 0) or elsewhere:
@@ -4684,10 +4636,9 @@ row("storage-metadata", each="storages", reads="metadata_used_ratio",
 
 
 @rule("storage-inactive", each="storages", hold=10 * MINUTE,
-      reads="storages.active storages.enabled storages.type guests.status guests.volumes.storage",
       why="Guests and backups cannot use it.",
       todo="pvesm status; is the server of it up, is the pool imported?")
-def storage_inactive(storage: dict[str, Any], host: HostState) -> Found:
+def storage_inactive(storage: Fields, host: HostState) -> Found:
     active, name = storage.get("active"), storage["storage"]
     if active or storage.get("enabled") in (False, 0):
         return None
@@ -4733,12 +4684,9 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
 
 
 @rule("guest-down", each="guests", hold=2 * MINUTE, tidy=True,
-      reads="guests.status guests.template guests.onboot guests.lock guests.lock_held guests.ha_state guests.tags"
-            " guests.name node.uptime_seconds node.boot_id tasks.type tasks.vmid tasks.upid tasks.result"
-            " tasks.started_at tasks.ended_at",
       why="It was running, and nobody stopped it through Proxmox.",
       todo="Look at its task log and console; start it.")
-def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
+def guest_down(guest: Fields, host: HostState, now: float) -> Found:
     """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
     status, object, vmid = guest.get("status"), f"guests/{guest['vmid']}", str(guest["vmid"])
     words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
@@ -4751,10 +4699,9 @@ def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
         return UNKNOWN
     if guest.get("template"):
         return None
-    severe = critical if is_ha_managed(guest) or "critical" in tags_of(guest) else warning
-    called = f"Guest {vmid} ({text(guest, 'name') or vmid})"
+    severe = severe_for(guest)
     if status in BROKEN:
-        return severe(f"{called} is in state {status}.")
+        return severe(f"Guest {called(guest)} is in state {status}.")
     if status not in ("stopped", "shutdown"):
         return None  # paused, prelaunch, suspended: somebody's doing
     if words == RUNNING:
@@ -4769,10 +4716,16 @@ def guest_down(guest: dict[str, Any], host: HostState, now: float) -> Found:
     if is_restarting(host, vmid, now) or (guest.get("lock") and lock_explains(guest, since, now)):
         return UNKNOWN
     left = f"; its lock '{guest['lock']}' was left behind: qm unlock {vmid}" if guest.get("lock") else ""
-    return severe(f"{called} {words}; no task, backup, migration or HA explains it{left}.")
+    return severe(f"Guest {called(guest)} {words}; no task, backup, migration or HA explains it{left}.")
 
 
-def lock_explains(guest: dict[str, Any], since: float, now: float) -> bool:
+def severe_for(guest: Fields) -> Callable[..., Reading]:
+    """How bad it is when a guest is down."""
+    managed = text(guest, "ha_state") not in (None, "", *HA_STOPPED)
+    return critical if managed or "critical" in tags_of(guest) else warning
+
+
+def lock_explains(guest: Fields, since: float, now: float) -> bool:
     """A lock explains a stop while the task that holds it runs; where that is not known, for an hour."""
     held = guest.get("lock_held")
     return held if isinstance(held, bool) else now - since < HOUR
@@ -4796,38 +4749,30 @@ def is_restarting(host: HostState, vmid: str, now: float) -> bool:
 
 
 @rule("guest-hangs", each="guests", hold=5 * MINUTE,
-      reads="guests.responds guests.status guests.lock_held guests.name guests.tags guests.ha_state",
       why="Proxmox goes on calling it running, and it does nothing.",
       todo="Look at its console; qm status VMID --verbose; then reset it.")
-def guest_hangs(guest: dict[str, Any]) -> Found:
+def guest_hangs(guest: Fields) -> Found:
     """A running VM whose QEMU answers no question; while a task is at work on it that is no news."""
     responds = guest.get("responds")
     if responds is True or guest.get("status") != RUNNING or guest.get("lock_held") is True:
         return None
     if responds is not False:
         return UNKNOWN if guest.get("type") == "qemu" else None
-    severe = critical if is_ha_managed(guest) or "critical" in tags_of(guest) else warning
-    return severe(f"Guest {guest['vmid']} ({text(guest, 'name') or guest['vmid']}): its QEMU does not answer.")
+    return severe_for(guest)(f"Guest {called(guest)}: its QEMU does not answer.")
 
 
 @rule("guest-disk-full", each="guests", warn=0.90, crit=0.95, clear_by=0.03, hold=15 * MINUTE, by_number=True,
-      reads="guests.disk_used_bytes guests.disk_max_bytes guests.type guests.status",
       why="What runs in the container fails when its disk is full.",
       todo="Delete something in it, or pct resize VMID rootfs +5G")
-def guest_disk_full(guest: dict[str, Any]) -> Found:
+def guest_disk_full(guest: Fields) -> Found:
     """The root disk of a container; of a VM only its own system knows."""
     if guest.get("type") != "lxc" or guest.get("status") != RUNNING:
         return None
     full = ratio(number(guest, "disk_used_bytes"), number(guest, "disk_max_bytes"))
-    return measured(full, lambda: f"The root disk of container {guest['vmid']} ({text(guest, 'name') or '?'}) is "
-                                  f"{full:.0%} full.")
+    return measured(full, lambda: f"The root disk of container {called(guest)} is {full:.0%} full.")
 
 
-def is_ha_managed(guest: dict[str, Any]) -> bool:
-    return text(guest, "ha_state") not in (None, "", *HA_STOPPED)
-
-
-def tags_of(guest: dict[str, Any]) -> list[str]:
+def tags_of(guest: Fields) -> list[str]:
     """A guest's tags, which PVE separates by ; , or blanks."""
     tags = guest.get("tags")
     if isinstance(tags, str):
@@ -4874,7 +4819,7 @@ def backup_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage
     return found
 
 
-def job_holds(job: dict[str, Any], vmid: int, state: HostState) -> bool | None:
+def job_holds(job: Fields, vmid: int, state: HostState) -> bool | None:
     """Whether a job backs a guest up; None where only PVE knows who is in its pool."""
     node = text(job, "node")
     if node and node.lower() not in (state.name.lower(), (text(state.body("node"), "name") or state.name).lower()):
@@ -4902,7 +4847,7 @@ def newest_backups(state: HostState, fleet: Fleet) -> dict[int, float]:
     return found
 
 
-def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, Any]], ok_at: float | None, now: float, *,
+def lateness(state: HostState, guest: Fields, holding: list[Fields], ok_at: float | None, now: float, *,
              schedules_known: bool) -> tuple[float | None, bool]:
     """Seconds since the run that should have been (negative: until it), and whether two have been missed. A run is
     missed once its time, as the agent tells it, has passed; what was due before the guest was there, or its job had
@@ -4921,11 +4866,11 @@ def lateness(state: HostState, guest: dict[str, Any], holding: list[dict[str, An
     return worst
 
 
-def job_key(job: dict[str, Any]) -> str:
+def job_key(job: Fields) -> str:
     return f"{job.get('id')} {job.get('schedule')}"
 
 
-def missed_times(job: dict[str, Any], last: float, *, was_good: bool) -> list[float]:
+def missed_times(job: Fields, last: float, *, was_good: bool) -> list[float]:
     """The times later than `last` at which a job was due, oldest first. The agent tells the last few: when all of them
     were missed since a good run, the first was about one interval after that."""
     told = job.get("due_times")
@@ -4964,14 +4909,9 @@ def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
 
 
 @rule("backup-overdue", on="backups", of="guest", data_risk=True, always=True,
-      reads="backups.jobs.enabled backups.jobs.schedule backups.jobs.guests backups.jobs.exclude backups.jobs.pool"
-            " backups.jobs.node backups.jobs.due_times backups.jobs.next_run_at backups.guests.newest_ok.ended_at"
-            " backups.guests.newest_ok.started_at backups.guests.newest_ok.duration_seconds guests.created_at"
-            " guests.template",
       why="There is no backup as recent as the schedule promises.",
       todo="Look at the last vzdump task and whether the job runs.")
-def backup_overdue(backups: dict[str, Any], host: HostState, fleet: Fleet,
-                   now: float) -> Iterator[Reading]:
+def backup_overdue(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Iterator[Reading]:
     for guest in keep_coverage(host, fleet, now):
         if guest.late_seconds is not None and guest.late_seconds > BACKUP_GRACE:
             when = "it has none yet"
@@ -4995,11 +4935,9 @@ def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
 
 
 @rule("backup-failed", each="guests", on="backups", data_risk=True, always=True, tidy=True,
-      reads="backups.guests.newest_failed.ended_at backups.guests.newest_failed.error"
-            " backups.guests.newest_ok.ended_at",
       why="The newest backup of it does not exist.",
       todo="Read the task log; run the backup by hand.")
-def backup_failed(guest: dict[str, Any], host: HostState) -> Found:
+def backup_failed(guest: Fields, host: HostState) -> Found:
     """The newest run failed; two in a row are critical."""
     vmid, object = guest["vmid"], f"guests/{guest['vmid']}"
     runs = runs_of(host, vmid)
@@ -5011,20 +4949,19 @@ def backup_failed(guest: dict[str, Any], host: HostState) -> Found:
     host.memory.keep("backup-failed", object, times[-5:])
     why = (text(runs["newest_failed"], "error") or "no reason told")[:200]
     which = "backup" if len(times) < 2 else f"{len(times)} backups"
-    return (warning if len(times) < 2 else critical)(
-        f"The last {which} of guest {vmid} ({text(guest, 'name') or vmid}) failed: {why}", len(times))
+    return (warning if len(times) < 2 else critical)(f"The last {which} of guest {called(guest)} failed: {why}",
+                                                     len(times))
 
 
-def runs_of(host: HostState, vmid: Any) -> dict[str, Any]:
+def runs_of(host: HostState, vmid: Any) -> Fields:
     """The newest good and the newest failed backup of a guest."""
     return next((runs for runs in host.items("backups.guests") if runs.get("vmid") == vmid), {})
 
 
 @rule("backup-job", each="backups.jobs", on="backups", data_risk=True, always=True, tidy=True,
-      reads="backups.jobs.last_state backups.jobs.last_run_at backups.jobs.enabled backups.jobs.id",
       why="A job that fails as a whole backs nobody up.",
       todo="Read the newest vzdump task without a guest's number; is the storage there?")
-def backup_job(job: dict[str, Any], host: HostState) -> Found:
+def backup_job(job: Fields, host: HostState) -> Found:
     """What PVE says of a job's last run on this node (its state file): one alert a job, with the reason."""
     object, told, began = f"backups/{job.get('id')}", text(job, "last_state"), number(job, "last_run_at")
     if job.get("enabled") in (False, 0):
@@ -5042,68 +4979,62 @@ def backup_job(job: dict[str, Any], host: HostState) -> Found:
 
 
 @rule("backup-excludes", each="guests", on="backups", always=True,
-      reads="backups.guests.newest_ok.excluded_disks guests.volumes.name guests.volumes.backup guests.template",
       why="What is not in the backup cannot be brought back from it.",
       todo="Set backup=1 on the disk, or accept that it is meant so and switch the rule off for this guest.")
-def backup_excludes(guest: dict[str, Any], host: HostState) -> Found:
+def backup_excludes(guest: Fields, host: HostState) -> Found:
     """Guests whose last good backup has none of their disks, or not all."""
     good = runs_of(host, guest["vmid"]).get("newest_ok")
     left_out = good.get("excluded_disks") if isinstance(good, dict) else None
     volumes = [name for volume in dicts(guest.get("volumes")) if (name := text(volume, "name"))]
     if guest.get("template") or not isinstance(left_out, list) or not left_out or not isinstance(good, dict):
         return None
-    called, disks = f"{guest['vmid']} ({text(guest, 'name') or guest['vmid']})", ", ".join(map(str, left_out[:5]))
-    kept = [name for name in volumes if name not in left_out]
-    if not kept and (volumes or number(good, "size_bytes") is not None and (number(good, "size_bytes") or 0) < 1 << 20):
-        return warning(f"The backup of guest {called} holds none of its disks ({disks}): they are set to backup=0.")
-    return info(f"The backup of guest {called} leaves out {disks}.")
+    disks, size = ", ".join(map(str, left_out[:5])), number(good, "size_bytes")
+    if set(volumes) <= set(left_out) and (volumes or size is not None and size < 1 << 20):
+        return warning(f"The backup of guest {called(guest)} holds none of its disks ({disks}): they are set to "
+                       "backup=0.")
+    return info(f"The backup of guest {called(guest)} leaves out {disks}.")
 
 
 @rule("backup-missing", on="backups", hold=HOUR, always=True,
-      reads="backups.jobs.guests backups.jobs.exclude backups.jobs.pool guests.tags guests.vmid",
       why="A guest in no job is never backed up.",
       todo="Add them to a job, or tag them no-backup.")
-def backup_missing(backups: dict[str, Any], host: HostState, fleet: Fleet, now: float) -> Found:
+def backup_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Found:
     """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
-    muted = {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
-    bare = [guest for guest in coverage(host, fleet, now) if guest.covered is False and guest.vmid not in muted
+    muted = without_backup(host)
+    bare = [f"{guest.vmid} ({guest.name})" for guest in coverage(host, fleet, now)
+            if guest.covered is False and guest.vmid not in muted
             and (guest.newest_ok_at is None or now - guest.newest_ok_at > 8 * DAY)]
-    if not bare:
-        return None
-    shown = ", ".join(f"{guest.vmid} ({guest.name})" for guest in bare[:10])
-    more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
-    return warning(f"{len(bare)} guest(s) are in no backup job: {shown}{more}.", len(bare))
+    return warning(f"{len(bare)} guest(s) are in no backup job: {some_of(bare, 10)}.", len(bare)) if bare else None
+
+
+def without_backup(host: HostState) -> set[str]:
+    """The guests that are meant to have none."""
+    return {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
 
 
 # Answers that are a danger: see the section answers
 
 
 @rule("copy-missing", on="backups", warn=None, hold=HOUR, always=True,
-      reads="backups.guests.newest_ok guests.volumes guests.created_at storages.type storages.shared storages.server "
-            "snapshots.newest_guid snapshots.newest_at replication.last_sync_at",
       why="If this host burned now, these guests would be lost with their backups.",
       todo="Back them up to a storage of another machine (PBS, NFS, CIFS), replicate them, or tag them no-backup.")
-def copy_missing(backups: dict[str, Any], host: HostState, fleet: Fleet, now: float) -> Found:
+def copy_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Found:
     """Guests that are backed up, but only onto their own host. The backup rules tell who is late or in no job."""
     if fleet.copies is None:
         return UNKNOWN
     in_time = {guest.vmid for guest in coverage(host, fleet, now) if guest.newest_ok_at is not None}
-    muted = {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
-    bare = [row for row in copy_rows(host, fleet.copies, now) if row["verdict"] == "warning"
-            and str(row["vmid"]) in in_time - muted and "only copy" in row["reason"]]
+    bare = [called(row) for row in copy_rows(host, fleet.copies, now) if row["verdict"] == "warning"
+            and str(row["vmid"]) in in_time - without_backup(host) and "only copy" in row["reason"]]
     if not bare:
         return None
-    shown = ", ".join(f"{row['vmid']} ({row['name']})" for row in bare[:10])
-    more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
     return warning(f"{len(bare)} guest{'' if len(bare) == 1 else 's'} would be lost with this host, backups included: "
-                   f"{shown}{more}.", len(bare))
+                   f"{some_of(bare, 10)}.", len(bare))
 
 
 @rule("suspects-hold-pool", each="pools", on="disks pools", always=True, data_risk=True,
-      reads="pools.vdevs disks.passed disks.critical_warning disks.pending_sectors disks.wear_ratio",
       why="If the disks that are suspect fail, the pool is lost.",
       todo="Replace the suspect disk before anything else; until then no scrub, and check the backups.")
-def suspects_hold_pool(pool: dict[str, Any], host: HostState) -> Found:
+def suspects_hold_pool(pool: Fields, host: HostState) -> Found:
     """A vdev that would not outlive the failure of the members that SMART or their errors make suspect."""
     worst = min(pool_margins(host, pool), key=lambda vdev: vdev.with_suspects, default=None)
     if worst is None or worst.with_suspects >= 0 or worst.margin < 0:
@@ -5114,11 +5045,9 @@ def suspects_hold_pool(pool: dict[str, Any], host: HostState) -> Found:
 
 
 @rule("blind-spot", on="safeguards", always=True, hold=HOUR,
-      reads="safeguards.zed_mail safeguards.root_mail safeguards.scrub_scheduled safeguards.matchers_without_target "
-            "safeguards.security_source safeguards.enterprise_source services.active subscription.status",
       why="When something fails here, nobody hears of it.",
       todo="The list of blind spots names what to do for each.")
-def blind_spot(safeguards: dict[str, Any], host: HostState) -> Found:
+def blind_spot(safeguards: Fields, host: HostState) -> Found:
     """What would stay silent on this host, in one line; a danger by itself where ZFS or the cluster counts on it."""
     found = list(silent_failures(host))
     if not found:
@@ -5130,37 +5059,29 @@ def blind_spot(safeguards: dict[str, Any], host: HostState) -> Found:
 # Upkeep
 
 
-@rule("updates-security", on="updates", warn=14 * DAY, always=True, reads="updates.security updates.pending",
+@rule("updates-security", on="updates", warn=14 * DAY, always=True,
       why="Known holes stay open.",
       todo="apt update && apt dist-upgrade")
-def updates_security(updates: dict[str, Any], host: HostState, now: float) -> Found:
-    waiting = number(updates, "security")
-    if waiting is None and number(updates, "pending") is not None and host.memory.keys("updates-security"):
-        waiting = 0  # the list marks security updates here, and marks none any more
-    if waiting is None:
-        return UNKNOWN
-    if not waiting:
-        host.memory.drop("updates-security", "")
-        return None
-    age = now - host.memory.since("updates-security", "", now)
-    return measured(age, f"{int(waiting)} security update(s) wait for {days(age)}.")
+def updates_security(updates: Fields, host: HostState, now: float) -> Found:
+    count = number(updates, "security")
+    if count is None and number(updates, "pending") is not None and host.memory.keys("updates-security"):
+        count = 0  # the list marks security updates here, and marks none any more
+    return waiting(host, "updates-security", count, f"{int(count or 0)} security update(s) wait", now)
 
 
-@rule("updates-stale", on="updates", warn=7 * DAY, always=True, reads="updates.as_of",
+@rule("updates-stale", on="updates", warn=7 * DAY, always=True,
       why="Without a fresh list nobody knows what is missing.",
       todo="systemctl status pve-daily-update.timer; check the repositories.")
-def updates_stale(updates: dict[str, Any], now: float) -> Found:
+def updates_stale(updates: Fields, now: float) -> Found:
     as_of = number(updates, "as_of")
-    age = None if as_of is None else now - as_of
-    return measured(age, lambda: f"The list of updates is {days(age or 0)} old: apt update does not run.")
+    return UNKNOWN if as_of is None else measured(
+        now - as_of, f"The list of updates is {days(now - as_of)} old: apt update does not run.")
 
 
 @rule("certificate", each="certificates", low=True, always=True, tidy=True,
-      reads="certificates.expires_at certificates.starts_at certificates.issuer certificates.subject"
-            " certificates.acme",
       why="When it expires, browsers and other nodes refuse the host.",
       todo="pvenode acme cert renew, or pvecm updatecerts --force")
-def certificate(cert: dict[str, Any], host: HostState, now: float) -> Found:
+def certificate(cert: Fields, host: HostState, now: float) -> Found:
     """Time left; PVE renews ACME certificates at 30 d and its own at 14 d, so less means that failed. One that lives
     for days only is judged by the part of its life that is left: pveupdate renews it every day. Where its beginning is
     not told, its life is what it had left when it was first seen to be renewed."""
@@ -5186,7 +5107,7 @@ def certificate_text(file: str, left: float, failed: str) -> str:
     return f"Certificate {file} {when}{failed}."
 
 
-@rule("clock-skew", on=AGENT, warn=30, crit=120, reads="agent.clock_offset time",
+@rule("clock-skew", on=AGENT, warn=30, crit=120,
       why="Wrong time breaks the cluster, certificates and logs.",
       todo="chronyc tracking; systemctl restart chrony")
 def clock_skew(host: HostState) -> Found:
@@ -5195,10 +5116,10 @@ def clock_skew(host: HostState) -> Found:
     return measured(value, lambda: f"The host's clock is {format_duration(value or 0.0)} off the server's.")
 
 
-@rule("clock-unsynced", on="time_sync", hold=30 * MINUTE, reads="time_sync.synchronised time_sync.source",
+@rule("clock-unsynced", on="time_sync", hold=30 * MINUTE,
       why="The clock will drift away.",
       todo="chronyc sources -v")
-def clock_unsynced(time_sync: dict[str, Any]) -> Found:
+def clock_unsynced(time_sync: Fields) -> Found:
     synchronised = time_sync.get("synchronised")
     if synchronised is None:
         return UNKNOWN
@@ -5210,11 +5131,9 @@ def clock_unsynced(time_sync: dict[str, Any]) -> Found:
 
 
 @rule("replication", each="replication", tidy=True,
-      reads="replication.enabled replication.vmid replication.target replication.schedule replication.due_times"
-            " replication.fail_count replication.last_sync_at replication.error guests.status",
       why="The copy on the other node gets older.",
       todo="pvesr status; read the job's log in /var/log/pve/replicate.")
-def replication(job: dict[str, Any], host: HostState, now: float) -> Found:
+def replication(job: Fields, host: HostState, now: float) -> Found:
     """Failures, and runs that were due and did not bring a good sync: three of them, or one for hours."""
     said, object = f"Replication {job['id']} to {job.get('target')}", f"replication/{job['id']}"
     if job.get("enabled") in (False, 0):
@@ -5236,10 +5155,10 @@ def replication(job: dict[str, Any], host: HostState, now: float) -> Found:
         fails)
 
 
-@rule("ha-stale", on="ha", of="service", always=True, reads="ha.services ha.lrm.as_of ha.manager_as_of",
+@rule("ha-stale", on="ha", of="service", always=True,
       why="A dead resource manager lets the watchdog reset the node.",
       todo="systemctl status pve-ha-lrm pve-ha-crm")
-def ha_stale(ha: dict[str, Any], host: HostState) -> Iterator[Reading]:
+def ha_stale(ha: Fields, host: HostState) -> Iterator[Reading]:
     """LRM or CRM without a sign of life, on a host where HA has something to do: an idle one stops writing."""
     section = host.sections["ha"]
     if not ha.get("services") or section.stamp is None:
@@ -5259,10 +5178,9 @@ WATCHED_SERVICES = CORE_SERVICES | frozenset((
 
 
 @rule("service-failed", each="services", hold=10 * MINUTE, tidy=True,
-      reads="services.unit services.load services.active services.enabled services.restarts",
       why="What it does is not being done.",
       todo="systemctl status UNIT; journalctl -u UNIT")
-def service_failed(unit: dict[str, Any], host: HostState, now: float) -> Found:
+def service_failed(unit: Fields, host: HostState, now: float) -> Found:
     """Services that Proxmox, ZFS and the clock need: failed, stopped, disabled, or started again and again."""
     name, active, enabled = service_name(unit), text(unit, "active"), text(unit, "enabled")
     if name not in WATCHED_SERVICES or text(unit, "load") in ("not-found", "masked"):
@@ -5298,7 +5216,7 @@ NEEDED_UNITS = ("pve", "proxmox", "zfs", "zpool", "zed", "corosync", "ceph", "lx
                 "systemd-udevd", "dm-event")
 
 
-@rule("unit-failed", on="failed_units", of="service", hold=10 * MINUTE, reads="failed_units services.unit",
+@rule("unit-failed", on="failed_units", of="service", hold=10 * MINUTE,
       why="Proxmox or ZFS need it, and it has failed.",
       todo="systemctl status UNIT; journalctl -u UNIT; systemctl reset-failed UNIT when it is over.")
 def unit_failed(units: list[Any], host: HostState) -> Iterator[Reading]:
@@ -5310,10 +5228,9 @@ def unit_failed(units: list[Any], host: HostState) -> Iterator[Reading]:
 
 
 @rule("mail-queue", on="mail_queue", hold=10 * MINUTE,
-      reads="mail_queue.deferred mail_queue.active mail_queue.oldest_at",
       why="The host's own warnings do not reach anybody.",
       todo="mailq says why it cannot be delivered; set a relayhost in /etc/postfix/main.cf, then postqueue -f")
-def mail_queue(queue: dict[str, Any], now: float) -> Found:
+def mail_queue(queue: Fields, now: float) -> Found:
     counts = [number(queue, key) for key in ("deferred", "active")]
     waiting, oldest = sum_known(counts), number(queue, "oldest_at")
     age = 0 if oldest is None or not waiting else now - oldest
@@ -5324,10 +5241,10 @@ def mail_queue(queue: dict[str, Any], now: float) -> Found:
     return warning(f"{int(waiting)} mails wait to leave the host, the oldest for {format_duration(age)}.", waiting)
 
 
-@rule("section-failing", on=AGENT, each="failures", reads="errors",
+@rule("section-failing", on=AGENT, each="failures",
       why="This part of the host is not being watched.",
       todo="proxmox-monitor-agent once --explain shows the command that fails.")
-def section_failing(failure: dict[str, Any]) -> Found:
+def section_failing(failure: Fields) -> Found:
     """A section of which nothing could be had in 3 of its ticks in a row."""
     if failure["count"] < 3:
         return UNKNOWN
@@ -5335,7 +5252,7 @@ def section_failing(failure: dict[str, Any]) -> Found:
     return warning(f"The agent cannot collect '{failure['name']}': {reason}", failure["count"])
 
 
-@rule("spool-dropped", on=AGENT, accept=accepts("spool-dropped", counter=True), reads="agent.dropped",
+@rule("spool-dropped", on=AGENT, accept=accepts("spool-dropped", counter=True),
       why="History has a hole.",
       todo="Was the server away for long? Raise [spool] max_mb.")
 def spool_dropped(host: HostState, now: float) -> Found:
@@ -5347,7 +5264,7 @@ def spool_dropped(host: HostState, now: float) -> Found:
     return warning(f"The agent's spool was full: {int(lost)} report(s) are lost.", lost) if lost else None
 
 
-@rule("agent-old", on=AGENT, reads="agent.version",
+@rule("agent-old", on=AGENT,
       why="An old agent knows fewer things.",
       todo="Install the newer one.")
 def agent_old(host: HostState) -> Found:
@@ -5363,7 +5280,7 @@ def release(version: str | None) -> tuple[int, int] | None:
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else None
 
 
-@rule("host-twice", on=AGENT, reads="run_id time",
+@rule("host-twice", on=AGENT,
       why="Two machines mix their reports: neither can be judged.",
       todo="Was this host cloned? Give each its own host_id and token.")
 def host_twice(host: HostState, now: float) -> Found:
@@ -5372,7 +5289,7 @@ def host_twice(host: HostState, now: float) -> Found:
     return critical(f"Two machines report as {host.name}: their reports take turns.")
 
 
-def watch_agent(state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+def watch_agent(state: HostState, report: Fields, stamp: Stamp) -> None:
     """What rules want to know of the reports themselves: skew, failing sections, two senders under one name."""
     if stamp.received_at - report["time"] < 2 * MINUTE:
         offset = abs(number(report.get("agent"), "clock_offset") or 0.0)
@@ -5436,14 +5353,11 @@ def list_clusters(fleet: Fleet, now: float) -> list[tuple[Cluster, list[int]]]:
     names = [text(group[0].body("cluster"), "name") or "unnamed" for group in groups]
     found = []
     for name, group in zip(names, groups):
-        fresh = [host for host in group if is_fresh(host.sections.get("cluster", NOTHING), now)]
+        views = [view_of(host) for host in group if (stamp := host.sections.get("cluster", NOTHING).stamp) is not None
+                 and now - stamp.received_at < 3 * MINUTE]
         shown = name if names.count(name) == 1 else f"{name} ({min(host.name for host in group)})"
-        found.append((Cluster(shown, [view_of(host) for host in fresh]), [host.id for host in group]))
+        found.append((Cluster(shown, views), [host.id for host in group]))
     return found
-
-
-def is_fresh(section: Section, now: float) -> bool:
-    return section.stamp is not None and now - section.stamp.received_at < 3 * MINUTE
 
 
 def disagreement(views: list[View]) -> str | None:
@@ -5458,7 +5372,6 @@ def disagreement(views: list[View]) -> str | None:
 
 
 @rule("cluster-quorum", on=SHARED, each="clusters", hold=MINUTE, data_risk=True,
-      reads="cluster.quorate cluster.votes_present cluster.votes_expected cluster.name",
       why="Without quorum /etc/pve is read-only: nothing starts, HA fences nodes.",
       todo="pvecm status; bring nodes or their network back.")
 def cluster_quorum(cluster: Cluster) -> Found:
@@ -5476,7 +5389,6 @@ def cluster_quorum(cluster: Cluster) -> Found:
 
 
 @rule("cluster-disagree", on=SHARED, each="clusters", hold=MINUTE,
-      reads="cluster.quorate cluster.members.name cluster.members.online",
       why="The cluster is split, or a node's view is wrong.",
       todo="pvecm status on each node; journalctl -u corosync")
 def cluster_disagree(cluster: Cluster) -> Found:
@@ -5485,7 +5397,6 @@ def cluster_disagree(cluster: Cluster) -> Found:
 
 
 @rule("cluster-member", on=SHARED, each="clusters", hold=5 * MINUTE,
-      reads="cluster.votes_expected cluster.votes_present cluster.members.online",
       why="The cluster can lose fewer nodes than it was built for.",
       todo="pvecm status; start the node, or remove it for good.")
 def cluster_member(cluster: Cluster, host: Shared, fleet: Fleet) -> Found:
@@ -5505,7 +5416,6 @@ def cluster_member(cluster: Cluster, host: Shared, fleet: Fleet) -> Found:
 
 
 @rule("cluster-margin", on=SHARED, each="clusters", hold=5 * MINUTE,
-      reads="cluster.votes_present cluster.votes_needed cluster.quorate",
       why="One more failure stops the whole cluster.",
       todo="Add a node or a QDevice.")
 def cluster_margin(cluster: Cluster) -> Found:
@@ -5516,7 +5426,6 @@ def cluster_margin(cluster: Cluster) -> Found:
 
 
 @rule("cluster-clock", on=SHARED, each="clusters", warn=0.5, clear_by=0.1, hold=5 * MINUTE,
-      reads="time_sync.offset_seconds",
       why="Corosync and Ceph need equal clocks.",
       todo="chronyc tracking on both nodes.")
 def cluster_clock(cluster: Cluster) -> Found:
@@ -5534,23 +5443,19 @@ HA_TROUBLE = {"error": critical, "fence": critical, "recovery": warning}  # reco
 
 
 @rule("ha-service", on=SHARED, each="clusters", of="service", hold=2 * MINUTE, hold_crit=0,
-      reads="ha.services.id ha.services.state ha.services.node",
       why="HA has given up on it, is fencing its node, or finds no node for it.",
       todo="ha-manager status; set it to disabled, mend it, start it.")
-def ha_service(cluster: Cluster) -> Iterator[Reading]:
+def ha_service(cluster: Cluster) -> Found:
     """HA services as the node tells that sees them worst: a stale or untrue view must not hide one."""
-    worst: dict[str, Reading] = {}
-    for view in cluster.views:
-        for service in view.host.items("ha.services"):
-            state, object = text(service, "state") or "", f"clusters/{cluster.name}/ha/{service.get('id')}"
-            if state in HA_TROUBLE and (object not in worst or state != "recovery"):
-                worst[object] = HA_TROUBLE[state](
-                    f"HA service {service.get('id')} of cluster {cluster.name} on {service.get('node')} is in state "
-                    f"{state}.", object=object)
-    yield from worst.values()
+    services = [(service, text(service, "state") or "") for view in cluster.views
+                for service in view.host.items("ha.services")]
+    return worst_each(HA_TROUBLE[state](
+        f"HA service {service.get('id')} of cluster {cluster.name} on {service.get('node')} is in state {state}.",
+        object=f"clusters/{cluster.name}/ha/{service.get('id')}")
+        for service, state in services if state in HA_TROUBLE)
 
 
-@rule("ha-disarmed", on=SHARED, each="clusters", of="service", hold=MINUTE, reads="ha.disarm.mode ha.disarm.state",
+@rule("ha-disarmed", on=SHARED, each="clusters", of="service", hold=MINUTE,
       why="HA watches nothing: a node that dies takes its guests with it.",
       todo="ha-manager crm-command arm-ha, when the work is done.")
 def ha_disarmed(cluster: Cluster) -> Found:
@@ -5566,22 +5471,18 @@ HA_NODES = {"fence": critical, "unknown": warning, "gone": warning, "maintenance
 
 
 @rule("ha-node", on=SHARED, each="clusters", of="service", hold=5 * MINUTE, hold_crit=0,
-      reads="ha.nodes.name ha.nodes.state",
       why="HA fences the node, has lost it, or keeps it free of services.",
       todo="ha-manager status; is the node up? ha-manager crm-command node-maintenance disable NODE")
-def ha_node(cluster: Cluster, host: Shared, fleet: Fleet) -> Iterator[Reading]:
+def ha_node(cluster: Cluster, host: Shared, fleet: Fleet) -> Found:
     """Nodes as HA sees them; one that is known here to be offline is told by its own alert, but for its fencing."""
     offline = {name for view in cluster.views for mate in fleet.cluster_of(view.host)
                if ("host-offline", "") in mate.alerts for name in node_names(mate)}
-    worst: dict[str, tuple[int, Reading]] = {}
-    for node in [node for view in cluster.views for node in view.host.items("ha.nodes")]:
-        name, state = str(node.get("name")), text(node, "state") or ""
-        if state in HA_NODES and (state == "fence" or name.lower() not in offline):
-            reading = HA_NODES[state](f"HA has node {name} of cluster {cluster.name} in state {state}.",
+    nodes = [(str(node.get("name")), text(node, "state") or "") for view in cluster.views
+             for node in view.host.items("ha.nodes")]
+    return worst_each(HA_NODES[state](f"HA has node {name} of cluster {cluster.name} in state {state}.",
                                       object=f"clusters/{cluster.name}/ha-node/{name}")
-            rank = list(HA_NODES).index(state)
-            worst[name] = min(worst.get(name, (rank, reading)), (rank, reading), key=lambda pair: pair[0])
-    yield from (reading for _, reading in worst.values())
+                      for name, state in nodes
+                      if state in HA_NODES and (state == "fence" or name.lower() not in offline))
 
 
 def ceph_reading(ceph: Any, of: str) -> Reading | None:
@@ -5598,12 +5499,11 @@ def ceph_reading(ceph: Any, of: str) -> Reading | None:
 
 
 CEPH = {"hold": 5 * MINUTE, "hold_crit": 0.0, "data_risk": True, "always": True,
-        "reads": "ceph.health ceph.checks.severity ceph.checks.message ceph.checks.muted",
         "why": "Data may be short of copies, or writes may have stopped.", "todo": "ceph health detail; ceph osd tree"}
 
 
 @rule("ceph", on="ceph", **CEPH)
-def ceph_health(ceph: dict[str, Any], host: HostState) -> Found:
+def ceph_health(ceph: Fields, host: HostState) -> Found:
     return None if host.body("cluster") is not None else ceph_reading(ceph, "")  # see cluster-ceph
 
 
@@ -5619,26 +5519,20 @@ def cluster_ceph(cluster: Cluster, host: Shared, now: float) -> Found:
 
 
 @rule("cluster-storage-full", on=SHARED, each="clusters", of="storage", warn=0.85, crit=0.93, clear_by=0.03,
-      hold=10 * MINUTE, reads="storages.shared storages.enabled storages.used_bytes storages.total_bytes",
+      hold=10 * MINUTE,
       why="Guests and backups on it fail when it is full.",
       todo="Delete old backups or images, or move some.")
-def cluster_storage_full(cluster: Cluster) -> Iterator[Reading]:
+def cluster_storage_full(cluster: Cluster) -> Found:
     """A storage that all nodes share is full once, not once per node."""
-    fullest: dict[str, dict[str, Any]] = {}
-    for view in cluster.views:
-        for storage in view.host.items("storages"):
-            if storage.get("shared") in (True, 1) and storage.get("enabled") not in (False, 0):
-                known = fullest.setdefault(storage["storage"], storage)
-                if (storage_used_ratio(storage) or -1) > (storage_used_ratio(known) or -1):
-                    fullest[storage["storage"]] = storage
-    for name, storage in fullest.items():
-        yield storage_reading(storage, f"clusters/{cluster.name}/storages/{name}")
+    return worst_each(storage_reading(storage, f"clusters/{cluster.name}/storages/{storage['storage']}")
+                      for view in cluster.views for storage in view.host.items("storages")
+                      if storage.get("shared") in (True, 1) and storage.get("enabled") not in (False, 0))
 
 
 # Silence: judged by our own clock
 
 
-@rule("host-offline", on=CLOCK, crit=OFFLINE_SECONDS, reads="",
+@rule("host-offline", on=CLOCK, crit=OFFLINE_SECONDS,
       why="What is not seen cannot be judged: its guests may be down too.",
       todo="Is the host up and on the network? On it: systemctl status proxmox-monitor-agent")
 def host_offline(host: HostState, fleet: Fleet, now: float) -> Found:
@@ -5686,18 +5580,17 @@ def fell_silent(fleet: Fleet, states: list[HostState], now: float) -> set[int]:
     return {host_id for _, _, host_id in best}
 
 
-@rule("site-offline", on=SHARED, each="sites", reads="",
+@rule("site-offline", on=SHARED, each="sites",
       why="Many hosts fell silent at once: one cause, not many.",
       todo="Look at the site's power, uplink and firewall, and at this server's own network.")
 def site_offline(site: tuple[str, set[int]], host: Shared, fleet: Fleet) -> Found:
     object, hosts = site
     where = "the fleet" if object == "sites" else f"site {object.partition('/')[2]}"
     names = sorted(fleet.hosts[host_id].name for host_id in hosts if host_id in fleet.hosts)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return critical(f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {shown}.", len(hosts))
+    return critical(f"{len(hosts)} hosts of {where} fell silent within 2 minutes: {some_of(names, 5)}.", len(hosts))
 
 
-@rule("server-certificate", on=SHARED, of="server", warn=21 * DAY, crit=5 * DAY, low=True, reads="",
+@rule("server-certificate", on=SHARED, of="server", warn=21 * DAY, crit=5 * DAY, low=True,
       why="When it expires, agents and people cannot reach this server.",
       todo="Look at Caddy's log.")
 def server_certificate(shared: Shared, fleet: Fleet, now: float) -> Found:
@@ -5706,7 +5599,7 @@ def server_certificate(shared: Shared, fleet: Fleet, now: float) -> Found:
         object="server/certificate")
 
 
-@rule("log-ins-fail", on=SHARED, of="server", reads="",
+@rule("log-ins-fail", on=SHARED, of="server",
       why="Somebody tries passwords.",
       todo="The events say from where; shut it out at the proxy, look at who is logged in.")
 def log_ins_fail(shared: Shared, fleet: Fleet, now: float) -> Found:
@@ -5729,12 +5622,12 @@ class Layers:
     """The thresholds as set: [rules.NAME], [tags.TAG.rules.NAME], [hosts.HOST.rules.NAME], and for single objects
     [objects."pools/tank".rules.NAME] and [hosts.HOST.objects."pools/tank".rules.NAME]."""
 
-    def __init__(self, document: dict[str, Any] | None = None):
+    def __init__(self, document: Fields | None = None):
         document = document or {}
-        self.fleet: dict[str, Any] = document.get("rules", {})
+        self.fleet: Fields = document.get("rules", {})
         self.tags = {tag.lower(): one.get("rules", {}) for tag, one in document.get("tags", {}).items()}
         self.hosts = {host.lower(): one for host, one in document.get("hosts", {}).items()}
-        self.objects: dict[str, Any] = document.get("objects", {})
+        self.objects: Fields = document.get("objects", {})
         self.has_objects = bool(self.objects) or any(one.get("objects") for one in self.hosts.values())
         self._tables: dict[tuple[str, ...], dict[str, Limits]] = {}  # by what hosts have of their own
 
@@ -5780,7 +5673,7 @@ class Layers:
 Fleet.layers = Layers()
 
 
-def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
+def overridden(limits: Limits, given: Fields, layer: str) -> Limits:
     """Limits with what one layer sets; another hold counts for critical too unless that is set by itself."""
     hold = float(given.get("hold_seconds", limits.hold))
     crit_hold = hold if "hold_seconds" in given else limits.hold_crit
@@ -5790,7 +5683,7 @@ def overridden(limits: Limits, given: dict[str, Any], layer: str) -> Limits:
                   float(given.get("hold_crit_seconds", crit_hold)), limits.low, limits.worse, layer)
 
 
-def check_layers(document: dict[str, Any]) -> None:
+def check_layers(document: Fields) -> None:
     """`Mistake` unless every threshold is one of a rule that exists, and a number."""
     rules = {"rules?": check_rules}
     objects = {"*": rules}
@@ -5816,7 +5709,7 @@ def check_rules(rules: Any) -> None:
 # Judging and writing: by the writer, in the transaction of the report
 
 
-def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: float,
+def judge_host(db: Database, fleet: Fleet, state: HostState, now: float,
                changed: Iterable[str] | None = None) -> list[Alert]:
     """Run the rules of the sections that came (None: only those of the clock) over a host's latest state, and write
     what changed; gives back the alerts that did."""
@@ -5827,11 +5720,11 @@ def judge_host(db: sqlite3.Connection, fleet: Fleet, state: HostState, now: floa
     return [new for _, new in changes if new is not None]
 
 
-IDENTITY: dict[str, Callable[[dict[str, Any]], Any]] = {
+IDENTITY: dict[str, Callable[[Fields], Any]] = {
     "guests": lambda guest: guest.get("created_at"), "pools": lambda pool: pool.get("guid")}
 
 
-def follow_names(db: sqlite3.Connection, state: HostState, changed: Iterable[str], now: float) -> None:
+def follow_names(db: Database, state: HostState, changed: Iterable[str], now: float) -> None:
     """Names move: what is known of a guest or a pool is forgotten when another one has its name, and alerts about a
     disk follow it to its new letter."""
     for section, identity_of in IDENTITY.items():
@@ -5851,7 +5744,7 @@ def follow_names(db: sqlite3.Connection, state: HostState, changed: Iterable[str
             rename_alerts(db, state, moved)
 
 
-def rename_alerts(db: sqlite3.Connection, state: HostState, moved: dict[str, str]) -> None:
+def rename_alerts(db: Database, state: HostState, moved: dict[str, str]) -> None:
     """Alerts under other names, old to new; in two steps, as two disks may have changed places."""
     renamed = {key: alert.changed(object=moved[alert.object]) for key, alert in state.alerts.items()
                if alert.object in moved and alert.rule != "disk-gone"}
@@ -5867,7 +5760,7 @@ def rename_alerts(db: sqlite3.Connection, state: HostState, moved: dict[str, str
     state.alerts = kept
 
 
-def judge_shared(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
+def judge_shared(db: Database, fleet: Fleet, now: float) -> None:
     """What no single host can tell: clusters, sites."""
     shared, silent, clusters = fleet.shared, judge_silence(fleet, now), list_clusters(fleet, now)
     shared.clusters = [cluster for cluster, _ in clusters]
@@ -5945,7 +5838,7 @@ def cause_of_guest(state: Any, vmid: str) -> Alert | None:
     return broken_pool(state, [pool_of(volume.get("dataset")) for volume in volumes]) or next(firing, None)
 
 
-def write_changes(db: sqlite3.Connection, state: Any, changes: Changes, now: float) -> None:
+def write_changes(db: Database, state: Any, changes: Changes, now: float) -> None:
     """Put changed alerts, their transitions, and what the rules remember on record."""
     for old, new in changes:
         write_alert(db, state, old, new, now)
@@ -5955,7 +5848,7 @@ def write_changes(db: sqlite3.Connection, state: Any, changes: Changes, now: flo
         state.memory.changed = False
 
 
-def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Alert | None, now: float) -> None:
+def write_alert(db: Database, state: Any, old: Alert | None, new: Alert | None, now: float) -> None:
     """Put a changed alert and its transition on record."""
     if new is None:
         if old is not None and old.id is not None:
@@ -5974,7 +5867,7 @@ def write_alert(db: sqlite3.Connection, state: Any, old: Alert | None, new: Aler
         insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None)
 
 
-def alert_fields(alert: Alert) -> dict[str, Any]:
+def alert_fields(alert: Alert) -> Fields:
     """An alert as its row. A counter of 64 bits is too much for an INTEGER of SQLite."""
     fields = {key: getattr(alert, key) for key in ALERT_FIELDS}
     for key in ("value", "acknowledged_value"):
@@ -5987,16 +5880,20 @@ INSERT_ALERT = (f"INSERT INTO alert (host_id, {', '.join(ALERT_FIELDS)}) "
 UPDATE_ALERT = f"UPDATE alert SET {', '.join(f'{key} = :{key}' for key in ALERT_FIELDS)} WHERE id = :id"
 
 
-def update_alert(db: sqlite3.Connection, fleet: Fleet, alert_id: int, **fields: Any) -> Alert:
-    """Change an open alert in memory and on disk. `Problem('not_found')`."""
+def update_alert(db: Database, fleet: Fleet, alert_id: int, **fields: Any) -> tuple[Any, Alert]:
+    """Change an open alert in memory and on disk; gives back whose it is and what it is now. `Problem('not_found')`."""
     state, alert = find_alert(fleet, alert_id)
     new = alert.changed(**fields)
     state.alerts = {**state.alerts, (new.rule, new.object): new}
     if state is fleet.shared:
         fleet.concerned = concerned_hosts(fleet.shared)
     db.execute(UPDATE_ALERT, alert_fields(new))
-    fleet.generation += 1
-    return new
+    return state, new
+
+
+def tell_done(db: Database, now: float, state: Any, alert: Alert, kind: str, words: str) -> None:
+    """Put on record what somebody did to an alert."""
+    insert_event(db, now, kind, f"{words}: {alert.message}", host=state.name, object=alert.object or None)
 
 
 def find_alert(fleet: Fleet, alert_id: int) -> tuple[Any, Alert]:
@@ -6007,23 +5904,21 @@ def find_alert(fleet: Fleet, alert_id: int) -> tuple[Any, Alert]:
     raise Problem("not_found", f"no open alert {alert_id}")
 
 
-def acknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str, until: float | None,
+def acknowledge(db: Database, fleet: Fleet, alert_id: int, now: float, *, by: str, until: float | None,
                 note: str | None) -> None:
     """Take note of an alert: it is quiet and colours nothing until it gets worse, or until then."""
     state, alert = find_alert(fleet, alert_id)
     update_alert(db, fleet, alert_id, acknowledged_at=now, acknowledged_by=by, acknowledged_until=until,
                  acknowledged_note=note, acknowledged_severity=alert.severity, acknowledged_value=alert.value)
-    insert_event(db, now, "alert-acknowledged", f"{by} acknowledged: {alert.message}", host=state.name,
-                 object=alert.object or None)
+    tell_done(db, now, state, alert, "alert-acknowledged", f"{by} acknowledged")
 
 
-def unacknowledge(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
-    alert = update_alert(db, fleet, alert_id, **NOT_ACKNOWLEDGED)
-    insert_event(db, now, "alert-unacknowledged", f"{by} took back the acknowledgement of: {alert.message}",
-                 host=find_alert(fleet, alert_id)[0].name, object=alert.object or None)
+def unacknowledge(db: Database, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
+    tell_done(db, now, *update_alert(db, fleet, alert_id, **NOT_ACKNOWLEDGED), "alert-unacknowledged",
+              f"{by} took back the acknowledgement of")
 
 
-def accept_as_normal(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
+def accept_as_normal(db: Database, fleet: Fleet, alert_id: int, now: float, *, by: str) -> None:
     """Make what an alert is about the new baseline; it is over with that. `Problem('conflict')` for a rule without."""
     state, alert = find_alert(fleet, alert_id)
     rule = RULE.get(alert.rule)
@@ -6031,14 +5926,12 @@ def accept_as_normal(db: sqlite3.Connection, fleet: Fleet, alert_id: int, now: f
         raise Problem("conflict", f"the rule {alert.rule} has no baseline: acknowledge it, or set its threshold")
     if not rule.accept(state, alert.object):
         raise Problem("conflict", "what this alert is about is not there any more")
-    insert_event(db, now, "alert-accepted", f"{by} accepted as normal: {alert.message}", host=state.name,
-                 object=alert.object or None)
+    tell_done(db, now, state, alert, "alert-accepted", f"{by} accepted as normal")
     changes = judge(state, [rule._replace(always=True)], fleet, now)
     if state.alerts.get((alert.rule, alert.object)) is alert:  # not known any more: it was accepted all the same
         changes.append((alert, alert.changed(state="resolved", resolved_at=now)))
         state.alerts = {key: other for key, other in state.alerts.items() if other is not alert}
     write_changes(db, state, changes, now)
-    fleet.generation += 1
 
 
 # Backlog and replay: the same rules over reports of the past
@@ -6064,8 +5957,7 @@ def past_state(state: HostState) -> HostState:
     return past
 
 
-def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Stamp, *,
-               whole: bool = True) -> list[Past]:
+def judge_past(past: HostState, fleet: Fleet, report: Fields, stamp: Stamp, *, whole: bool = True) -> list[Past]:
     """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
     changed = past.apply(report, stamp)
     absorb_tasks(past, report.get("tasks"), stamp.time)
@@ -6080,7 +5972,7 @@ def judge_past(past: HostState, fleet: Fleet, report: dict[str, Any], stamp: Sta
     return found
 
 
-def judge_backlog(db: sqlite3.Connection, fleet: Fleet, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+def judge_backlog(db: Database, fleet: Fleet, state: HostState, report: Fields, stamp: Stamp) -> None:
     """A report that is older than what is known raises nothing; what it tells is put on record as past."""
     past, used_at = state.past or (past_state(state), stamp.received_at)
     if stamp.received_at - used_at > HOUR or (past.stamp and past.stamp.time > stamp.time):
@@ -6099,8 +5991,7 @@ def forget_backlog(state: HostState, now: float) -> None:
         state.past = None
 
 
-def follow_report(monitor: Monitor, db: sqlite3.Connection, state: HostState, report: dict[str, Any],
-                  stamp: Stamp) -> None:
+def follow_report(monitor: Monitor, db: Database, state: HostState, report: Fields, stamp: Stamp) -> None:
     """Remember of each report what rules ask for; of an old one the past is told."""
     newest = state.stamp is stamp
     watch_agent(state, report, stamp)
@@ -6112,12 +6003,8 @@ def follow_report(monitor: Monitor, db: sqlite3.Connection, state: HostState, re
         judge_backlog(db, monitor.fleet, state, report, stamp)
 
 
-def follow_request(monitor: Monitor, db: sqlite3.Connection, state: HostState, changed: set[str], now: float) -> None:
-    judge_host(db, monitor.fleet, state, now, changed)
-
-
 EACH_REPORT.append(follow_report)
-EACH_REQUEST.append(follow_request)
+EACH_REQUEST.append(lambda monitor, db, state, changed, now: judge_host(db, monitor.fleet, state, now, changed))
 
 
 # --- notifications: what is told, through which channel, and until it has arrived ---
@@ -6168,7 +6055,7 @@ class Channel(NamedTuple):
 
     name: str
     kind: str
-    options: dict[str, Any]
+    options: Fields
     severities: frozenset[str]
     only: dict[str, frozenset[str]]  # sites, tags, hosts, rules; all lower case
     quiet: Quiet | None
@@ -6255,7 +6142,7 @@ def line_of(source: str, path: Path) -> int:
     return source.count("\n", 0, start + len(source[start:]) - len(source[start:].lstrip())) + 1
 
 
-def build_settings(document: dict[str, Any]) -> Settings:
+def build_settings(document: Fields) -> Settings:
     tables = checked(document, {"rules?": dict, "tags?": dict, "hosts?": dict, "objects?": dict,
                                 "channels?": list, "digest?": dict})
     check_layers(document)
@@ -6327,8 +6214,8 @@ def http_url(value: Any) -> str:
 
 def mail_address(value: Any) -> str:
     """An address as a header takes it, with or without a name: 'Ops <ops@example.com>'."""
-    if not (isinstance(value, str) and value.isprintable() and email.utils.parseaddr(value)[1].isascii()
-            and email.utils.parseaddr(value)[1]):
+    address = email.utils.parseaddr(value)[1] if isinstance(value, str) and value.isprintable() else ""
+    if not address or not address.isascii():
         raise ValueError("should be a mail address")
     return value
 
@@ -6347,7 +6234,7 @@ def webhook_key(value: Any) -> bytes:
         raise ValueError("should be whsec_ and base64, as Standard Webhooks has it") from None
 
 
-CHANNEL_FIELDS: dict[str, Any] = {
+CHANNEL_FIELDS: Fields = {
     "name": channel_name, "kind": str, "severities?": [SEVERITIES], "sites?": [str], "tags?": [str], "hosts?": [str],
     "rules?": [rule_name], "quiet?": {"from": minute_of, "to": minute_of, "severities?": [SEVERITIES]},
     "reminders?": bool, "recoveries?": bool,
@@ -6357,8 +6244,7 @@ CHANNEL_FIELDS: dict[str, Any] = {
 # What is told: from alerts to notifications
 
 
-def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any], now: float, *,
-                   by: str) -> dict[str, Any]:
+def insert_silence(db: Database, fleet: Fleet, fields: Fields, now: float, *, by: str) -> Fields:
     """Make a silence; gives it back as it is listed."""
     made = db.execute("""
         INSERT INTO silence (tag, site, host, object, rule, until, note, created_by, created_at)
@@ -6367,17 +6253,15 @@ def insert_silence(db: sqlite3.Connection, fleet: Fleet, fields: dict[str, Any],
     fleet.silences = active_silences(db, now)
     what = ", ".join(f"{key} {fields[key]}" for key in SILENCE_MATCHERS if fields[key])
     insert_event(db, now, "silence-created", f"{by} silenced {what}", host=fields["host"], object=fields["object"])
-    fleet.generation += 1
     return next(silence for silence in fleet.silences if silence["id"] == made)
 
 
-def delete_silence(db: sqlite3.Connection, fleet: Fleet, silence_id: str, now: float, *, by: str) -> None:
+def delete_silence(db: Database, fleet: Fleet, silence_id: str, now: float, *, by: str) -> None:
     """End a silence: what fires is told now."""
     if not db.execute("DELETE FROM silence WHERE CAST(id AS TEXT) = :id", {"id": silence_id}).rowcount:
         raise Problem("not_found", "no such silence")
     insert_event(db, now, "silence-ended", f"{by} ended a silence")
     fleet.silences = active_silences(db, now)
-    fleet.generation += 1
 
 
 def concerned_by(fleet: Fleet, state: Any, alert: Alert) -> list[HostState]:
@@ -6413,7 +6297,7 @@ def is_silenced(fleet: Fleet, state: Any, alert: Alert, now: float) -> bool:
     return any(silence["until"] > now and silence_fits(silence, fleet, state, alert) for silence in fleet.silences)
 
 
-def silence_fits(silence: dict[str, Any], fleet: Fleet, state: Any, alert: Alert) -> bool:
+def silence_fits(silence: Fields, fleet: Fleet, state: Any, alert: Alert) -> bool:
     """All that a silence names has to fit, and fit all hosts that the alert is about; a guest's own tags count as well
     as its host's."""
     if silence["rule"] and silence["rule"] != alert.rule:
@@ -6422,19 +6306,17 @@ def silence_fits(silence: dict[str, Any], fleet: Fleet, state: Any, alert: Alert
         return False
     hosts = concerned_by(fleet, state, alert)
     name, site, tag = ((silence[key] or "").lower() for key in ("host", "site", "tag"))
-    if name and not (hosts and all(host.name.lower() == name for host in hosts)):
-        return False
-    if site and alert.object.lower() != f"sites/{site}" and not (
-            hosts and all((host.site or "").lower() == site for host in hosts)):
-        return False
-    return not tag or tag in guest_tags(state, alert) or bool(hosts) and all(
-        tag in [own.lower() for own in host.tags] for host in hosts)
+    return ((not name or {host.name.lower() for host in hosts} == {name})
+            and (not site or alert.object.lower() == f"sites/{site}"
+                 or {(host.site or "").lower() for host in hosts} == {site})
+            and (not tag or tag in guest_tags(state, alert)
+                 or bool(hosts) and all(tag in map(str.lower, host.tags) for host in hosts)))
 
 
 CAUSES = ("site-offline", "host-offline", "pool-state", "pool-vanished", "storage-inactive")  # told before what follows
 
 
-def dispatch(db: sqlite3.Connection, fleet: Fleet, states: Iterable[Any], now: float) -> None:
+def dispatch(db: Database, fleet: Fleet, states: Iterable[Any], now: float) -> None:
     """Queue what people have to be told of the alerts as they are now. Looking at the state, not at its changes,
     makes the end of a silence, of quiet hours or of a cause bring the news that was held back."""
     states = list(states)
@@ -6448,7 +6330,7 @@ def dispatch(db: sqlite3.Connection, fleet: Fleet, states: Iterable[Any], now: f
             tell_end(db, fleet, state, alert, now)
 
 
-def tell(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
+def tell(db: Database, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
     """One firing alert: find its cause, end an acknowledgement that has run out, queue what is to be said."""
     causes = find_causes(fleet, state, alert)
     new = alert.changed(because_of=causes[0].id if causes else None)
@@ -6466,7 +6348,7 @@ def tell(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: fl
         write_alert(db, state, alert, new, now)
 
 
-def tell_channels(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, causes: list[Alert],
+def tell_channels(db: Database, fleet: Fleet, state: Any, alert: Alert, causes: list[Alert],
                   now: float) -> dict[str, tuple[str, float]]:
     """Queue the news of a firing alert for each channel that wants it and was not told of its cause; gives back what
     each has been told by then."""
@@ -6483,7 +6365,7 @@ def tell_channels(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert
     return told
 
 
-def tell_end(db: sqlite3.Connection, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
+def tell_end(db: Database, fleet: Fleet, state: Any, alert: Alert, now: float) -> None:
     """Tell each channel that was told of an alert that it is over, once its silence or quiet hours are."""
     left = dict(alert.told)
     channels = {channel.name: channel for channel in fleet.channels}
@@ -6514,8 +6396,8 @@ def news_of(alert: Alert, told: tuple[str, float] | None, now: float) -> str | N
     return "reminder" if rule is not None and rule.data_risk and now - told_at >= REMINDER_SECONDS else None
 
 
-def queue_notification(db: sqlite3.Connection, fleet: Fleet, channel: Channel, alert_id: int | None,
-                       body: dict[str, Any], now: float) -> None:
+def queue_notification(db: Database, fleet: Fleet, channel: Channel, alert_id: int | None,
+                       body: Fields, now: float) -> None:
     """Have something told through a channel. By the writer."""
     db.execute("""
         INSERT INTO notification (channel, alert_id, body, created_at) VALUES (:channel, :alert, :body, :now)""",
@@ -6523,7 +6405,7 @@ def queue_notification(db: sqlite3.Connection, fleet: Fleet, channel: Channel, a
     fleet.outbox_changed(channel.name)
 
 
-def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> dict[str, Any]:
+def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> Fields:
     """What, where, since, why, what to do, link."""
     rule = RULE.get(alert.rule)
     limits = fleet.layers.limits(state, rule) if rule else None
@@ -6532,15 +6414,15 @@ def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: fl
     kind_of, _, name = alert.object.partition("/")
     site = state.site or (name if kind_of == "sites" and name else None)  # the same when it begins and when it ends
     link = fleet.public_url + ("/?host=" + urllib.parse.quote(state.name) if state.name else "/")
-    return {"kind": kind, "alert_id": alert.id, "rule": alert.rule, "severity": alert.severity, "host": state.name,
-            "site": site, "object": alert.object or None, "message": alert.message,
-            "value": alert.value, "since": alert.since, "at": now, "why": rule.why if rule else "",
-            "todo": rule.todo if rule else "", "threshold": threshold_text(limits), "children": followers,
-            "at_stake": None if kind == "resolved" else at_stake(state, alert.object), "link": link}
+    told = notice(kind, alert.severity, alert.message, link, now, alert_id=alert.id, rule=alert.rule, host=state.name,
+                  site=site, object=alert.object or None, value=alert.value, since=alert.since,
+                  threshold=threshold_text(limits), children=followers,
+                  at_stake=None if kind == "resolved" else at_stake(state, alert.object))
+    return told | {"why": rule.why, "todo": rule.todo} if rule else told
 
 
-def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> dict[str, Any]:
-    """What is told and is no alert, in the shape of one: test, digest, many (of a host), lost (a message)."""
+def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> Fields:
+    """What is told, in one shape: an alert's news, or a test, digest, many (of a host), lost (a message)."""
     return {"kind": kind, "alert_id": None, "rule": "", "severity": severity, "host": None, "site": None,
             "object": None, "message": message, "value": None, "since": now, "at": now, "why": "", "todo": "",
             "threshold": "", "children": 0, "at_stake": None, "link": link, **fields}
@@ -6554,8 +6436,8 @@ def threshold_text(limits: Limits | None) -> str:
     return shown + (f", set for {limits.layer}" if limits.layer else ", as shipped")
 
 
-def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> dict[str, Any]:
-    limits = (fleet.layers.object_limits(state, rule, object) if object else None) or fleet.layers.limits(state, rule)
+def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> Fields:
+    limits = object and fleet.layers.object_limits(state, rule, object) or fleet.layers.limits(state, rule)
     return {"rule": rule.name, "of": rule.of, "enabled": limits.enabled, "warn": limits.warn, "crit": limits.crit,
             "clear_by": limits.clear_by, "hold_seconds": limits.hold, "layer": limits.layer or "shipped",
             "why": rule.why, "todo": rule.todo}
@@ -6564,7 +6446,7 @@ def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> dict[str, Any
 # Messages: what waits for a channel becomes one message
 
 
-def make_message(db: sqlite3.Connection, channel: Channel, now: float) -> str | None:
+def make_message(db: Database, channel: Channel, now: float) -> str | None:
     """Put what waits into one message, unless it is too soon for one; gives back its id. By the writer."""
     made = [at for (at,) in db.execute(
         "SELECT created_at FROM message WHERE channel = :channel AND created_at > :day ORDER BY created_at",
@@ -6573,12 +6455,11 @@ def make_message(db: sqlite3.Connection, channel: Channel, now: float) -> str | 
                          "given_up_at IS NULL", {"channel": channel.name}).fetchone()
     if untried or (made and now - made[-1] < GROUP_SECONDS):
         return None
-    items = waiting_items(db, channel)
+    items, whole = waiting_items(db, channel), KINDS[channel.kind].whole
     heard = dict(db.execute("""
         SELECT body ->> '$.host', count(*) FROM notification WHERE message_id IN
             (SELECT id FROM message WHERE channel = :channel AND created_at > :hour) GROUP BY 1""",
         {"channel": channel.name, "hour": now - HOUR}).fetchall())
-    whole = KINDS[channel.kind].whole
     urgent = any(item["severity"] == "critical" and item["kind"] in ("firing", "worse") and item["host"] not in heard
                  for item in items.values())
     if not items or not (whole or urgent or has_token(made, now)):
@@ -6599,104 +6480,91 @@ def has_token(made: list[float], now: float) -> bool:
     return empty_until - now <= (MESSAGES_AT_ONCE - 1) * MESSAGE_EVERY
 
 
-def waiting_items(db: sqlite3.Connection, channel: Channel) -> dict[int, dict[str, Any]]:
-    """What waits for a channel and is true now, by row. Of one alert only the last counts."""
-    kept: dict[int, dict[str, Any]] = {}
-    latest: dict[Any, int] = {}
-    for row in db.execute("SELECT id, alert_id, body FROM notification WHERE channel = :channel AND message_id IS NULL "
-                          "ORDER BY id", {"channel": channel.name}).fetchall():
-        kept[row["id"]] = json.loads(row["body"])
-        if row["alert_id"] is not None:
-            dropped = latest.get(row["alert_id"])
-            latest[row["alert_id"]] = row["id"]
-            if dropped is not None:
-                drop_waiting(db, kept, dropped)
-    for alert_id, row_id in latest.items():
-        look_again(db, channel, kept, alert_id, row_id)
+def waiting_items(db: Database, channel: Channel) -> dict[int, Fields]:
+    """What waits for a channel, by row, as it is now. Of one alert only the last counts; what eased meanwhile is told
+    as it is, or not yet if the channel does not ask for that; the end of what was never said to begin is not told."""
+    db.execute("""
+        UPDATE notification SET message_id = '-' WHERE channel = :channel AND message_id IS NULL AND EXISTS (
+            SELECT 1 FROM notification AS later WHERE later.channel = :channel AND later.message_id IS NULL
+            AND later.alert_id = notification.alert_id AND later.id > notification.id)""", {"channel": channel.name})
+    kept: dict[int, Fields] = {}
+    rows = db.execute("""
+        SELECT waiting.id, body, alert_id, state, severity, message,
+               (SELECT max(message_id) FROM notification AS same
+                WHERE same.alert_id = waiting.alert_id AND channel = :channel) AS told
+        FROM notification AS waiting LEFT JOIN alert ON alert.id = alert_id
+        WHERE channel = :channel AND message_id IS NULL ORDER BY waiting.id""", {"channel": channel.name}).fetchall()
+    for row in rows:
+        item = json.loads(row["body"])
+        if item["kind"] == "resolved" and row["told"] == DROPPED:
+            db.execute("UPDATE notification SET message_id = :dropped WHERE id = :id",
+                       {"dropped": DROPPED, "id": row["id"]})
+        elif row["alert_id"] is None or item["kind"] == "resolved":
+            kept[row["id"]] = item
+        elif row["state"] == "firing" and row["severity"] in channel.severities:  # else it may rise again, or end
+            told = row["told"] not in (None, DROPPED)
+            kept[row["id"]] = {**item, "kind": item["kind"] if told else "firing", "severity": row["severity"],
+                               "message": row["message"]}
     return kept
 
 
-def drop_waiting(db: sqlite3.Connection, kept: dict[int, dict[str, Any]], row_id: int) -> None:
-    db.execute("UPDATE notification SET message_id = '-' WHERE id = :id", {"id": row_id})
-    del kept[row_id]
-
-
-def look_again(db: sqlite3.Connection, channel: Channel, kept: dict[int, dict[str, Any]], alert_id: int,
-               row_id: int) -> None:
-    """Make what waited say what is so now: what eased meanwhile is told as it is, or not yet if the channel does not
-    ask for that; the end of what was never said to begin is not told."""
-    item = kept[row_id]
-    sent, dropped = db.execute("""
-        SELECT count(*) FILTER (WHERE message_id <> '-'), count(*) FILTER (WHERE message_id = '-') FROM notification
-        WHERE alert_id = :alert AND channel = :channel""", {"alert": alert_id, "channel": channel.name}).fetchone()
-    if item["kind"] == "resolved":
-        if dropped and not sent:
-            drop_waiting(db, kept, row_id)
-        return
-    alert = db.execute("SELECT state, severity, message FROM alert WHERE id = :id", {"id": alert_id}).fetchone()
-    if alert is None or alert["state"] != "firing" or alert["severity"] not in channel.severities:
-        del kept[row_id]  # its end is held back by a silence, or it may rise again
-    else:
-        kept[row_id] = {**item, "kind": item["kind"] if sent else "firing", "severity": alert["severity"],
-                        "message": alert["message"]}
+DROPPED = "-"  # in the place of a message's id: never told. It comes before every id ("msg_…") in their order
 
 
 MESSAGE_ORDER = {"test": 0, "digest": 0, "firing": 1, "worse": 1, "many": 1, "lost": 1, "reminder": 2, "resolved": 3}
 
 
-def build_message(items: list[dict[str, Any]], heard: dict[str | None, int] | None = None, *,
-                  whole: bool = False) -> dict[str, Any]:
+def build_message(items: list[Fields], heard: dict[str | None, int] | None = None, *, whole: bool = False) -> Fields:
     """Worst first; the rest is counted. `heard`: how many items of a host were told in this hour."""
-    items = sorted(items, key=message_order)
-    shown = items
+    items = shown = sorted(items, key=message_order)
+    left: list[Fields] = []
     if not whole:
         shown = sorted(summed_up(items, heard or {}), key=message_order)
-    if not whole and len(shown) > ITEMS_SHOWN:  # each host's worst before any host's second
-        nth: dict[str | None, int] = {}
-        ranks = []
-        for place, item in enumerate(shown):
-            nth[item["host"]] = nth.get(item["host"], -1) + 1
+        ranks, nth = [], Counter[str | None]()
+        for place, item in enumerate(shown):  # each host's worst before any host's second
             ranks.append((nth[item["host"]] > 0, nth[item["host"]] // HOST_ITEMS, place))
-        chosen = {place for _, _, place in sorted(ranks)[:ITEMS_SHOWN]}
-        left = [item for place, item in enumerate(shown) if place not in chosen]
-        shown = [item for place, item in enumerate(shown) if place in chosen]
-    else:
-        left = []
+            nth[item["host"]] += 1
+        places = [place for _, _, place in sorted(ranks)]
+        left = [shown[place] for place in sorted(places[ITEMS_SHOWN:])]
+        shown = [shown[place] for place in sorted(places[:ITEMS_SHOWN])]
     return {"subject": subject_of(items), "items": shown, "left_out": count_items(left)}
 
 
-def message_order(item: dict[str, Any]) -> tuple[int, int, float]:
+def message_order(item: Fields) -> tuple[int, int, float]:
     return MESSAGE_ORDER[item["kind"]], SEVERITIES.index(item["severity"]), item["at"]
 
 
-def count_items(items: Iterable[dict[str, Any]]) -> dict[str, int]:
+def count_items(items: Iterable[Fields]) -> dict[str, int]:
     """How many of each severity, and how many that are over."""
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for item in items:
-        key = "over" if item["kind"] == "resolved" else item["severity"]
-        counts[key] = counts.get(key, 0) + item["children"] * (item["kind"] == "many") + (item["kind"] != "many")
+        counts["over" if item["kind"] == "resolved" else item["severity"]] += (
+            item["children"] if item["kind"] == "many" else 1)
     return counts
 
 
-def summed_up(items: list[dict[str, Any]], heard: dict[str | None, int]) -> list[dict[str, Any]]:
+def counts_text(items: Iterable[Fields]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in count_items(items).items())
+
+
+def summed_up(items: list[Fields], heard: dict[str | None, int]) -> list[Fields]:
     """What one host has more than its share of an hour, but never its worst, becomes one line."""
-    by_host: dict[str | None, list[dict[str, Any]]] = {}
+    by_host: dict[str | None, list[Fields]] = {}
     for item in items:
         by_host.setdefault(item["host"], []).append(item)
-    result = []
+    result = by_host.pop(None, [])
     for host, own in by_host.items():
         room = max(HOST_ITEMS, HOST_ITEMS_HOURLY - heard.get(host, 0))
-        result += own if host is None else own[:room]
-        rest = own[room:] if host is not None else []
+        rest = own[room:]
+        result += own[:room]
         if rest:
-            counts = ", ".join(f"{count} {word}" for word, count in count_items(rest).items())
-            message = f"{len(rest)} more alert{'s' if len(rest) > 1 else ''}: {counts}. See the page."
+            message = f"{len(rest)} more alert{'s' if len(rest) > 1 else ''}: {counts_text(rest)}. See the page."
             result.append(notice("many", rest[0]["severity"], message, rest[0]["link"], rest[0]["at"], host=host,
                                  site=rest[0]["site"], children=len(rest)))
     return result
 
 
-def subject_of(items: list[dict[str, Any]]) -> str:
+def subject_of(items: list[Fields]) -> str:
     first = items[0]
     if len(items) == 1:
         word = {"resolved": "OK", "test": "TEST", "digest": "DIGEST"}.get(first["kind"], first["severity"].upper())
@@ -6717,7 +6585,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("=?", "= ?")
 
 
-def message_text(body: dict[str, Any], limit: int = 100_000, escape: Callable[[str], str] = str) -> str:
+def message_text(body: Fields, limit: int = 100_000, escape: Callable[[str], str] = str) -> str:
     """A message as plain text: what, where, since, why, what to do, link. `escape`: what the far end would take for
     markup; names come from agents."""
     parts = [item_text(item, escape) for item in body["items"]]
@@ -6728,7 +6596,7 @@ def message_text(body: dict[str, Any], limit: int = 100_000, escape: Callable[[s
     return whole if len(whole) <= limit else whole[:limit - 20] + "\n… (cut)"
 
 
-def item_text(item: dict[str, Any], escape: Callable[[str], str]) -> str:
+def item_text(item: Fields, escape: Callable[[str], str]) -> str:
     if item["kind"] in ("test", "digest"):
         return escape(item["message"])
     if not item["rule"]:
@@ -6749,7 +6617,7 @@ def item_text(item: dict[str, Any], escape: Callable[[str], str]) -> str:
     return "\n".join([*map(escape, lines), item["link"]])
 
 
-def safe_message(body: dict[str, Any]) -> dict[str, Any]:
+def safe_message(body: Fields) -> Fields:
     """The same message without any text that an agent sent: rule, severity, host and link."""
     items = [{**item, "object": None, "value": None, "site": None, "at_stake": None,
               "message": f"{item['rule'] or item['kind']} ({item['severity']}); its text was not taken, see the page"}
@@ -6768,17 +6636,17 @@ def post(url: str, payload: Any, headers: dict[str, str] | None = None) -> None:
             "Content-Type": "application/json", "User-Agent": f"proxmon/{VERSION}", **(headers or {})}, method="POST")
         OPENER.open(request, timeout=SEND_TIMEOUT).close()  # the status is all that counts
     except urllib.error.HTTPError as error:
-        raise Undelivered(f"HTTP {error.code} {beginning_of(error)}", tries=patience_with(error.code)) from None
+        raise Undelivered(f"HTTP {error.code} {what_it_says(error, 300)}", tries=patience_with(error.code)) from None
     except OSError as error:
         raise Undelivered(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from None
     except (http.client.HTTPException, ValueError) as error:
         raise Undelivered(type(error).__name__) from None
 
 
-def beginning_of(answer: Any) -> str:
-    """The first words of an answer, as far as they come at once."""
+def what_it_says(answer: Any, most: int) -> str:
+    """The first words of an error's answer, as far as they come at once."""
     try:
-        return one_line(answer.fp.read1(300).decode("utf-8", "replace"))
+        return one_line(answer.fp.read1(most).decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException, ValueError, AttributeError):
         return ""
 
@@ -6801,15 +6669,21 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirects)
 
 
-def send_email(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    security = options.get("security", "starttls")
-    port = options.get("port", {"starttls": 587, "tls": 465, "plain": 25}[security])
+EMAIL_PORTS = {"starttls": 587, "tls": 465, "plain": 25}
+
+
+def email_server(options: Fields) -> tuple[str, int]:
+    return options["host"], options.get("port", EMAIL_PORTS[options.get("security", "starttls")])
+
+
+def send_email(options: Fields, message_id: str, body: Fields) -> None:
+    security, server = options.get("security", "starttls"), email_server(options)
     mail = write_mail(options, message_id, body)
     sender, *receivers = (email.utils.parseaddr(address)[1] for address in (options["from"], *options["to"]))
     try:
         context = ssl.create_default_context(cafile=options.get("ca_file"))
-        made = (smtplib.SMTP_SSL(options["host"], port, timeout=SEND_TIMEOUT, context=context) if security == "tls"
-                else smtplib.SMTP(options["host"], port, timeout=SEND_TIMEOUT))
+        made = (smtplib.SMTP_SSL(*server, timeout=SEND_TIMEOUT, context=context) if security == "tls"
+                else smtplib.SMTP(*server, timeout=SEND_TIMEOUT))
         with made as smtp:
             if security == "starttls":
                 smtp.starttls(context=context)
@@ -6826,7 +6700,7 @@ def send_email(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
         raise Undelivered(f"{type(error).__name__}: {error}") from None
 
 
-def write_mail(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> bytes:
+def write_mail(options: Fields, message_id: str, body: Fields) -> bytes:
     """The mail as it travels. `Undelivered` if its head is not, line by line, what is written here: Python before the
     fix of CVE-2024-6923 (3.11.10, 3.12.5) lets an encoded word in a header break the line."""
     mail = email.message.EmailMessage()
@@ -6841,26 +6715,25 @@ def write_mail(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
     return written
 
 
-def worst_of(body: dict[str, Any]) -> str:
+def worst_of(body: Fields) -> str:
     standing = [item["severity"] for item in body["items"] if item["kind"] not in ("resolved", "test", "digest")]
     return min(standing, key=SEVERITIES.index, default="info")
 
 
-def send_ntfy(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_ntfy(options: Fields, message_id: str, body: Fields) -> None:
     server, _, topic = options["url"].rstrip("/").rpartition("/")
-    headers = {"Authorization": "Bearer " + options["token"]} if "token" in options else {}
     post(server, {"topic": topic, "title": body["subject"], "message": message_text(body, 3500),
                   "priority": {"critical": 5, "warning": 4}.get(worst_of(body), 3), "click": body["items"][0]["link"]},
-                  headers)
+         login_headers(options))
 
 
-def send_gotify(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_gotify(options: Fields, message_id: str, body: Fields) -> None:
     post(options["url"].rstrip("/") + "/message", {
         "title": body["subject"], "message": message_text(body),
         "priority": {"critical": 8, "warning": 5}.get(worst_of(body), 2)}, {"X-Gotify-Key": options["token"]})
 
 
-def send_telegram(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_telegram(options: Fields, message_id: str, body: Fields) -> None:
     base = options.get("url", "https://api.telegram.org").rstrip("/")
     try:
         post(f"{base}/bot{options['token']}/sendMessage", {  # no parse_mode: names are not markup
@@ -6870,7 +6743,7 @@ def send_telegram(options: dict[str, Any], message_id: str, body: dict[str, Any]
         raise Undelivered(str(error).replace(options["token"], "…"), tries=error.tries) from None
 
 
-def send_slack(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_slack(options: Fields, message_id: str, body: Fields) -> None:
     text = f"{body['subject']}\n{message_text(body, 30_000)}"
     post(options["url"], {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")})
 
@@ -6881,17 +6754,19 @@ def without_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#|~!])", r"\\\1", text).replace("@", "@\N{ZERO WIDTH SPACE}")
 
 
-def send_discord(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    text = f"{without_markdown(body['subject'])}\n{message_text(body, 1500, without_markdown)}"
-    post(options["url"], {"content": text[:2000], "allowed_mentions": {"parse": []}})
+def markdown_text(body: Fields, limit: int) -> str:
+    return f"{without_markdown(body['subject'])}\n{message_text(body, limit, without_markdown)}"
 
 
-def send_mattermost(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    text = f"{without_markdown(body['subject'])}\n{message_text(body, 12_000, without_markdown)}"
-    post(options["url"], {"text": text})
+def send_discord(options: Fields, message_id: str, body: Fields) -> None:
+    post(options["url"], {"content": markdown_text(body, 1500)[:2000], "allowed_mentions": {"parse": []}})
 
 
-def send_teams(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_mattermost(options: Fields, message_id: str, body: Fields) -> None:
+    post(options["url"], {"text": markdown_text(body, 12_000)})
+
+
+def send_teams(options: Fields, message_id: str, body: Fields) -> None:
     """An Adaptive Card, as Teams' workflows take it. A TextRun knows no Markdown."""
     lines = [body["subject"], *filter(None, message_text(body, 18_000).split("\n"))]
     blocks = [{"type": "RichTextBlock", "inlines": [
@@ -6903,17 +6778,22 @@ def send_teams(options: dict[str, Any], message_id: str, body: dict[str, Any]) -
         {"contentType": "application/vnd.microsoft.card.adaptive", "content": card}]})
 
 
-def send_alertmanager(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
-    headers = {}
+def login_headers(options: Fields) -> dict[str, str]:
+    """A channel's token, or its user and password."""
     if "token" in options:
-        headers["Authorization"] = "Bearer " + options["token"]
-    elif "username" in options:
-        pair = f"{options['username']}:{options.get('password', '')}"
-        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    post(options["url"].rstrip("/") + "/api/v2/alerts", [to_alertmanager(item) for item in body["items"]], headers)
+        return {"Authorization": "Bearer " + options["token"]}
+    if "username" not in options:
+        return {}
+    pair = f"{options['username']}:{options.get('password', '')}"
+    return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
-def to_alertmanager(item: dict[str, Any]) -> dict[str, Any]:
+def send_alertmanager(options: Fields, message_id: str, body: Fields) -> None:
+    post(options["url"].rstrip("/") + "/api/v2/alerts", [to_alertmanager(item) for item in body["items"]],
+         login_headers(options))
+
+
+def to_alertmanager(item: Fields) -> Fields:
     """An alert as Alertmanager knows it: by its labels, so that these hold what it is and nothing that changes. It
     forgets what has no end after 5 minutes, so a firing one ends in a day; the channel says it again every few minutes
     while it fires."""
@@ -6931,7 +6811,7 @@ def iso_time(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
-def send_webhook(options: dict[str, Any], message_id: str, body: dict[str, Any]) -> None:
+def send_webhook(options: Fields, message_id: str, body: Fields) -> None:
     """Standard Webhooks: the same scheme by which agents sign their reports."""
     content = json.dumps({"type": "alerts", "subject": body["subject"], "text": message_text(body),
                           "alerts": body["items"], "left_out": body["left_out"]}).encode()
@@ -6944,8 +6824,8 @@ def send_webhook(options: dict[str, Any], message_id: str, body: dict[str, Any])
 class Kind(NamedTuple):
     """A kind of channel: how it sends, what fields it has, whether it takes all there is at any pace (a machine)."""
 
-    send: Callable[[dict[str, Any], str, dict[str, Any]], None]
-    fields: dict[str, Any]
+    send: Callable[[Fields, str, Fields], None]
+    fields: Fields
     whole: bool = False
 
     @property
@@ -6970,7 +6850,7 @@ KINDS = {
 }
 
 
-def channel_rows(db: sqlite3.Connection, fleet: Fleet) -> list[dict[str, Any]]:
+def channel_rows(db: Database, fleet: Fleet) -> list[Fields]:
     """Each channel with its last delivery, what waits, and what was given up in the last 7 days."""
     rows = []
     for channel in fleet.channels:
@@ -7069,7 +6949,6 @@ class Notifier:
         self.store.write(lambda db: record_delivery(db, self.fleet, channel, message, error, now))
         if error is None:
             self.fleet.told_at = now
-            self.fleet.generation += 1
 
     def test(self, channel: Channel) -> float:
         """Send a test now, past all that waits, and put it on record; when it was taken. `Undelivered`, `Problem`."""
@@ -7083,7 +6962,6 @@ class Notifier:
         now = self.clock()
         self.store.write(lambda db: record_test(db, channel, message_id, body, now))
         self.fleet.told_at = now
-        self.fleet.generation += 1
         return now
 
     def _refresh(self, channel: Channel, now: float) -> None:
@@ -7100,7 +6978,7 @@ class Notifier:
                 log(f"notifications: {channel.name}: {error}")
 
 
-def record_delivery(db: sqlite3.Connection, fleet: Fleet, channel: Channel, message: sqlite3.Row,
+def record_delivery(db: Database, fleet: Fleet, channel: Channel, message: sqlite3.Row,
                     error: Undelivered | None, now: float) -> None:
     """Sent, to be tried again, to be tried in a safe form, or given up: the last is told on the page, in the log and
     through the other channels."""
@@ -7128,21 +7006,19 @@ def record_delivery(db: sqlite3.Connection, fleet: Fleet, channel: Channel, mess
         tell_of_loss(db, fleet, channel, body, error, now)
 
 
-def tell_of_loss(db: sqlite3.Connection, fleet: Fleet, channel: Channel, body: dict[str, Any], error: Undelivered,
-                 now: float) -> None:
+def tell_of_loss(db: Database, fleet: Fleet, channel: Channel, body: Fields, error: Undelivered, now: float) -> None:
     """Have the other channels say that this one did not take a message, unless it was about just that."""
     items = [item for item in body["items"] if item["kind"] != "lost"]
     if not items:
         return
-    counts = ", ".join(f"{count} {word}" for word, count in count_items(items).items())
-    item = notice("lost", worst_of({"items": items}), f"Channel {channel.name} did not take a message ({counts}): "
-                  f"{str(error)[:200]}. See the page.", fleet.public_url + "/", now)
+    item = notice("lost", worst_of({"items": items}), f"Channel {channel.name} did not take a message "
+                  f"({counts_text(items)}): {str(error)[:200]}. See the page.", fleet.public_url + "/", now)
     for other in fleet.channels:
         if other.name != channel.name:
             queue_notification(db, fleet, other, None, item, now)
 
 
-def record_test(db: sqlite3.Connection, channel: Channel, message_id: str, body: dict[str, Any], now: float) -> None:
+def record_test(db: Database, channel: Channel, message_id: str, body: Fields, now: float) -> None:
     """A test that was taken. As if made a day ago: it neither delays nor counts against what is to be told."""
     db.execute("""
         INSERT INTO message (id, channel, body, created_at, due_at, attempts, sent_at)
@@ -7151,7 +7027,7 @@ def record_test(db: sqlite3.Connection, channel: Channel, message_id: str, body:
     insert_event(db, now, "notification-sent", f"Told {channel.name}: {body['subject']}")
 
 
-def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
+def drop_orphans(db: Database, fleet: Fleet, now: float) -> None:
     """What waits for a channel that is not there any more is given up, and that is told."""
     names = {channel.name for channel in fleet.channels}
     waiting = {name for (name,) in db.execute("""
@@ -7166,7 +7042,7 @@ def drop_orphans(db: sqlite3.Connection, fleet: Fleet, now: float) -> None:
                      f"Channel {name} is not set up any more; what waited for it is given up")
 
 
-def canary(public_url: str, now: float) -> dict[str, Any]:
+def canary(public_url: str, now: float) -> Fields:
     """The message of test-notification."""
     words = f"This is a test of proxmon at {public_url}. If you read it, this channel works."
     return build_message([notice("test", "info", words, public_url + "/", now)])
@@ -7182,7 +7058,7 @@ def digest_due(digest: Digest, last: float | None, now: float) -> bool:
     return ripe and (last is None or now - last > DAY)
 
 
-def run_digest(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def run_digest(monitor: Monitor, now: float, db: Database) -> None:
     digest, last = monitor.settings.digest, get_meta(db, "digest_at")
     if digest is None or not digest_due(digest, float(last) if last else None, now):
         return
@@ -7194,7 +7070,7 @@ def run_digest(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
             queue_notification(db, fleet, channel, None, item, now)
 
 
-def digest_text(db: sqlite3.Connection, fleet: Fleet, now: float) -> str:
+def digest_text(db: Database, fleet: Fleet, now: float) -> str:
     """The week: opened and closed, nearest to full, worst backups, most worn disks, silent hosts, noisiest rules."""
     week = {"week": now - 7 * DAY}
     opened = db.execute("SELECT count(*) FROM alert WHERE fired_at > :week", week).fetchone()[0]
@@ -7462,14 +7338,11 @@ Point = tuple[float, float, float, float]  # average, minimum, maximum, count
 
 NODE_PARTS = (("interfaces", ("name",)), ("block_devices", ("name",)), ("temperatures", ("sensor", "label")))
 ONLY = {"datasets": frozenset(("used_bytes", "available_bytes", "referenced_bytes", "used_by_snapshots_bytes"))}
-NOT_NUMBERS = frozenset((
-    "vmid", "as_of", "name", "type", "status", "template", "lock", "tags", "onboot", "ha_state", "boot_id", "kernel",
-    "kernel_next", "pve_version", "reboot_needed", "interfaces", "block_devices", "temperatures", "volumes", "guid",
-    "state", "layout", "damaged_files", "status_text", "action_text", "scan", "last_scrub", "expansion", "readonly",
-    "features_disabled", "vdevs", "storage", "content", "shared", "enabled", "active", "dataset", "by_id", "model",
-    "serial", "wwn", "firmware", "kind", "pool", "vdev", "passed", "standby", "selftest", "up", "sensor", "label",
-    "unused", "config_changed", "config_changed_at",
-))
+NOT_NUMBERS = TEXT_NAMES | TRUTH_NAMES | {
+    "vmid", "as_of", "tags", "ha_state", "boot_id", "kernel_next", "reboot_needed", "interfaces", "block_devices",
+    "temperatures", "volumes", "damaged_files", "status_text", "action_text", "scan", "last_scrub", "expansion",
+    "readonly", "features_disabled", "vdevs", "enabled", "wwn", "kind", "vdev", "selftest", "up", "unused",
+    "config_changed"}
 BOOT = "~boot"  # a number that is another after each boot: counters begin anew then
 
 Parts = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]  # sections, names of objects, fields of each of them
@@ -7485,7 +7358,7 @@ class Tick(NamedTuple):
     values: array[float]
 
 
-def build_tick(report: dict[str, Any], received_at: float) -> Tick:
+def build_tick(report: Fields, received_at: float) -> Tick:
     """Every number of the sections that have a history; NaN where something else stands."""
     parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     cells: list[Any] = []
@@ -7509,7 +7382,7 @@ def build_tick(report: dict[str, Any], received_at: float) -> Tick:
     return Tick(int(at * 1000), run, report["seq"], tuple(parts), values)
 
 
-def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
+def history_sections(report: Fields) -> Iterator[tuple[str, list[str], list[Fields]]]:
     """Section, names of its objects and their fields, of all that has a history."""
     if isinstance(report.get("node"), dict):
         yield "node", *history_of_node(report["node"])
@@ -7526,7 +7399,7 @@ def history_sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], l
         yield "pools", [pool["name"][:200] for pool in pools], pools
 
 
-def history_of_node(node: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+def history_of_node(node: Fields) -> tuple[list[str], list[Fields]]:
     """The host itself, and its interfaces, disks and sensors."""
     boot = {BOOT: zlib.crc32(node["boot_id"].encode("utf-8", "replace"))} if text(node, "boot_id") else {}
     names, objects = [""], [{**node, **boot}]
@@ -7568,7 +7441,7 @@ class History:
         self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
         self._lock = threading.Lock()
 
-    def remember(self, host_id: int, report_id: int, report: dict[str, Any], received_at: float) -> None:
+    def remember(self, host_id: int, report_id: int, report: Fields, received_at: float) -> None:
         """A report has come; called by who writes it, one at a time."""
         value = number(report.get("node"), "cpu_ratio")
         if value is not None:
@@ -7608,22 +7481,15 @@ class History:
         with self._lock:
             self._ticks, self._parts, self._parsed, self.bytes = {}, {}, {}, 0
 
-    def tail(self, db: sqlite3.Connection, host_id: int, since: float, until: float | None, *, most: int = -1,
-             without: Set[int] = frozenset()) -> dict[int, Tick]:
+    def tail(self, db: Database, host_id: int, since: float = 0, until: float = math.inf, *,
+             most: int | None = None, without: Set[int] = frozenset()) -> dict[int, Tick]:
         """Reports of a span of time that are in no chunk yet, oldest first."""
-        first, last = report_span(host_id, since, until)
-        rows = db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT :most",
-                          {"first": first, "last": last, "most": most + len(without) if most > 0 else -1}).fetchall()
-        chosen = [row[0] for row in rows if row[0] not in without]
-        known = self._ticks.get(host_id, {})
-        ticks = {}
-        for report_id in chosen[:most] if most > 0 else chosen:
-            tick = known.get(report_id) or self._parsed.get(report_id) or self._parse(db, report_id)
-            if tick is not None:
-                ticks[report_id] = tick
-        return ticks
+        known, ids = self._ticks.get(host_id, {}), tail_ids(db, host_id, since, until)
+        ticks = {report_id: known.get(report_id) or self._parsed.get(report_id) or self._parse(db, report_id)
+                 for report_id in islice((report_id for report_id in ids if report_id not in without), most)}
+        return {report_id: tick for report_id, tick in ticks.items() if tick}
 
-    def _parse(self, db: sqlite3.Connection, report_id: int) -> Tick | None:
+    def _parse(self, db: Database, report_id: int) -> Tick | None:
         row = find_report(db, report_id)
         if row is None:
             return None
@@ -7634,13 +7500,13 @@ class History:
             self._parsed[report_id] = tick
         return tick
 
-    def layout(self, db: sqlite3.Connection, layout_id: int) -> tuple[str, ...]:
+    def layout(self, db: Database, layout_id: int) -> tuple[str, ...]:
         """The names of a layout's fields."""
         if layout_id not in self.layouts:
             self.read_layouts(db)
         return self.layouts[layout_id]
 
-    def read_layouts(self, db: sqlite3.Connection) -> LayoutIds:
+    def read_layouts(self, db: Database) -> LayoutIds:
         rows = db.execute("SELECT id, fields FROM history_layout").fetchall()
         self.layouts = {row["id"]: tuple(json.loads(row["fields"])) for row in rows}  # a new one: others read the old
         return {fields: number for number, fields in self.layouts.items()}
@@ -7648,6 +7514,13 @@ class History:
 
 def tick_bytes(tick: Tick) -> int:
     return 300 + 8 * len(tick.values)
+
+
+def tail_ids(db: Database, host_id: int, since: float = 0, until: float = math.inf) -> Iterator[int]:
+    """Ids of a host's reports that are in no chunk yet, oldest first."""
+    for row in db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
+                          report_span(host_id, since, until)):
+        yield row[0]
 
 
 # Frames: the numbers of one host, column by column.
@@ -7743,8 +7616,7 @@ def pack_reports(frame: Frame, objects: ObjectIds, layouts: LayoutIds) -> bytes:
     return pack_chunk(segments)
 
 
-def unpack_reports(history: History, db: sqlite3.Connection, body: bytes, objects: dict[int, ObjectKey],
-                   wanted: Wanted) -> Frame:
+def unpack_reports(history: History, db: Database, body: bytes, objects: dict[int, ObjectKey], wanted: Wanted) -> Frame:
     """What is wanted of a chunk of reports."""
     chunk = open_chunk(body)
     count, segment = chunk[0]
@@ -7927,7 +7799,7 @@ def pack_field(cells: list[Any]) -> bytes:
 NOT_SCALED = 255
 
 
-def unpack_points(history: History, db: sqlite3.Connection, body: bytes | None, steps: range,
+def unpack_points(history: History, db: Database, body: bytes | None, steps: range,
                   objects: dict[int, ObjectKey], wanted: Wanted) -> Frame:
     """What is wanted of a chunk of points; every step of its span is a row."""
     chunk = open_chunk(body) if body else {}
@@ -7964,7 +7836,7 @@ def unpack_field(packed: bytes, at: int, begin: int, steps: int) -> list[Any]:
 class Reader:
     """One host's history for one question: `asked` are the fields by object; None = everything."""
 
-    def __init__(self, history: History, db: sqlite3.Connection, host_id: int, asked: Wanted):
+    def __init__(self, history: History, db: Database, host_id: int, asked: Wanted):
         self.history, self.db, self.host_id = history, db, host_id
         self.objects = find_objects(db, host_id, asked)
         self.plain = asked
@@ -7998,9 +7870,7 @@ class Reader:
     def _changed_days(self, since: int, until: int) -> list[int]:
         """Days with reports in the tail, and such as have changed since their roll-up. In this order: what leaves
         the tail changes its day."""
-        first, last = report_span(self.host_id, since, until)
-        busy = {int(report_time(row[0])) // DAY * DAY for row in self.db.execute(
-            "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
+        busy = {begin_of(report_id, DAY) for report_id in tail_ids(self.db, self.host_id, since, until)}
         states = day_states(self.db, self.host_id, since, until)
         return sorted({day for day in busy if states.get(day) != SEALED} | {
             day for day, state in states.items() if state == CHANGED})
@@ -8012,32 +7882,25 @@ class Reader:
 
 def replace_day(frame: Frame, day: int, fine: Frame, step: int) -> Frame:
     """A frame of steps with one day made anew from points of 5 minutes."""
-    return merge([cut(frame, 0, day), fine if step == FINE else coarsen(fine, step),
-                  cut(frame, day + DAY, math.inf)])
+    return merge([cut(frame, 0, day), fine if step == FINE else coarsen(fine, step), cut(frame, day + DAY, math.inf)])
 
 
 CHANGED, ROLLED, SEALED = 0, 1, 2  # states of a day
 
 
-def day_states(db: sqlite3.Connection, host_id: int, since: float, until: float) -> dict[int, int]:
+def day_states(db: Database, host_id: int, since: float, until: float) -> dict[int, int]:
     return dict(db.execute("""
         SELECT day, state FROM history_day WHERE host_id = :host AND day BETWEEN :since AND :until""",
         {"host": host_id, "since": int(since) // DAY * DAY, "until": int(until)}).fetchall())
 
 
-def find_objects(db: sqlite3.Connection, host_id: int, asked: Wanted) -> dict[int, ObjectKey]:
+def find_objects(db: Database, host_id: int, asked: Wanted) -> dict[int, ObjectKey]:
     """Number -> name of the objects asked for."""
-    if asked is None:
-        rows = db.execute("SELECT id, section, object FROM history_object WHERE host_id = :host", {"host": host_id})
-        return {row["id"]: (row["section"], row["object"]) for row in rows}
-    found = {}
-    for section, object in asked:
-        row = db.execute("""
-            SELECT id FROM history_object WHERE host_id = :host AND section = :section AND object = :object""",
-            {"host": host_id, "section": section, "object": object}).fetchone()
-        if row:
-            found[row[0]] = section, object
-    return found
+    rows = db.execute("""
+        SELECT id, section, object FROM history_object WHERE host_id = :host AND (
+            :asked IS NULL OR (section, object) IN (SELECT value ->> 0, value ->> 1 FROM json_each(:asked)))""",
+        {"host": host_id, "asked": None if asked is None else json.dumps(list(asked))})
+    return {row["id"]: (row["section"], row["object"]) for row in rows}
 
 
 CHUNK_SHIFT = 34
@@ -8051,16 +7914,24 @@ def chunk_begin(number: int) -> int:
     return number & ((1 << CHUNK_SHIFT) - 1)
 
 
-def list_chunks(db: sqlite3.Connection, host_id: int, step: int, since: float, until: float) -> Iterator[sqlite3.Row]:
-    """Chunks that begin from since to until."""
+def chunk_span(host_id: int, step: int, since: float = 0, until: float = math.inf) -> dict[str, int]:
+    """First and last possible id of a host's chunks that begin from since to until, for SQL."""
+    return {"first": chunk_id(host_id, step, since),
+            "last": chunk_id(host_id, step, min(until, 1 << CHUNK_SHIFT - 1))}
+
+
+def list_chunks(db: Database, host_id: int, step: int, since: float, until: float) -> Iterator[sqlite3.Row]:
     return db.execute("SELECT id, body FROM chunk WHERE id BETWEEN :first AND :last ORDER BY id",
-                      {"first": chunk_id(host_id, step, since),
-                       "last": chunk_id(host_id, step, min(until, 1 << CHUNK_SHIFT - 1))})
+                      chunk_span(host_id, step, since, until))
 
 
-def find_chunk(db: sqlite3.Connection, host_id: int, step: int, begin: int) -> bytes | None:
-    row = db.execute("SELECT body FROM chunk WHERE id = :id", {"id": chunk_id(host_id, step, begin)}).fetchone()
-    return row and row["body"]
+def begin_of(report_id: int, span: int) -> int:
+    """When the span of time begins that a report is in."""
+    return int(report_time(report_id)) // span * span
+
+
+def find_chunk(db: Database, host_id: int, step: int, begin: int) -> bytes | None:
+    return next((row["body"] for row in list_chunks(db, host_id, step, begin, begin)), None)
 
 
 class Question(NamedTuple):
@@ -8118,18 +7989,12 @@ def join_points(points: list[list[Any]]) -> list[list[Any]]:
     return [[at, *combine(steps[at])] for at in sorted(steps)]
 
 
-def begin_of_history(db: sqlite3.Connection, host_id: int) -> float | None:
+def begin_of_history(db: Database, host_id: int) -> float | None:
     """The oldest time of which anything is known."""
-    found: list[float] = []
-    for step in STEP_CODES:
-        row = db.execute("SELECT min(id) FROM chunk WHERE id BETWEEN :first AND :last",
-                         {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)}).fetchone()
-        found += [chunk_begin(row[0])] if row[0] is not None else []
-    first, last = report_span(host_id, 0, None)
-    row = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
-                     {"first": first, "last": last}).fetchone()
-    found += [report_time(row[0])] if row[0] is not None else []
-    return min(found, default=None)
+    oldest = [db.execute("SELECT min(id) FROM chunk WHERE id BETWEEN :first AND :last",
+                         chunk_span(host_id, step)).fetchone()[0] for step in STEP_CODES]
+    return min([*(chunk_begin(number) for number in oldest if number is not None),
+                *map(report_time, islice(tail_ids(db, host_id), 1))], default=None)
 
 
 def list_lost(keys: list[TickKey]) -> list[dict]:
@@ -8162,7 +8027,7 @@ def export_frame(frame: Frame, step: int, since: float, until: float, asked: Wan
 # Replay: what the rules would have said of the past
 
 
-def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float,
+def replay(db: Database, fleet: Fleet, since: float, until: float,
            in_time: Callable[[], bool] = lambda: True) -> tuple[list[Past], float | None]:
     """What the fleet's rules would have said of what is kept, oldest first; and where that begins. Of the reports
     themselves every rule; of points of 5 minutes, which are older, the rules with thresholds. Until not `in_time`."""
@@ -8185,28 +8050,24 @@ def replay(db: sqlite3.Connection, fleet: Fleet, since: float, until: float,
     return sorted(found, key=lambda one: one.fired_at), min(begins, default=None)
 
 
-def list_past_reports(db: sqlite3.Connection, host_id: int, since: float,
-                      until: float) -> Iterator[tuple[float, dict[str, Any], bool]]:
+def list_past_reports(db: Database, host_id: int, since: float, until: float) -> Iterator[tuple[float, Fields, bool]]:
     """Time and content of a host's past, oldest first; `whole` are the reports as they came."""
-    first, last = report_span(host_id, since, until)
-    oldest = db.execute("SELECT min(id) FROM report WHERE id BETWEEN :first AND :last",
-                        {"first": first, "last": last}).fetchone()[0]
-    whole_from = until if oldest is None else report_time(oldest)
+    whole_from = next(map(report_time, tail_ids(db, host_id, since, until)), until)
     reader = Reader(History(), db, host_id, None)
     begin = begin_of_history(db, host_id)
     for day in range(int(max(since, begin or until)) // DAY * DAY, int(whole_from) + 1, DAY):
         yield from ((at, report, False) for at, report in reports_of_points(reader.points(FINE, day, day + DAY))
                     if since <= at < whole_from)
     for row in db.execute("SELECT id, body FROM report WHERE id BETWEEN :first AND :last ORDER BY id",
-                          {"first": first, "last": last}):
+                          report_span(host_id, since, until)):
         yield report_time(row["id"]), read_body(row["body"]), True
 
 
-def reports_of_points(frame: Frame) -> Iterator[tuple[int, dict[str, Any]]]:
+def reports_of_points(frame: Frame) -> Iterator[tuple[int, Fields]]:
     """Averages of 5 minutes in the form of reports; counters are left out, their points are rates, and so are guests:
     their status has no history."""
     for row, at in enumerate(frame.keys):
-        sections: dict[str, dict[str, dict[str, Any]]] = {}
+        sections: dict[str, dict[str, Fields]] = {}
         for (section, object), columns in frame.objects.items():
             fields = {field: column[row][0] for field, column in columns.items()
                       if column[row] == column[row] and not field.endswith("_total")}
@@ -8241,10 +8102,8 @@ class Keeper:
     def turn(self, now: float, seconds: float = 0.5) -> None:
         """Work for about so long; the next turn goes on with the next host."""
         end = time.monotonic() + seconds
-        ids = sorted(self.fleet.hosts)
-        self.history.forget_hosts(but=set(ids))
-        start = bisect.bisect_right(ids, self._after)
-        for host_id in [*ids[start:], *ids[:start]]:
+        self.history.forget_hosts(but=set(self.fleet.hosts))
+        for host_id in self.in_turn():
             while self._attempt(host_id, now) and time.monotonic() <= end:
                 pass
             if time.monotonic() > end:
@@ -8274,7 +8133,13 @@ class Keeper:
             return True
         return self.step_day(db, host_id, now)
 
-    def step_day(self, db: sqlite3.Connection, host_id: int, now: float) -> bool:
+    def in_turn(self) -> Iterator[int]:
+        """The hosts, beginning with the one after whose turn was last."""
+        ids = sorted(self.fleet.hosts)
+        start = bisect.bisect_right(ids, self._after)
+        yield from (*ids[start:], *ids[:start])
+
+    def step_day(self, db: Database, host_id: int, now: float) -> bool:
         """The next day that is to be rolled up, or whose reports may go; False if there is none."""
         for day, work in list_due_days(db, host_id, now):
             if work == CHANGED:
@@ -8291,7 +8156,7 @@ class Keeper:
         while any(self.step(host_id, now) for host_id in list(self.fleet.hosts)):
             pass
 
-    def pack_hour(self, db: sqlite3.Connection, state: HostState, hour: int, now: float) -> None:
+    def pack_hour(self, db: Database, state: HostState, hour: int, now: float) -> None:
         """Move an hour's reports from the tail into its chunk. What comes for a day whose reports are gone already is
         older than any agent keeps by itself: it joins nothing."""
         tail = self.history.tail(db, state.id, hour, hour + HOUR - 0.001, most=PACK_ROWS)
@@ -8308,7 +8173,7 @@ class Keeper:
             self.store.write(partial(put_hour, state, hour, tail, body, spark_of(frame), now), urgent=False)
         self.history.forget(state.id, tail)
 
-    def roll_day(self, db: sqlite3.Connection, host_id: int, day: int, now: float) -> None:
+    def roll_day(self, db: Database, host_id: int, day: int, now: float) -> None:
         """Make the points of a day from its reports, one object after the other; its hours go to those around them."""
         reader = Reader(self.history, db, host_id, None)
         fine = Frame(list(range(day, day + DAY, FINE)), {})
@@ -8325,7 +8190,7 @@ class Keeper:
         self.store.write(partial(put_day, host_id, day, chunks, now), urgent=False)
         self.prune_names(db, host_id)
 
-    def numbers(self, db: sqlite3.Connection, state: HostState,
+    def numbers(self, db: Database, state: HostState,
                 names: dict[ObjectKey, tuple[str, ...]]) -> tuple[ObjectIds, LayoutIds]:
         """The numbers of objects and layouts; what is new gets one, as long as there are not too many."""
         objects = {key: number for number, key in find_objects(db, state.id, None).items()}
@@ -8345,14 +8210,14 @@ class Keeper:
             layouts[fields] for fields in names.values() if fields in layouts)
         return objects, layouts
 
-    def prune_names(self, db: sqlite3.Connection, host_id: int) -> None:
+    def prune_names(self, db: Database, host_id: int) -> None:
         """Forget the names of what is in none of a host's chunks any more, by their directories; of layouts, which
         hosts share, when all hosts have been looked at."""
         objects = find_objects(db, host_id, None)
         used, layouts, unused = set[int](), set[int](), set[int]()
         for (head,) in db.execute("SELECT substr(body, 1, :size) FROM chunk WHERE id BETWEEN :first AND :last", {
                 "size": 8 * len(objects) + 12, "first": chunk_id(host_id, RAW, 0),
-                "last": chunk_id(host_id + 1, RAW, 0) - 1}):
+                "last": chunk_id(host_id, COARSE, 1 << CHUNK_SHIFT - 1)}):
             count = int.from_bytes(head[:4], "little")
             numbers = array("I", head[4 : 4 + 8 * count])
             used.update(numbers[:count])
@@ -8366,7 +8231,7 @@ class Keeper:
 
     # Questions. What another keeper (see remote) gets from elsewhere: begin, frame, stored_keys, hourly, export.
 
-    def ask(self, db: sqlite3.Connection, host_ids: list[int], question: Question) -> list[list[Any]]:
+    def ask(self, db: Database, host_ids: list[int], question: Question) -> list[list[Any]]:
         """Points [time, average, minimum, maximum] of each series. A guest is looked for on all hosts given: it may
         have been on one and then on another."""
         answers: list[list[Any]] = [[] for _ in question.names]
@@ -8385,12 +8250,11 @@ class Keeper:
             answers = [sorted(points) if question.step == RAW else join_points(points) for points in answers]
         return [[point[:4] for point in points] for points in answers]
 
-    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
+    def begin(self, db: Database, host_id: int) -> float | None:
         """The oldest time of which anything is known of a host."""
         return begin_of_history(db, host_id)
 
-    def frame(self, db: sqlite3.Connection, host_id: int, wanted: dict[ObjectKey, set[str]],
-              question: Question) -> Frame:
+    def frame(self, db: Database, host_id: int, wanted: dict[ObjectKey, set[str]], question: Question) -> Frame:
         """What is wanted of a host: reports, and of counters those of the hour before too; or points of the step."""
         reader = Reader(self.history, db, host_id, wanted)
         if question.step == RAW:
@@ -8402,14 +8266,12 @@ class Keeper:
         frame = reader.points(base, since, int(question.until) + 1)
         return frame if question.step == base else coarsen(frame, question.step)
 
-    def past_values(self, db: sqlite3.Connection, host_id: int, series: list[str],
-                    now: float) -> list[list[tuple[float, float]]]:
+    def past_values(self, db: Database, host_id: int, series: list[str], now: float) -> list[list[tuple[float, float]]]:
         """Of each series (unix time, average of the hour) of 30 days, as fill_forecast() wants them."""
         asked = self.ask(db, [host_id], Question(series, now - 30 * DAY, now, COARSE))
         return [[(at, average) for at, average, _, _ in points] for points in asked]
 
-    def past_space(self, db: sqlite3.Connection, host_id: int, datasets: Iterable[str],
-                   at: float) -> dict[str, dict[str, float]]:
+    def past_space(self, db: Database, host_id: int, datasets: Iterable[str], at: float) -> dict[str, dict[str, float]]:
         """What datasets used at a time, as what_grew() wants it: the last that is known of the 6 hours around it."""
         wanted = {("datasets", name): {"used_bytes", "used_by_snapshots_bytes"} for name in datasets}
         frame = self.frame(db, host_id, wanted, Question([], at - 3 * HOUR, at + 3 * HOUR, COARSE))
@@ -8419,22 +8281,22 @@ class Keeper:
             found[name] = {field: values[-1] for field, values in known.items() if values}
         return {name: space for name, space in found.items() if space}
 
-    def keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> list[TickKey]:
+    def keys(self, db: Database, host_id: int, since: float, until: float) -> list[TickKey]:
         """Which reports of a span of time there are, oldest first."""
         keys = {tick[:3] for tick in self.history.tail(db, host_id, since, until).values()}
         return sorted(keys | self.stored_keys(db, host_id, since, until))
 
-    def stored_keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> set[TickKey]:
+    def stored_keys(self, db: Database, host_id: int, since: float, until: float) -> set[TickKey]:
         return {key for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until)
                 for key in unpack_reports(self.history, db, row["body"], {}, {}).keys}
 
-    def has_packed(self, db: sqlite3.Connection, host_id: int, at: float, report: dict[str, Any]) -> bool:
+    def has_packed(self, db: Database, host_id: int, at: float, report: dict[str, Any]) -> bool:
         """Whether a report of that time is among those that are packed here. (Another store's is not asked: it keeps
         the same number of the same time once.)"""
         key = zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"]
         return any(packed[1:] == key for packed in Keeper.stored_keys(self, db, host_id, at, at))
 
-    def sparks(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
+    def sparks(self, db: Database, host_ids: list[int], now: float) -> dict[int, list[float | None]]:
         """CPU in use of the last 24 hours by host, the hour under way last; [] where nothing is known."""
         last = int(now) // HOUR * HOUR
         known = self.hourly(db, host_ids, now)
@@ -8442,7 +8304,7 @@ class Keeper:
                  for host_id in host_ids}
         return {host_id: line if any(value is not None for value in line) else [] for host_id, line in lines.items()}
 
-    def hourly(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
+    def hourly(self, db: Database, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
         """CPU in use by host and hour: one query, and what is at hand."""
         rows = db.execute("SELECT host_id, hours FROM spark WHERE host_id IN (SELECT value FROM json_each(:ids))",
                           {"ids": json.dumps(host_ids)})
@@ -8451,17 +8313,14 @@ class Keeper:
             **{hour: total / count for hour, (total, count) in self.history.hours.get(host_id, {}).items()},
             **{int(hour): value for hour, value in packed.get(host_id, {}).items()}} for host_id in host_ids}
 
-    def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
+    def export(self, db: Database, host_id: int, now: float) -> Iterator[list[Any]]:
         """Everything there is of a host, by step, then by time. Memory holds one span at a time."""
-        first, last = report_span(host_id, 0, None)
         for step, size in SPANS.items():
             begins = {chunk_begin(row[0]) for row in db.execute(
-                "SELECT id FROM chunk WHERE id BETWEEN :first AND :last",
-                {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, 1 << 33)})}
+                "SELECT id FROM chunk WHERE id BETWEEN :first AND :last", chunk_span(host_id, step))}
             if step != RAW:
                 begins |= {day // size * size for day in day_states(db, host_id, 0, now)}
-            begins |= {int(report_time(row[0])) // size * size for row in db.execute(
-                "SELECT id FROM report WHERE id BETWEEN :first AND :last", {"first": first, "last": last})}
+            begins |= {begin_of(report_id, size) for report_id in tail_ids(db, host_id)}
             for begin in sorted(begins):
                 reader, end = Reader(self.history, db, host_id, None), begin + size - 0.001
                 frame = reader.reports(begin - RATE_MOST, end) if step == RAW else reader.points(
@@ -8469,8 +8328,7 @@ class Keeper:
                 yield from export_frame(frame, step, begin, end)
 
 
-def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str, ...]],
-                 db: sqlite3.Connection) -> None:
+def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str, ...]], db: Database) -> None:
     """Give numbers to objects and layouts that have none. `Problem` if the host is gone."""
     if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
         raise Problem("unknown_host", "the host has just been removed")
@@ -8480,29 +8338,23 @@ def number_names(host_id: int, objects: list[ObjectKey], layouts: list[tuple[str
                    [(json.dumps(names),) for names in layouts])
 
 
-def delete_names(objects: Set[int], layouts: Set[int], db: sqlite3.Connection) -> None:
+def delete_names(objects: Set[int], layouts: Set[int], db: Database) -> None:
     db.executemany("DELETE FROM history_object WHERE id = ?", [(number,) for number in objects])
     db.executemany("DELETE FROM history_layout WHERE id = ?", [(number,) for number in layouts])
 
 
-def find_due_hour(db: sqlite3.Connection, host_id: int, now: float) -> int | None:
+def find_due_hour(db: Database, host_id: int, now: float) -> int | None:
     """The oldest hour with reports in the tail, if it is over and its reports are all there, as far as one can
     tell."""
-    first, last = report_span(host_id, 0, None)
-    row = db.execute("SELECT id FROM report WHERE id BETWEEN :first AND :last ORDER BY id LIMIT 1",
-                     {"first": first, "last": last}).fetchone()
-    if row is None:
+    hour = next((begin_of(report_id, HOUR) for report_id in tail_ids(db, host_id)), None)
+    if hour is None or hour + HOUR + HOUR_GRACE + host_id * 37 % (5 * MINUTE) > now:
         return None
-    hour = int(report_time(row[0])) // HOUR * HOUR
-    if hour + HOUR + HOUR_GRACE + host_id * 37 % (5 * MINUTE) > now:
-        return None
-    first, last = report_span(host_id, hour, hour + HOUR - 0.001)
-    came = db.execute("SELECT min(received_at), max(received_at) FROM report WHERE id BETWEEN :first AND :last",
-                      {"first": first, "last": last}).fetchone()
-    return hour if came[1] + QUIET_SECONDS <= now or came[0] + 4 * QUIET_SECONDS <= now else None
+    first, last = db.execute("SELECT min(received_at), max(received_at) FROM report WHERE id BETWEEN :first AND :last",
+                             report_span(host_id, hour, hour + HOUR - 0.001)).fetchone()
+    return hour if last + QUIET_SECONDS <= now or first + 4 * QUIET_SECONDS <= now else None
 
 
-def list_due_days(db: sqlite3.Connection, host_id: int, now: float) -> list[tuple[int, int]]:
+def list_due_days(db: Database, host_id: int, now: float) -> list[tuple[int, int]]:
     """Days to roll up, and rolled-up days whose reports may go; the oldest first."""
     due = []
     for day, state in db.execute("""
@@ -8511,7 +8363,7 @@ def list_due_days(db: sqlite3.Connection, host_id: int, now: float) -> list[tupl
             {"host": host_id, "over": now - DAY - DAY_GRACE - host_id * 37 % (5 * MINUTE),
              "old": now - DAY - KEPT[RAW]}).fetchall():
         last = db.execute("SELECT max(written_at) FROM chunk WHERE id BETWEEN :first AND :last",
-                          {"first": chunk_id(host_id, RAW, day), "last": chunk_id(host_id, RAW, day + DAY - 1)})
+                          chunk_span(host_id, RAW, day, day + DAY - 1))
         written_at = last.fetchone()[0] or 0.0
         # A late part of a day may follow soon after another: with all its reports it is exact.
         if written_at + (MINUTE if state == CHANGED else KEPT[RAW]) <= now:
@@ -8520,7 +8372,7 @@ def list_due_days(db: sqlite3.Connection, host_id: int, now: float) -> list[tupl
 
 
 def put_hour(state: HostState, hour: int, ids: Iterable[int], body: bytes, spark: float | None, now: float,
-             db: sqlite3.Connection) -> None:
+             db: Database) -> None:
     """Write an hour's chunk, and take its reports out of the tail; those with a latest state are kept elsewhere."""
     if not put_chunks(db, state.id, [(chunk_id(state.id, RAW, hour), body)], now):
         return
@@ -8534,19 +8386,18 @@ def put_hour(state: HostState, hour: int, ids: Iterable[int], body: bytes, spark
     put_spark(db, state.id, hour, spark, now)
 
 
-def drop_from_tail(state: HostState, ids: Iterable[int], db: sqlite3.Connection) -> None:
+def drop_from_tail(state: HostState, ids: Iterable[int], db: Database) -> None:
     """Take reports out of the tail; those with a latest state are kept elsewhere."""
     held = {report_id for pair in state.pointers().values() for report_id in pair if report_id}
     db.executemany("INSERT OR REPLACE INTO kept_report SELECT * FROM report WHERE id = ?",
                    [(report_id,) for report_id in ids if report_id in held])
     db.executemany("DELETE FROM report WHERE id = ?", [(report_id,) for report_id in ids])
-    first, last = report_span(state.id, 0, None)
     db.execute("""
         DELETE FROM kept_report WHERE id BETWEEN :first AND :last AND id NOT IN (SELECT value FROM json_each(:held))""",
-        {"first": first, "last": last, "held": json.dumps(sorted(held))})
+        {**report_span(state.id), "held": json.dumps(sorted(held))})
 
 
-def put_chunks(db: sqlite3.Connection, host_id: int, chunks: list[tuple[int, bytes]], now: float) -> bool:
+def put_chunks(db: Database, host_id: int, chunks: list[tuple[int, bytes]], now: float) -> bool:
     """Write chunks of a host; False if it is gone."""
     if not db.execute("SELECT 1 FROM host WHERE id = :id", {"id": host_id}).fetchone():
         return False
@@ -8555,17 +8406,16 @@ def put_chunks(db: sqlite3.Connection, host_id: int, chunks: list[tuple[int, byt
     return True
 
 
-def put_day(host_id: int, day: int, chunks: list[tuple[int, bytes]], now: float, db: sqlite3.Connection) -> None:
+def put_day(host_id: int, day: int, chunks: list[tuple[int, bytes]], now: float, db: Database) -> None:
     """Write a day's points. Only the keeper changes chunks of reports, so the day is as it was read."""
     if put_chunks(db, host_id, chunks, now):
         db.execute("UPDATE history_day SET state = 1 WHERE host_id = :host AND day = :day",
                    {"host": host_id, "day": day})
 
 
-def seal_day(host_id: int, day: int, db: sqlite3.Connection) -> None:
+def seal_day(host_id: int, day: int, db: Database) -> None:
     """Drop a day's reports; its points stay."""
-    db.execute("DELETE FROM chunk WHERE id BETWEEN :first AND :last",
-               {"first": chunk_id(host_id, RAW, day), "last": chunk_id(host_id, RAW, day + DAY - 1)})
+    db.execute("DELETE FROM chunk WHERE id BETWEEN :first AND :last", chunk_span(host_id, RAW, day, day + DAY - 1))
     db.execute("UPDATE history_day SET state = 2 WHERE host_id = :host AND day = :day", {"host": host_id, "day": day})
 
 
@@ -8575,7 +8425,7 @@ def spark_of(frame: Frame) -> float | None:
     return round(sum(known) / len(known), 4) if known else None
 
 
-def put_spark(db: sqlite3.Connection, host_id: int, hour: int, value: float | None, now: float) -> None:
+def put_spark(db: Database, host_id: int, hour: int, value: float | None, now: float) -> None:
     """Take an hour into the host's small line of the last day."""
     if hour < now - 2 * DAY:
         return
@@ -8589,7 +8439,7 @@ def put_spark(db: sqlite3.Connection, host_id: int, hour: int, value: float | No
 EXPIRE_ROWS = 40  # chunks dropped in one go: some megabytes
 
 
-def expire(db: sqlite3.Connection, now: float) -> int:
+def expire(db: Database, now: float) -> int:
     """Drop what is older than its step is kept, and chunks of hosts that are gone, a little at a time; gives back
     how many."""
     found = list_expired(db, now)[:EXPIRE_ROWS]
@@ -8598,7 +8448,7 @@ def expire(db: sqlite3.Connection, now: float) -> int:
     return len(found)
 
 
-def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
+def list_expired(db: Database, now: float) -> list[int]:
     """Ids of chunks that may go. From host to host and step to step by single steps in the index."""
     hosts = {row[0] for row in db.execute("SELECT id FROM host")}
     found: list[int] = []
@@ -8613,7 +8463,7 @@ def list_expired(db: sqlite3.Connection, now: float) -> list[int]:
             if step != RAW or host_id not in hosts:  # reports go with their day, when it is sealed
                 found += [chunk[0] for chunk in db.execute(
                     "SELECT id FROM chunk WHERE id BETWEEN :first AND :last LIMIT :most",
-                    {"first": chunk_id(host_id, step, 0), "last": chunk_id(host_id, step, ends), "most": EXPIRE_ROWS})]
+                    {**chunk_span(host_id, step, 0, ends), "most": EXPIRE_ROWS})]
         after = ((host_id + 1) << CHUNK_SHIFT + 2) - 1
     return found
 
@@ -8754,7 +8604,7 @@ class RemoteStore:
             with OPENER.open(request, timeout=QUERY_SECONDS) as answer:
                 found = answer.read()
         except urllib.error.HTTPError as error:
-            raise self._problem(f"answers HTTP {error.code} {read_reason(error)}") from None
+            raise self._problem(f"answers HTTP {error.code} {what_it_says(error, 1 << 16)[-300:]}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.away_because = f"does not answer: {getattr(error, 'reason', error) or type(error).__name__}"
             self.away_until = time.monotonic() + AWAY_SECONDS_MOST
@@ -8787,14 +8637,6 @@ class RemoteStore:
     def _problem(self, what: str) -> Problem:
         return Problem("busy", f"the history store at {self.shown} {what}",
                        headers={"Retry-After": str(AWAY_SECONDS_MOST)})
-
-
-def read_reason(error: urllib.error.HTTPError) -> str:
-    """What the body of an error says; nothing if it breaks off."""
-    try:
-        return one_line(error.read(1 << 16).decode("utf-8", "replace"))[-300:]
-    except (OSError, http.client.HTTPException, ValueError):
-        return ""
 
 
 class Pushed(NamedTuple):
@@ -8852,13 +8694,9 @@ class RemoteKeeper(Keeper):
 
     def push(self) -> bool:
         """Send some reports that the store has not taken yet; False if there are none."""
-        db = self.store.reader()
-        ids = sorted(self.fleet.hosts)
-        start = bisect.bisect_right(ids, self._after)
-        chosen: dict[int, dict[int, Tick]] = {}
-        for host_id in [*ids[start:], *ids[:start]]:
-            ticks = self.history.tail(db, host_id, 0, None, most=PUSH_OF_HOST,
-                                      without=self.pushed.get(host_id, {}).keys())
+        db, chosen = self.store.reader(), dict[int, dict[int, Tick]]()
+        for host_id in self.in_turn():
+            ticks = self.history.tail(db, host_id, most=PUSH_OF_HOST, without=self.pushed.get(host_id, {}).keys())
             if ticks:
                 chosen[host_id] = ticks
                 self._after = host_id
@@ -8913,7 +8751,7 @@ class RemoteKeeper(Keeper):
         return {(ms, int(run), int(seq)) for labels, values in found if (run := read_run(labels)) is not None
                 for ms, seq in values.items()}
 
-    def begin(self, db: sqlite3.Connection, host_id: int) -> float | None:
+    def begin(self, db: Database, host_id: int) -> float | None:
         """The oldest time of which the store knows anything."""
         state = self.fleet.hosts.get(host_id)
         if state and host_id not in self.begins:
@@ -8922,8 +8760,7 @@ class RemoteKeeper(Keeper):
                 self.begins[host_id] = min(values.values())
         return self.begins.get(host_id)
 
-    def frame(self, db: sqlite3.Connection, host_id: int, wanted: dict[ObjectKey, set[str]],
-              question: Question) -> Frame:
+    def frame(self, db: Database, host_id: int, wanted: dict[ObjectKey, set[str]], question: Question) -> Frame:
         state = self.fleet.hosts.get(host_id)
         if state is None:
             return Frame([], {})
@@ -8968,11 +8805,11 @@ class RemoteKeeper(Keeper):
             frame.objects.setdefault(key, {})[field] = [combine(cells.get((place, at), ())) for at in frame.keys]
         return frame
 
-    def stored_keys(self, db: sqlite3.Connection, host_id: int, since: float, until: float) -> set[TickKey]:
+    def stored_keys(self, db: Database, host_id: int, since: float, until: float) -> set[TickKey]:
         state = self.fleet.hosts.get(host_id)
         return self._remote_keys(state.name, since, until) if state else set()
 
-    def hourly(self, db: sqlite3.Connection, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
+    def hourly(self, db: Database, host_ids: list[int], now: float) -> dict[int, dict[int, float | None]]:
         """The page lives without its small lines when the store is away. Asked once a minute for all."""
         last = int(now) // HOUR * HOUR
         if time.monotonic() >= self._lines_until:
@@ -8987,11 +8824,11 @@ class RemoteKeeper(Keeper):
         states = {host_id: self.fleet.hosts.get(host_id) for host_id in host_ids}
         return {host_id: self._host_lines.get(state.name, {}) if state else {} for host_id, state in states.items()}
 
-    def export(self, db: sqlite3.Connection, host_id: int, now: float) -> Iterator[list[Any]]:
+    def export(self, db: Database, host_id: int, now: float) -> Iterator[list[Any]]:
         begin = self.begin(db, host_id)  # a store that is away is told before the answer has begun
         return self._export_days(db, host_id, begin, now) if begin is not None else iter(())
 
-    def _export_days(self, db: sqlite3.Connection, host_id: int, begin: float, now: float) -> Iterator[list[Any]]:
+    def _export_days(self, db: Database, host_id: int, begin: float, now: float) -> Iterator[list[Any]]:
         """All values as received, a day and an object at a time."""
         which = f'{{__name__=~"proxmon_.+",host={quoted(self.fleet.hosts[host_id].name)},job=""}}'
         for day in range(int(begin) // DAY * DAY, int(now) + 1, DAY):
@@ -9065,7 +8902,7 @@ class Monitor:
         self.logins = LoginLimiter()
         self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
         self.room = Room()
-        self.reports_accepted = self.reports_duplicate = 0
+        self.reports_accepted = 0
         self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
@@ -9074,7 +8911,7 @@ class Monitor:
         self.notifier = Notifier(self.store, self.fleet, clock, self.stop)
         self.replaying = threading.Lock()
 
-    def _start(self, db: sqlite3.Connection) -> None:
+    def _start(self, db: Database) -> None:
         check_secret(db, self.secret)
         end_foreign_sessions(db, self.secret, self.config.password_hash, self.clock())
         set_meta(db, "serving_since", self.fleet.serving_since)
@@ -9086,7 +8923,7 @@ class Monitor:
         self.fleet.load(db)
         drop_orphans(db, self.fleet, self.clock())
 
-    def doubt_clock(self, db: sqlite3.Connection, now: float, jump: float) -> None:
+    def doubt_clock(self, db: Database, now: float, jump: float) -> None:
         """A clock that is so far ahead of where it was may be wrong, and all that is kept looks old then. Whoever has
         to set it right has a day, before anything goes for its age."""
         self.doubted_until = now + DAY
@@ -9130,7 +8967,7 @@ class Monitor:
         self.store.close()
 
 
-def count_what_came(db: sqlite3.Connection) -> None:
+def count_what_came(db: Database) -> None:
     """Once, after an upgrade: version 0.1 wrote which numbers had come every 5 minutes only. What it took after that
     and is still kept as it came would count twice if its agent sent it again."""
     if get_meta(db, "runs_are_whole"):
@@ -9148,7 +8985,7 @@ def count_what_came(db: sqlite3.Connection) -> None:
     set_meta(db, "runs_are_whole", 1)
 
 
-def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
+def check_secret(db: Database, secret: bytes) -> None:
     """Remember which secret the tokens were made with; say so in the log if it is another now. One byte is kept: it
     tells a mix-up in 255 of 256 cases, and whoever has the database can hardly try guesses on it."""
     known, mark = get_meta(db, "secret_check"), hmac.digest(secret, b"proxmon secret check", "sha256").hex()
@@ -9165,12 +9002,12 @@ def check_secret(db: sqlite3.Connection, secret: bytes) -> None:
 class Job(NamedTuple):
     name: str
     seconds: float  # from one run to the next
-    work: Callable[[Monitor, float, sqlite3.Connection], None]
+    work: Callable[[Monitor, float, Database], None]
     beside: bool = False  # takes long, or must not wait for a write: works with a reader, and writes in small pieces
     first_after: float = 5
 
 
-def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def judge_fleet(monitor: Monitor, now: float, db: Database) -> None:
     """Rules that need no report: silence, clusters, sites; and what was held back and may be told now."""
     fleet = monitor.fleet
     fleet.refresh(db)
@@ -9187,22 +9024,21 @@ def judge_fleet(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
         forget_backlog(state, now)
     judge_shared(db, fleet, now)
     dispatch(db, fleet, fleet.everything(), now)
-    fleet.generation += 1  # verdicts depend on the time too
     monitor.judged_at = time.monotonic()
 
 
-def sign_of_life(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def sign_of_life(monitor: Monitor, now: float, db: Database) -> None:
     """Proof that the database can be written, and until when the server was there."""
     set_meta(db, "alive_at", now)
 
 
-def keep_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def keep_history(monitor: Monitor, now: float, db: Database) -> None:
     """Hours into chunks, days into points; or all of it to another store."""
     monitor.keeper.keeps_all = monitor.doubts_clock(now)
     monitor.keeper.turn(now)
 
 
-def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def expire_history(monitor: Monitor, now: float, db: Database) -> None:
     """What is too old goes, and the file gets smaller, each in pieces that nobody notices."""
     for _ in range(0 if monitor.doubts_clock(now) else 20):
         if not monitor.store.write(lambda db: expire(db, now)):
@@ -9210,7 +9046,7 @@ def expire_history(monitor: Monitor, now: float, db: sqlite3.Connection) -> None
     monitor.store.write(vacuum)
 
 
-def tell_systemd(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def tell_systemd(monitor: Monitor, now: float, db: Database) -> None:
     """A beat for the unit's watchdog: jobs still run, so no write has hung. A full disk is no reason to start anew."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
@@ -9221,14 +9057,14 @@ def tell_systemd(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
 VACUUM_PAGES = 256  # 1 MiB: some milliseconds
 
 
-def vacuum(db: sqlite3.Connection) -> None:
+def vacuum(db: Database) -> None:
     """Give free pages back to the file system, a few at a time; a tenth stays for what comes next."""
     free, pages = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
     if free > max(pages // 10, 2 * VACUUM_PAGES):
         db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
 
 
-def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def prune(monitor: Monitor, now: float, db: Database) -> None:
     """Drop what is older than it is kept, of what is not history."""
     if monitor.doubts_clock(now):
         return
@@ -9249,7 +9085,7 @@ def prune(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
                {"before": now - KEEP_RESOLVED})
 
 
-def index_copies(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
+def index_copies(monitor: Monitor, now: float, db: Database) -> None:
     """Look over all hosts' snapshots beside the writes: a thousand hosts take most of a second."""
     monitor.fleet.copies = SnapshotIndex(list(monitor.fleet.hosts.values()))
 
@@ -9257,7 +9093,7 @@ def index_copies(monitor: Monitor, now: float, db: sqlite3.Connection) -> None:
 FORECAST_SECONDS = HOUR  # a host's forecasts are made anew
 
 
-def forecast_fleet(monitor: Monitor, now: float, db: sqlite3.Connection, seconds: float = 0.2) -> None:
+def forecast_fleet(monitor: Monitor, now: float, db: Database, seconds: float = 0.2) -> None:
     """Forecasts of the hosts whose turn it is, for about so long. What the history cannot tell now stays as it was; a
     host that is silent is as full as when it was last heard."""
     end = time.monotonic() + seconds
@@ -9273,7 +9109,7 @@ def forecast_fleet(monitor: Monitor, now: float, db: sqlite3.Connection, seconds
             log_once(f"server: forecasts of {host.name} left out: {type(error).__name__}: {error}")
 
 
-def forecast_host(keeper: Keeper, db: sqlite3.Connection, host: HostState, now: float) -> dict[str, Filling]:
+def forecast_host(keeper: Keeper, db: Database, host: HostState, now: float) -> dict[str, Filling]:
     """When each space of a host is full; of pools that fill up also what grew in the last 7 days."""
     spaces = list(spaces_of(host))
     past = keeper.past_values(db, host.id, [space.series for space in spaces], now) if spaces else []
@@ -9293,7 +9129,7 @@ def days_left(filling: Filling) -> float:
     return math.inf if filling.forecast is None or filling.forecast.soonest is None else filling.forecast.soonest
 
 
-def explain_filling(keeper: Keeper, db: sqlite3.Connection, host: HostState, filling: Filling, pool: str) -> Filling:
+def explain_filling(keeper: Keeper, db: Database, host: HostState, filling: Filling, pool: str) -> Filling:
     after = {str(dataset.get("name")): dataset for dataset in dicts(host.body("datasets"))
              if str(dataset.get("name")).partition("/")[0] == pool}
     span = min(7.0, filling.forecast.known_days if filling.forecast else 0.0)
@@ -9714,7 +9550,7 @@ def open_alerts(owners: Iterable[Any], state: str = "firing") -> Rows:
                    if state in ("all", alert.state)), key=alert_order)
 
 
-def stored_alerts(db: sqlite3.Connection, where: str, **values: Any) -> Iterator[Row]:
+def stored_alerts(db: Database, where: str, **values: Any) -> Iterator[Row]:
     """Alerts from the database, those that are over too, one at a time."""
     for row in db.execute(f"""
             SELECT alert.*, host.name AS host FROM alert LEFT JOIN host ON host.id = alert.host_id WHERE {where}
@@ -9724,7 +9560,7 @@ def stored_alerts(db: sqlite3.Connection, where: str, **values: Any) -> Iterator
         yield alert_row(Alert(**{field: row[field] for field in Alert.__slots__}), row["host"])
 
 
-def list_alerts(db: sqlite3.Connection, state: str = "firing", *, limit: int = LIST_MOST) -> Rows:
+def list_alerts(db: Database, state: str = "firing", *, limit: int = LIST_MOST) -> Rows:
     """Alerts as they are on the disk, firing before resolved. `state`: pending, firing, resolved or all."""
     return list(islice(stored_alerts(db, ":state IN ('all', alert.state)", state=state), limit))
 
@@ -10103,7 +9939,7 @@ class Call:
             monitor.fleet.refresh(self.db)
 
     @property
-    def db(self) -> sqlite3.Connection:
+    def db(self) -> Database:
         return self.monitor.store.reader()
 
     @property
@@ -10118,18 +9954,20 @@ class Call:
     def session_key(self) -> bytes:
         return self.session["hash"] if self.session else b""
 
-    def write(self, work: Callable[[sqlite3.Connection], Any], *, urgent: bool = True) -> Any:
+    def write(self, work: Callable[[Database], Any], *, urgent: bool = True) -> Any:
         """`Store.write`; the events of it tell who asked, and from where."""
         by, address = f"{self.kind}:{self.actor}" if self.actor else None, self.address()
 
-        def signed(db: sqlite3.Connection) -> Any:
+        def signed(db: Database) -> Any:
             with done_by(by, address):
                 return work(db)
 
         return self.monitor.store.write(signed, urgent=urgent)
 
     def header(self, name: str) -> str:
-        return read_header(self.environ, name)
+        """A request header, '' if it is not there."""
+        key = name.upper().replace("-", "_")
+        return self.environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
 
     def json(self, spec: dict[str, Any], *, nulls: tuple[str, ...] = ()) -> dict[str, Any]:
         """The body of a write, a JSON object of at most 64 KiB, as checked() has it; in it are the fields of `nulls`
@@ -10193,12 +10031,6 @@ def is_trusted(address: str, config: Config) -> bool:
         return False
 
 
-def read_header(environ: dict[str, Any], name: str) -> str:
-    """A request header, '' if it is not there."""
-    key = name.upper().replace("-", "_")
-    return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
-
-
 def read_request(environ: dict[str, Any], limit: int) -> bytes:
     """The body as sent. `Problem('too_large')` before it is read."""
     length = environ.get("CONTENT_LENGTH") or "0"
@@ -10254,22 +10086,16 @@ def identify(call: Call) -> None:
         call.token_expires_at = token["expires_at"]
         return
     cookie, config = read_cookie(call, COOKIE), call.monitor.config
-    found = find_session(call.db, call.monitor.secret, cookie, call.now, config.password_hash) if cookie else None
-    if found is not None:
-        login, session = found
-        call.actor, call.kind, call.role = login.name, "session", login.role
-        call.cookie, call.session = cookie, session
-        slide_session(call, session)
-
-
-def slide_session(call: Call, session: sqlite3.Row) -> None:
-    """An hour after its last use a session is used anew, and the browser's cookie slides with it."""
-    if call.now - session["used_at"] > HOUR:  # without a write for each request
+    login, session = find_session(call.db, call.monitor.secret, cookie, call.now, config.password_hash)
+    if login is None or session is None:
+        return
+    call.actor, call.kind, call.role = login.name, "session", login.role
+    call.cookie, call.session = cookie, session
+    if call.now - session["used_at"] > HOUR:  # used anew, and the browser's cookie with it; no write for each request
         left = session["created_at"] + SESSION_MOST - call.now
-        call.set_cookie = cookie_header(call, COOKIE, call.cookie, int(min(SESSION_SECONDS, left)))
-        call.monitor.store.write(lambda db: db.execute(
-            "UPDATE session SET used_at = :now WHERE hash = :hash",
-            {"now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
+        call.set_cookie = cookie_header(call, COOKIE, cookie, int(min(SESSION_SECONDS, left)))
+        call.monitor.store.write(lambda db: db.execute("UPDATE session SET used_at = :now WHERE hash = :hash", {
+            "now": call.now, "hash": session["hash"]}).rowcount, urgent=False)
 
 
 def is_known(call: Call) -> bool:
@@ -10372,9 +10198,8 @@ def get_overview(call: Call) -> Any:
 def post_host(call: Call) -> Any:
     """Register a host; its token is in the answer and never again."""
     wanted = call.json({"name": str, "site?": (str, 0, 63), "tags?": host_tags})
-    row = call.write(lambda db: insert_host(
-        db, wanted["name"], call.now, site=wanted.get("site"), tags=wanted.get("tags")))
-    return token_answer(call, row, 201)
+    row = call.write(lambda db: insert_host(db, now=call.now, **wanted))
+    return token_answer(call, row)
 
 
 @route("GET", "/api/v1/hosts/<id>", auth="read")
@@ -10392,18 +10217,11 @@ def patch_host(call: Call) -> Any:
     return {"host": shown_host(call, row)}
 
 
-@route("DELETE", "/api/v1/hosts/<id>", auth="admin")
-def remove_host(call: Call) -> Any:
-    """Remove a host with all it has sent."""
-    call.write(lambda db: delete_host(db, call.params["id"], call.now))
-    return Answer(204)
-
-
 @route("POST", "/api/v1/hosts/<id>/rotate-token", auth="admin")
 def post_rotate_token(call: Call) -> Any:
     """A new token for a host; the old one is refused from here on."""
     row = call.write(lambda db: rotate_nonce(db, call.params["id"], call.now))
-    return token_answer(call, row, 200)
+    return token_answer(call, row)
 
 
 @route("GET", "/api/v1/hosts/<id>/history", auth="read", queries=("series", "from", "to", "step", "format"))
@@ -10533,21 +10351,13 @@ def post_acknowledge(call: Call) -> Any:
     return shown_alert(call, number)
 
 
-@route("DELETE", "/api/v1/alerts/<id>/acknowledge", auth="operate")
-def remove_acknowledge(call: Call) -> Any:
-    """Take an acknowledgement back."""
-    number = alert_number(call)
-    call.write(lambda db: unacknowledge(db, call.fleet, number, call.now, by=call.actor or ""))
-    return Answer(204)
-
-
 @route("POST", "/api/v1/alerts/<id>/accept", auth="admin")
 def post_accept(call: Call) -> Any:
     """Accept what an alert is about as normal: it is the baseline from here on."""
     number = alert_number(call)
     call.json({})
 
-    def work(db: sqlite3.Connection) -> None:
+    def work(db: Database) -> None:
         accept_as_normal(db, call.fleet, number, call.now, by=call.actor or "")
         dispatch(db, call.fleet, call.fleet.everything(), call.now)
 
@@ -10563,16 +10373,7 @@ def post_silence(call: Call) -> Any:
     if not wanted.keys() & set(SILENCE_MATCHERS):
         raise Problem("invalid_request", f"at least one of {', '.join(SILENCE_MATCHERS)}", pointer="")
     fields = {**dict.fromkeys((*SILENCE_MATCHERS, "note")), **wanted}
-    made = call.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
-    return Answer(201, json.dumps(made).encode())
-
-
-@route("DELETE", "/api/v1/silences/<id>", auth="operate")
-def remove_silence(call: Call) -> Any:
-    """End a silence."""
-    number, by = call.params["id"], call.actor or ""
-    call.write(lambda db: delete_silence(db, call.fleet, number, call.now, by=by))
-    return Answer(204)
+    return call.write(lambda db: insert_silence(db, call.fleet, fields, call.now, by=call.actor or ""))
 
 
 @route("POST", "/api/v1/channels/<name>/test", auth="admin")
@@ -10642,7 +10443,7 @@ def post_token(call: Call) -> Any:
         raise Problem("forbidden", "this API token expires; those it makes have to expire no later: expires_days")
     token = call.write(lambda db: create_api_token(db, name, call.now, admin=admin, days=days, kind=kind))
     link = {"link": kiosk_link(call.monitor.config, token)} if kind == "kiosk" else {}
-    return Answer(201, json.dumps({"name": name, "token": token, **link}).encode(), {"Cache-Control": "no-store"})
+    return {"name": name, "token": token, **link}
 
 
 def kiosk_link(config: Config, token: str) -> str:
@@ -10650,26 +10451,32 @@ def kiosk_link(config: Config, token: str) -> str:
     return f"{config.public_url}/?kiosk={token}"
 
 
-@route("DELETE", "/api/v1/tokens/<name>", auth="admin")
-def remove_token(call: Call) -> Any:
-    """Revoke an API token."""
-    call.write(lambda db: revoke_api_token(db, call.params["name"], call.now))
-    return Answer(204)
+# What goes: path, who may, what it is, and what is done; there is no such thing where that gives back False.
+REMOVALS: tuple[tuple[str, str, str, Callable[[Database, Call], Any]], ...] = (
+    ("hosts/<id>", "admin", "Remove a host with all it has sent.",
+     lambda db, call: delete_host(db, call.params["id"], call.now)),
+    ("alerts/<id>/acknowledge", "operate", "Take an acknowledgement back.",
+     lambda db, call: unacknowledge(db, call.fleet, alert_number(call), call.now, by=call.actor or "")),
+    ("silences/<id>", "operate", "End a silence.",
+     lambda db, call: delete_silence(db, call.fleet, call.params["id"], call.now, by=call.actor or "")),
+    ("tokens/<name>", "admin", "Revoke an API token.",
+     lambda db, call: revoke_api_token(db, call.params["name"], call.now)),
+    ("sessions", "admin", "End all sessions but the one that asks.",
+     lambda db, call: end_sessions(db, call.now, but=call.session_key)),
+    ("sessions/<id>", "admin", "End a session.",
+     lambda db, call: end_sessions(db, call.now, id=call.params["id"]) > 0),
+    ("users/<name>", "admin", "Let somebody log in no longer; his sessions end.",
+     lambda db, call: delete_user(db, call.params["name"], call.now)),
+)
 
 
-@route("DELETE", "/api/v1/sessions", auth="admin")
-def remove_sessions(call: Call) -> Any:
-    """End all sessions but the one that asks."""
-    call.write(lambda db: end_sessions(db, call.now, but=call.session_key))
-    return Answer(204)
+def remove(work: Callable[[Database, Call], Any], call: Call) -> None:
+    if call.write(lambda db: work(db, call)) is False:
+        raise Problem("not_found", "no such thing here")
 
 
-@route("DELETE", "/api/v1/sessions/<id>", auth="admin")
-def remove_session(call: Call) -> Any:
-    """End a session."""
-    if not call.write(lambda db: end_sessions(db, call.now, id=call.params["id"])):
-        raise Problem("not_found", "no such session")
-    return Answer(204)
+for _path, _auth, _summary, _work in REMOVALS:
+    ROUTES.append(Route("DELETE", f"/api/v1/{_path}", _auth, partial(remove, _work), _summary, (), False, None))
 
 
 @route("POST", "/api/v1/users", auth="admin", makes=True)
@@ -10678,7 +10485,7 @@ def post_user(call: Call) -> Any:
     wanted = call.json({"name": str, "role": ROLES, "password": new_password})
     name = check_user_name(call.db, wanted["name"])
     call.write(lambda db: insert_user(db, name, wanted["role"], wanted["password"], call.now))
-    return Answer(201, json.dumps(dict(required_user(call.db, name))).encode())
+    return dict(required_user(call.db, name))
 
 
 @route("PATCH", "/api/v1/users/<name>", auth="admin")
@@ -10689,13 +10496,6 @@ def patch_user(call: Call) -> Any:
     call.write(lambda db: update_user(db, name, call.now, role=wanted.get("role"),
                                       password_hash=wanted.get("password")))
     return dict(required_user(call.db, name))
-
-
-@route("DELETE", "/api/v1/users/<name>", auth="admin")
-def remove_user(call: Call) -> Any:
-    """Let somebody log in no longer; his sessions end."""
-    call.write(lambda db: delete_user(db, call.params["name"], call.now))
-    return Answer(204)
 
 
 def new_password(given: Any) -> str:
@@ -10711,7 +10511,7 @@ def new_password(given: Any) -> str:
 
 @route("POST", "/api/v1/hosts/<id>/reports", auth="host")
 def post_reports(call: Call) -> Any:
-    """Take the reports of a host."""
+    """Post one report or a batch, signed by the Standard Webhooks scheme."""
     return ingest(call.monitor, call.params["id"], call.header, read_request(call.environ, SENT_LIMIT))
 
 
@@ -10765,12 +10565,10 @@ def shown_host(call: Call, record: sqlite3.Row) -> dict[str, Any]:
     return host_row(call.fleet, state or HostState(bare), call.now)
 
 
-def token_answer(call: Call, record: sqlite3.Row, status: int) -> Answer:
+def token_answer(call: Call, record: sqlite3.Row) -> Fields:
     """A host with its token and the commands that install its agent: for this once."""
-    token = host_token(call.monitor.secret, record["nonce"])
-    document = {"host": shown_host(call, record), "token": token,
-                "install": install_commands(call.monitor.config, record["name"])}
-    return Answer(status, json.dumps(document).encode(), {"Cache-Control": "no-store"})
+    return {"host": shown_host(call, record), "token": host_token(call.monitor.secret, record["nonce"]),
+            "install": install_commands(call.monitor.config, record["name"])}
 
 
 def install_commands(config: Config, name: str) -> list[str]:
@@ -10794,9 +10592,10 @@ SIGNED = ("SHA256SUMS.sig", "release-key")
 
 
 @route("GET", "/install/<name>", auth="none")
+@route("GET", "/install.sh", auth="none")  # which people type from memory
 def get_install(call: Call) -> Any:
     """What installs an agent of this server's version: install.sh, agent.py, unit, binaries, SHA256SUMS. No secrets."""
-    name, config = call.params["name"], call.monitor.config
+    name, config = call.params.get("name", "install.sh"), call.monitor.config
     signed = os.path.exists(os.path.join(config.install_dir, "SHA256SUMS.sig"))
     if signed and name in ("SHA256SUMS", *SIGNED):
         with open(os.path.join(config.install_dir, name), "rb") as signed_file:
@@ -10811,13 +10610,6 @@ def get_install(call: Call) -> Any:
                       if name in INSTALL_FILES else "no such file")
     kind = "application/octet-stream" if "_linux_" in name else "text/plain; charset=utf-8"
     return Answer(200, b"", {"Content-Type": kind, "ETag": f'W/"{install_sum(config, name)[:16]}"'}, stream=handle)
-
-
-@route("GET", "/install.sh", auth="none")
-def get_install_script(call: Call) -> Any:
-    """install.sh at the short address that people type from memory."""
-    call.params["name"] = "install.sh"
-    return get_install(call)
 
 
 def open_install_file(config: Config, name: str) -> IO[bytes] | None:
@@ -11084,40 +10876,33 @@ def escape_label(text: str) -> str:
 def build_openapi(public_url: str) -> dict[str, Any]:
     """OpenAPI 3.1 of every route under /api/v1, from the same table that serves them."""
     paths: dict[str, Any] = {}
-    listed = [one for one in ROUTES if one.path.startswith("/api/v1/")]
-    for one in listed:
-        path = one.path.replace("<", "{").replace(">", "}")
-        paths.setdefault(path, {})[one.method.lower()] = describe_route(one)
-    paths["/api/v1/hosts/{id}/reports"] = {"post": describe_ingest()}
+    for one in ROUTES:
+        if one.path.startswith("/api/v1/"):
+            path = one.path.replace("<", "{").replace(">", "}")
+            paths.setdefault(path, {})[one.method.lower()] = describe_route(one)
     problem = {"type": "object", "required": ["status", "title", "detail", "code"], "properties": {
-        "status": {"type": "integer"}, "title": {"type": "string"}, "detail": {"type": "string"},
-        "code": {"enum": sorted(Problem.STATUS)}}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "proxmon", "version": VERSION},
-        "servers": [{"url": public_url}],
-        "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Problem": problem},
-        },
-        "security": [{"token": []}],
-        "paths": paths,
-    }
+        "status": {"type": "integer"}, "title": STRING, "detail": STRING, "code": {"enum": sorted(Problem.CODES)}}}
+    return {"openapi": "3.1.0", "info": {"title": "proxmon", "version": VERSION}, "servers": [{"url": public_url}],
+            "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+                           "schemas": {"Problem": problem}},
+            "security": [{"token": []}], "paths": paths}
 
 
+STRING = {"type": "string"}
 PROBLEM_RESPONSE = {"description": "What went wrong", "content": {
     "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 
 
 def describe_route(one: Route) -> dict[str, Any]:
-    parameters = [{"name": step, "in": "path", "required": True, "schema": {"type": "string"}}
-                  for step in re.findall(r"<(\w+)>", one.path)]
-    parameters += [query_parameter(name) for name in one.queries]
+    signed = ("webhook-id", "webhook-timestamp", "webhook-signature") if one.auth == "host" else ()
+    parameters = [{"name": name, "in": place, "required": place != "query", "schema": STRING}
+                  for place, names in (("path", re.findall(r"<(\w+)>", one.path)), ("query", one.queries),
+                                       ("header", signed)) for name in names]
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if one.resource:
         row = {"type": "object", "properties": {column: {} for column in one.resource.columns}}
         listing = {"type": "object", "properties": {
-            "items": {"type": "array", "items": row}, "failed": {"type": "array", "items": {"type": "string"}},
+            "items": {"type": "array", "items": row}, "failed": {"type": "array", "items": STRING},
             **{key: {"type": "integer"} for key in ("total", "limit", "offset")}}}
         content = {"application/json": {"schema": listing}, "text/csv": {}, "text/plain": {}}
     status = "204" if one.method == "DELETE" else "201" if one.makes else "200"
@@ -11125,27 +10910,9 @@ def describe_route(one: Route) -> dict[str, Any]:
     responses = {status: answer, "default": PROBLEM_RESPONSE}
     described = {"summary": one.summary, "parameters": parameters, "responses": responses}
     if one.method in ("POST", "PATCH"):
-        described["requestBody"] = {"content": {"application/json": {"schema": {"type": "object"}}}}
-    return described
-
-
-def query_parameter(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
-
-
-def describe_ingest() -> dict[str, Any]:
-    return {
-        "summary": "Post one report or a batch, signed by the Standard Webhooks scheme.",
-        "security": [],
-        "parameters": [
-            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
-            *({"name": f"webhook-{name}", "in": "header", "required": True, "schema": {"type": "string"}}
-              for name in ("id", "timestamp", "signature")),
-        ],
-        "requestBody": {"required": True, "content": {"application/json": {}}},
-        "responses": {"200": {"description": "On the disk", "content": {"application/json": {}}},
-                      "default": PROBLEM_RESPONSE},
-    }
+        described["requestBody"] = {"required": bool(signed), "content": {
+            "application/json": {} if signed else {"schema": {"type": "object"}}}}
+    return {**described, "security": []} if signed else described
 
 
 # --- cards: one host, guest, pool, disk or cluster, opened: what it stands on, and what depends on it ---
@@ -12173,7 +11940,7 @@ def try_login(call: Call, name: str, password: str) -> tuple[Login | None, int]:
     return None, 0
 
 
-def was_here(db: sqlite3.Connection, address: str) -> bool:
+def was_here(db: Database, address: str) -> bool:
     """Whether somebody has logged in from this address."""
     asked = "SELECT 1 FROM event WHERE kind = 'login' AND address = :address LIMIT 1"
     return db.execute(asked, {"address": address}).fetchone() is not None
@@ -12302,7 +12069,7 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
             raise
         if elsewhere:
             return elsewhere
-        answer = finish(call, one.handler(call))
+        answer = finish(call, one, one.handler(call))
         if call.set_cookie:
             answer.headers.setdefault("Set-Cookie", call.set_cookie)
         return answer
@@ -12310,11 +12077,14 @@ def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[
         return error_answer(error)
 
 
-def finish(call: Call, result: Any) -> Answer:
-    """What a handler gave back, as bytes with their headers."""
-    if not isinstance(result, Answer):
-        result = Answer(200, json.dumps(result).encode())
+def finish(call: Call, one: Route, result: Any) -> Answer:
+    """What a handler gave back, as bytes with their headers. What a write answers with may be a secret."""
     reads = call.environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    if result is None:
+        result = Answer(204)
+    elif not isinstance(result, Answer):
+        result = Answer(201 if one.makes else 200, json.dumps(result).encode(),
+                        {} if reads else {"Cache-Control": "no-store"})
     if reads and result.status == 200 and "Cache-Control" not in result.headers:
         tag = result.headers.get("ETag") or body_etag(result.body)
         keep = "no-store" if call.kind in ("session", "kiosk") else "private, no-cache"  # for Back after log-out
@@ -12564,7 +12334,7 @@ def stop_serving(*_: Any) -> None:
 # --- commands: what an operator types ---
 
 Handler = Callable[[Config, argparse.Namespace], int | None]
-Argument = tuple[str, dict[str, Any]]
+Argument = tuple[str, Fields]
 COMMANDS: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}  # with help and arguments
 AS_ROOT = {"backup", "restore"}  # open a file of root's; all others become the owner of the database's directory
 
@@ -12579,8 +12349,7 @@ def command(name: str, *arguments: Argument, help: str = "") -> Callable[[Handle
     return register
 
 
-def open_database(config: Config, *, create: bool = False, readonly: bool = False,
-                  any_older: bool = False) -> sqlite3.Connection:
+def open_database(config: Config, *, create: bool = False, readonly: bool = False, any_older: bool = False) -> Database:
     """The database with this program's schema, or `any_older` one; made if `create` and there is none or an empty
     one."""
     if not create and not os.path.exists(config.database_path):
@@ -12594,7 +12363,7 @@ def open_database(config: Config, *, create: bool = False, readonly: bool = Fals
 
 
 @contextmanager
-def database(config: Config, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+def database(config: Config, *, create: bool = False) -> Iterator[Database]:
     """The database for a command that writes: all of it or nothing, and its events say who typed it."""
     db = open_database(config, create=create)
     try:
@@ -12615,7 +12384,7 @@ def typist() -> str:
 ASKED_AS = os.getuid()  # before root's commands become somebody else
 
 
-def print_list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+def print_list(rows: list[Fields], columns: tuple[str, ...], as_json: bool) -> None:
     """Rows for people, or for programs."""
     print(json.dumps(rows, indent=2) + "\n" if as_json else to_text(rows, columns), end="")
 
@@ -12628,7 +12397,7 @@ SHOWN_ONCE = "Store this token NOW — it will never be shown again."
 
 
 # Commands that write one thing and say so: name, help, arguments, what is done, what is said.
-Writing = tuple[str, str, tuple[Argument, ...], Callable[[sqlite3.Connection, Any, float], Any], str]
+Writing = tuple[str, str, tuple[Argument, ...], Callable[[Database, Any, float], Any], str]
 WRITES: tuple[Writing, ...] = (
     ("remove-host", "Remove a host with all it has sent.", (NAME_ARGUMENT,),
      lambda db, args, now: delete_host(db, args.name, now), "Host '{name}' removed."),
@@ -12644,7 +12413,7 @@ WRITES: tuple[Writing, ...] = (
 )
 HOST_RECORD = ("id", "name", "site", "tags", "note", "maintenance_until", "created_at", "last_seen_at")
 # Commands that show rows: name, help, columns, rows.
-Listed = tuple[str, str, tuple[str, ...], Callable[[sqlite3.Connection, Config], list[dict[str, Any]]]]
+Listed = tuple[str, str, tuple[str, ...], Callable[[Database, Config], list[Fields]]]
 LISTED: tuple[Listed, ...] = (
     ("list-hosts", "List the registered hosts.", ("id", "name", "site", "tags", "created_at", "last_seen_at"),
      lambda db, config: [{key: json.loads(row[key]) if key == "tags" else row[key] for key in HOST_RECORD}
@@ -12741,7 +12510,7 @@ def command_rotate_token(config: Config, args: argparse.Namespace) -> None:
     show_token(config, record, "has a new token.")
 
 
-def load_fleet(db: sqlite3.Connection) -> Fleet:
+def load_fleet(db: Database) -> Fleet:
     """The fleet as a running server has it, for a command beside it."""
     fleet = Fleet()
     since, alive = get_meta(db, "serving_since"), get_meta(db, "alive_at")
@@ -12786,16 +12555,14 @@ def ask_password() -> str:
     return password
 
 
-@command("hash-password")
-def command_hash_password(config: Config, args: argparse.Namespace) -> None:
-    """Make DASHBOARD_PASSWORD_HASH from a password: asks twice, or reads standard input."""
-    print(hash_password(ask_password()))
-
-
-@command("generate-secret")
-def command_generate_secret(config: Config, args: argparse.Namespace) -> None:
-    """Make a SECRET_KEY_BASE."""
-    print(secrets.token_urlsafe(48))
+# Commands that print one thing: name, help, what they print.
+for _name, _help, _text in (
+    ("hash-password", "Make DASHBOARD_PASSWORD_HASH from a password: asks twice, or reads standard input.",
+     lambda: hash_password(ask_password())),
+    ("generate-secret", "Make a SECRET_KEY_BASE.", lambda: secrets.token_urlsafe(48)),
+    ("version", "Print the version.", lambda: f"proxmox-monitor-server {VERSION}"),
+):
+    command(_name, help=_help)(partial(lambda text, config, args: print(text()), _text))
 
 
 @command("create-api-token", NAME_ARGUMENT, ("--admin", {"action": "store_true", "help": "may also write"}),
@@ -12875,7 +12642,7 @@ def command_backup(config: Config, args: argparse.Namespace) -> None:
     print(f"{target}: {os.path.getsize(target)} bytes. Keep the secret apart from it: {where}")
 
 
-def copy_database(source: sqlite3.Connection, path: str) -> None:
+def copy_database(source: Database, path: str) -> None:
     """A copy in one file, 0600."""
     os.close(os.open(path, NEW_FILE, 0o600))
     copy = sqlite3.connect(path)
@@ -13026,8 +12793,7 @@ def check_channels(config: Config) -> Iterator[Check]:
 def channel_address(channel: Channel) -> tuple[str, int]:
     """Host and port that a channel talks to."""
     if channel.kind == "email":
-        ports = {"starttls": 587, "tls": 465, "plain": 25}
-        return channel.options["host"], channel.options.get("port", ports[channel.options.get("security", "starttls")])
+        return email_server(channel.options)
     parts = urllib.parse.urlsplit(channel.options.get("url", "https://api.telegram.org"))
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
@@ -13098,12 +12864,6 @@ def check_database(config: Config) -> Iterator[Check]:
         yield Check(None, "server: not running")
     else:
         yield Check(True, f"server: alive {format_duration(max(0, time.time() - float(alive)))} ago")
-
-
-@command("version")
-def command_version(config: Config, args: argparse.Namespace) -> None:
-    """Print the version."""
-    print(f"proxmox-monitor-server {VERSION}")
 
 
 SETTINGS_FILE = "/etc/default/proxmox-monitor"
