@@ -9673,6 +9673,18 @@ class Metric(NamedTuple):
         return row[self.name] if self.value is None else self.value(row)
 
 
+class Head(NamedTuple):
+    """A column of a list on the page: `sort` is the column with its first direction."""
+
+    label: str
+    sort: str
+    classes: str  # c-name: with the link to the row's card, always shown; opt-2, opt-3: not on narrow screens
+
+    @property
+    def column(self) -> str:
+        return self.sort.removeprefix("-")
+
+
 class Resource(NamedTuple):
     """One list: what GET /api/v1/NAME answers, the page shows as a tab, the search box finds and /metrics counts."""
 
@@ -9687,12 +9699,42 @@ class Resource(NamedTuple):
     words: dict[str, tuple[str, ...]] = {}  # of the search box: the columns meant, the first that is known
     labels: dict[str, str] = {}  # of the metrics: label -> column
     metrics: tuple[Metric, ...] = ()
-    heads: tuple[tuple[str, str, str], ...] = ()  # on the page: label, column with its first direction, classes
+    heads: tuple[tuple[str, str, str], ...] = ()  # on the page, as Head has them; all other columns can be chosen
+    tab: str = ""  # what its tab is called, if not as the list
     title: str = ""  # of an answer: it stands in a line of its own under the lists
 
     @property
     def one(self) -> str:
         return self.name.removesuffix("s")
+
+    @property
+    def label(self) -> str:
+        return self.title or self.tab or self.name.capitalize()
+
+    def usual(self) -> list[Head]:
+        return [Head(*head) for head in self.heads]
+
+    def every(self) -> list[Head]:
+        """All columns, the usual ones first, the others called by their names."""
+        usual = self.usual()
+        others = [column for column in self.columns if column not in {head.column for head in usual}]
+        return usual + [Head(column_label(column), f"-{column}", "c-num") if is_numeric(column)
+                        else Head(column_label(column), column, "c-text") for column in others]
+
+    def chosen(self, asked: str) -> list[str]:
+        """The columns named, in the list's own order: 'name,site'. None that it has: []."""
+        names = set(asked.split(","))
+        return [head.column for head in self.every() if head.column in names]
+
+
+ACRONYMS = {"pve": "PVE", "cpu": "CPU", "io": "IO", "ha": "HA", "vmid": "VMID", "crc": "CRC", "id": "ID",
+            "guid": "GUID", "ram": "RAM"}
+
+
+def column_label(column: str) -> str:
+    """'oldest_snapshot_at' -> 'Oldest snapshot'; what its unit is the values say."""
+    words = re.sub(r"_(at|bytes|ratio|seconds|celsius)$", "", column).split("_")
+    return " ".join(ACRONYMS.get(word, word.capitalize() if not place else word) for place, word in enumerate(words))
 
 
 def is_running(guest: Row) -> bool | None:
@@ -9722,7 +9764,7 @@ RESOURCES = {resource.name: resource for resource in (
             Metric("last_seen_timestamp_seconds", "When the last report came.", lambda row: row["last_seen_at"])),
         heads=(("State", "verdict", "c-state"), ("Host", "name", "c-name"), ("Last seen", "last_seen_at", "c-num"),
                ("Pools", "-pools_max_capacity_ratio", "c-meter"), ("Guests", "-guests_running", "c-num"),
-               ("CPU", "-cpu_ratio", "c-meter"), ("RAM free", "memory_free_ratio", "c-meter opt-2"),
+               ("CPU", "-cpu_ratio", "c-meter"), ("RAM used", "memory_free_ratio", "c-meter opt-2"),
                ("IO pressure", "-io_pressure_ratio", "c-num opt-3"), ("Backups", "-backups_worst", "c-num opt-3"),
                ("Disks", "-disks_suspect", "c-num opt-3"), ("Updates", "-updates_pending", "c-num opt-2"))),
     Resource(
@@ -9736,7 +9778,8 @@ RESOURCES = {resource.name: resource for resource in (
             Metric("cpu_ratio", "Of its own CPUs, 0-1."),
             Metric("memory_used_bytes", "Memory in use."), Metric("memory_max_bytes", "Memory it may use.")),
         heads=(("Verdict", "verdict", "c-state"), ("Guest", "name", "c-name"), ("Status", "status", "c-text opt-2"),
-               ("Host", "host", "c-text"), ("Backup", "backup_at", "c-num"), ("CPU", "-cpu_ratio", "c-meter"),
+               ("Host", "host", "c-host"), ("Newest backup", "backup_at", "c-num"),
+               ("CPU", "-cpu_ratio", "c-meter"),
                ("Memory", "-memory_used_bytes", "c-meter"),
                ("Disk", "-disk_max_bytes", "c-num opt-2"), ("Uptime", "-uptime_seconds", "c-num opt-2"),
                ("As of", "-as_of", "c-num opt-3"))),
@@ -9758,7 +9801,7 @@ RESOURCES = {resource.name: resource for resource in (
             Metric("checksum_errors", "Checksum errors of all disks."),
             Metric("online", "Whether the pool's state is ONLINE.",
                    lambda row: None if row["state"] is None else row["state"] == "ONLINE")),
-        heads=(("State", "verdict", "c-state"), ("Pool", "name", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Pool", "name", "c-name"), ("Host", "host", "c-host"),
                ("Capacity", "-capacity_ratio", "c-meter"), ("Full in", "days_until_full", "c-num opt-2"),
                ("Free", "usable_available_bytes", "c-num opt-2"), ("Frag.", "-fragmentation_ratio", "c-num opt-3"),
                ("Can lose", "redundancy_margin", "c-num"),
@@ -9772,10 +9815,10 @@ RESOURCES = {resource.name: resource for resource in (
         metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),
                  Metric("active", "Whether it is active.")),
         heads=(("Verdict", "verdict", "c-state"), ("Storage", "storage", "c-name"),
-               ("Status", "active", "c-text opt-2"), ("Host", "host", "c-text"), ("Type", "type", "c-text opt-2"),
+               ("Status", "active", "c-text opt-2"), ("Host", "host", "c-host"), ("Type", "type", "c-text opt-2"),
                ("Used", "-used_ratio", "c-meter"),
                ("Free", "available_bytes", "c-num"), ("Size", "-total_bytes", "c-num opt-2"),
-               ("Content", "content", "c-text opt-3"), ("As of", "-as_of", "c-num opt-3"))),
+               ("Content", "content", "clip opt-3"), ("As of", "-as_of", "c-num opt-3"))),
     Resource(
         "disks", "Every disk of the fleet, with its place in a pool and what SMART says of it.", DISK_COLUMNS,
         of_host=lambda fleet, state, now: disk_rows(state, now),
@@ -9783,7 +9826,7 @@ RESOURCES = {resource.name: resource for resource in (
         labels={"host": "host", "disk": "name"},
         metrics=(Metric("temperature_celsius", "Temperature."), Metric("wear_ratio", "Worn, 0-1."),
                  Metric("passed", "Whether SMART says that it is well.")),
-        heads=(("State", "verdict", "c-state"), ("Disk", "name", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Disk", "name", "c-name"), ("Host", "host", "c-host"),
                ("Model", "model", "c-text opt-2"), ("Serial", "serial", "c-text"),
                ("Size", "-size_bytes", "c-num opt-2"),
                ("Pool", "pool", "c-text"), ("Temperature", "-temperature_celsius", "c-num"),
@@ -9797,14 +9840,14 @@ RESOURCES = {resource.name: resource for resource in (
                  Metric("newest_ok_timestamp_seconds", "End of the newest good backup.",
                         lambda row: row["newest_ok_at"])),
         heads=(("Verdict", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
-               ("Host", "host", "c-text"), ("Backup", "state", "c-text"), ("Newest good", "newest_ok_at", "c-num"),
+               ("Host", "host", "c-host"), ("Backup", "state", "c-text"), ("Newest good", "newest_ok_at", "c-num"),
                ("Late", "-late_seconds", "c-num"), ("Size", "-size_bytes", "c-num opt-2"),
                ("Took", "-duration_seconds", "c-num opt-3"), ("Where", "storage", "c-text opt-2"),
                ("Last failed", "-newest_failed_at", "c-num opt-3"))),
     Resource(
         "volumes", "What the disks of every guest lie on.", VOLUME_COLUMNS,
         of_host=lambda fleet, state, now: volume_rows(state, now),
-        heads=(("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"), ("Host", "host", "c-text"),
+        heads=(("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"), ("Host", "host", "c-host"),
                ("Storage", "storage", "c-text"), ("Dataset", "dataset", "c-text"), ("Pool", "pool", "c-text"),
                ("Size", "-size_bytes", "c-num"))),
     Resource(
@@ -9812,13 +9855,13 @@ RESOURCES = {resource.name: resource for resource in (
         "be lost.", COPY_COLUMNS, of_hosts=fleet_copies, title="If a host burned",
         words={"lost": ("lost_seconds",)},
         heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
-               ("Host", "host", "c-text"), ("Would be lost", "-lost_seconds", "c-num"), ("Copy", "copy_kind", "c-text"),
+               ("Host", "host", "c-host"), ("Would be lost", "-lost_seconds", "c-num"), ("Copy", "copy_kind", "c-text"),
                ("Where", "copy_where", "c-text"), ("Why", "reason", "c-text opt-2"))),
     Resource(
         "replacements", "The disks to replace, in order: where the least margin would be left first.",
         REPLACE_COLUMNS, of_hosts=lambda fleet, states, now: replacement_rows(states), title="Disks to replace",
         words={"name": ("disk",), "margin": ("margin_with_suspects",)},
-        heads=(("State", "verdict", "c-state"), ("Disk", "disk", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Disk", "disk", "c-name"), ("Host", "host", "c-host"),
                ("Why", "reason", "c-text"), ("Serial", "serial", "c-text"), ("Model", "model", "c-text opt-2"),
                ("Vdev", "vdev", "c-text"), ("Pool", "pool", "c-text"), ("Can lose", "margin", "c-num"),
                ("With suspects", "margin_with_suspects", "c-num"), ("Guests", "-guests", "c-num opt-2"))),
@@ -9826,18 +9869,18 @@ RESOURCES = {resource.name: resource for resource in (
         "blindspots", "Where trouble would go unheard: mail addresses, timers, daemons, jobs, sources of updates.",
         BLINDSPOT_COLUMNS, of_hosts=fleet_blindspots, title="Blind spots",
         words={"name": ("what",)},
-        heads=(("State", "verdict", "c-state"), ("Blind spot", "reason", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Blind spot", "reason", "c-name"), ("Host", "host", "c-host"),
                ("What to do", "todo", "c-text"))),
     Resource(
         "traps", "What takes space that nobody expects it to take.", TRAP_COLUMNS, of_hosts=fleet_traps,
         title="Space traps", words={"name": ("object",)},
-        heads=(("Object", "object", "c-name"), ("Host", "host", "c-text"), ("Trap", "trap", "c-text"),
+        heads=(("Object", "object", "c-name"), ("Host", "host", "c-host"), ("Trap", "trap", "c-text"),
                ("Takes", "-bytes", "c-num"), ("Why", "reason", "c-text"))),
     Resource(
         "snapshots", "Series of snapshots, by dataset and class: their rhythm, who is late, who has none though its "
         "neighbours have, who never prunes.", SERIES_COLUMNS, of_hosts=fleet_series, title="Snapshots",
         words={"name": ("dataset",)},
-        heads=(("State", "verdict", "c-state"), ("Dataset", "dataset", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Dataset", "dataset", "c-name"), ("Host", "host", "c-host"),
                ("Class", "class", "c-text"), ("Newest", "newest_at", "c-num"), ("Count", "-count", "c-num opt-2"),
                ("Rhythm", "interval_seconds", "c-num opt-2"), ("Oldest", "oldest_at", "c-num opt-3"),
                ("Holds", "-held_bytes", "c-num opt-2"), ("Why", "reason", "c-text opt-2"))),
@@ -9845,13 +9888,13 @@ RESOURCES = {resource.name: resource for resource in (
         "forecasts", "When pools, storages, thin pools, datasets with a quota and root file systems are full, as a "
         "range of days, what grew, and what could be won.", FORECAST_COLUMNS, of_hosts=fleet_forecasts,
         title="When it is full", words={"name": ("object",), "full": ("days_until_full",)},
-        heads=(("State", "verdict", "c-state"), ("Space", "object", "c-name"), ("Host", "host", "c-text"),
+        heads=(("State", "verdict", "c-state"), ("Space", "object", "c-name"), ("Host", "host", "c-host"),
                ("Full in", "reason", "c-text"), ("Days", "days_until_full", "c-num"),
                ("Free", "available_bytes", "c-num"), ("A day", "-daily_growth_bytes", "c-num opt-2"))),
     Resource(
         "drift", "The odd ones out: where a host differs from what at least two thirds of the hosts asked for share.",
         DRIFT_COLUMNS, of_hosts=lambda fleet, states, now: drift_rows(states), title="Drift", words={"name": ("fact",)},
-        heads=(("Fact", "fact", "c-name"), ("Host", "host", "c-text"), ("Here", "value", "c-text"),
+        heads=(("Fact", "fact", "c-name"), ("Host", "host", "c-host"), ("Here", "value", "c-text"),
                ("Usual", "usual", "c-text"), ("Share", "share_ratio", "c-num"))),
     Resource(
         "cohorts", "Disks of one model and firmware: how many, how fast they wear, how many are suspect, where.",
@@ -9864,8 +9907,8 @@ RESOURCES = {resource.name: resource for resource in (
         "alerts", "Alerts, worst first: ?state=firing (default), pending, resolved or all.", ALERT_COLUMNS,
         of_fleet=asked_alerts, queries=("state", "host", "site", "tag"),
         words={"name": ("object",)},
-        heads=(("Severity", "severity", "c-state"), ("Problem", "message", "c-name"), ("Host", "host", "c-text"),
-               ("Object", "object", "c-text opt-2"), ("Since", "-since", "c-num"),
+        heads=(("Severity", "severity", "c-state"), ("Problem", "message", "c-name"), ("Host", "host", "c-host"),
+               ("Object", "object", "clip opt-2"), ("Since", "-since", "c-num"),
                ("Ended", "-resolved_at", "c-num"), ("Rule", "rule", "c-text opt-3"))),
     Resource(
         "events",
@@ -9874,7 +9917,7 @@ RESOURCES = {resource.name: resource for resource in (
         of_fleet=asked_events, queries=("since", "until", "kind", "host", "site", "tag"),
         words={"name": ("object",)},
         heads=(("When", "-at", "c-num"), ("What", "message", "c-name"), ("Kind", "kind", "c-text"),
-               ("Host", "host", "c-text"), ("Object", "object", "c-text opt-2"))),
+               ("Host", "host", "c-host"), ("Object", "object", "clip opt-2"))),
     Resource(
         "silences", "The silences that have not ended.",
         ("id", *SILENCE_MATCHERS, "until", "note", "created_by", "created_at"),
@@ -9927,8 +9970,8 @@ class Call:
     def __init__(self, monitor: Monitor, environ: dict[str, Any], params: dict[str, str], *, fresh: bool = True):
         self.monitor, self.environ, self.params = monitor, environ, params
         self.now = monitor.clock()
-        self.query = {key: values[-1] for key, values in urllib.parse.parse_qs(
-            environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="replace").items()}
+        self.query = {key: ",".join(values) if key == "cols" else values[-1] for key, values in urllib.parse.parse_qs(
+            environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="replace").items()}  # cols: boxes of a form
         self.actor: str | None = None  # the user's or the token's name
         self.kind, self.role = "", ROLES[0]  # 'session', 'token' or 'kiosk', and what that may
         self.token_expires_at: float | None = None
@@ -10135,7 +10178,7 @@ def route(method: str, path: str, *, auth: str, queries: tuple[str, ...] = (),
     return register
 
 
-LIST_QUERIES = ("format", "q", "sort", "limit", "offset")
+LIST_QUERIES = ("format", "q", "sort", "limit", "offset", "columns")
 
 
 def get_list(resource: Resource, call: Call) -> Answer:
@@ -10146,6 +10189,9 @@ def get_list(resource: Resource, call: Call) -> Answer:
         raise Problem("invalid_request", "format: json, csv or text", parameter="format")
     if sort and sort.removeprefix("-") not in resource.columns:
         raise Problem("invalid_request", f"sort: one of {', '.join(resource.columns)}", parameter="sort")
+    columns = tuple(call.query["columns"].split(",")) if call.query.get("columns") else resource.columns
+    if not set(columns) <= set(resource.columns):
+        raise Problem("invalid_request", f"columns: some of {','.join(resource.columns)}", parameter="columns")
     if not (0 <= limit <= LIST_MOST and offset >= 0):
         raise Problem("invalid_request", f"limit: 0 to {LIST_MOST}; offset: from 0", parameter="limit")
     rows, failed = list_rows(resource, call)
@@ -10154,12 +10200,13 @@ def get_list(resource: Resource, call: Call) -> Answer:
     before, page = sum(1 for _ in islice(rows, offset)), list(islice(rows, limit))
     total = before + len(page) + sum(1 for _ in rows)
     if form == "json":
-        told = {"items": page, "total": total, "limit": limit, "offset": offset}
+        items = [pick(row, columns) for row in page] if "columns" in call.query else page
+        told = {"items": items, "total": total, "limit": limit, "offset": offset}
         return Answer(200, json.dumps({**told, "failed": failed} if failed else told).encode())
     headers = {"X-Total-Count": str(total), **({"X-Failed-Hosts": ", ".join(failed)} if failed else {})}
     if form == "csv":
-        return csv_answer(to_csv(page, resource.columns), resource.name, headers)
-    return Answer(200, to_text(page, resource.columns).encode("utf-8", "replace"),
+        return csv_answer(to_csv(page, columns), resource.name, headers)
+    return Answer(200, to_text(page, columns).encode("utf-8", "replace"),
                   {"Content-Type": "text/plain; charset=utf-8", **headers})
 
 
@@ -11521,12 +11568,13 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         shown = add_sparks(call, shown)
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
-    card = open_card(call)
+    card, heads = open_card(call), list_heads(resource, query.get("cols", ""))
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
         "user": call.actor, "kiosk": call.kind == "kiosk",
         "csrf": csrf_token(call.monitor.secret, call.cookie), "title": f"({unseen}) proxmon" if unseen else "proxmon",
         "url": page_url(query), "level": partial(level_of, call.fleet), "tabs": TABS, "tab": tab, "failed": failed,
+        "heads": heads, "every": resource.every(), "cols": ",".join(resource.chosen(query.get("cols", ""))),
         "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
         "states": count_states(find_rows(call, resource, everything, of_any_state)),
@@ -11545,6 +11593,20 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01"), "waiting": waiting_hosts(call),
     }
+
+
+def list_heads(resource: Resource, asked: str) -> list[Head]:
+    """The columns shown: those asked for, on a screen of any width, and the one with the link; else the usual."""
+    chosen = resource.chosen(asked)
+    if not chosen:
+        return resource.usual()
+    return [head._replace(classes=re.sub(r" opt-\d", "", head.classes)) for head in resource.every()
+            if head.column in chosen or head.classes == "c-name"]
+
+
+def some_heads(name: str, *left_out: str) -> list[Head]:
+    """The usual columns of a list without some: a card does not repeat what is in its title."""
+    return [head for head in RESOURCES[name].usual() if head.column not in left_out]
 
 
 def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
@@ -11639,11 +11701,11 @@ def add_sparks(call: Call, rows: Rows) -> Rows:
 def page_url(query: dict[str, str]) -> Callable[..., str]:
     """`url(**changes)`: the link to this page with some of its parameters changed; None drops one."""
     def url(**changes: Any) -> str:
-        kept = {name: query.get(name) for name in ("tab", "q", "sort", "offset", "host")}
+        kept = {name: query.get(name) for name in ("tab", "q", "sort", "offset", "cols", "host")}
         if "tab" in changes or "q" in changes:
             kept["offset"] = None
         if "tab" in changes:
-            kept["sort"] = None
+            kept["sort"] = kept["cols"] = None
         pairs = [(name, value) for name, value in {**kept, **changes}.items() if value not in (None, "")]
         return "/?" + urllib.parse.urlencode(pairs, errors="replace") if pairs else "/"
     return url
@@ -11653,6 +11715,7 @@ def csv_url(resource: Resource, query: dict[str, str]) -> str:
     """The list as it is searched and sorted, whole, from the API."""
     wanted = {"format": "csv", "limit": str(LIST_MOST), "q": query.get("q", "").strip(),
               "sort": query["sort"] if query.get("sort", "").removeprefix("-") in resource.columns else "",
+              "columns": ",".join(resource.chosen(query.get("cols", ""))),
               "state": "all" if resource.name == "alerts" else ""}
     return f"/api/v1/{resource.name}?" + urllib.parse.urlencode(
         {key: value for key, value in wanted.items() if value}, errors="replace")
@@ -11768,6 +11831,12 @@ def fields(body: Any) -> dict[str, Any]:
 
 def show_cell(column: str, value: Any) -> str:
     """A value by what its column's name says it is; times are written by age() in the templates."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(show_cell(column, part) for part in value) or "–"
+    if isinstance(value, dict):
+        return " ".join(show_cell(key, part) for key, part in value.items() if part is not None)
     if column.endswith("bytes"):
         return show_bytes(value)
     if column.endswith("_ratio"):
@@ -11859,7 +11928,7 @@ def can_accept(rule: str) -> bool:
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
     can_accept, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number, show_duration, show_age,
-    show_time, show_cell, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
+    show_time, show_cell, some_heads, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
 
 
 class Template(bottle.SimpleTemplate):

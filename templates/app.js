@@ -1,5 +1,5 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
-//   theme -> ages -> morph -> loading -> live -> navigation -> keyboard -> administration -> cards -> charts
+//   theme -> ages -> morph -> loading -> live -> navigation -> columns -> keyboard -> administration -> cards -> charts
 //     -> problems -> acting -> onboarding -> alerting
 "use strict";
 (() => {
@@ -11,7 +11,8 @@
   // --- theme: set before the first paint; this script stands in the head for that ---
   const THEMES = ["", "light", "dark"];
   const NAMES = { "": "as the system", light: "light", dark: "dark" };
-  const stored = () => { try { return localStorage.getItem("theme") || ""; } catch { return ""; } };
+  const kept = (name) => { try { return localStorage.getItem(name) || ""; } catch { return ""; } };
+  const keep = (name, value) => { try { localStorage.setItem(name, value); } catch { /* private window: for this page only */ } };
 
   function setTheme(theme) {
     if (theme) root.dataset.theme = theme; else delete root.dataset.theme;
@@ -20,13 +21,13 @@
   }
 
   function nextTheme() {
-    const theme = THEMES[(THEMES.indexOf(stored()) + 1) % THEMES.length];
-    try { localStorage.setItem("theme", theme); } catch { /* private window: for this page only */ }
+    const theme = THEMES[(THEMES.indexOf(kept("theme")) + 1) % THEMES.length];
+    keep("theme", theme);
     setTheme(theme);
   }
 
   root.classList.add("scripted");
-  setTheme(stored());
+  setTheme(kept("theme"));
 
   // --- ages: counted on every second, by the server's clock ---
   let offset = 0;       // server's clock minus ours, in seconds
@@ -224,7 +225,7 @@
   const ours = (url) => url.origin === location.origin && (url.pathname === "/" || url.pathname === "/admin/hosts");
 
   function go(address, { replace = false } = {}) {
-    history[replace ? "replaceState" : "pushState"](null, "", address);
+    history[replace ? "replaceState" : "pushState"](null, "", withColumns(address));
     showSearch();
     return load(here(), { force: true }).then(showTab).then(goToPlace);
   }
@@ -279,6 +280,26 @@
     go("/" + (parameters.size ? `?${parameters}` : ""), { replace });
   }
 
+  // --- columns: of a list, in the address; this browser remembers the last choice for each list ---
+  function withColumns(address) {
+    const url = new URL(address, location), asked = url.searchParams;
+    const cols = kept(`columns-${asked.get("tab") || "hosts"}`);
+    if (url.pathname === "/" && cols && !asked.has("cols") && (asked.has("tab") || !asked.has("q"))) asked.set("cols", cols);
+    return url.href;
+  }
+
+  function chooseColumns(form) {
+    const url = new URL(location), cols = $$("input:checked", form).map((box) => box.value).join(",");
+    keep(`columns-${form.dataset.columns}`, cols);
+    url.searchParams.set("tab", form.dataset.columns);
+    url.searchParams.set("cols", cols);
+    return go(url.href);
+  }
+
+  function closeColumns(event) {
+    for (const open of $$(".columns[open]")) if (!event || !open.contains(event.target)) open.open = false;
+  }
+
   // --- keyboard: / search, j k arrows move, Enter opens, Escape closes ---
   function onKey(event) {
     const inField = event.target.closest && event.target.closest("input, select, textarea, dialog");
@@ -292,8 +313,8 @@
   }
 
   function onEscape(event) {
-    const close = $(".drawer-close");
-    if (event.target === $("#search")) {
+    const close = $(".drawer-close"), columns = $(".columns[open]");
+    if (columns) { closeColumns(); $("summary", columns).focus(); } else if (event.target === $("#search")) {
       if (event.target.value) { event.target.value = ""; search(true); event.preventDefault(); } else event.target.blur();
     } else if (close) { event.preventDefault(); close.click(); }
   }
@@ -1060,7 +1081,9 @@
   function onClick(event) {
     const on = (selector) => event.target.closest(selector);
     let button;
+    closeColumns(event);
     if (on("#theme")) nextTheme();
+    else if ((button = on("[data-usual]"))) { keep(`columns-${button.dataset.usual}`, ""); followLink(event); }
     else if ((button = on("[data-copy]"))) copy(button);
     else if ((button = on("[data-copy-link]"))) copyLink(button);
     else if (on("[data-dismiss]")) dismissToken();
@@ -1091,7 +1114,7 @@
   }
 
   function start() {
-    setTheme(stored());
+    setTheme(kept("theme"));
     writeAges();
     document.addEventListener("click", onClick);
     document.addEventListener("submit", onSubmit);
@@ -1103,12 +1126,14 @@
     document.addEventListener("keydown", onKey);
     document.addEventListener("click", onProblem);
     document.addEventListener("change", (event) => { if (event.target.closest("#act")) describeAct(); });
+    document.addEventListener("change", (event) => { const form = event.target.closest("[data-columns]"); if (form) chooseColumns(form); });
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject], [data-beside]")) { keepInAddress(); showCharts({ again: true }); } });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
     document.addEventListener("visibilitychange", beat);
     addEventListener("beforeprint", () => { for (const fold of $$("#drawer details")) fold.open = true; });
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });
+    if (withColumns(location.href) !== location.href) go(location.href, { replace: true });
     timer = setTimeout(beat, POLL_MS);
   }
 

@@ -214,6 +214,12 @@ def test_a_list_can_be_cut(fleet, admin):
     assert body["items"] == items(admin.get("/api/v1/guests"))[1:3]
 
 
+def test_a_list_can_be_had_with_some_of_its_columns(fleet, admin):
+    assert {tuple(row) for row in items(admin.get("/api/v1/guests?columns=vmid,name"))} == {("vmid", "name")}
+    assert admin.get("/api/v1/guests?columns=vmid,name&format=csv").text.splitlines()[0] == "vmid,name"
+    assert admin.get("/api/v1/guests?columns=vmid,nope").status == 400
+
+
 @pytest.mark.parametrize(
     "query", ["limit=-1", "limit=x", "offset=-1", "format=xml", "sort=nope", "limit=1e9", "limit=nan"]
 )

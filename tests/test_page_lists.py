@@ -1,0 +1,62 @@
+"""The lists in Chromium: their columns, their filters, what the search finds, and the timeline."""
+
+from __future__ import annotations
+
+import re
+
+from playwright.sync_api import Page, expect
+from test_page import chromium, fleet, open_page, page  # noqa: F401 — fixtures
+
+
+def labels(page: Page) -> list[str]:  # noqa: F811
+    return page.locator(".list th:visible").all_inner_texts()
+
+
+def test_columns_are_chosen_kept_in_the_address_and_remembered_for_the_list(page, live_server):  # noqa: F811
+    page.locator(".tab", has_text="Guests").click()
+    page.locator(".columns > summary").click()
+    page.get_by_label("Lives on").check()
+    page.get_by_label("CPU", exact=True).uncheck()
+    expect(page.locator(".list th", has_text="CPU")).to_have_count(0)
+    assert "Lives on" in labels(page) and "cols=verdict%2Cname%2C" in page.url and "lives_on" in page.url
+    expect(page.get_by_label("Guest", exact=True)).to_be_disabled()  # the column with the link stays
+    rows = page.request.get(live_server.url + page.locator("[download]").get_attribute("href")).text().splitlines()
+    head = rows[0].split(",")
+    assert "lives_on" in head and "cpu_ratio" not in head and len(rows) == 4
+    page.keyboard.press("Escape")
+    expect(page.locator(".columns-form")).to_be_hidden()
+    page.locator(".tab", has_text="Pools").click()
+    expect(page.locator(".tab[aria-current]")).to_contain_text("Pools")
+    assert "cols=" not in page.url  # each list has its own
+    page.goto(live_server.url + "/?tab=guests")
+    expect(page.locator(".list th", has_text="Lives on")).to_be_visible()
+    page.locator(".columns > summary").click()
+    page.get_by_role("link", name="The usual columns").click()
+    expect(page.locator(".list th", has_text="CPU")).to_be_visible()
+    assert "cols=" not in page.url and "Lives on" not in labels(page)
+
+
+def test_a_narrow_screen_says_how_many_columns_it_hides_and_they_can_be_had(chromium, live_server, fleet):  # noqa: F811
+    page = open_page(chromium, live_server, viewport={"width": 1024, "height": 800})  # noqa: F811
+    page.goto(live_server.url + "/?tab=hosts")
+    hint = page.locator(".columns > summary")
+    hidden = page.locator(".list th").count() - len(labels(page))
+    expect(hint).to_contain_text(f"{hidden} hidden")
+    assert hidden and "Backups" not in labels(page)
+    hint.click()
+    page.get_by_label("CPU", exact=True).uncheck()
+    expect(page.locator(".list th", has_text="Backups")).to_be_visible()
+    assert "hidden" not in hint.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1024
+    page.context.close()
+
+
+def test_without_script_a_form_chooses_the_columns(chromium, live_server, fleet):  # noqa: F811
+    page = open_page(chromium, live_server, script=False)  # noqa: F811
+    page.goto(live_server.url + "/?tab=guests&q=web")
+    page.locator(".columns > summary").click()
+    page.get_by_label("Tags").check()
+    page.get_by_role("button", name="Show").click()
+    assert "Tags" in labels(page) and re.search(r"q=web.*cols=tags", page.url)
+    expect(page.locator(".row")).to_have_count(1)
+    page.context.close()
