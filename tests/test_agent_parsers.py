@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -749,7 +751,33 @@ TEXT_PARSERS: list[Callable[[str], Any]] = [
     lambda text: agent.next_event(text, 1795305600.0),
     lambda text: agent.snapshot_class(text, text),
     lambda text: agent.guess_vdev_type(text, text, []),
+    agent.parse_storages,
+    lambda text: {name: sorted(vmids) for name, vmids in agent.parse_resource_pools(text).items()},
+    agent.parse_vzdump_cron,
+    agent.parse_tab_pairs,
+    agent.parse_security,
+    agent.parse_queue_times,
+    agent.parse_microcode,
+    agent.parse_root_mail,
+    agent.parse_notifications,
+    lambda text: agent.parse_shell_setting(text, "cpu"),
+    lambda text: agent.parse_apt_sources(text, deb822=True),
+    lambda text: agent.parse_apt_sources(text, deb822=False),
+    lambda text: agent.parse_json(text, "x"),
+    lambda text: agent.parse_object(text, "x"),
+    lambda text: str(agent.parse_calendar_event(text)),
 ]
+
+
+def test_every_parser_of_what_a_host_says_is_fed_such_texts() -> None:
+    """Those that only other parsers call are reached through these."""
+    tree = ast.parse(Path(agent.__file__).read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    named = {name: {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} for name, node in functions.items()}
+    parsers = {name for name, node in functions.items() if name.startswith("parse_") and node.args.args[0].arg == "text"}
+    outer = {name for name in parsers for caller in named if name in named[caller] and not caller.startswith("parse_")}
+    listed = Path(__file__).read_text().partition("TEXT_PARSERS")[2]
+    assert {name for name in outer if f"agent.{name}" not in listed} == set()
 
 WORDS = (
     "pool: state: config: scan: errors: NAME STATE READ WRITE CKSUM ONLINE DEGRADED tank mirror-0 raidz1-0 logs spares "

@@ -67,6 +67,44 @@ def test_every_rule_has_its_row_and_every_row_its_rule() -> None:
     assert [name for name in told if told.count(name) > 1] == []
 
 
+def table_rows() -> dict[str, tuple[str, ...]]:
+    """Of each rule: what stands in its row, cell by cell."""
+    rows = {}
+    for line in (ROOT / "docs" / "alerts.md").read_text().splitlines():
+        first, *cells = [cell.strip() for cell in line.strip("|").split(" |")]
+        if re.match(r"\| `[a-z-]+`", line):
+            rows.update((name, (first, *cells)) for name in re.findall(r"`([a-z-]+)`", first))
+    return rows
+
+
+def as_told(rule: server.Rule) -> dict[str, str]:
+    """Where a rule's numbers are in the row, as they are written there."""
+    def span(seconds: float | None) -> str:
+        return "at once" if not seconds else "24 h" if seconds == 86400 else f"{seconds / 60:g} min"
+
+    days = isinstance(rule.warn, (int, float)) and rule.warn > 86400
+    levels = ["–" if level is None else f"{level / 86400:g} d" if days else f"{level:g}" for level in (rule.warn, rule.crit)]
+    told = {"hold": span(rule.hold) + (f" / {span(rule.hold_crit)}" if rule.hold_crit is not None else "")}
+    if rule.warn is not None or rule.crit is not None:
+        told["levels"] = " / ".join(levels)
+        told["clears"] = "half" if rule.clear_part == 0.5 else "" if not rule.clear_by else f"{'+' if rule.low else '−'}{rule.clear_by:g}"
+    return told
+
+
+@pytest.mark.parametrize("rule", server.RULES, ids=lambda rule: rule.name)
+def test_a_row_tells_what_the_rule_does(rule: server.Rule) -> None:
+    """Signs, object, thresholds, hold."""
+    name, kind, levels, clears, hold, why = table_rows()[rule.name]
+    told = as_told(rule)
+    assert ("✓" in name, "↻" in name) == (rule.accept is not None, rule.data_risk)
+    assert kind == rule.of
+    assert why
+    assert hold == told["hold"]
+    if "levels" in told and rule.name not in ("host-offline", "space-forecast"):  # 5 min; "the same for …"
+        assert levels.startswith(told["levels"].removesuffix(" / –"))
+        assert clears == told["clears"]
+
+
 FIELDS = set(all_fields(SCHEMA, ""))
 
 

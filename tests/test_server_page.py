@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT, Client, build_disk, build_guest, build_pool, build_report, build_storage
+from fuzz import report_of
+from recorded import HOSTS
 
 import server
 
@@ -118,6 +120,20 @@ def test_disks_backups_volumes_and_events_have_lists(page, register, post, tab, 
     assert word in page(f"/?tab={tab}")
     assert word in page(f"/?tab={tab}&q=host:pve1") or tab == "events"
     assert word not in page(f"/?tab={tab}&q=-pve1")
+
+
+def test_each_list_has_a_cell_for_each_head(page, register, post):
+    post(register("pve1"), report_of(HOSTS / "pve8-mirror") | {"pool_states": [{"name": "tank", "state": "FAULTED"}]})
+    filled = set()
+    for tab, resource in server.RESOURCES.items():
+        document = page(f"/?tab={tab}") if resource.heads else ""
+        row = re.search(r"<tbody>.*?<tr.*?</tr>", document, re.S)
+        if row:
+            filled.add(tab)
+            assert row[0].count("<td") == document.count('<th scope="col"') == len(resource.heads), tab
+            labels = re.findall(r'data-label="([^"]*)"', row[0])
+            assert labels == [label for label, _, _ in resource.heads][-len(labels):], tab
+    assert filled >= {"hosts", "guests", "pools", "storages", "disks", "alerts", "backups"}
 
 
 def test_a_host_whose_rows_cannot_be_made_is_named_above_the_list(page, register, post, monkeypatch):
