@@ -108,6 +108,7 @@ CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stall
 OTHER_FILES = 512  # descriptors for all else: the database for each thread, bodies and answers, channels
 THREADS = 32  # a report keeps one until it is on the disk
 REPORTS_AT_ONCE = 16  # of these threads: a fleet that comes back must not keep the page from anybody
+STREAMS_AT_ONCE, STREAMS_OF_ONE = 8, 3  # answers that are made while they are read: of all, and of one who asks
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
@@ -8903,6 +8904,7 @@ class Monitor:
         self.refusals = RateLimiter(100, 1 / MINUTE)  # that are written down: nobody fills the disk with them
         self.room = Room()
         self.reports_accepted = 0
+        self.streams: list[tuple[str, str | None]] = []  # who is being sent one: see streamed()
         self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
@@ -10317,6 +10319,23 @@ def get_gaps(call: Call) -> Any:
             "lost": list_lost(keys), "silences": list_silences(keys)}
 
 
+def streamed(call: Call, parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same parts. Who does not read them keeps a thread for UNREAD_SECONDS: so many have one at once."""
+    streams, who = call.monitor.streams, (call.kind, call.actor)
+    streams.append(who)
+    if len(streams) > STREAMS_AT_ONCE or streams.count(who) > STREAMS_OF_ONE:
+        streams.remove(who)
+        raise Problem("busy", "other answers of this kind are being read", headers={"Retry-After": "5"})
+
+    def send() -> Iterator[bytes]:
+        try:
+            yield from parts
+        finally:
+            streams.remove(who)
+
+    return send()
+
+
 @route("GET", "/api/v1/hosts/<id>/export", auth="read", queries=("format",))
 def get_export(call: Call) -> Any:
     """The whole history of a host: ?format=jsonl (default) or csv."""
@@ -10328,7 +10347,7 @@ def get_export(call: Call) -> Any:
     kind = "application/x-ndjson" if form == "jsonl" else "text/csv; charset=utf-8"
     return Answer(200, b"", {"Content-Type": kind, "Cache-Control": "no-store",
                              "Content-Disposition": f'attachment; filename="{state.name}-history.{form}"'},
-                  stream=write_export(rows, form))
+                  stream=streamed(call, write_export(rows, form)))
 
 
 EXPORT_COLUMNS = (*HISTORY_COLUMNS, "count")
@@ -10593,7 +10612,7 @@ def get_metrics(call: Call) -> Any:
     lines = render_metrics(call.monitor, call.now)
     batches = iter(lambda: "".join(islice(lines, 2000)).encode(), b"")
     return Answer(200, b"", {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
-                  stream=batches)
+                  stream=streamed(call, batches))
 
 
 def host_tags(given: Any) -> list[str]:

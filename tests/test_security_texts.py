@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import email
 import email.policy
+import time
 
 import pytest
-from conftest import build_disk, build_guest, build_pool, build_storage
+from conftest import LiveServer, build_disk, build_guest, build_pool, build_report, build_storage, encode, sign
+from test_end_to_end import wait_for
 from test_page import chromium, fleet, page  # noqa: F401
+from test_server_notifications import smtp  # noqa: F401
 
 import server
 
@@ -31,6 +34,31 @@ def test_no_name_writes_into_the_head_of_a_mail(name):
     assert extra <= {header for header in extra if header.startswith(("x-proxmon", "list-", "references", "in-reply"))}
     assert mail["To"] == "ops@example.com" and mail["From"] == "monitor@example.com"
     assert len(mail["Subject"].splitlines()) == 1
+
+
+def test_a_report_with_such_names_becomes_a_mail_of_ours_alone(tmp_path, smtp):  # noqa: F811
+    """From the report to the mail as it arrives, by a real server."""
+    settings = tmp_path / "server.toml"
+    settings.write_text(f'[[channels]]\nname = "mail"\nkind = "email"\nhost = "127.0.0.1"\nport = {smtp.port}\nsecurity = "plain"\n'
+                        'from = "monitor@example.com"\nto = ["ops@example.com"]\n')  # fmt: skip
+    live = LiveServer(tmp_path, SERVER_CONFIG=str(settings))
+    token = live.register("pve1")
+    live.start()
+    try:
+        names = [name for name in FORGED if name.isascii() or name.isprintable()]
+        pools = [{"name": name, "guid": str(number), "state": "FAULTED"} for number, name in enumerate(names)]
+        body = encode(build_report(at=time.time(), pool_states=pools, pools=None))
+        answer = live.request("POST", "/api/v1/hosts/pve1/reports", body, Content_Type="application/json",
+                              **sign(token, body, time.time()))  # fmt: skip
+        assert answer.status == 200, answer.body
+        wait_for(lambda: sum(mail.count(b"is FAULTED") for mail in smtp.mails) >= 3)
+    finally:
+        live.stop()
+    for raw in smtp.mails:
+        mail = email.message_from_bytes(raw, policy=email.policy.default)
+        assert {header.lower() for header in mail} <= HEAD
+        assert mail["To"] == "ops@example.com" and "FAULTED" in mail.get_content()
+        assert mail.get_content_type() == "text/plain" and not mail.get_content().lstrip().startswith("<h1>")
 
 
 SCRIPTS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"><svg onload=alert(1)>", "javascript:alert(1)",

@@ -7,6 +7,7 @@ answers that nobody reads.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -17,11 +18,13 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import waitress.adjustments
-from conftest import ROOT, LiveServer, build_report, encode, find_program, free_port, sign
+from conftest import ROOT, LiveServer, build_guest, build_report, encode, find_program, free_port, sign
+from test_end_to_end import wait_for
 
 import server
 
@@ -243,6 +246,57 @@ def test_downloads_that_nobody_reads_take_no_copy(target: Target) -> None:
         assert target.memory() - before + target.unlinked() < 40 << 20
         assert target.accepts()
         assert target.live.request("GET", "/login").status == 200
+
+
+def test_answers_that_nobody_reads_keep_no_thread_from_others(target: Target) -> None:
+    """Of somebody who may read: more of the largest answers than there are threads, each longer than what is made ahead."""
+    guests = [build_guest(vmid, name="n" * 300) for vmid in range(1, 1501)]
+    for number in range(4):
+        token, body = target.live.register(f"large{number}"), encode(build_report(f"large{number}", at=time.time(), guests=guests))
+        answer = target.live.request("POST", f"/api/v1/hosts/large{number}/reports", body, Content_Type="application/json",
+                                     **sign(token, body, time.time(), f"large_{number}"))  # fmt: skip
+        assert answer.status == 200
+    reader, other = target.live.api_token("reader"), target.live.api_token("other")
+    assert len(target.live.request("GET", "/metrics", Authorization=f"Bearer {reader}").body) > 2 * server.UNREAD_LIMIT
+    before = target.memory()
+    with connections(server.THREADS + 8, lambda: direct(target, 4096)) as held:
+        for wire in held:
+            wire.sendall(f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {reader}\r\n\r\n".encode())
+        time.sleep(1)
+        assert target.live.request("GET", "/login").status == 200
+        assert target.accepts()
+        assert target.live.request("GET", "/metrics", Authorization=f"Bearer {other}").status == 200
+        assert target.live.request("GET", "/metrics", Authorization=f"Bearer {reader}").status == 503
+        assert target.memory() - before < 60 << 20
+    wait_for(lambda: target.live.request("GET", "/metrics", Authorization=f"Bearer {reader}").status == 200)
+
+
+GREEDY = {"lists in a list": b"[]", "objects in a list": b"{}", "numbers": b"1", "texts": b'"a"', "many names": b'{"a":1}'}
+
+
+def test_one_host_with_greedy_reports_takes_no_more_than_a_bounded_part_of_memory(target: Target) -> None:
+    """What is small on the wire, under the limit when unpacked, and a gigabyte as Python's objects. Several at once."""
+    bodies = []
+    for number, (name, item) in enumerate(GREEDY.items()):
+        whole = encode(build_report("greedy", at=time.time(), seq=number + 1))[:-1]
+        filling = b",".join([item] * (server.UNPACKED_LIMIT * 9 // 10 // (len(item) + 1)))
+        bodies.append((name, gzip.compress(whole + b',"extra":[' + filling + b"]}", 1)))
+    token = target.live.register("greedy")
+    assert target.live.process is not None
+    process = Path(f"/proc/{target.live.process.pid}")
+    (process / "clear_refs").write_text("5")  # the peak counts from here on
+    before = target.memory()
+
+    def send(number: int) -> int:
+        name, body = bodies[number % len(bodies)]
+        return target.live.request("POST", "/api/v1/hosts/greedy/reports", body, Content_Type="application/json", Content_Encoding="gzip",
+                                   **sign(token, body, time.time(), f"greedy_{number}")).status  # fmt: skip
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(send, range(2 * len(bodies)))) <= {200, 413, 429, 503}
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1]) * 1024  # type: ignore[index]
+    assert peak - before < 250 << 20
+    assert target.accepts()
 
 
 def test_a_thousand_idle_connections_are_no_burden(target: Target) -> None:
