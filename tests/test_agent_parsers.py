@@ -757,7 +757,6 @@ TEXT_PARSERS: list[Callable[[str], Any]] = [
     agent.parse_tab_pairs,
     agent.parse_security,
     agent.parse_queue_times,
-    agent.parse_microcode,
     agent.parse_root_mail,
     agent.parse_notifications,
     lambda text: agent.parse_shell_setting(text, "cpu"),
