@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import gzip
 import io
 import json
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import START, Client, Clock, build_report, sign
+from conftest import PASSWORD_HASH, START, Client, Clock, build_report, sign
 from recorded import RecordedProbe, recordings
 
 import agent
@@ -114,7 +115,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder, self.clock = folder, Clock()
-        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"), "SECRET_KEY_BASE": "0123456789abcdef" * 3,
+        self.config = server.Config({"DATABASE_PATH": str(folder / "monitor.db"), "SECRET_KEY_BASE": "0123456789abcdef" * 3, "DASHBOARD_PASSWORD_HASH": PASSWORD_HASH,
                                      "SERVER_CONFIG": str(folder / "none.toml")})  # fmt: skip
         (folder / "none.toml").write_text("")
         server.open_database(self.config, create=True).close()
@@ -124,6 +125,10 @@ class World:
         self.admin.headers = {"Authorization": f"Bearer {token}"}
         row = self.monitor.store.write(lambda db: server.insert_host(db, "pve1", START))
         self.token = server.host_token(self.monitor.secret, row["nonce"])
+        self.person, self.display = Client(self.monitor), Client(self.monitor)
+        self.person.log_in()
+        link = self.admin.send("POST", "/api/v1/tokens", {"name": "wall", "kind": "kiosk"}).json()["token"]
+        self.display.headers = {"Cookie": f"{server.KIOSK_COOKIE}={link}"}
         self.seq = 0
         self.log: list[str] = []
         self._kept = server.log, agent.log
@@ -262,6 +267,62 @@ def feed_api(dice: random.Random, world: World) -> None:
     answer = world.admin.request(route.method, f"{path}?{query}", body, headers)
     if answer.status >= 500 and not (answer.status == 503 and b"stopping" in answer.body):
         raise Fault(f"{answer.status} for {route.method} {path}?{query} {body[:200]!r}: {answer.body[:300]!r}")
+
+
+def feed_page(dice: random.Random, world: World) -> None:
+    """The page as somebody who is logged in sees it, or a wall display: lists, cards, searches, pieces, after a report
+    that makes sense or none."""
+    if dice.random() < 0.2:
+        post_bent(dice, world)
+    asked = {name: dice.choice(choices) for name, choices in PAGE_QUERY.items() if dice.random() < 0.35}
+    if dice.random() < 0.2:
+        asked[dice.choice(list(PAGE_QUERY))] = smudge(dice, dice.choice(ARGUMENTS)).encode("utf-8", "replace").decode()
+    headers = {"X-Fragment": dice.choice(["main", "main", "x"])} if dice.random() < 0.5 else {}
+    if dice.random() < 0.3:
+        headers["X-Have"] = headers["If-None-Match"] = dice.choice(WORDS).encode("utf-8", "replace").decode("latin-1")
+    client = world.display if dice.random() < 0.2 else world.person
+    path = dice.choice(["/"] * 9 + ["/admin/hosts"]) + "?" + urllib.parse.urlencode(asked)
+    answer = client.request("GET", path, headers=headers)
+    expect(answer, (200, 303, 304), path)
+    if answer.status == 200 and b"evil-marker<" in answer.body:
+        raise Fault(f"a name came out as markup: {path}")
+
+
+def post_bent(dice: random.Random, world: World) -> None:
+    """A report that gets past the door, bent inside its sections."""
+    report = bend(dice, next_report(world, dice), 3)
+    if isinstance(report, dict):
+        report |= {"version": 1, "host_id": "pve1", "run_id": "fuzz", "seq": world.seq, "time": world.clock()}
+        body = json.dumps(report).encode()
+        answer = world.post(body, {"Content-Type": "application/json", **sign(world.token, body, world.clock(), f"p{world.seq}")})
+        expect(answer, (200, 400, 413, 422, 429), report)
+
+
+PAGE_QUERY: dict[str, list[str]] = {
+    "tab": ["problems", *server.TABS, "x"], "host": ["pve1", "pve1", "pve2", ""], "cluster": ["prod", "lab", "x"],
+    "guest": ["100", "101", "104", "x", "9" * 30], "disk": ["sda", "nvme0n1", "sdq", "x"], "pool": ["tank", "rpool", "x"],
+    "q": ["", "cpu>5", "host:pve1", "-x", "state:running", "used>80%", "seen<5m", "(", '"', "a b c", "backup:late", "full<14d", "*"],
+    "sort": ["name", "-name", "verdict", "-cpu_ratio", "x"], "offset": ["0", "50", "-1", "1e9", "x"], "range": ["day", "week", "x"],
+    "view": ["tiles", "list", "x"], "kind": ["audit", "alert", "x"], "since": ["1800000000", "-1", "x"], "until": ["1800009999", "x"],
+    "compare": ["pve1", "pve2", "x"], "object": ["pools/tank", "guests/100", "x"], "from": ["1799990000", "x"], "to": ["1800009000", "x"],
+}  # fmt: skip
+
+
+def feed_lists(dice: random.Random, world: World) -> None:
+    """Lists in each form, a host's history, timeline and export, and what answers by itself (where copies are, what to replace …)."""
+    if dice.random() < 0.1:
+        post_bent(dice, world)
+    world.clock.advance(0.5)
+    path = dice.choice([*(f"/api/v1/{name}" for name in LISTS), "/metrics", "/api/v1/overview", "/api/v1/hosts/pve1", "/api/v1/events",
+                        "/api/v1/hosts/pve1/history", "/api/v1/hosts/pve1/export", "/api/v1/hosts/pve1/alerts"])  # fmt: skip
+    asked = [("format", dice.choice(["csv", "text", "json", "jsonl", "x"]))] if dice.random() < 0.7 else []
+    asked += [(name, dice.choice(PAGE_QUERY.get(name, ARGUMENTS))) for name in dice.sample([*PARAMETERS, "object"], dice.randint(0, 4))]
+    answer = world.admin.get(f"{path}?{urllib.parse.urlencode(asked)}")
+    expect(answer, (200, 304, 400, 404, 405, 422, 429, 503) if "history" in path else (200, 304, 400, 404, 405, 422, 429), (path, asked))
+    if answer.status == 200 and "text/csv" in answer.headers.get("content-type", ""):
+        for row in csv.reader(io.StringIO(answer.body.decode())):
+            if bad := [cell for cell in row if cell.startswith(("=", "@", "\t", "\r", "\n")) or re.match(r"[+-](?![\d.]+(e[+-]?\d+)?$)", cell)]:
+                raise Fault(f"a formula in {path} {asked}: {bad[0][:80]!r}")
 
 
 def feed_environment(dice: random.Random, world: World) -> None:
@@ -469,7 +530,8 @@ def feed_answer(dice: random.Random, world: World) -> None:
 
 
 FEEDERS: dict[str, tuple[Callable[[random.Random, World], None], int]] = {  # with its share of the long run
-    "reports": (feed_report, 10), "signatures": (feed_signature, 20), "bodies": (feed_body, 8), "api": (feed_api, 10), "wire": (feed_wire, 2), "answers": (feed_answer, 120),
+    "reports": (feed_report, 10), "signatures": (feed_signature, 20), "bodies": (feed_body, 8), "api": (feed_api, 10), "page": (feed_page, 6),
+    "lists": (feed_lists, 10), "wire": (feed_wire, 2), "answers": (feed_answer, 120),
     "settings": (feed_environment, 10), "commands": (feed_server_command, 3), "parsers": (feed_parser, 120), "collectors": (feed_collector, 1),
     "agent's settings": (feed_agent_config, 10),
 }  # fmt: skip
