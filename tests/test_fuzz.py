@@ -21,7 +21,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.World]:
     world.close()
 
 
-EXAMPLES = {"parsers": 400, "answers": 400, "agent's settings": 200, "settings": 150, "collectors": 25, "wire": 60, "page": 60, "lists": 80}
+EXAMPLES = {"parsers": 400, "answers": 400, "agent's settings": 200, "settings": 150, "collectors": 25, "wire": 60, "page": 50, "lists": 40}
 
 
 @pytest.mark.parametrize("name", fuzz.FEEDERS)
