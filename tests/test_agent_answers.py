@@ -235,3 +235,32 @@ def test_no_answer_makes_us_sign_for_any_year(speaker, tmp_path):
     sender.offer(message(2))
     sender.turn(1e9)
     assert 86390 < sender.client.signing_offset < 86410
+
+
+@pytest.mark.parametrize("status, code, meaning", [
+    (400, "invalid_json", agent.REFUSED), (422, "invalid_report", agent.REFUSED), (400, "host_mismatch", agent.REFUSED),
+    (413, "too_large", agent.REFUSED), (413, "", agent.TOO_LARGE), (413, "rate_limited", agent.TOO_LARGE),
+    (401, "too_large", agent.LATER), (404, "unknown_host", agent.LATER), (400, "clock_skew", agent.LATER), (500, "invalid_report", agent.LATER),
+    (429, "rate_limited", agent.LATER), (503, "busy", agent.LATER),
+])  # fmt: skip
+def test_only_the_servers_own_words_about_the_report_end_its_wait(status, code, meaning):
+    problem = {"content-type": "application/problem+json"}
+    body = json.dumps({"code": code, "title": "x"}).encode()
+    assert agent.judge(agent.Answer(status, problem, body), 1) == meaning
+    unmarked = agent.judge(agent.Answer(status, {"content-type": "application/json"}, body), 1)
+    assert unmarked == (agent.TOO_LARGE if status == 413 else agent.LATER)
+
+
+@pytest.mark.parametrize("given, seconds", [("", 0), ("0", 0), ("7", 7), ("999999", 999999), ("-5", 0), ("1.5", 0), ("²", 0), ("soon", 0)])
+def test_how_long_the_server_asks_to_wait(given, seconds):
+    assert agent.retry_after(agent.Answer(503, {"retry-after": given}, b"")) == seconds
+    assert agent.retry_after(agent.Answer(503, {}, b"")) == 0
+
+
+@pytest.mark.parametrize("told, taken", [
+    (agent.CLOCK_FIRST, True), (agent.CLOCK_LAST, True), (agent.CLOCK_FIRST - 1, False), (agent.CLOCK_LAST + 1, False), ("1800000000", False),
+    (True, False), (None, False), (1.8e9, True),
+])  # fmt: skip
+def test_a_clock_is_the_servers_if_it_is_of_these_years(told, taken):
+    clock = agent.server_time(agent.Answer(200, {}, json.dumps({"server_time": told}).encode()))
+    assert clock == (told if taken else None)
