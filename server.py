@@ -661,7 +661,7 @@ class Store:
         self.writing_since = time.monotonic()
         try:
             with transaction(self.db) as db:
-                failed = [self._attempt(db, write) for write in group]
+                failed = [self._attempt(db, write, alone=len(group) == 1) for write in group]
             for write, error in zip(group, failed):
                 write.error = error
             self.last_commit, self.last_error = time.monotonic(), None
@@ -674,19 +674,22 @@ class Store:
                 write.done = True
             self.writing_since = None
 
-    def _attempt(self, db: Database, write: Write) -> Exception | None:
-        db.execute("SAVEPOINT one")
+    def _attempt(self, db: Database, write: Write, *, alone: bool) -> Exception | None:
         error: Exception | None = None
+        if not alone:
+            db.execute("SAVEPOINT one")
         try:
             write.value = write.work(db)
         except Exception as caught:
             if isinstance(caught, sqlite3.Error) and not isinstance(caught, OWN_FAULTS):
                 raise  # the database's trouble is everybody's
             error = caught
-            db.execute("ROLLBACK TO one")
+            for statement in ("ROLLBACK", "BEGIN") if alone else ("ROLLBACK TO one",):
+                db.execute(statement)
             if not isinstance(error, (Problem, Failure)):
                 self.on_failure()  # memory is ahead of what is left; the next of the group must not build on that
-        db.execute("RELEASE one")
+        if not alone:
+            db.execute("RELEASE one")
         return error
 
     def _failed(self, error: Exception) -> None:
@@ -1394,6 +1397,7 @@ def refuse_constant(name: str) -> None:
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+compact_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: json.dumps() makes one for each call
 
 
 def without_surrogates(value: Any, depth: int = 0) -> Any:
@@ -1670,7 +1674,7 @@ class Memory:
         return entry is not None
 
     def to_json(self) -> str:
-        return json.dumps({"shape": 2, "began": self.began, **self.rules, "tasks": self.tasks}, separators=(",", ":"))
+        return compact_json({"shape": 2, "began": self.began, **self.rules, "tasks": self.tasks})
 
 
 class Growth(NamedTuple):
@@ -1811,8 +1815,8 @@ class HostState(AlertOwner):
         if "pools" in changed or "disks" in changed:
             self.margins = None
         if "guests" in changed:
-            self.guest_counts = count_guests(self.body("guests"))
-            self.guest_words = {guest["vmid"]: text(guest, "status") for guest in self.items("guests")}
+            guests = self.body("guests")
+            self.guest_counts, self.guest_words = count_guests(guests), guest_words(guests)
         if stamp.newer_than(self.stamp):
             self.stamp, self.agent = stamp, report.get("agent") or {}
             ahead = report["time"] - stamp.received_at
@@ -1869,8 +1873,11 @@ class HostState(AlertOwner):
             errors = {name: self.sections.get(name, NOTHING).error for name in self.failures}
             return [(f"sections/{name}", {**error, "name": name, "count": self.failures[name]})
                     for name, error in errors.items() if error]
-        name_of, kind = OBJECT_NAMES.get(each) or (lambda item: item["name"]), each.partition(".")[0]
-        return [(f"{kind}/{name_of(item)}", item) for item in self.items(each)]
+        kind = each.partition(".")[0]
+        if each in OBJECT_NAMES:
+            return [(f"{kind}/{OBJECT_NAMES[each](item)}", item) for item in self.items(each)]
+        key = SECTIONS[each].key
+        return [(f"{kind}/{item[key]}", item) for item in self.items(each)]
 
 
 NOTHING = Section()
@@ -1897,9 +1904,7 @@ def service_name(unit: dict[str, Any]) -> str:
 
 OBJECT_NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
-    "services": lambda unit: service_name(unit), "certificates": lambda cert: cert.get("file"),
-    "replication": lambda job: job["id"], "storages": lambda storage: storage["storage"],
-    "guests": lambda guest: guest["vmid"], "backups.jobs": lambda job: job.get("id"),
+    "services": service_name, "certificates": lambda cert: cert.get("file"), "backups.jobs": lambda job: job.get("id"),
 }
 
 
@@ -2132,8 +2137,8 @@ def number(fields: Any, key: str) -> float | None:
 
 
 def text(fields: Any, key: str) -> str | None:
-    value = fields.get(key) if isinstance(fields, dict) else None
-    return value if isinstance(value, str) else None
+    value = fields.get(key) if type(fields) is dict else None
+    return value if type(value) is str else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -2158,6 +2163,11 @@ def count_guests(guests: list[dict[str, Any]] | None) -> tuple[int | None, int |
         return None, None, 0
     real = [guest for guest in guests if not guest.get("template")]
     return sum(guest.get("status") == "running" for guest in real), len(real), len(guests)
+
+
+def guest_words(guests: Any) -> dict[int, str | None]:
+    """The status of each guest by vmid."""
+    return {guest["vmid"]: text(guest, "status") for guest in dicts(guests)}
 
 
 def vdev_errors(pool: dict[str, Any]) -> dict[str, Any]:
@@ -2908,11 +2918,12 @@ def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bo
     if not newest:
         return  # it is held against a state that is newer
     yield from node_changes(host.body("node"), report.get("node"), at)
-    yield from version_changes(host.body("versions"), report.get("versions"), at)
-    yield from scrub_ends(host.body("pools"), report.get("pools"), now)
-    if host.has("guests"):
-        yield from guest_changes(host.guest_words, report.get("guests"), at)
-    yield from config_changes(host.body("versions"), report.get("versions"), at)
+    if "versions" in report:
+        yield from version_changes(host.body("versions"), report["versions"], at)
+    if "pools" in report:
+        yield from scrub_ends(host.body("pools"), report["pools"], now)
+    if "guests" in report and host.has("guests"):
+        yield from guest_changes(host.guest_words, report["guests"], at)
 
 
 def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
@@ -2940,6 +2951,9 @@ def version_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
         before, after = text(old, name), text(new, name)
         if before and after and before != after:
             yield at, "update", "", f"{name.replace('_', ' ')} {before} → {after}"
+    before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
+    if before and after and before != after:
+        yield at, "config", "", "storage.cfg changed"
 
 
 def scrub_ends(old: Any, new: Any, now: float) -> Iterator[Change]:
@@ -2956,23 +2970,18 @@ def scrub_ends(old: Any, new: Any, now: float) -> Iterator[Change]:
 
 
 def guest_changes(before: dict[int, str | None], guests: Any, at: float) -> Iterator[Change]:
-    if not isinstance(guests, list):
+    after = guest_words(guests)
+    if after == before:
         return
-    after = {guest["vmid"]: guest for guest in dicts(guests)}
-    for vmid, guest in after.items():
-        was, word, name = before.get(vmid), text(guest, "status"), text(guest, "name") or ""
+    names = {guest["vmid"]: text(guest, "name") or "" for guest in dicts(guests)}
+    for vmid, word in after.items():
+        was, name = before.get(vmid), names[vmid]
         if vmid not in before:
             yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} appeared"
         elif was and word and was != word and "unknown" not in (was, word):
             yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was} → {word}"
     for vmid in before.keys() - after.keys():
         yield at, "guest", f"guests/{vmid}", f"Guest {vmid} is gone from this host"
-
-
-def config_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
-    before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
-    if before and after and before != after:
-        yield at, "config", "", "storage.cfg changed"
 
 
 # When it is full, and what grew: from values of the past that history gives.
@@ -3393,7 +3402,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
             continue
         packed = kept
         if packed is None:
-            text = json.dumps(report, separators=(",", ":")).encode()
+            text = compact_json(report).encode()
             packed, weight = zlib.compress(text, 1), weigh(text)
         report_id = insert_report(db, host_id, run.id, report["seq"], at, now, packed)
         stamp, bodies[report_id] = Stamp(run.id, report["seq"], at, now, report_id), packed
@@ -3459,7 +3468,7 @@ def write_state(db: Database, state: HostState, runs: Iterable[Run]) -> None:
         db.execute("UPDATE run SET ranges = :ranges, last_seen_at = :now WHERE id = :id",
                    {"ranges": format_ranges(run.ranges), "now": state.last_seen_at, "id": run.id})
     db.execute("INSERT INTO latest VALUES (:id, :sections) ON CONFLICT DO UPDATE SET sections = :sections",
-               {"id": state.id, "sections": json.dumps(state.pointers(), separators=(",", ":"))})
+               {"id": state.id, "sections": compact_json(state.pointers())})
 
 
 # --- rules: what is wrong, from when on, and until when ---
@@ -3496,11 +3505,12 @@ Found = Reading | Iterable[Reading] | None
 Judge = Callable[..., Found]
 
 
-class Rule(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Rule:
     """One rule: what it looks at and when, how it is judged, what to tell."""
 
     name: str
-    bind: Callable[[Any, Fleet, float], Callable[[Any], Found]]  # to a host and a time: what judges one object
+    judge: Judge  # of one object
     why: str
     todo: str
     each: str = ""  # the section whose objects it looks at, one by one; '' = the host as a whole
@@ -3519,6 +3529,8 @@ class Rule(NamedTuple):
     always: bool = False  # judged also on values older than 10 minutes: about what does not change by the minute
     tidy: bool = False  # what it remembers of an object goes with the object
     accept: Callable[[HostState, str], bool] | None = None  # take the present value as normal
+    wants: tuple[bool, ...] = ()  # whether its function gets host, fleet and now besides the object
+    field: str = ""  # of a row(): the number it holds against the thresholds
 
 
 RULE: dict[str, Rule] = {}
@@ -3532,22 +3544,16 @@ def rule(name: str, **fields: Any) -> Callable[[Judge], Judge]:
 
     def register(function: Judge) -> Judge:
         wanted = function.__code__.co_varnames[1:function.__code__.co_argcount]
-        add_rule(name, partial(BIND[wanted], function), **fields)
+        wants = tuple(word in wanted for word in GIVEN)
+        if tuple(compress(GIVEN, wants)) != wanted:
+            raise TypeError(f"rule {name}: its function may want {', '.join(GIVEN)}, in this order")
+        add_rule(name, function, wants=wants, **fields)
         return function
 
     return register
 
 
-# What a rule's function wants besides the object -> a function of the object alone, made once for all of a host's.
-BIND: dict[tuple[str, ...], Callable[..., Callable[[Any], Found]]] = {
-    (): lambda f, host, fleet, now: f,
-    ("host",): lambda f, host, fleet, now: lambda item: f(item, host),
-    ("now",): lambda f, host, fleet, now: lambda item: f(item, now),
-    ("host", "now"): lambda f, host, fleet, now: lambda item: f(item, host, now),
-    ("fleet", "now"): lambda f, host, fleet, now: lambda item: f(item, fleet, now),
-    ("host", "fleet"): lambda f, host, fleet, now: lambda item: f(item, host, fleet),
-    ("host", "fleet", "now"): lambda f, host, fleet, now: lambda item: f(item, host, fleet, now),
-}
+GIVEN = ("host", "fleet", "now")
 
 
 def row(name: str, *, reads: str, says: str, **fields: Any) -> None:
@@ -3557,16 +3563,16 @@ def row(name: str, *, reads: str, says: str, **fields: Any) -> None:
         value = number(item, reads)
         return measured(value, lambda: says.format_map({**item, "value": value}))
 
-    add_rule(name, partial(BIND[()], read), by_number=True, **fields)
+    add_rule(name, read, field=reads, by_number=True, **fields)
 
 
-def add_rule(name: str, bind: Callable[[Any, Fleet, float], Callable[[Any], Found]], *, each: str = "", on: str = "",
-             of: str = "", **fields: Any) -> None:
+def add_rule(name: str, judge: Judge, *, each: str = "", on: str = "", of: str = "", **fields: Any) -> None:
     sections = tuple(on.split()) or (each,)
-    RULE[name] = Rule(name, bind, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
+    RULE[name] = Rule(name, judge, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
 
 
-class Limits(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Limits:
     """A rule's thresholds for one object, and the layer of server.toml that decided: '' = as shipped."""
 
     enabled: bool
@@ -3661,7 +3667,7 @@ def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes
     for (name, object), alert in host.alerts.items():
         open_alerts.setdefault(name, {})[object] = alert
     for rule in rules:
-        found = list(judge_rule(host, rule, open_alerts.get(rule.name, {}), fleet, now))
+        found = judge_rule(host, rule, open_alerts.get(rule.name, {}), fleet, now)
         if found:
             alerts = dict(host.alerts)
             for old, new in found:
@@ -3675,48 +3681,54 @@ def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes
     return changes
 
 
-def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Fleet,
-               now: float) -> Iterator[tuple[Alert | None, Alert | None]]:
-    """One rule over all it looks at; yields the alerts that changed. What was looked at and gave no reading is well;
-    what is not there any more is over, if the section is whole."""
+def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Fleet, now: float) -> Changes:
+    """One rule over all it looks at; gives back the alerts that changed. What was looked at and gave no reading is
+    well; what is not there any more is over, if the section is whole."""
     limits = fleet.layers.limits(host, rule)
     known = knows(host, rule, now) if limits.enabled else "absent"  # of a rule that is switched off nothing is left
     if known is None:
-        return
+        return []
     objects = objects_of(host, rule) if known != "absent" else []
+    if rule.field and not open_alerts and not fleet.layers.has_objects:  # most are fine: nothing is made of them
+        objects = [(object, item) for object, item in objects
+                   if (value := number(item, rule.field)) is not None and limits.level(value, None)]
+    changes: dict[str, tuple[Alert | None, Alert | None]] = {}  # a report may name an object twice: the first counts
     said: set[str] = set()
-    told: set[str] = set()  # a report may name an object twice: its alert is changed once
-    read = rule.bind(host, fleet, now)
+    more = tuple(compress((host, fleet, now), rule.wants))
     for object, item in objects:
         try:
-            found = UNKNOWN if item is None else read(item)
+            found = UNKNOWN if item is None else rule.judge(item, *more)
             if found is None or (found is UNKNOWN and not open_alerts):  # most end here
                 continue
             for reading in (found,) if isinstance(found, Reading) else list(found):
                 about = object if reading.object is None else reading.object
-                own = limits_for(host, rule, about, reading, limits, fleet)
-                old = open_alerts.get(about)
                 said.add(about)
-                if about in told or (old is None and own.severity(reading) in NOTHING_OPENS):
+                own, old = limits_for(host, rule, about, reading, limits, fleet), open_alerts.get(about)
+                if about in changes or (old is None and own.severity(reading) in NOTHING_OPENS):
                     continue
                 new = evaluate(own, old, rule, about, reading if own.enabled else None, now)
                 if new is not old:
-                    told.add(about)
-                    yield old, new
+                    changes[about] = old, new
         except FAULTS as error:  # a report can hold anything: it costs this object, and no other
             said.add(object)
             tell_stumble(host, rule, object, error, now)
             if not object:
-                return
+                return list(changes.values())
+    ended: Changes = []
     if open_alerts or rule.tidy:
         looked_at = {object for object, _ in objects}
-        for object, old in open_alerts.items():
-            if not covers(said, object) and (known != "partly" or covers(looked_at, object)):
-                yield old, evaluate(limits, old, rule, object, None, now)
+        ended = [(old, evaluate(limits, old, rule, object, None, now)) for object, old in open_alerts.items()
+                 if not covers(said, object) and (known != "partly" or covers(looked_at, object))]
         if rule.tidy and known == "whole":
-            for key in host.memory.rules.get(rule.name, {}).keys() - looked_at:
-                if not covers(looked_at, key):
-                    host.memory.drop(rule.name, key)
+            forget_gone(host, rule, looked_at)
+    return [*changes.values(), *ended]
+
+
+def forget_gone(host: Any, rule: Rule, looked_at: set[str]) -> None:
+    """Forget what a rule remembers of objects that are not there any more."""
+    for key in host.memory.rules.get(rule.name, {}).keys() - looked_at:
+        if not covers(looked_at, key):
+            host.memory.drop(rule.name, key)
 
 
 def limits_for(host: Any, rule: Rule, object: str, reading: Reading, limits: Limits, fleet: Fleet) -> Limits:
@@ -3724,7 +3736,7 @@ def limits_for(host: Any, rule: Rule, object: str, reading: Reading, limits: Lim
     if fleet.layers.has_objects:
         limits = fleet.layers.object_limits(host, rule, object) or limits
     if reading.limits is not None and not limits.layer:
-        limits = limits._replace(warn=reading.limits[0], crit=reading.limits[1])
+        limits = dataclasses.replace(limits, warn=reading.limits[0], crit=reading.limits[1])
     return limits
 
 
@@ -4623,9 +4635,10 @@ def storage_full(storage: Fields, host: HostState, fleet: Fleet) -> Found:
     if storage.get("enabled") in (False, 0) or elsewhere:
         return None
     pool_alert = host.alerts.get(("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}"))
-    level = fleet.layers.limits(host, RULE["storage-full"]).level(storage_used_ratio(storage) or 0.0, None)
-    if pool_alert is not None and (level is None or not is_milder(pool_alert.severity, level)):
-        return None
+    if pool_alert is not None:
+        level = fleet.layers.named("storage-full", host).level(storage_used_ratio(storage) or 0.0, None)
+        if level is None or not is_milder(pool_alert.severity, level):
+            return None
     return storage_reading(storage)
 
 
@@ -4689,7 +4702,8 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
       todo="Look at its task log and console; start it.")
 def guest_down(guest: Fields, host: HostState, now: float) -> Found:
     """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
-    status, object, vmid = guest.get("status"), f"guests/{guest['vmid']}", str(guest["vmid"])
+    status, vmid = guest.get("status"), str(guest["vmid"])
+    object = "guests/" + vmid
     words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
     if status == RUNNING:
         if words != RUNNING:
@@ -5721,18 +5735,17 @@ def judge_host(db: Database, fleet: Fleet, state: HostState, now: float,
     return [new for _, new in changes if new is not None]
 
 
-IDENTITY: dict[str, Callable[[Fields], Any]] = {
-    "guests": lambda guest: guest.get("created_at"), "pools": lambda pool: pool.get("guid")}
+IDENTITY = {"guests": "created_at", "pools": "guid"}  # what another one of the same name would have another of
 
 
 def follow_names(db: Database, state: HostState, changed: Iterable[str], now: float) -> None:
     """Names move: what is known of a guest or a pool is forgotten when another one has its name, and alerts about a
     disk follow it to its new letter."""
-    for section, identity_of in IDENTITY.items():
+    for section, field in IDENTITY.items():
         if section in changed:
             known = state.memory.rules.get("identity", {})
             for object, item in state.objects(section):
-                identity = identity_of(item)
+                identity = item.get(field)
                 if identity is not None and known.get(object) != identity:
                     if object in known:
                         state.memory.forget(object)
@@ -5873,7 +5886,7 @@ def alert_fields(alert: Alert) -> Fields:
     fields = {key: getattr(alert, key) for key in ALERT_FIELDS}
     for key in ("value", "acknowledged_value"):
         fields[key] = None if fields[key] is None else float(fields[key])
-    return {**fields, "told": json.dumps(alert.told, separators=(",", ":"))}
+    return {**fields, "told": compact_json(alert.told)}
 
 
 INSERT_ALERT = (f"INSERT INTO alert (host_id, {', '.join(ALERT_FIELDS)}) "
@@ -5928,7 +5941,7 @@ def accept_as_normal(db: Database, fleet: Fleet, alert_id: int, now: float, *, b
     if not rule.accept(state, alert.object):
         raise Problem("conflict", "what this alert is about is not there any more")
     tell_done(db, now, state, alert, "alert-accepted", f"{by} accepted as normal")
-    changes = judge(state, [rule._replace(always=True)], fleet, now)
+    changes = judge(state, [dataclasses.replace(rule, always=True)], fleet, now)
     if state.alerts.get((alert.rule, alert.object)) is alert:  # not known any more: it was accepted all the same
         changes.append((alert, alert.changed(state="resolved", resolved_at=now)))
         state.alerts = {key: other for key, other in state.alerts.items() if other is not alert}
@@ -7364,16 +7377,12 @@ def build_tick(report: Fields, received_at: float) -> Tick:
     parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     cells: list[Any] = []
     for section, names, objects in history_sections(report):
-        fields = tuple(objects[0])
-        if all(tuple(object) == fields for object in objects):  # most look alike: all at once
-            kept, mask = kept_fields(section, fields)
-            parts.append((section, tuple(names), kept))
-            cells += compress(chain.from_iterable([object.values() for object in objects]), mask * len(objects))
-            continue
-        for name, object in zip(names, objects):
-            kept, mask = kept_fields(section, tuple(object))
-            parts.append((section, (name,), kept))
-            cells += compress(object.values(), mask)
+        layouts = list(map(tuple, objects))
+        alike = layouts.count(layouts[0]) == len(objects)  # most: all at once
+        for layout, some, of in ((layouts[0], names, objects),) if alike else zip(layouts, zip(names), zip(objects)):
+            kept, mask = kept_fields(section, layout)
+            parts.append((section, tuple(some), kept))
+            cells += compress(chain.from_iterable(map(dict.values, of)), mask * len(of))
     try:
         values = array("d", cells)
     except TypeError:
@@ -12185,10 +12194,10 @@ def finish(call: Call, one: Route, result: Any) -> Answer:
 def packed(call: Call, answer: Answer) -> Answer:
     """The answer as gzip for whoever takes that. Not where another site made the browser ask: by the length of what
     comes it could guess at what is in it (BREACH)."""
-    kind = answer.headers.get("Content-Type", "application/json")
+    if len(answer.body) < 1000 or answer.headers.get("Content-Type") == "application/octet-stream":
+        return answer
     takes = re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", call.header("accept-encoding"))
-    if not takes or len(answer.body) < 1000 or kind == "application/octet-stream" or call.header(
-            "sec-fetch-site") not in ("", "same-origin", "none"):
+    if not takes or call.header("sec-fetch-site") not in ("", "same-origin", "none"):
         return answer
     answer.body = gzip.compress(answer.body, 4, mtime=0)
     answer.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
