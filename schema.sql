@@ -394,3 +394,12 @@ INSERT INTO alert
 DROP TABLE alert_kept;
 CREATE UNIQUE INDEX alert_open ON alert (ifnull(host_id, 0), rule, object) WHERE state <> 'resolved';
 CREATE INDEX alert_resolved ON alert (resolved_at) WHERE state = 'resolved';
+
+-- +migrate Up
+
+-- The timeline shows how bad what happened was, when it happened; an alert's own row has its last severity only.
+ALTER TABLE event ADD COLUMN severity TEXT;
+
+-- +migrate Down
+
+ALTER TABLE event DROP COLUMN severity;

@@ -828,19 +828,20 @@ def done_by(by: str | None, address: str | None = None) -> Iterator[None]:
 
 
 def insert_event(db: Database, at: float, kind: str, message: str, *, host: str | None = None,
-                 object: str | None = None) -> None:
+                 object: str | None = None, severity: str | None = None) -> None:
     by, address = DOING.get()
     db.execute("""
-        INSERT INTO event (at, kind, host, object, message, "by", address)
-        VALUES (:at, :kind, :host, :object, :message, :by, :address)""",
-        {"at": at, "kind": kind, "host": host, "object": object, "message": message, "by": by, "address": address})
+        INSERT INTO event (at, kind, host, object, message, "by", address, severity)
+        VALUES (:at, :kind, :host, :object, :message, :by, :address, :severity)""",
+        {"at": at, "kind": kind, "host": host, "object": object, "message": message, "by": by, "address": address,
+         "severity": severity})
 
 
 def each_event(db: Database, *, since: float, until: float | None = None, kind: str | None = None,
                host: str | None = None) -> Iterator[Fields]:
     """What changed since then, newest first; of one kind, or (`audit`) all that somebody did or was refused."""
     for row in db.execute("""
-            SELECT id, at, kind, host, object, message, "by", address FROM event
+            SELECT id, at, kind, host, object, message, "by", address, severity FROM event
             WHERE at >= :since AND (:until IS NULL OR at <= :until) AND (:host IS NULL OR host = :host)
               AND (:kind IS NULL OR kind = :kind OR :kind = 'audit' AND ("by" IS NOT NULL OR address IS NOT NULL))
             ORDER BY at DESC, id DESC""", {"since": since, "until": until, "kind": kind, "host": host}):
@@ -3428,7 +3429,9 @@ def note_changes(db: Database, state: HostState, report: dict[str, Any], stamp: 
     newest = stamp.newer_than(state.stamp)
     for _, (at, kind, object, message) in of_each(
             [state], "chronicle", lambda host: chronicle(host, report, stamp.received_at, newest=newest)):
-        insert_event(db, at, kind, message, host=state.name, object=object or None)
+        failed = kind == "task" and not message.endswith((": OK", ": ok", ": unknown"))
+        insert_event(db, at, kind, message, host=state.name, object=object or None,
+                     severity="warning" if failed else None)
 
 
 def find_run(monitor: Monitor, db: Database, state: HostState, run_id: str, now: float) -> Run:
@@ -5878,7 +5881,8 @@ def write_alert(db: Database, state: Any, old: Alert | None, new: Alert | None, 
             state.over[new.id] = new
     if new.state != "pending" and (old is None or (old.state, old.severity) != (new.state, new.severity)):
         message = new.message if new.state == "firing" else f"Over: {new.message}"
-        insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None)
+        insert_event(db, now, f"alert-{new.state}", message, host=state.name, object=new.object or None,
+                     severity=new.severity)
 
 
 def alert_fields(alert: Alert) -> Fields:
@@ -9924,10 +9928,11 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "events",
         "What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did.",
-        ("id", "at", "kind", "host", "object", "message", "by", "address"),
-        of_fleet=asked_events, queries=("since", "until", "kind", "host", "site", "tag"),
+        ("id", "at", "kind", "host", "object", "message", "by", "address", "severity"),
+        of_fleet=asked_events, queries=("since", "until", "kind", "host", "site", "tag"), tab="Timeline",
         words={"name": ("object",)},
-        heads=(("When", "-at", "c-num"), ("What", "message", "c-name"), ("Kind", "kind", "c-text"),
+        heads=(("When", "-at", "c-time"), ("What", "message", "c-name"), ("Severity", "severity", "c-text opt-2"),
+               ("Kind", "kind", "c-text"),
                ("Host", "host", "c-host"), ("Object", "object", "clip opt-2"))),
     Resource(
         "silences", "The silences that have not ended.",
@@ -11587,7 +11592,8 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         view = "home"
     everything, failed = tab_rows(call, resource)
     rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
-    of_any_state = [term for term in terms if term.field != "state"]
+    chip = "kind" if tab == "events" else "state"
+    of_any_state = [term for term in terms if term.field != chip]
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), open_alerts(call.fleet.everything())
     posture, sentence = describe_posture(overview, alerts)
@@ -11605,14 +11611,15 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "heads": heads, "every": resource.every(), "cols": ",".join(resource.chosen(query.get("cols", ""))),
         "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
-        "states": count_states(find_rows(call, resource, everything, of_any_state)),
+        "chip": chip, "states": count_states(chip, find_rows(call, resource, everything, of_any_state)),
         "counts": {**counts, tab: len(rows)}, "csv": csv_url(resource, query),
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms), PROBLEMS_SHOWN),
         "view": view, "lines": PROBLEMS_SHOWN if view == "problems" else 0 if "tab" in query else PROBLEMS_ABOVE,
         "tiles": fleet_tiles(everything) if view in ("home", "problems") else [],
         "not_words": not_words(query.get("q", ""), resource) if view == "list" else [],
-        "facets": facets(tab, everything),
+        "facets": facets(tab, everything), "night": last_night(call.now) if tab == "events" else None,
+        "span": [unix_time(query.get(name, "")) for name in ("since", "until")] if tab == "events" else [None, None],
         "next_due": None if unseen else find_next_due(call),
         "card": card, "host": card and card["host"],
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
@@ -11643,10 +11650,22 @@ def tab_rows(call: Call, resource: Resource) -> tuple[Rows, list[str]]:
         over = islice(stored_alerts(call.db, "alert.state = 'resolved'"), LIST_MOST)
         return [*open_alerts(call.fleet.everything(), "all"), *over], []
     if resource.name == "events":
-        return list_events(call.db, since=0, limit=LIST_MOST), []
+        since, until = (unix_time(call.query.get(name, "")) for name in ("since", "until"))
+        return list(islice(each_event(call.db, since=since or 0, until=until), LIST_MOST)), []
     if resource.of_hosts is not None:
         return list(resource.of_hosts(call.fleet, call.fleet.sorted(call.now), call.now)), []
     return rows_of_hosts(resource, call.fleet, call.fleet.sorted(call.now), call.now)
+
+
+def unix_time(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", text, re.ASCII) else None
+
+
+def last_night(now: float) -> tuple[int, int]:
+    """From eight in the evening to eight in the morning, by this machine's clock; the script goes by the reader's."""
+    today = time.localtime(now)
+    morning = int(time.mktime((today.tm_year, today.tm_mon, today.tm_mday, 8, 0, 0, 0, 0, -1)))
+    return morning - 12 * HOUR, morning
 
 
 def fleet_tiles(hosts: Rows) -> list[tuple[str, Rows]]:
@@ -11665,6 +11684,7 @@ FACETS = {  # what operators ask every week, in the words of the search
     "pools": (("full within 30 d", "full<30"), ("over 80%", "used>80"), ("no scrub in 35 d", "scrub>35d")),
     "backups": (("no backup in 24 h", "backup>24h"), ("in no job", "job:none")),
     "disks": (("worn over 80%", "wear>80"), ("over 50 °C", "temp>50")),
+    "events": (("last hour", "at<1h"), ("last 24 h", "at<24h"), ("critical", "state:critical")),
 }
 
 
@@ -11729,11 +11749,11 @@ def add_sparks(call: Call, rows: Rows) -> Rows:
 def page_url(query: dict[str, str]) -> Callable[..., str]:
     """`url(**changes)`: the link to this page with some of its parameters changed; None drops one."""
     def url(**changes: Any) -> str:
-        kept = {name: query.get(name) for name in ("tab", "q", "sort", "offset", "cols", "host")}
-        if "tab" in changes or "q" in changes:
+        kept = {name: query.get(name) for name in ("tab", "q", "sort", "offset", "cols", "since", "until", "host")}
+        if changes.keys() & {"tab", "q", "since"}:
             kept["offset"] = None
-        if "tab" in changes:
-            kept["sort"] = kept["cols"] = None
+        if changes.get("tab", query.get("tab")) != query.get("tab"):
+            kept.update(dict.fromkeys(("sort", "cols", "since", "until")))
         pairs = [(name, value) for name, value in {**kept, **changes}.items() if value not in (None, "")]
         return "/?" + urllib.parse.urlencode(pairs, errors="replace") if pairs else "/"
     return url
@@ -11744,7 +11764,8 @@ def csv_url(resource: Resource, query: dict[str, str]) -> str:
     wanted = {"format": "csv", "limit": str(LIST_MOST), "q": query.get("q", "").strip(),
               "sort": query["sort"] if query.get("sort", "").removeprefix("-") in resource.columns else "",
               "columns": ",".join(resource.chosen(query.get("cols", ""))),
-              "state": "all" if resource.name == "alerts" else ""}
+              "state": "all" if resource.name == "alerts" else "",
+              **{name: query.get(name, "") for name in ("since", "until") if resource.name == "events"}}
     return f"/api/v1/{resource.name}?" + urllib.parse.urlencode(
         {key: value for key, value in wanted.items() if value}, errors="replace")
 
@@ -11815,14 +11836,13 @@ def find_next_due(call: Call) -> dict[str, Any] | None:
     return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
 
 
-def count_states(rows: Iterable[Row]) -> list[tuple[str, int]]:
-    """How many rows are in each state, worst first."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        word = row.get("verdict") or (row["severity"] if row.get("state") == "firing" else row.get("state"))
-        if word:
-            counts[word] = counts.get(word, 0) + 1
-    return sorted(counts.items(), key=lambda pair: verdict_rank(pair[0]))
+def count_states(chip: str, rows: Iterable[Row]) -> list[tuple[str, int]]:
+    """How many rows are in each state, worst first; of events, how many of each kind, the most first."""
+    if chip == "kind":
+        return Counter(row["kind"].partition("-")[0] for row in rows).most_common()
+    counts = Counter(row.get("verdict") or (row["severity"] if row.get("state") == "firing" else row.get("state"))
+                     for row in rows)
+    return sorted(((word, count) for word, count in counts.items() if word), key=lambda pair: verdict_rank(pair[0]))
 
 
 def count_tabs(call: Call, terms: list[Term]) -> dict[str, int]:

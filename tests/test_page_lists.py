@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 
+from conftest import build_guest
 from playwright.sync_api import Page, expect
-from test_page import chromium, fleet, open_page, page  # noqa: F401 — fixtures
+from test_page import (  # noqa: F401 — fixtures
+    DEGRADED,
+    DEGRADED_STATE,
+    REFRESHED,
+    chromium,
+    fleet,
+    open_page,
+    page,
+)
 
 
 def labels(page: Page) -> list[str]:  # noqa: F811
@@ -14,6 +24,7 @@ def labels(page: Page) -> list[str]:  # noqa: F811
 
 def test_columns_are_chosen_kept_in_the_address_and_remembered_for_the_list(page, live_server):  # noqa: F811
     page.locator(".tab", has_text="Guests").click()
+    expect(page.locator(".list-guests")).to_be_visible()
     page.locator(".columns > summary").click()
     page.get_by_label("Lives on").check()
     page.get_by_label("CPU", exact=True).uncheck()
@@ -29,7 +40,7 @@ def test_columns_are_chosen_kept_in_the_address_and_remembered_for_the_list(page
     expect(page.locator(".tab[aria-current]")).to_contain_text("Pools")
     assert "cols=" not in page.url  # each list has its own
     page.goto(live_server.url + "/?tab=guests")
-    expect(page.locator(".list th", has_text="Lives on")).to_be_visible()
+    expect(page.locator(".list th", has_text="Lives on")).to_be_visible()  # and the script has settled
     page.locator(".columns > summary").click()
     page.get_by_role("link", name="The usual columns").click()
     expect(page.locator(".list th", has_text="CPU")).to_be_visible()
@@ -60,3 +71,34 @@ def test_without_script_a_form_chooses_the_columns(chromium, live_server, fleet)
     assert "Tags" in labels(page) and re.search(r"q=web.*cols=tags", page.url)
     expect(page.locator(".row")).to_have_count(1)
     page.context.close()
+
+
+def test_the_timeline_tells_of_last_night_in_two_clicks_and_what_is_new(page, fleet, live_server):  # noqa: F811
+    now = time.time()
+    task = {"upid": "UPID:1", "type": "vzdump", "vmid": 100, "user": "root@pam", "started_at": now - 60,
+            "ended_at": now - 30, "status": "job errors", "result": "error"}  # fmt: skip
+    fleet.report("pve1", tasks=[task], pools=[DEGRADED], pool_states=DEGRADED_STATE)
+    fleet.report("pve2", guests=[build_guest(200, name="dns", status="stopped")])
+    page.locator(".tab", has_text="Timeline").click()
+    rows = page.locator(".list-events .row")
+    for text in ("Task vzdump of 100 by root@pam: job errors", "DEGRADED", "Guest 200 dns: running → stopped"):
+        expect(rows.filter(has_text=text).first).to_be_visible(timeout=REFRESHED)
+    expect(rows.filter(has_text="Task vzdump")).to_contain_text("warning")
+    expect(rows.filter(has_text="tank is DEGRADED").first).to_contain_text("critical")
+    page.locator(".chip", has_text=re.compile(r"^\s*guest \d")).click()
+    expect(rows.filter(has_text="DEGRADED")).to_have_count(0)
+    expect(rows.filter(has_text="Guest 200")).to_have_count(1)
+    page.locator(".chip-clear").click()
+    page.get_by_role("link", name="last night").click()
+    expect(page.get_by_role("link", name="last night")).to_have_attribute("aria-current", "true")
+    times = {name: float(value) for name, value in re.findall(r"(since|until)=(\d+)", page.url)}
+    assert times["until"] - times["since"] == 12 * 3600
+    csv = page.locator("[download]").get_attribute("href")
+    assert f"since={times['since']:.0f}" in csv and f"until={times['until']:.0f}" in csv
+    # whoever was away for a while is told how much is new, and where it begins
+    page.evaluate(f"localStorage.setItem('seen', {now - 3600}); localStorage.removeItem('looked')")
+    page.goto(live_server.url + "/")
+    page.locator("#news a").click()
+    expect(page.locator(".is-new").first).to_be_visible()
+    expect(rows.filter(has_text="DEGRADED").first).to_have_class(re.compile("is-new"))
+    expect(page.locator("#news")).to_be_hidden()
