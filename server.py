@@ -1762,6 +1762,7 @@ class HostState(AlertOwner):
         self.agent: dict[str, Any] = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.guest_words: dict[int, str | None] = {}  # status by vmid: what the next report is held against
+        self.settings_changed: dict[int, float] = {}  # by vmid, as far as guests tell of it
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
         self.last_seen_at: float | None = record["last_seen_at"]
@@ -1818,6 +1819,7 @@ class HostState(AlertOwner):
         if "guests" in changed:
             guests = self.body("guests")
             self.guest_counts, self.guest_words = count_guests(guests), guest_words(guests)
+            self.settings_changed.update(settings_changed(guests))
         if stamp.newer_than(self.stamp):
             self.stamp, self.agent = stamp, report.get("agent") or {}
             ahead = report["time"] - stamp.received_at
@@ -2171,6 +2173,12 @@ def guest_words(guests: Any) -> dict[int, str | None]:
     return {guest["vmid"]: text(guest, "status") for guest in dicts(guests)}
 
 
+def settings_changed(guests: Any) -> dict[int, float]:
+    """By vmid when a guest's configuration changed last, of those that tell of it: for an hour."""
+    return {guest["vmid"]: guest["config_changed_at"] for guest in dicts(guests)
+            if "config_changed_at" in guest and is_number(guest["config_changed_at"])}
+
+
 def vdev_errors(pool: dict[str, Any]) -> dict[str, Any]:
     """Errors of all leaves together: the pool's own row may show 0 (zpool counts where they happen)."""
     leaves = [vdev for vdev in walk_vdevs(pool.get("vdevs")) if not vdev.get("children")]
@@ -2257,18 +2265,27 @@ def is_unseen(host: HostState, section: str) -> bool:
     return latest.error is not None or (latest.status is None and not latest.absent)
 
 
+def unseen_row(host: HostState, columns: Iterable[str], *sections: str) -> Iterator[dict[str, Any]]:
+    """One row for what an answer cannot say of a host; nothing of one that has never reported."""
+    unseen = [section for section in sections if is_unseen(host, section)]
+    if unseen and host.stamp is not None:
+        why = [f"{section} ({(host.sections.get(section, NOTHING).error or {}).get('code', 'has not come yet')})"
+               for section in unseen]
+        yield {**dict.fromkeys(columns), "host": host.name, "verdict": "unknown",
+               "reason": f"could not be looked at: {', '.join(why)}"}
+
+
 def storages_of(host: HostState) -> dict[str, dict[str, Any]]:
     return {str(storage.get("storage")): storage for storage in dicts(host.body("storages"))}
 
 
-def is_elsewhere(storage: dict[str, Any] | None, host: HostState) -> bool | None:
-    """Whether what lies on a storage survives the host; None if the storage is not known."""
+def is_elsewhere(storage: dict[str, Any] | None, addresses: set[str]) -> bool | None:
+    """Whether what lies on a storage survives a host of these addresses; None if the storage is not known."""
     if storage is None:
         return None
     if text(storage, "type") in OWN_STORAGE:
         return bool(storage.get("shared"))
-    server = text(storage, "server")
-    return not (server and server.lower() in own_addresses(host))
+    return (text(storage, "server") or "").lower() not in addresses
 
 
 def own_addresses(host: HostState) -> set[str]:
@@ -2284,70 +2301,97 @@ def volumes_of(guest: dict[str, Any]) -> list[str]:
 
 
 class SnapshotIndex:
-    """The newest snapshots of all hosts, by guid (send/receive keeps it) and by the last part of the dataset's name."""
+    """Which hosts have the newest snapshots of all hosts: by guid, which send/receive keeps, and by the volume's name
+    and the class, in the order of time. A host's own guests' volumes are no copies of others of the same name."""
 
     def __init__(self, hosts: Iterable[HostState]):
-        self.by_guid: dict[str, list[tuple[HostState, float]]] = {}
-        self.by_volume: dict[str, list[tuple[HostState, dict[str, Any]]]] = {}
-        for host, entry in of_each(hosts, "snapshots", lambda state: dicts(state.body("snapshots"))):
-            self._add(host, entry)
+        self.by_guid: dict[str, list[tuple[float, str]]] = {}
+        self.by_series: dict[tuple[str, Any], list[tuple[float, str]]] = {}
+        for host, (guid, series, at) in of_each(hosts, "snapshots", indexed_snapshots):
+            if guid:
+                self.by_guid.setdefault(guid, []).append((at, host.name))
+            if series:
+                self.by_series.setdefault(series, []).append((at, host.name))
+        for known in self.by_series.values():
+            known.sort()
 
-    def _add(self, host: HostState, entry: dict[str, Any]) -> None:
-        guid, at, dataset = text(entry, "newest_guid"), number(entry, "newest_at"), text(entry, "dataset")
-        if at is None or dataset is None:
-            return
-        if guid:
-            self.by_guid.setdefault(guid, []).append((host, at))
-        self.by_volume.setdefault(dataset.rpartition("/")[2], []).append((host, entry))
-
-    def copies(self, host: HostState, dataset: str) -> Iterator[Copy]:
-        """Copies of one dataset of `host` on other hosts. A snapshot that is no longer the newest here is known by
-        name only: same volume, same class, made while snapshots of that class were made here."""
-        own = [entry for entry in dicts(host.body("snapshots")) if entry.get("dataset") == dataset]
+    def newest(self, host: HostState, own: list[dict[str, Any]]) -> Copy | None:
+        """The newest copy on another host of a dataset of which `host` has these series. A snapshot that is no longer
+        the newest here is known by name only: same volume and class, made while such were made here."""
+        found = [Copy(at, "snapshot", name, True) for entry in own
+                 for at, name in self.by_guid.get(text(entry, "newest_guid") or "", ()) if name != host.name]
         for entry in own:
-            for other, at in self.by_guid.get(text(entry, "newest_guid") or "", ()):
-                if other is not host:
-                    yield Copy(at, "snapshot", other.name, True)
-        for other, theirs in self.by_volume.get(dataset.rpartition("/")[2], ()):
-            if other is not host and any(is_of_series(theirs, entry) for entry in own):
-                yield Copy(number(theirs, "newest_at") or 0.0, "snapshot", other.name, False)
+            first, last = number(entry, "oldest_at"), number(entry, "newest_at")
+            known = self.by_series.get(((text(entry, "dataset") or "").rpartition("/")[2], entry.get("class")), [])
+            end = bisect.bisect_right(known, (last, "\uffff")) if last is not None else 0
+            at, where = next(((at, name) for at, name in map(known.__getitem__, range(end - 1, -1, -1))
+                              if name != host.name), (None, ""))
+            if at is not None and first is not None and at >= first:
+                found.append(Copy(at, "snapshot", where, False))
+        return max(found, key=lambda copy: (copy.at, copy.sure), default=None)
 
 
-def is_of_series(theirs: dict[str, Any], own: dict[str, Any]) -> bool:
-    at, first, last = number(theirs, "newest_at"), number(own, "oldest_at"), number(own, "newest_at")
-    return theirs.get("class") == own.get("class") and at is not None and first is not None and last is not None \
-        and first <= at <= last
+def indexed_snapshots(host: HostState) -> Iterator[tuple[str | None, tuple[str, Any] | None, float]]:
+    """Guid, (volume, class) and time of the newest of each series that may be a copy of another host's."""
+    guests = {str(guest.get("vmid")) for guest in dicts(host.body("guests"))}
+    for entry in dicts(host.body("snapshots")):
+        at, volume = number(entry, "newest_at"), (text(entry, "dataset") or "").rpartition("/")[2]
+        mine = GUEST_VOLUME.fullmatch(volume)
+        if at is not None and volume:
+            yield text(entry, "newest_guid"), None if mine and mine[1] in guests else (volume, entry.get("class")), at
 
 
-def backup_copies(host: HostState, vmid: Any, created: float | None) -> Iterator[Copy | None]:
-    """The newest backup if it lies elsewhere; None for one whose storage is not known."""
-    storages = storages_of(host)
-    for run in dicts((host.body("backups") or {}).get("guests")):
-        good = run.get("newest_ok")
-        ended = number(good, "ended_at")
-        if run.get("vmid") != vmid or ended is None or (created is not None and ended < created):
-            continue
-        elsewhere = is_elsewhere(storages.get(text(good, "storage") or ""), host)
-        if elsewhere is None:
-            yield None
-        elif elsewhere:
-            yield Copy(ended - (number(good, "duration_seconds") or 0), "backup", text(good, "storage") or "?", True)
+class CopySources:
+    """What the guests of a host could come back from, made once for all of them."""
 
+    def __init__(self, host: HostState, index: SnapshotIndex):
+        self.host, self.index, self.storages = host, index, storages_of(host)
+        self.node, self.addresses = text(host.body("node"), "name") or host.name, own_addresses(host)
+        self.unseen = [section for section in ("backups", "snapshots") if is_unseen(host, section)]
+        self.backups: dict[Any, Any] = {}
+        self.jobs: dict[Any, list[dict[str, Any]]] = {}
+        self.series: dict[Any, list[dict[str, Any]]] = {}
+        for run in dicts((host.body("backups") or {}).get("guests")):
+            self.backups[run.get("vmid")] = run.get("newest_ok")
+        for job in dicts(host.body("replication")):
+            self.jobs.setdefault(job.get("vmid"), []).append(job)
+        for entry in dicts(host.body("snapshots")):
+            self.series.setdefault(entry.get("dataset"), []).append(entry)
 
-def replication_copies(host: HostState, vmid: Any) -> Iterator[Copy]:
-    node = text(host.body("node"), "name") or host.name
-    for job in dicts(host.body("replication")):
-        synced = number(job, "last_sync_at")
-        if job.get("vmid") == vmid and synced and text(job, "target") not in (None, node):
-            yield Copy(synced, "replication", text(job, "target") or "?", True)
+    def find(self, guest: dict[str, Any]) -> list[Copy | None]:
+        """The newest copy of each kind; None for a backup whose storage is not known."""
+        return [*self._backup(guest), *self._replicas(guest), *self._snapshots(guest)]
 
+    def _backup(self, guest: dict[str, Any]) -> Iterator[Copy | None]:
+        good, created = self.backups.get(guest.get("vmid")), number(guest, "created_at")
+        ended, storage = number(good, "ended_at"), text(good, "storage") or ""
+        if ended is None or (created is not None and ended < created):
+            return
+        elsewhere = is_elsewhere(self.storages.get(storage), self.addresses)
+        if elsewhere is not False:
+            yield Copy(ended - (number(good, "duration_seconds") or 0), "backup", storage, True) if elsewhere else None
 
-def snapshot_copy(index: SnapshotIndex, host: HostState, guest: dict[str, Any]) -> Copy | None:
-    """The newest state of which every volume of the guest has a copy: the oldest of the volumes' newest copies."""
-    newest = [max(index.copies(host, dataset), key=lambda copy: (copy.at, copy.sure), default=None)
-              for dataset in volumes_of(guest)]
-    known = [copy for copy in newest if copy]
-    return min(known, key=lambda copy: copy.at) if newest and len(known) == len(newest) else None
+    def _replicas(self, guest: dict[str, Any]) -> Iterator[Copy]:
+        for job in self.jobs.get(guest.get("vmid"), ()):
+            synced, target = number(job, "last_sync_at"), text(job, "target")
+            if synced and target not in (None, self.node):
+                yield Copy(synced, "replication", target or "?", True)
+
+    def _snapshots(self, guest: dict[str, Any]) -> Iterator[Copy]:
+        """The newest state of which every volume has a copy: the oldest of the volumes' newest copies."""
+        newest = [self.index.newest(self.host, self.series.get(dataset, [])) for dataset in volumes_of(guest)]
+        known = [copy for copy in newest if copy]
+        if newest and len(known) == len(newest):
+            yield min(known, key=lambda copy: copy.at)
+
+    def only_copy(self, guest: dict[str, Any]) -> str:
+        """Why there is no copy: none at all, or one that burns with the host."""
+        storage = text(self.backups.get(guest.get("vmid")), "storage")
+        if not storage:
+            return "all of it would be lost: no copy elsewhere"
+        pool = (text(self.storages.get(storage), "dataset") or "").partition("/")[0]
+        same = pool in {dataset.partition("/")[0] for dataset in volumes_of(guest)}
+        return f"its only copy lies on the same {'pool' if same else 'host'} (backup on {storage})"
 
 
 COPY_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "copy_at", "copy_kind", "copy_where",
@@ -2356,28 +2400,25 @@ COPY_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "co
 
 def copy_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[dict[str, Any]]:
     """If this host burned now: for each guest what would be lost, and from which copy it would come back."""
+    sources = CopySources(host, index)
     for guest in dicts(host.body("guests")):
         if not guest.get("template"):
-            yield guest_copy(host, guest, index, now)
+            yield guest_copy(sources, guest, now)
 
 
-def guest_copy(host: HostState, guest: dict[str, Any], index: SnapshotIndex, now: float) -> dict[str, Any]:
-    vmid = guest.get("vmid")
-    found = [*backup_copies(host, vmid, number(guest, "created_at")), *replication_copies(host, vmid),
-             snapshot_copy(index, host, guest)]
-    copies = [copy for copy in found if copy]
-    best = max(copies, key=lambda copy: (copy.at, copy.sure), default=None)
-    unknown = [section for section in ("backups", "snapshots") if is_unseen(host, section)]
-    row = {"host": host.name, "vmid": vmid, "name": text(guest, "name"), "tags": guest.get("tags"),
-           "lost_seconds": None, "copy_at": None, "copy_kind": None, "copy_where": None, "sure": None}
+def guest_copy(sources: CopySources, guest: dict[str, Any], now: float) -> dict[str, Any]:
+    found, unknown = sources.find(guest), sources.unseen
+    best = max((copy for copy in found if copy), key=lambda copy: (copy.at, copy.sure), default=None)
+    row = {"host": sources.host.name, "vmid": guest.get("vmid"), "name": text(guest, "name"),
+           "tags": guest.get("tags"), **dict.fromkeys(("lost_seconds", "copy_at", "copy_kind", "copy_where", "sure"))}
     if best:
         row.update(lost_seconds=max(0.0, now - best.at), copy_at=best.at, copy_kind=best.kind, copy_where=best.where,
                    sure=best.sure and not unknown, verdict="ok", reason=describe_copy(best, now))
-    elif unknown or None in found[:-1]:
+    elif unknown or None in found:
         row.update(verdict="unknown", reason=f"no copy is known, but {' and '.join(unknown) or 'a storage'} "
                                              "could not be looked at")
     else:
-        row.update(verdict="warning", reason=only_copy(host, guest))
+        row.update(verdict="warning", reason=sources.only_copy(guest))
     return row
 
 
@@ -2386,16 +2427,10 @@ def describe_copy(copy: Copy, now: float) -> str:
     return f"{format_duration(max(0.0, now - copy.at))} of work would be lost: {copy.kind} on {copy.where}{likely}"
 
 
-def only_copy(host: HostState, guest: dict[str, Any]) -> str:
-    """Why there is no copy: none at all, or one that burns with the host."""
-    pools = {dataset.partition("/")[0] for dataset in volumes_of(guest)}
-    for run in dicts((host.body("backups") or {}).get("guests")):
-        storage = text(run.get("newest_ok"), "storage")
-        if run.get("vmid") == guest.get("vmid") and storage:
-            dataset = text(storages_of(host).get(storage) or {}, "dataset") or ""
-            same = dataset.partition("/")[0] in pools
-            return f"its only copy lies on the same {'pool' if same else 'host'} (backup on {storage})"
-    return "all of it would be lost: no copy elsewhere"
+def sum_up_copies(rows: Sequence[dict[str, Any]]) -> str:
+    bare, unknown = (sum(row["verdict"] == word for row in rows) for word in ("warning", "unknown"))
+    return f"{bare} of {len(rows)} guests have no copy outside their own host" \
+        + (f"; of {unknown} it is not known" if unknown else "") + "."
 
 
 # Margins: how many more disks each top-level vdev survives.
@@ -2492,14 +2527,16 @@ REPLACE_COLUMNS = ("host", "disk", "verdict", "reason", "serial", "model", "size
 def replacement_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
     """The disks to replace, over the fleet, in order: least margin left first, then the more suspect, the older."""
     rows = [row for _, row in of_each(hosts, "replacements", host_replacements)]
-    return sorted(rows, key=lambda row: (row["margin_with_suspects"], -row["reason"].count(";"),
-                                         -(row["power_on_hours"] or 0)))
+    return sorted(rows, key=lambda row: (row["verdict"] == "unknown", row["margin_with_suspects"] or 0,
+                                         -row["reason"].count(";"), -(row["power_on_hours"] or 0)))
 
 
 def host_replacements(host: HostState) -> Iterator[dict[str, Any]]:
+    yield from unseen_row(host, REPLACE_COLUMNS, "disks", "pools")
     for pool in dicts(host.body("pools")):
-        guests = len(guests_on(host, str(pool.get("name"))))
-        for vdev in pool_margins(host, pool):
+        margins = pool_margins(host, pool)
+        guests = len(guests_on(host, str(pool.get("name")))) if any(vdev.suspects for vdev in margins) else 0
+        for vdev in margins:
             for leaf, disk, reasons in vdev.suspects:
                 known = disk or {}
                 yield {"host": host.name, "disk": text(leaf, "disk") or text(leaf, "name"),
@@ -2602,7 +2639,7 @@ def grounds(host: HostState) -> dict[str, str]:
         margin = min((vdev.margin for vdev in margins), default=None)
         words = [text(pool, "layout") or "", "" if margin is None else may_fail(margin)]
         told[str(pool.get("name"))] = f"lives on {pool.get('name')} ({', '.join(word for word in words if word)})" \
-            + (f"; suspect: {', '.join(suspects)}" if suspects else "")
+            + (f", {', '.join(suspects)} {'is' if len(suspects) == 1 else 'are'} suspect" if suspects else "")
     return told
 
 
@@ -2615,11 +2652,18 @@ def lives_on(guest: dict[str, Any], told: dict[str, str]) -> list[str]:
 # Silent failures: what would not be heard of when it is needed.
 
 
-def silent_failures(host: HostState) -> Iterator[tuple[str, str, str]]:
-    """(what, why it is silent, what to do) of one host; nothing for what the agent could not look at."""
+GRAVE_SPOTS = ("zed", "fencing", "security-source")
+TOLD_ELSEWHERE = ("mail-queue", "clock-source")  # by rules of their own: here they are listed only
+CLOCKS = ("chrony.service", "systemd-timesyncd.service", "ntpsec.service")
+
+
+def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[tuple[str, str, str]]:
+    """(what, why it is silent, what to do) of one host; nothing for what the agent could not look at. `vmids` are the
+    guests of its cluster, where all its nodes are known."""
     told, services = host.body("safeguards"), {str(unit.get("unit")): unit for unit in dicts(host.body("services"))}
     told = told if isinstance(told, dict) else {}
-    has_zfs = bool(dicts(host.body("pools")))
+    has_zfs, mail = bool(dicts(host.body("pools"))), host.body("mail_queue")
+    stuck, clocks = number(mail, "deferred"), [services[name] for name in CLOCKS if name in services]
     for what, bad, why, todo in (
         ("zed", has_zfs and is_off(services.get("zfs-zed.service")), "zfs-zed does not run: ZFS's own mails and "
          "automatic spares do not work", "systemctl enable --now zfs-zed"),
@@ -2627,8 +2671,12 @@ def silent_failures(host: HostState) -> Iterator[tuple[str, str, str]]:
          "set ZED_EMAIL_ADDR in /etc/zfs/zed.d/zed.rc; systemctl restart zfs-zed"),
         ("smartd", is_off(services.get("smartmontools.service")), "smartd does not run: no self-tests, no mails",
          "systemctl enable --now smartmontools"),
+        ("mail-queue", bool(stuck), f"{stuck or 0:.0f} mails of this host could not be delivered", "mailq"),
         ("scrub-timer", has_zfs and told.get("scrub_scheduled") is False, "no scrub is scheduled",
          "apt-get install --reinstall zfsutils-linux, or systemctl enable --now zfs-scrub-monthly@POOL.timer"),
+        ("trim-timer", told.get("trim_scheduled") is False and lacks_trim(host), "a pool on SSDs is never trimmed: "
+         "no timer, and autotrim is off", "zpool set autotrim=on POOL, or systemctl enable --now "
+         "zfs-trim-monthly@POOL.timer"),
         ("root-mail", told.get("root_mail") is False, "root@pam has no mail address: Proxmox's mails go nowhere",
          "pveum user modify root@pam --email you@example.com"),
         ("notification-target", bool(told.get("matchers_without_target")), "a notification matcher has no target: "
@@ -2638,12 +2686,15 @@ def silent_failures(host: HostState) -> Iterator[tuple[str, str, str]]:
         ("enterprise-source", told.get("enterprise_source") is True and no_subscription(host),
          "the enterprise repository is on without a subscription: apt-get update fails, no updates are seen",
          "disable pve-enterprise or enter a subscription; enable pve-no-subscription"),
-        ("fencing", needs_fencing(host) and is_off(services.get("watchdog-mux.service")), "HA guests, but "
-         "watchdog-mux does not run: this node cannot fence itself", "systemctl start watchdog-mux"),
+        ("fencing", bool(dicts((host.body("ha") or {}).get("services"))) and is_off(services.get(
+            "watchdog-mux.service")), "HA guests, but watchdog-mux does not run: this node cannot fence itself",
+         "systemctl start watchdog-mux"),
+        ("clock-source", bool(clocks) and not any(text(unit, "active") == "active" for unit in clocks),
+         "no daemon sets the clock", "systemctl enable --now chrony"),
     ):
         if bad:
             yield what, why, todo
-    yield from empty_jobs(host)
+    yield from empty_jobs(host, vmids)
 
 
 def is_off(unit: dict[str, Any] | None) -> bool:
@@ -2656,21 +2707,37 @@ def no_subscription(host: HostState) -> bool:
     return status is not None and status.lower() not in ("active", "new")
 
 
-def needs_fencing(host: HostState) -> bool:
-    return bool(dicts((host.body("ha") or {}).get("services")))
+def lacks_trim(host: HostState) -> bool:
+    """Whether a pool with an SSD has autotrim off."""
+    off = {pool.get("name") for pool in dicts(host.body("pool_settings")) if pool.get("autotrim") is False}
+    return any(disk.get("pool") in off and disk.get("kind") in ("ssd", "nvme") for disk in dicts(host.body("disks")))
 
 
-def empty_jobs(host: HostState) -> Iterator[tuple[str, str, str]]:
-    """Enabled backup jobs that name guests of which none exists on any node this host knows of."""
-    guests = {guest.get("vmid") for guest in dicts(host.body("guests"))}
-    alone = host.body("cluster") is None
+def empty_jobs(host: HostState, vmids: Set[Any] | None) -> Iterator[tuple[str, str, str]]:
+    """Enabled backup jobs that name guests of which none exists on any node of the cluster."""
+    if host.body("cluster") is None:
+        vmids = {guest.get("vmid") for guest in dicts(host.body("guests"))}
     for job in dicts((host.body("backups") or {}).get("jobs")):
         chosen = job.get("guests")
-        if not (alone and guests and job.get("enabled") and isinstance(chosen, list)) or text(job, "pool"):
-            continue
-        if not guests & set(map(to_vmid, chosen)):
-            yield f"backup-job-{job.get('id')}", f"backup job {job.get('id')} covers no guest of this host", \
+        if vmids and job.get("enabled") and isinstance(chosen, list) and not text(job, "pool") \
+                and vmids.isdisjoint(map(to_vmid, chosen)):
+            yield f"backup-job-{job.get('id')}", f"backup job {job.get('id')} covers no guest that exists", \
                 "Datacenter → Backup: choose guests, or remove the job"
+
+
+def vmids_of_cluster(fleet: Fleet, host: HostState) -> set[Any] | None:
+    """The guests of all nodes of a host's cluster; None where not all of them report here."""
+    members, hosts = dicts((host.body("cluster") or {}).get("members")), fleet.cluster_of(host)
+    if len(hosts) < max(2, len(members)) or any(is_unseen(mate, "guests") for mate in hosts):
+        return None
+    return {guest.get("vmid") for mate in hosts for guest in dicts(mate.body("guests"))}
+
+
+def blindspot_rows(fleet: Fleet, host: HostState) -> Iterator[dict[str, Any]]:
+    for what, why, todo in silent_failures(host, vmids_of_cluster(fleet, host)):
+        yield {"host": host.name, "what": what, "verdict": "warning" if what in GRAVE_SPOTS else "info", "reason": why,
+               "todo": todo}
+    yield from unseen_row(host, BLINDSPOT_COLUMNS, "safeguards", "services")
 
 
 def to_vmid(value: Any) -> Any:
@@ -2694,8 +2761,26 @@ DRIFT_FACTS: dict[str, Callable[[HostState], Any]] = {
     "sync": lambda host: setting_of_pools(host, "sync"),
     "storage.cfg": lambda host: text(host.body("versions"), "storage_cfg_digest"),
     "agent": lambda host: text(host.agent, "version"),
-    "features off": lambda host: any(pool.get("features_disabled") for pool in dicts(host.body("pools"))) or None,
+    "feature flags": lambda host: feature_flags(host),
 }
+
+
+def feature_flags(host: HostState) -> str | None:
+    told = {pool.get("features_disabled") for pool in dicts(host.body("pools"))}
+    return "some are off" if True in told else "all are on" if False in told else None
+
+
+def apart_from_itself(host: HostState) -> Iterator[dict[str, Any]]:
+    """ZFS's module and its tools are of two releases: it was upgraded and not restarted."""
+    module, tools = (text(host.body("versions"), f"zfs_{part}") for part in ("module", "userland"))
+    if module and tools and release_of(module) != release_of(tools):
+        yield {"fact": "ZFS module and tools", "usual": tools, "share_ratio": None, "host": host.name, "value": module}
+
+
+def release_of(version: str) -> str:
+    """2.2.8 of 2.2.8-pve1, zfs-2.2.8-1 and 2.2.8-0+deb12u1."""
+    found = re.search(r"[0-9]+\.[0-9.]*[0-9]", version)
+    return found[0] if found else version
 
 
 def setting_of_pools(host: HostState, field: str) -> str | None:
@@ -2711,7 +2796,7 @@ def share_of_memory(host: HostState, field: str) -> str | None:
 
 def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[dict[str, Any]]:
     """Per fact that at least two thirds of the hosts share: who differs. Rows of DRIFT_COLUMNS."""
-    rows: list[dict[str, Any]] = []
+    rows = [row for _, row in of_each(hosts, "drift", apart_from_itself)]
     for fact, read in DRIFT_FACTS.items():
         told = of_each(hosts, fact, lambda host, read=read: [read(host)])  # type: ignore[misc]
         values = {host.name: value for host, value in told if value is not None}
@@ -2767,15 +2852,24 @@ def padding_ratio(block: int, ashift: int, width: int, parity: int) -> float:
 def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
     """{host, object, trap, bytes, reason}: what takes space that nobody expects it to take."""
     settings = {pool.get("name"): pool for pool in dicts(host.body("pool_settings"))}
+    datasets = {dataset.get("name"): dataset for dataset in dicts(host.body("datasets"))}
     for pool in dicts(host.body("pools")):
         yield from raidz_padding(host, pool, settings.get(pool.get("name"), {}))
         yield from special_full(host, pool)
-    for dataset in dicts(host.body("datasets")):
+    for dataset in datasets.values():
         used, held = number(dataset, "refreservation_bytes"), number(dataset, "used_by_dataset_bytes")
         if used and held is not None and used > held + GIB and text(dataset, "type") == "volume":
             yield trap(host, dataset, "refreservation", used - held, "thick volume: reserved and not written")
-        if text(dataset, "origin"):
-            yield trap(host, dataset, "clone", None, f"holds its origin {dataset['origin']}: that cannot be destroyed")
+        origin = text(dataset, "origin") or ""
+        if origin and not origin.endswith("@__base__"):  # a linked clone of a template is meant so (PVE::ZFSPoolPlugin)
+            most = number(datasets.get(origin.partition("@")[0]), "used_by_snapshots_bytes")
+            yield trap(host, dataset, "clone", most, f"holds {origin}, which cannot be destroyed"
+                       + ("" if most is None else "; told is what all snapshots there hold, at most that is its part"))
+    for guest in dicts(host.body("guests")):
+        for volume in dicts(guest.get("unused")):
+            name = text(volume, "dataset") or f"{text(volume, 'storage')}:{text(volume, 'name')}"
+            yield trap(host, {"name": name}, "unused", number(datasets.get(name), "used_bytes"),
+                       f"{text(volume, 'name')} of guest {guest.get('vmid')}: taken from it, and still there")
     yield from volumes_without_guest(host)
 
 
@@ -2805,12 +2899,19 @@ def raidz_padding(host: HostState, pool: dict[str, Any], settings: dict[str, Any
                        f"{int(block) >> 10}K on raidz{parity} of {width} disks with {1 << int(ashift)}-byte sectors")
 
 
+def sum_up_traps(rows: Sequence[dict[str, Any]]) -> str:
+    known = [row["bytes"] for row in rows if row["bytes"] and row["trap"] not in ("special", "clone")]
+    unknown = sum(row["bytes"] is None for row in rows)
+    return f"They take {format_bytes(sum(known))}" + (f"; of {unknown} it is not known" if unknown else "") + "."
+
+
 def special_full(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for vdev in dicts(pool.get("vdevs")):
         share = ratio(number(vdev, "allocated_bytes"), number(vdev, "size_bytes"))
         if text(vdev, "class") == "special" and share is not None and share > SPECIAL_FULL:
-            yield {"host": host.name, "object": f"pools/{pool.get('name')}", "trap": "special", "bytes": None,
-                   "reason": f"special vdev {vdev.get('name')} is {share:.0%} full: small blocks go to the slow disks"}
+            yield {"host": host.name, "object": f"pools/{pool.get('name')}", "trap": "special",
+                   "bytes": number(vdev, "allocated_bytes"), "reason":
+                   f"special vdev {vdev.get('name')} is {share:.0%} full: small blocks go to the slow disks"}
 
 
 SPECIAL_FULL = 0.75  # zfs_special_class_metadata_reserve_pct is 25: beyond it only metadata go there (zfs(4))
@@ -2869,41 +2970,153 @@ UNSNAPPED = re.compile(r"-cloudinit$|^base|-state-|swap")  # what nobody wants t
 
 
 SERIES_COLUMNS = ("host", "dataset", "class", "verdict", "reason", "count", "interval_seconds", "newest_at",
-                  "oldest_at", "held_bytes")
+                  "oldest_at", "held_bytes", "held_most_bytes")
 UNPRUNED = 200  # snapshots of a series, of which none in between is gone
+UNPRUNED_AGE = 60 * DAY  # and the first of which is so old: no usual plan keeps hours or days for longer
 
 
 def series_rows(host: HostState, now: float) -> Iterator[dict[str, Any]]:
-    """Each series of snapshots (dataset and class) with the rhythm that it has shown, and each that is missing.
-    `held_bytes` is known where a dataset has one series only."""
+    """Each series of snapshots (dataset and class) with the rhythm that it has shown, and each that is missing. What a
+    class holds is known exactly where a dataset has no other; else at least what its snapshots hold each for itself,
+    and at most what all snapshots of the dataset hold."""
     held = {dataset.get("name"): number(dataset, "used_by_snapshots_bytes") for dataset in dicts(host.body("datasets"))}
     entries = [entry for entry in dicts(host.body("snapshots")) if entry.get("count")]
     series = Counter(text(entry, "dataset") for entry in entries)
     for entry in entries:
         name = text(entry, "dataset") or ""
-        verdict, reason = describe_series(host, entry, now)
+        verdict, reason = describe_series(host, entry)
         yield {**{column: entry.get(column) for column in SERIES_COLUMNS}, "host": host.name, "verdict": verdict,
-               "reason": reason, "held_bytes": held.get(name) if series[name] == 1 else None}
+               "reason": reason, "held_most_bytes": held.get(name),
+               "held_bytes": held.get(name) if series[name] == 1 else number(entry, "used_bytes")}
     for name, kinds in missing_snapshots(host).items():
         for kind in kinds:
             yield {**dict.fromkeys(SERIES_COLUMNS), "host": host.name, "dataset": name, "class": kind, "count": 0,
                    "verdict": "warning", "reason": "missing: its neighbours have it"}
+    yield from unseen_row(host, SERIES_COLUMNS, "snapshots")
 
 
-def describe_series(host: HostState, entry: dict[str, Any], now: float) -> tuple[str, str | None]:
+def describe_series(host: HostState, entry: dict[str, Any]) -> tuple[str, str | None]:
     """Late, as the rule has it; never pruned; or as regular as ever."""
-    kind, count, rhythm = snapshot_class(entry), number(entry, "count") or 0, number(entry, "interval_seconds")
-    newest, oldest = number(entry, "newest_at"), number(entry, "oldest_at")
+    kind, rhythm = snapshot_class(entry), number(entry, "interval_seconds")
     late = host.alerts.get(("snapshot-age", f"snapshots/{entry.get('dataset')}@{kind}"))
     if late is not None:
         return late.severity, late.message
-    if newest is None:
+    if number(entry, "newest_at") is None:
         return "unknown", "when they were made is not known"
-    if rhythm and oldest is not None and count >= UNPRUNED and newest - oldest > 0.8 * rhythm * count:
-        span = newest - oldest
-        if span < 1.25 * rhythm * count:
-            return "info", f"never pruned: {int(count)} in {format_duration(span)}, none in between is gone"
+    span = unpruned_span(entry)
+    if span is not None:
+        return "info", f"never pruned: {entry['count']} in {format_duration(span)}, none in between is gone"
     return "ok", f"one each {format_duration(rhythm)}" if rhythm else None
+
+
+def unpruned_span(entry: dict[str, Any]) -> float | None:
+    """The time over which a series has lost none of its snapshots, if nobody seems to prune it."""
+    count, rhythm = number(entry, "count") or 0, number(entry, "interval_seconds")
+    newest, oldest = number(entry, "newest_at"), number(entry, "oldest_at")
+    if not rhythm or newest is None or oldest is None or count < UNPRUNED or newest - oldest < UNPRUNED_AGE:
+        return None
+    return newest - oldest if 0.8 < (newest - oldest) / (rhythm * count) < 1.25 else None
+
+
+def grown_snapshots(host: HostState) -> Iterator[tuple[GrownSpace, Filling, float]]:
+    """Datasets of pools that fill up whose snapshots grew, with their share of what was free: from the forecasts."""
+    for filling in (host.forecasts or {}).values():
+        for growth in filling.grown or ():
+            share = ratio(growth.bytes, growth.bytes + filling.space.free)
+            if growth.kind == "snapshots" and share is not None:
+                yield growth, filling, share
+
+
+# Scrubs: how long they take, what they repair, and which disk holds them up.
+
+
+SCRUB_LEAST = 10 * MINUTE  # what takes less says nothing of the disks
+SLOW_WAIT, SLOW_TIMES = 0.001, 2  # seconds more than the others of its vdev, and so many times as long
+
+
+class SlowMember(NamedTuple):
+    """A disk that answers later than the others of its vdev: seconds, on average since the import."""
+
+    disk: str
+    wait: float
+    usual: float
+
+
+def slow_member(pool: dict[str, Any]) -> SlowMember | None:
+    """The slowest to read of those that are slower than the median of the others beside them."""
+    found = []
+    for vdev in dicts(pool.get("vdevs")):
+        waits = [(wait, str(leaf.get("disk") or leaf.get("name"))) for leaf in walk_vdevs([vdev])
+                 if (wait := number(leaf, "read_wait_seconds")) is not None]
+        for wait, disk in waits:
+            usual = statistics.median([other for other, name in waits if name != disk] or [wait])
+            if wait > max(SLOW_TIMES * usual, usual + SLOW_WAIT):
+                found.append(SlowMember(disk, wait, usual))
+    return max(found, key=lambda member: member.wait, default=None)
+
+
+def describe_slow_member(pool: dict[str, Any]) -> str:
+    """'; sdf answers after 48 ms, the others of its vdev after 9 ms', or the disk that had slow I/Os; else ''."""
+    slow = slow_member(pool)
+    if slow:
+        return f"; {slow.disk} answers after {slow.wait * 1000:.3g} ms, the others of its vdev after " \
+               f"{slow.usual * 1000:.3g} ms"
+    counts = {str(leaf.get("disk") or leaf.get("name")): number(leaf, "slow_ios") or 0
+              for leaf in walk_vdevs(pool.get("vdevs"))}
+    worst = max(counts, key=lambda name: counts[name], default="")
+    return f"; {worst} had slow I/Os" if counts.get(worst) else ""
+
+
+class Scrub(NamedTuple):
+    """What is remembered of a scrub; `repaired` is None of those that ended before that was kept."""
+
+    ended_at: float
+    took: float
+    size: float
+    repaired: float | None = None
+
+
+def known_scrubs(host: HostState, pool: str) -> list[Scrub]:
+    """The last scrubs of a pool, oldest first."""
+    return [Scrub(*kept[:4]) for kept in host.memory.get("scrub-slow", f"pools/{pool}", ())]
+
+
+def usual_scrub(scrubs: Sequence[Scrub]) -> float | None:
+    """Seconds that the last scrub would have taken, by the median per byte of at least three before it."""
+    if len(scrubs) < 4:
+        return None
+    return statistics.median(scrub.took / scrub.size for scrub in scrubs[:-1]) * scrubs[-1].size
+
+
+def repaired_before(scrubs: Sequence[Scrub], ended: float) -> str:
+    """'; before it, oldest first: nothing, 4 KiB'; '' where that is not known."""
+    known = [scrub.repaired for scrub in scrubs if scrub.ended_at < ended and scrub.repaired is not None][-3:]
+    said = ", ".join(format_bytes(repaired) if repaired else "nothing" for repaired in known)
+    return f"; before it, oldest first: {said}" if known else ""
+
+
+SCRUB_COLUMNS = ("host", "pool", "verdict", "reason", "ended_at", "duration_seconds", "usual_seconds", "repaired_bytes",
+                 "repaired_before", "errors", "scheduled", "slow_disk")
+
+
+def scrub_rows(host: HostState) -> Iterator[dict[str, Any]]:
+    """Each pool's last scrub against those before it, and the disk that is slower than those beside it."""
+    scheduled = (host.body("safeguards") or {}).get("scrub_scheduled")
+    for pool in dicts(host.body("pools")):
+        name, last = str(pool.get("name")), pool.get("last_scrub")
+        scrubs, slow = known_scrubs(host, name), slow_member(pool)
+        usual = usual_scrub(scrubs)
+        alerts = [alert for rule in ("scrub-result", "scrub-age", "scrub-slow", "scrub-stuck")
+                  if (alert := host.alerts.get((rule, f"pools/{name}"))) is not None and alert.state == "firing"]
+        reason = "; ".join(alert.message for alert in alerts) or (
+            "no scrub of it is known" if number(last, "ended_at") is None else
+            f"how long it takes is not known yet: {len(scrubs)} of 4 were seen" if usual is None else "as usual")
+        yield {"host": host.name, "pool": name, "reason": reason + ("" if alerts else describe_slow_member(pool)),
+               "verdict": alerts[0].severity if alerts else "unknown" if usual is None else "ok",
+               **{key: number(last, key) for key in ("ended_at", "duration_seconds", "repaired_bytes", "errors")},
+               "usual_seconds": usual, "repaired_before": [scrub.repaired for scrub in scrubs[:-1]],
+               "scheduled": scheduled, "slow_disk": slow and slow.disk}
+    yield from unseen_row(host, SCRUB_COLUMNS, "pools")
 
 
 # What changed: facts of a report that belong on the time line.
@@ -2925,6 +3138,7 @@ def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bo
         yield from scrub_ends(host.body("pools"), report["pools"], now)
     if "guests" in report and host.has("guests"):
         yield from guest_changes(host.guest_words, report["guests"], at)
+        yield from setting_changes(host, report["guests"], now)
 
 
 def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
@@ -2983,6 +3197,18 @@ def guest_changes(before: dict[int, str | None], guests: Any, at: float) -> Iter
             yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was} → {word}"
     for vmid in before.keys() - after.keys():
         yield at, "guest", f"guests/{vmid}", f"Guest {vmid} is gone from this host"
+
+
+def setting_changes(host: HostState, guests: Any, now: float) -> Iterator[Change]:
+    """Guests whose configuration changed since the report before, with the names of the settings."""
+    changed = settings_changed(guests)
+    for guest in dicts(guests) if changed else ():
+        at, vmid = changed.get(guest["vmid"]), guest["vmid"]
+        if at is not None and vmid in host.guest_words and at > host.settings_changed.get(vmid, 0):
+            names = guest.get("config_changed")
+            yield min(at, now), "config", f"guests/{vmid}", \
+                f"Configuration of guest {vmid} {text(guest, 'name') or ''} changed: " \
+                + ", ".join(map(str, names if isinstance(names, list) else ()))
 
 
 # When it is full, and what grew: from values of the past that history gives.
@@ -4127,6 +4353,20 @@ def pool_fragmentation(pool: Fields) -> Found:
                                 f"{percent(fragmented)} fragmented.")
 
 
+@rule("pool-special", each="pools", warn=SPECIAL_FULL, crit=0.90, clear_by=0.03, hold=15 * MINUTE,
+      why="What no longer fits on the special vdev goes to the slow disks, for as long as it is not written anew.",
+      todo="zpool list -v POOL; add a special mirror, or set special_small_blocks lower.")
+def pool_special(pool: Fields) -> Found:
+    """The fullest special vdev."""
+    special = [vdev for vdev in dicts(pool.get("vdevs")) if text(vdev, "class") == "special"]
+    shares = [share for vdev in special
+              if (share := ratio(number(vdev, "allocated_bytes"), number(vdev, "size_bytes"))) is not None]
+    if special and not shares:
+        return UNKNOWN
+    return measured(max(shares), f"A special vdev of pool {pool['name']} is {percent(max(shares))} full.") \
+        if shares else None
+
+
 @rule("scrub-age", each="pools", warn=40 * DAY, crit=75 * DAY, tidy=True,
       why="Errors that nobody reads are found only by a scrub.",
       todo="zpool scrub POOL; look at Debian's monthly job in /etc/cron.d/zfsutils-linux.")
@@ -4170,11 +4410,13 @@ def scrub_result(pool: Fields, host: HostState) -> Found:
         return None
     if errors:
         return critical(f"The last {word} of pool {name} found {int(errors)} error(s) it could not repair.", errors)
-    return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes.", repaired) if repaired else None
+    if not repaired:
+        return None
+    return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes"
+                   f"{repaired_before(known_scrubs(host, str(name)), ended)}.", repaired)
 
 
 SCRUBS_KEPT = 10  # of a pool are remembered
-SCRUB_LEAST = 10 * MINUTE  # what takes less says nothing of the disks
 
 
 @rule("scrub-slow", each="pools", tidy=True,
@@ -4182,22 +4424,20 @@ SCRUB_LEAST = 10 * MINUTE  # what takes less says nothing of the disks
       todo="zpool iostat -vl POOL 5 shows which disk is slow; was there other load, a backup or a rebuild?")
 def scrub_slow(pool: Fields, host: HostState) -> Found:
     """The last scrub took half as long again per byte as the median of at least three before it."""
-    last, object = pool.get("last_scrub"), f"pools/{pool['name']}"
+    last, name = pool.get("last_scrub"), str(pool["name"])
     ended, took, size = number(last, "ended_at"), number(last, "duration_seconds"), number(pool, "allocated_bytes")
-    known = host.memory.get("scrub-slow", object, [])
-    if ended is not None and took and size and ended not in (at for at, _, _ in known):
-        known = [*known, [ended, took, size]][-SCRUBS_KEPT:]
-        host.memory.keep("scrub-slow", object, known)
-    if len(known) < 4:
+    scrubs = known_scrubs(host, name)
+    if ended is not None and took and size and ended not in (scrub.ended_at for scrub in scrubs):
+        scrubs = [*scrubs, Scrub(ended, took, size, number(last, "repaired_bytes"))][-SCRUBS_KEPT:]
+        host.memory.keep("scrub-slow", f"pools/{name}", [list(scrub) for scrub in scrubs])
+    usual = usual_scrub(scrubs)
+    if usual is None:
         return UNKNOWN
-    *before, (_, took, size) = known
-    usual = statistics.median(seconds / bytes for _, seconds, bytes in before)
-    if took < SCRUB_LEAST or took / size <= 1.5 * usual:
+    took = scrubs[-1].took
+    if took < SCRUB_LEAST or took <= 1.5 * usual:
         return None
-    slow = max(leaves_with_parent(pool), key=lambda pair: number(pair[0], "slow_ios") or 0, default=None)
-    named = f"; {slow[0].get('name')} had slow I/Os" if slow and number(slow[0], "slow_ios") else ""
-    return warning(f"The last scrub of pool {pool['name']} took {format_duration(took)}; for as much data it used to "
-                   f"take {format_duration(usual * size)}{named}.", took / size / usual)
+    return warning(f"The last scrub of pool {name} took {format_duration(took)}; for as much data it used to take "
+                   f"{format_duration(usual)}{describe_slow_member(pool)}.", took / usual)
 
 
 @rule("scrub-stuck", each="pools", tidy=True,
@@ -4307,6 +4547,33 @@ def snapshot_missing(classes: list[Fields], host: HostState) -> Iterator[Reading
                           object)
     if not host.has("datasets") or is_unseen(host, "datasets") or is_unseen(host, "snapshots"):
         yield UNKNOWN
+
+
+@rule("snapshot-unpruned", each="snapshots", hold=DAY, always=True,
+      why="Snapshots that nobody deletes fill the pool in the end.",
+      todo="See to it that what makes them also prunes them (sanoid: autoprune = yes).")
+def snapshot_unpruned(snapshots: Fields) -> Found:
+    """A series of hundreds over months of which none is gone."""
+    span = unpruned_span(snapshots)
+    return None if span is None else info(
+        f"None of the {int(snapshots['count'])} {snapshots.get('class')} snapshots of {snapshots['dataset']} was "
+        f"deleted in {format_duration(span)}.", snapshots["count"])
+
+
+@rule("snapshot-growth", on="pools", of="dataset", warn=0.20, clear_by=0.05, hold=HOUR, always=True,
+      why="Snapshots that grow fill the pool, and it is not the guests' data that do.",
+      todo="Delete old snapshots of it, keep fewer, or find what rewrites so much.")
+def snapshot_growth(pools: list[Fields], host: HostState) -> Iterator[Reading]:
+    """Share of what was free that the snapshots of one dataset took in the last week, of a pool that fills up."""
+    if host.forecasts is None:
+        yield UNKNOWN
+    for growth, filling, share in grown_snapshots(host):
+        if filling.forecast and (filling.forecast.soonest or 0) <= FORECAST_RULE["warn"]:
+            continue  # pool-forecast says what grew
+        reading = measured(share, f"Snapshots of {growth.dataset} grew by {format_bytes(growth.bytes)} in "
+                                  f"{filling.grown_days:.0f} d: {percent(share)} of what was free.")
+        if reading is not None:
+            yield reading._replace(object=f"datasets/{growth.dataset}")
 
 
 @rule("guest-snapshot-age", on="snapshots", of="guest", always=True,
@@ -5037,12 +5304,14 @@ def without_backup(host: HostState) -> set[str]:
       why="If this host burned now, these guests would be lost with their backups.",
       todo="Back them up to a storage of another machine (PBS, NFS, CIFS), replicate them, or tag them no-backup.")
 def copy_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Found:
-    """Guests that are backed up, but only onto their own host. The backup rules tell who is late or in no job."""
+    """Guests older than a day that are backed up, but only onto their own host. The backup rules tell who is late or
+    in no job."""
     if fleet.copies is None:
         return UNKNOWN
     in_time = {guest.vmid for guest in coverage(host, fleet, now) if guest.newest_ok_at is not None}
+    young = {str(guest["vmid"]) for guest in host.items("guests") if now - (number(guest, "created_at") or 0) < DAY}
     bare = [called(row) for row in copy_rows(host, fleet.copies, now) if row["verdict"] == "warning"
-            and str(row["vmid"]) in in_time - without_backup(host) and "only copy" in row["reason"]]
+            and str(row["vmid"]) in in_time - without_backup(host) - young and "only copy" in row["reason"]]
     if not bare:
         return None
     return warning(f"{len(bare)} guest{'' if len(bare) == 1 else 's'} would be lost with this host, backups included: "
@@ -5065,12 +5334,12 @@ def suspects_hold_pool(pool: Fields, host: HostState) -> Found:
 @rule("blind-spot", on="safeguards", always=True, hold=HOUR,
       why="When something fails here, nobody hears of it.",
       todo="The list of blind spots names what to do for each.")
-def blind_spot(safeguards: Fields, host: HostState) -> Found:
+def blind_spot(safeguards: Fields, host: HostState, fleet: Fleet) -> Found:
     """What would stay silent on this host, in one line; a danger by itself where ZFS or the cluster counts on it."""
-    found = list(silent_failures(host))
+    found = [spot for spot in silent_failures(host, vmids_of_cluster(fleet, host)) if spot[0] not in TOLD_ELSEWHERE]
     if not found:
         return None
-    grave = any(what in ("zed", "fencing", "security-source") for what, _, _ in found)
+    grave = any(what in GRAVE_SPOTS for what, _, _ in found)
     return (warning if grave else info)("Blind spots: " + "; ".join(why for _, why, _ in found) + ".", len(found))
 
 
@@ -9617,13 +9886,12 @@ def asked_rules(call: Call) -> Rows:
 
 def fleet_copies(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
     """Whoever would lose most, first: no copy at all, then the oldest copy. Any host may hold copies for another."""
-    index = SnapshotIndex(fleet.hosts.values())
+    index = fleet.copies or SnapshotIndex(fleet.hosts.values())
     jobless = {(state.name, cover.vmid) for state in states for cover in known_coverage(state, fleet, now) or ()
                if cover.covered is False}
     rows = [beside_no_job(row) if (row["host"], str(row["vmid"])) in jobless else row
             for _, row in of_each(states, "copies", lambda state: copy_rows(state, index, now))]
-    order = {"warning": 0, "unknown": 1}
-    yield from sorted(rows, key=lambda row: (order.get(row["verdict"], 2), -(row["lost_seconds"] or 0)))
+    yield from sorted(rows, key=lambda row: (min(urgency(row), 3), -(row["lost_seconds"] or 0)))
 
 
 def beside_no_job(row: Row) -> Row:
@@ -9634,13 +9902,24 @@ def beside_no_job(row: Row) -> Row:
 
 
 def fleet_blindspots(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
-    for state, (what, reason, todo) in of_each(states, "blindspots", silent_failures):
-        yield {"host": state.name, "what": what, "verdict": "warning", "reason": reason, "todo": todo}
+    rows = [row for _, row in of_each(states, "blindspots", partial(blindspot_rows, fleet))]
+    yield from sorted(rows, key=urgency)
+
+
+def urgency(row: Row) -> int:
+    """The place of a row of an answer: what is not known stands before what is only worth knowing."""
+    return {"critical": 0, "warning": 1, "unknown": 2, "info": 3}.get(row["verdict"], 4)
 
 
 def fleet_traps(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
     rows = [row for _, row in of_each(states, "traps", space_traps)]
     yield from sorted(rows, key=lambda row: -(row["bytes"] or 0))
+
+
+def fleet_scrubs(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
+    """The worst first, then those of longest ago."""
+    rows = [row for _, row in of_each(states, "scrubs", scrub_rows)]
+    yield from sorted(rows, key=lambda row: (urgency(row), row["ended_at"] or 0))
 
 
 def fleet_forecasts(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
@@ -9652,8 +9931,7 @@ def fleet_forecasts(fleet: Fleet, states: list[HostState], now: float) -> Iterat
 
 def fleet_series(fleet: Fleet, states: list[HostState], now: float) -> Iterator[Row]:
     rows = [row for _, row in of_each(states, "snapshots", lambda state: series_rows(state, now))]
-    order = {"critical": 0, "warning": 1, "unknown": 2, "info": 3}
-    yield from sorted(rows, key=lambda row: order.get(row["verdict"], 4))
+    yield from sorted(rows, key=urgency)
 
 
 def build_overview(fleet: Fleet, now: float) -> Row:
@@ -9717,6 +9995,8 @@ class Resource(NamedTuple):
     heads: tuple[tuple[str, str, str], ...] = ()  # on the page, as Head has them; all other columns can be chosen
     tab: str = ""  # what its tab is called, if not as the list
     title: str = ""  # of an answer: it stands in a line of its own under the lists
+    basis: str = ""  # of an answer: what it was computed from, and how sure it is
+    sum_up: Callable[[Rows], str] | None = None  # of an answer: all its rows in a sentence
 
     @property
     def one(self) -> str:
@@ -9868,6 +10148,10 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "copies", "If a host burned now: for every guest the newest copy of its data that is not on it, and what would "
         "be lost.", COPY_COLUMNS, of_hosts=fleet_copies, title="If a host burned",
+        basis="From backups on storages that are not the host's own, PVE replication, and snapshots whose guid "
+              "another host has too: these are sure. A snapshot of the same name, class and time on a host where no"
+              " such guest runs is likely: the column sure is false.",
+        sum_up=sum_up_copies,
         words={"lost": ("lost_seconds",)},
         heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
                ("Host", "host", "c-host"), ("Would be lost", "-lost_seconds", "c-num"), ("Copy", "copy_kind", "c-text"),
@@ -9875,6 +10159,8 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "replacements", "The disks to replace, in order: where the least margin would be left first.",
         REPLACE_COLUMNS, of_hosts=lambda fleet, states, now: replacement_rows(states), title="Disks to replace",
+        basis="From SMART, self-tests and the errors that ZFS counted, against what each vdev may still lose. A "
+              "disk that SMART cannot look at is never suspect by that.",
         words={"name": ("disk",), "margin": ("margin_with_suspects",)},
         heads=(("State", "verdict", "c-state"), ("Disk", "disk", "c-name"), ("Host", "host", "c-host"),
                ("Why", "reason", "c-text"), ("Serial", "serial", "c-text"), ("Model", "model", "c-text opt-2"),
@@ -9883,37 +10169,64 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "blindspots", "Where trouble would go unheard: mail addresses, timers, daemons, jobs, sources of updates.",
         BLINDSPOT_COLUMNS, of_hosts=fleet_blindspots, title="Blind spots",
+        basis="From the host's own configuration and running services, half an hour old at most: sure. What could "
+              "not be looked at is said to be unknown.",
         words={"name": ("what",)},
         heads=(("State", "verdict", "c-state"), ("Blind spot", "reason", "c-name"), ("Host", "host", "c-host"),
                ("What to do", "todo", "c-text"))),
     Resource(
         "traps", "What takes space that nobody expects it to take.", TRAP_COLUMNS, of_hosts=fleet_traps,
-        title="Space traps", words={"name": ("object",)},
+        title="Space traps",
+        basis="From zfs list and the pool's geometry. Padding is computed from volblocksize, sector size and width,"
+              " to some percent; for clones it is an upper bound; all else is as ZFS counts it.",
+        sum_up=sum_up_traps, words={"name": ("object",)},
         heads=(("Object", "object", "c-name"), ("Host", "host", "c-host"), ("Trap", "trap", "c-text"),
                ("Takes", "-bytes", "c-num"), ("Why", "reason", "c-text"))),
     Resource(
         "snapshots", "Series of snapshots, by dataset and class: their rhythm, who is late, who has none though its "
         "neighbours have, who never prunes.", SERIES_COLUMNS, of_hosts=fleet_series, title="Snapshots",
+        basis="The rhythm is the median of the last 20 intervals. Holds is exact where a dataset has one class; "
+              "else it is what each snapshot alone holds, at least that, and At most is what all of the dataset's "
+              "hold together.",
         words={"name": ("dataset",)},
         heads=(("State", "verdict", "c-state"), ("Dataset", "dataset", "c-name"), ("Host", "host", "c-host"),
                ("Class", "class", "c-text"), ("Newest", "newest_at", "c-num"), ("Count", "-count", "c-num opt-2"),
                ("Rhythm", "interval_seconds", "c-num opt-2"), ("Oldest", "oldest_at", "c-num opt-3"),
-               ("Holds", "-held_bytes", "c-num opt-2"), ("Why", "reason", "c-text opt-2"))),
+               ("Holds", "-held_bytes", "c-num opt-2"), ("At most", "-held_most_bytes", "c-num opt-3"),
+               ("Why", "reason", "c-text opt-2"))),
+    Resource(
+        "scrubs", "Each pool's last scrub against those before it: how long it took, what it repaired, the slow disk.",
+        SCRUB_COLUMNS, of_hosts=fleet_scrubs, title="Scrubs",
+        basis="Usual is the median per byte of at least three scrubs that were seen here, for as much data. The "
+              "slow disk reads twice as slow as the others of its vdev, by ZFS's own averages since the import.",
+        words={"name": ("pool",), "scrub": ("ended_at",)},
+        heads=(("State", "verdict", "c-state"), ("Pool", "pool", "c-name"), ("Host", "host", "c-host"),
+               ("Ended", "ended_at", "c-num"), ("Took", "-duration_seconds", "c-num"),
+               ("Usual", "usual_seconds", "c-num"), ("Repaired", "-repaired_bytes", "c-num"),
+               ("Slow disk", "slow_disk", "c-text"), ("Why", "reason", "c-text opt-2"))),
     Resource(
         "forecasts", "When pools, storages, thin pools, datasets with a quota and root file systems are full, as a "
         "range of days, what grew, and what could be won.", FORECAST_COLUMNS, of_hosts=fleet_forecasts,
-        title="When it is full", words={"name": ("object",), "full": ("days_until_full",)},
+        title="When it is full",
+        basis="From the history of the last 7 and 30 days, by the median of slopes with its 90 % bounds: what grows"
+              " steadily. Less than 3 days known: unknown.",
+        words={"name": ("object",), "full": ("days_until_full",)},
         heads=(("State", "verdict", "c-state"), ("Space", "object", "c-name"), ("Host", "host", "c-host"),
                ("Full in", "reason", "c-text"), ("Days", "days_until_full", "c-num"),
                ("Free", "available_bytes", "c-num"), ("A day", "-daily_growth_bytes", "c-num opt-2"))),
     Resource(
         "drift", "The odd ones out: where a host differs from what at least two thirds of the hosts asked for share.",
-        DRIFT_COLUMNS, of_hosts=lambda fleet, states, now: drift_rows(states), title="Drift", words={"name": ("fact",)},
+        DRIFT_COLUMNS, of_hosts=lambda fleet, states, now: drift_rows(states), title="Drift",
+        basis="A value is usual if two thirds of at least three hosts that tell of it share it; who does not tell "
+              "is not odd. ZFS's module is also held against its tools on the same host.",
+        words={"name": ("fact",)},
         heads=(("Fact", "fact", "c-name"), ("Host", "host", "c-host"), ("Here", "value", "c-text"),
                ("Usual", "usual", "c-text"), ("Share", "share_ratio", "c-num"))),
     Resource(
         "cohorts", "Disks of one model and firmware: how many, how fast they wear, how many are suspect, where.",
         COHORT_COLUMNS, of_hosts=lambda fleet, states, now: cohort_rows(states), title="Disk models",
+        basis="Wear is what the disk says of itself over its power-on time, the median of the model: a year or two "
+              "of a few disks say little.",
         words={"name": ("model",)},
         heads=(("Model", "model", "c-name"), ("Firmware", "firmware", "c-text"), ("Disks", "-disks", "c-num"),
                ("Suspect", "-suspect", "c-num"), ("Worn a year", "-wear_per_year_ratio", "c-num"),
@@ -10212,18 +10525,26 @@ def get_list(resource: Resource, call: Call) -> Answer:
         raise Problem("invalid_request", f"limit: 0 to {LIST_MOST}; offset: from 0", parameter="limit")
     rows, failed = list_rows(resource, call)
     rows = find_rows(call, resource, filter_rows(resource, rows, call.query), parse_terms(call.query.get("q", "")))
-    rows = iter(sort_rows(list(rows), sort) if sort else rows)
+    whole = list(rows) if resource.title else []
+    rows = iter(sort_rows(whole or list(rows), sort) if sort else whole or rows)
     before, page = sum(1 for _ in islice(rows, offset)), list(islice(rows, limit))
     total = before + len(page) + sum(1 for _ in rows)
     if form == "json":
         items = [pick(row, columns) for row in page] if "columns" in call.query else page
-        told = {"items": items, "total": total, "limit": limit, "offset": offset}
+        told = {"items": items, "total": total, "limit": limit, "offset": offset, **about_answer(resource, whole)}
         return Answer(200, json.dumps({**told, "failed": failed} if failed else told).encode())
     headers = {"X-Total-Count": str(total), **({"X-Failed-Hosts": ", ".join(failed)} if failed else {})}
     if form == "csv":
         return csv_answer(to_csv(page, columns), resource.name, headers)
     return Answer(200, to_text(page, columns).encode("utf-8", "replace"),
                   {"Content-Type": "text/plain; charset=utf-8", **headers})
+
+
+def about_answer(resource: Resource, rows: Rows) -> Row:
+    """What an answer was computed from, how sure that is, and all its rows in a sentence."""
+    if not resource.title:
+        return {}
+    return {"basis": resource.basis, "summary": resource.sum_up(rows) if resource.sum_up else None}
 
 
 def list_rows(resource: Resource, call: Call) -> tuple[Iterable[Row], list[str]]:
@@ -10998,6 +11319,7 @@ def describe_route(one: Route) -> dict[str, Any]:
 # --- cards: one host, guest, pool, disk or cluster, opened: what it stands on, and what depends on it ---
 
 CARD_EVENTS = 50  # of the last 30 days, the newest
+BEFORE_SHOWN = 8  # of what happened before an alert
 # What says that something was done or has happened to a host, not that somebody was told of it.
 CHANGES = ("task", "reboot", "update", "scrub", "guest", "config", "host-", "token-")
 
@@ -11057,7 +11379,7 @@ def card_alerts(call: Call, owner: Any, *objects: str, state: str = "firing") ->
         rule = RULE.get(row["rule"])
         row.update(silence=silence_of(call, owner, row), site=getattr(owner, "site", None),
                    tags=getattr(owner, "tags", []), blast=radius and radius["sentence"], children=[],
-                   todo=rule and rule.todo, before=changes_before(call, owner.name, row["since"]))
+                   todo=rule and rule.todo, before=changes_before(call, owner, row))
     shown = {row["id"]: row for row in rows}
     tops: Rows = []
     for row in rows:
@@ -11070,10 +11392,11 @@ def is_of_object(object: str, names: Iterable[str]) -> bool:
     return any(object == name or object.startswith(name + "/") for name in names)
 
 
-def changes_before(call: Call, host: str | None, at: float) -> Rows:
-    """What changed on a host in the hour before: the first place to look for a cause."""
-    events = each_event(call.db, since=at - HOUR, until=at, host=host) if host else ()
-    return list(islice((event for event in events if event["kind"].startswith(CHANGES)), 6))
+def changes_before(call: Call, owner: AlertOwner, alert: Row) -> Rows:
+    """What changed on its host and cluster in the hour before: the first place to look for a cause."""
+    state = owner if isinstance(owner, HostState) else None
+    return [event for event in events_before(call, alert, state)
+            if event["kind"].startswith((*CHANGES, "alert-firing"))][:BEFORE_SHOWN]
 
 
 def card_events(call: Call, host: str | None, *objects: str) -> Rows:
@@ -11206,7 +11529,7 @@ def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
     object = f"guests/{vmid}"
     row = next(row for row in card_rows(call, state, "guests") if str(row["vmid"]) == vmid)
     index = call.fleet.copies or SnapshotIndex(call.fleet.hosts.values())
-    copy = None if guest.get("template") else guest_copy(state, guest, index, call.now)
+    copy = None if guest.get("template") else guest_copy(CopySources(state, index), guest, call.now)
     datasets = set(volumes_of(guest))
     return {
         "kind": "guest", "title": row["name"] or vmid, "verdict": row["verdict"], "row": row, "guest": guest,
@@ -11215,9 +11538,11 @@ def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
                       *([f"If {state.name} burned now: {copy['reason']}."] if copy else [])],
         "alerts": card_alerts(call, state, object), "watching": watched(state, object),
         "volumes": [guest_volume(state, volume) for volume in dicts(guest.get("volumes"))],
+        "unused": [{"name": text(volume, "name"), **guest_volume(state, volume)}
+                   for volume in dicts(guest.get("unused"))],
         "backup": next((found for found in card_rows(call, state, "backups") if str(found["vmid"]) == vmid), None),
         "jobs": [job for job in dicts((state.body("backups") or {}).get("jobs")) if names_guest(job, guest)],
-        "snapshots": [kind for kind in dicts(state.body("snapshots")) if kind.get("dataset") in datasets],
+        "snapshots": [series for series in series_rows(state, call.now) if series["dataset"] in datasets],
         "replication": [job for job in dicts(state.body("replication")) if str(job.get("vmid")) == vmid],
         "tasks": newest_tasks(task for task in dicts(state.body("tasks")) if str(task.get("vmid")) == vmid),
         "events": card_events(call, state.name, object)}
@@ -11269,6 +11594,8 @@ def pool_card(call: Call, state: HostState, name: str) -> Row | None:
         "kind": "pool", "title": name, "verdict": row["verdict"], "row": row, "body": body,
         "sentences": [row["reason"] or "No problem found.", *([f"{capital(radius['sentence'])}."] if radius else [])],
         "alerts": card_alerts(call, state, object), "watching": watched(state, object), "filling": filling,
+        "wins": winnings(state, name, call.now),
+        "scrub": next((found for found in scrub_rows(state) if found["pool"] == name), None),
         "margins": pool_margins(state, body), "guests": [
             guest for guest in card_rows(call, state, "guests") if guest["vmid"] in here],
         "datasets": sorted((dataset for dataset in dicts(state.body("datasets"))
@@ -11617,6 +11944,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms), PROBLEMS_SHOWN),
         "view": view, "lines": PROBLEMS_SHOWN if view == "problems" else 0 if "tab" in query else PROBLEMS_ABOVE,
         "tiles": fleet_tiles(everything) if view in ("home", "problems") else [],
+        "about": about_answer(resource, rows),
         "not_words": not_words(query.get("q", ""), resource) if view == "list" else [],
         "facets": facets(tab, everything), "night": last_night(call.now) if tab == "events" else None,
         "span": [unix_time(query.get(name, "")) for name in ("since", "until")] if tab == "events" else [None, None],

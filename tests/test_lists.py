@@ -195,7 +195,7 @@ SHOWN_ONLY = {
         updates.packages subscription.level datasets.encryption""",
     "a choice of the administrator, or a thing that may be so for years": """
         node.interfaces.up mail_queue.hold safeguards.no_subscription_source safeguards.notification_matchers
-        safeguards.notification_targets safeguards.test_source safeguards.trim_scheduled""",
+        safeguards.notification_targets safeguards.test_source""",
     "settings, held against what is advised in a list of their own": "pool_settings",
     "its change is an event": "versions.storage_cfg_digest guests.config_changed",
     "passes by itself": "mail_queue.incoming pools.expansion.state",

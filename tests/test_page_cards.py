@@ -87,7 +87,7 @@ def opened(page: Page, query: str) -> str:
 
 def test_the_card_of_a_guest_tells_what_it_lies_on_and_of_its_copies(page):
     told = opened(page, "host=pve1&guest=104")
-    for text in ("lives on tank", "suspect: sdb", "local-zfs", "tank/vm-104-disk-0", "sda", "32.0 GiB", "3.0 GiB",
+    for text in ("lives on tank", "sdb is suspect", "local-zfs", "tank/vm-104-disk-0", "sda", "32.0 GiB", "3.0 GiB",
                  "fresh", "pbs", "scsi1", "nightly", "104-0", "pve2", "vzdump", "root@pam", "If pve1 burned now"):
         assert text in told, text
     page.locator("#volumes").get_by_role("link", name="tank", exact=True).click()

@@ -223,7 +223,12 @@ def worn_spare(probe: BentHost) -> None:
     probe.smart("/dev/nvme0", lambda smart: smart["nvme_smart_health_information_log"].update(critical_warning=4))
 
 
+def full_special(probe: BentHost) -> None:
+    probe.alter("zpool iostat -HPlpv tank", "288000000000\t191500000000", "400000000000\t79500000000")
+
+
 CASES: list[tuple[str, dict[str, Any]]] = [
+    ("pool-special", {"bend": once(full_special), "of": "pve9-raidz2-draid"}),
     ("cpu", {"bend": cpu_time, "times": 5, "every": 1200}),
     ("memory", {"bend": once(short_of_memory)}),
     ("memory-pressure", {"bend": text("/proc/pressure/memory", "some avg10=60 avg300=60\nfull avg10=60.00 avg300=60.00\n")}),
@@ -337,7 +342,7 @@ ELSEWHERE = {
     "server-certificate", "log-ins-fail",  # are about the server
     "cluster-clock",  # needs the clocks of two hosts: tests/test_server_rules.py
     "copy-missing",  # tests/test_server_answers.py: one agent's dump folder beside another's storage
-    "suspects-hold-pool", "snapshot-missing", "scrub-slow",  # tests/test_server_answers.py
+    "suspects-hold-pool", "snapshot-missing", "snapshot-unpruned", "snapshot-growth", "scrub-slow",  # tests/test_server_answers.py
     "pool-forecast", "space-forecast",  # need days of history: tests/test_server_rules.py
     "pool-readonly",  # tests/test_server_rules_reported.py
 }

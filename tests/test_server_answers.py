@@ -1,7 +1,8 @@
 """What an operator would otherwise work out by hand: each answer right, rightly silent, and unknown where data are
 missing.
 
-    copies -> margins -> blast radius -> silent failures -> drift -> space traps -> forecasts -> chronicle
+    copies -> margins -> blast radius -> silent failures -> drift -> space traps -> chronicle -> forecasts
+        -> snapshots and scrubs -> what changed before -> rules -> lists of the API
 """
 
 from __future__ import annotations
@@ -108,6 +109,21 @@ def test_an_older_snapshot_elsewhere_is_a_likely_copy(sim: Simulation) -> None:
 def test_a_snapshot_of_another_guest_with_the_same_number_is_none(sim: Simulation) -> None:
     state(sim, "pve2", guests=[], snapshots=[snapshot("111", 400 * DAY, "rpool/data/vm-104-disk-0")])
     assert risk(sim, state(sim, snapshots=[snapshot("777", HOUR)]))["verdict"] == "warning"
+
+
+def test_snapshots_of_a_host_that_runs_a_guest_of_that_number_are_its_own(sim: Simulation) -> None:
+    """Hosts that know nothing of each other number their guests alike, and snapshot them at the same hours."""
+    state(sim, "pve2", snapshots=[snapshot("111", 20 * HOUR)])
+    assert risk(sim, state(sim, snapshots=[snapshot("777", HOUR)]))["verdict"] == "warning"
+
+
+def test_the_fleet_is_summed_up_and_says_what_it_went_by(sim: Simulation) -> None:
+    state(sim, guests=[guest(101), guest(102)], backups=backup("pbs", HOUR, 101))
+    status, told = asked(sim, "/api/v1/copies")
+    assert status == 200 and told["summary"] == "1 of 2 guests have no copy outside their own host."
+    assert [row["vmid"] for row in told["items"]] == [102, 101] and "guid" in told["basis"]
+    assert "basis" not in asked(sim, "/api/v1/guests?limit=1")[1]
+    assert all(resource.basis for resource in server.RESOURCES.values() if resource.title)
 
 
 def test_all_volumes_must_have_a_copy_and_the_oldest_counts(sim: Simulation) -> None:
@@ -220,6 +236,12 @@ def test_disks_are_replaced_in_the_order_of_what_is_left(sim: Simulation) -> Non
         ("close", "x", 0, "S-x"), ("safe", "a", 1, "S-a")]
 
 
+def test_disks_that_could_not_be_looked_at_are_not_called_well(sim: Simulation) -> None:
+    host = state(sim, pools=[pool(vdev("mirror", leaf("a"), leaf("b")))], errors={"disks": {"code": "timeout"}})
+    (row,) = server.replacement_rows([host])
+    assert (row["verdict"], row["disk"]) == ("unknown", None) and "could not be looked at: disks (timeout)" in row["reason"]
+
+
 def test_margins_follow_the_newest_disks_and_outlive_a_restart(sim: Simulation) -> None:
     one = pool(vdev("mirror", leaf("a"), leaf("b")))
     for pending, suspects in ((3, ["a"]), (0, []), (5, ["a"])):
@@ -259,7 +281,7 @@ def test_nothing_is_said_of_what_is_not_there(sim: Simulation, object: str) -> N
 def test_a_guest_tells_where_it_lives(sim: Simulation) -> None:
     host = tank_host(sim, disks=[disk("sdf", pending_sectors=1)])
     assert [row["lives_on"] for row in server.guest_rows(host, START)] == [
-        *["lives on tank (raidz2, no more disk may fail); suspect: sdf"] * 2, "lives on rpool, of which nothing is known"]
+        *["lives on tank (raidz2, no more disk may fail), sdf is suspect"] * 2, "lives on rpool, of which nothing is known"]
 
 
 def asked(sim: Simulation, path: str) -> Any:
@@ -321,6 +343,36 @@ def test_the_enterprise_source_is_right_with_a_subscription(sim: Simulation) -> 
     assert silent(sim, safeguards=on, subscription={"status": "notfound"}) == ["enterprise-source"]
 
 
+def test_trim_matters_where_a_pool_has_an_ssd_that_does_not_trim_itself(sim: Simulation) -> None:
+    never = {**LOUD, "trim_scheduled": False}
+    for kind, autotrim, spots in (("ssd", False, ["trim-timer"]), ("hdd", False, []), ("ssd", True, []), ("ssd", None, [])):
+        sim.now += 60
+        assert silent(sim, safeguards=never, disks=[disk("a", kind=kind, pool="tank")],
+                      pool_settings=[{"name": "tank", "autotrim": autotrim}]) == spots, (kind, autotrim)
+
+
+def test_mails_that_are_stuck_and_a_clock_that_nobody_sets(sim: Simulation) -> None:
+    off = [{"unit": "chrony.service", "load": "loaded", "active": "inactive"}]
+    assert silent(sim, mail_queue={"deferred": 3}, services=off) == ["mail-queue", "clock-source"]
+    sim.now += 60
+    on = {"unit": "systemd-timesyncd.service", "load": "loaded", "active": "active"}
+    assert silent(sim, mail_queue={"deferred": 0}, services=[*off, on]) == []
+    assert fired(sim, "blind-spot", safeguards=LOUD, services=off, mail_queue={"deferred": 3}) == []  # rules of their own
+
+
+def test_a_guest_with_ha_needs_a_watchdog(sim: Simulation) -> None:
+    unit = {"unit": "watchdog-mux.service", "load": "loaded", "active": "failed"}
+    for services, spots in (([{"id": "vm:104", "state": "started"}], ["fencing"]), ([], [])):
+        sim.now += 60
+        assert silent(sim, services=[unit], ha={"services": services}) == spots
+
+
+def test_what_could_not_be_looked_at_is_a_line_of_its_own(sim: Simulation) -> None:
+    state(sim, services=[], errors={"safeguards": {"code": "denied", "detail": ""}})
+    (row,) = asked(sim, "/api/v1/blindspots")[1]["items"]
+    assert (row["verdict"], row["reason"]) == ("unknown", "could not be looked at: safeguards (denied)")
+
+
 def test_zed_that_does_not_run_matters_where_there_is_zfs(sim: Simulation) -> None:
     unit = {"unit": "zfs-zed.service", "load": "loaded", "active": "inactive"}
     assert silent(sim, services=[unit]) == ["zed"]
@@ -335,6 +387,19 @@ def test_a_job_that_covers_nobody(sim: Simulation) -> None:
     assert silent(sim, backups={"jobs": [{**job, "guests": "all"}], "guests": []}) == []
 
 
+def test_a_job_of_a_cluster_covers_nobody_when_no_node_has_the_guest(sim: Simulation) -> None:
+    members = [{"name": name, "online": True} for name in ("pve1", "pve2")]
+    job = {"id": "j", "enabled": True, "guests": [200], "schedule": "02:00"}
+    told = {"cluster": {"name": "c", "members": members}, "backups": {"jobs": [job], "guests": []},
+            "safeguards": LOUD, "services": []}
+    first = state(sim, "pve1", **told)
+    assert list(server.blindspot_rows(sim.fleet, first)) == []  # the other node may have it
+    for guests, spots in (([guest(200)], []), ([guest(201)], ["backup-job-j"])):
+        sim.now += 60
+        state(sim, "pve2", **told, guests=guests)
+        assert [row["what"] for row in server.blindspot_rows(sim.fleet, first)] == spots
+
+
 # drift and cohorts
 
 
@@ -343,6 +408,26 @@ def test_the_odd_one_out_is_told_and_a_fleet_without_a_usual_value_is_not(sim: S
              for number in range(5)]
     told = [(row["fact"], row["host"], row["value"]) for row in server.drift_rows(hosts)]
     assert told == [("PVE", "pve4", "8.4.1")]
+
+
+@pytest.mark.parametrize(("fields", "fact"), [
+    ({"versions": {"microcode": "0xa1"}}, "microcode"), ({"versions": {"storage_cfg_digest": "ff"}}, "storage.cfg"),
+    ({"node": {"arc_max_bytes": 4, "memory_total_bytes": 64}}, "ARC limit"),
+    ({"pools": [{"name": "tank", "features_disabled": True}]}, "feature flags"),
+    ({"versions": {}, "node": {}, "pools": []}, None),  # it does not tell: that is not odd
+])
+def test_what_may_differ_between_hosts(sim: Simulation, fields: dict[str, Any], fact: str | None) -> None:
+    usual = {"versions": {"microcode": "0xb2", "storage_cfg_digest": "00"},
+             "node": {"arc_max_bytes": 16, "memory_total_bytes": 64}, "pools": [{"name": "tank", "features_disabled": False}]}
+    hosts = [state(sim, f"pve{number}", **(usual if number else {**usual, **fields})) for number in range(4)]
+    assert [(row["host"], row["fact"]) for row in server.drift_rows(hosts)] == ([("pve0", fact)] if fact else [])
+
+
+@pytest.mark.parametrize(("module", "tools", "told"), [
+    ("2.2.8-pve1", "2.3.4-pve1", ["ZFS module and tools"]), ("2.2.8-pve1", "2.2.8-0+deb12u1", []), ("2.2.8-pve1", None, [])])
+def test_a_module_of_another_release_than_its_tools(sim: Simulation, module: str, tools: Any, told: list[str]) -> None:
+    host = state(sim, versions={"zfs_module": module, "zfs_userland": tools})
+    assert [row["fact"] for row in server.drift_rows([host])] == told
 
 
 def test_disks_of_one_model_are_compared(sim: Simulation) -> None:
@@ -390,6 +475,40 @@ def test_a_thick_volume_a_clone_and_an_orphan(sim: Simulation) -> None:
     assert traps(sim, datasets=[orphan], cluster={"name": "c", "members": []}) == []      # may be a replica
 
 
+def test_a_linked_clone_of_a_template_is_meant_so_and_another_holds_at_most_what_snapshots_hold(sim: Simulation) -> None:
+    base = {"name": "rpool/base", "type": "volume", "used_by_snapshots_bytes": 7 * GIB}
+    clone = {"name": "rpool/b", "type": "volume", "origin": "rpool/base@x"}
+    linked = {**clone, "name": "rpool/l", "origin": "rpool/base@__base__"}
+    for datasets, bytes in (([base, clone, linked], 7 * GIB), ([clone, linked], None)):
+        sim.now += 60
+        (row,) = server.space_traps(state(sim, datasets=datasets))
+        assert (row["object"], row["bytes"], "at most" in row["reason"]) == ("datasets/rpool/b", bytes, bytes is not None)
+
+
+def test_volumes_taken_from_a_guest_are_told_with_their_bytes_where_they_are_known(sim: Simulation) -> None:
+    left = [{"name": "unused0", "storage": "local-zfs", "dataset": "rpool/data/vm-104-disk-1"},
+            {"name": "unused1", "storage": "lvm"}]
+    data = [{"name": "rpool/data/vm-104-disk-1", "type": "volume", "used_bytes": 5 * GIB}]
+    rows = list(server.space_traps(state(sim, guests=[guest(unused=left)], datasets=data)))
+    assert [(row["trap"], row["object"], row["bytes"]) for row in rows] == [
+        ("unused", "datasets/rpool/data/vm-104-disk-1", 5 * GIB), ("unused", "datasets/lvm:unused1", None)]
+    assert server.sum_up_traps(rows) == "They take 5.0 GiB; of 1 it is not known."
+    assert [win["what"] for win in server.winnings(sim.fleet.find("pve1"), "rpool", sim.now)] == ["unused"]
+
+
+def special(used: float | None) -> dict[str, Any]:
+    room = {} if used is None else {"allocated_bytes": int(used * 100 * GIB), "size_bytes": 100 * GIB}
+    return pool(vdev("raidz2", *(leaf(name) for name in "abcd")), vdev("mirror", leaf("s"), leaf("t"), **{"class": "special"}, **room))
+
+
+@pytest.mark.parametrize(("used", "severity"), [(0.5, None), (0.8, "warning"), (0.95, "critical"), (None, None)])
+def test_a_special_vdev_that_is_nearly_full(sim: Simulation, used: float | None, severity: str | None) -> None:
+    told = fired(sim, "pool-special", pools=[special(used)])
+    assert [word for word, _ in told] == ([severity] if severity else [])
+    assert traps(sim, pools=[special(used)]) == (["special"] if severity else [])
+    assert (server.RULE["pool-special"].bind(None, sim.fleet, 0)(special(used)) is server.UNKNOWN) == (used is None)
+
+
 # chronicle: what a report tells beyond the one before
 
 
@@ -410,6 +529,18 @@ def chronicle(sim: Simulation, before: dict[str, Any], after: dict[str, Any]) ->
 def test_a_change_is_told(sim: Simulation, before: Any, after: Any, kind: str, word: str) -> None:
     told = chronicle(sim, before, after)
     assert [entry[0] for entry in told] == [kind] and word in told[0][1]
+
+
+def test_changed_settings_of_a_guest_are_told_once_with_their_names(sim: Simulation) -> None:
+    before = {"guests": [guest()]}
+    changed = guest(config_changed=["cores", "memory"], config_changed_at=START)
+    assert chronicle(sim, before, {"guests": [changed]}) == [
+        ("config", "Configuration of guest 104 vm104 changed: cores, memory")]
+    sim.now += 60
+    assert chronicle(sim, {"guests": [changed]}, {"guests": [changed]}) == []  # it goes on being told for an hour
+    sim.now += 60
+    assert chronicle(sim, before, {"guests": [changed]}) == []  # and may be told again after a gap
+    assert chronicle(sim, before, {"guests": [guest()]}) == []  # an older agent knows nothing of it
 
 
 def test_the_first_report_is_no_change(sim: Simulation) -> None:
@@ -523,11 +654,44 @@ def test_where_it_is_no_habit_or_not_known_nothing_is_missing(sim: Simulation, h
 
 
 def test_series_that_are_never_pruned_are_told(sim: Simulation) -> None:
-    kept = snapshot("1", 0, count=500, oldest_at=START - 499 * HOUR, interval_seconds=HOUR)
+    kept = snapshot("1", 0, count=2000, oldest_at=START - 1999 * HOUR, interval_seconds=HOUR)
     pruned = snapshot("2", 0, "rpool/b", count=500, oldest_at=START - 5000 * HOUR, interval_seconds=HOUR)
     unknown = snapshot("3", 0, "rpool/c", newest_at=None)
     rows = {row["dataset"]: row["verdict"] for row in server.series_rows(state(sim, snapshots=[kept, pruned, unknown]), START)}
     assert list(rows.values()) == ["info", "ok", "unknown"]
+    assert [message for _, message in fired(sim, "snapshot-unpruned", snapshots=[kept, pruned, unknown])] == []  # for a day
+    for _ in range(3):
+        sim.now += 12 * HOUR
+        state(sim, snapshots=[kept, pruned, unknown])
+    (alert,) = sim.alerts("snapshot-unpruned")
+    assert alert["severity"] == "info" and "None of the 2000 autosnap_hourly snapshots" in alert["message"]
+
+
+def test_a_plan_that_keeps_720_hours_is_no_series_that_nobody_prunes(sim: Simulation) -> None:
+    assert server.unpruned_span(snapshot("1", 0, count=720, oldest_at=START - 719 * HOUR, interval_seconds=HOUR)) is None
+
+
+def test_what_a_class_of_snapshots_holds(sim: Simulation) -> None:
+    """Exactly where it is the only one; else at least and at most; and not known without either."""
+    sets = [{"name": name, "type": "volume", "used_by_snapshots_bytes": 9 * GIB} for name in ("rpool/a", "rpool/b")]
+    series = [snapshot("1", 0, "rpool/a", used_bytes=GIB), snapshot("2", 0, "rpool/b", used_bytes=GIB),
+              snapshot("3", 0, "rpool/b", used_bytes=2 * GIB, **{"class": "pve"}), snapshot("4", 0, "rpool/c")]
+    rows = server.series_rows(state(sim, snapshots=series, datasets=sets), START)
+    assert [(row["held_bytes"], row["held_most_bytes"]) for row in rows] == [
+        (9 * GIB, 9 * GIB), (GIB, 9 * GIB), (2 * GIB, 9 * GIB), (None, None)]
+
+
+@pytest.mark.parametrize(("grown", "kind", "days", "told"), [
+    (60, "snapshots", 40.0, True), (60, "data", 40.0, False), (5, "snapshots", 40.0, False), (60, "snapshots", 5.0, False)])
+def test_snapshots_that_take_much_of_what_is_free(sim: Simulation, grown: int, kind: str, days: float, told: bool) -> None:
+    """Not where the forecast of the pool says it already; and nothing where no forecast was made."""
+    host = state(sim, pools=[pool()])
+    assert list(server.RULE["snapshot-growth"].bind(host, sim.fleet, 0)([])) == [server.UNKNOWN]
+    growth = server.GrownSpace("tank/a", kind, None, grown * GIB)
+    host.forecasts = {"pools/tank": server.Filling(server.Space("pools/tank", "Pool tank", "", 1, 100 * GIB),
+                                                   server.Forecast(days, None, 1.0, 9.0), sim.now, [growth], 7.0)}
+    found = list(server.RULE["snapshot-growth"].bind(host, sim.fleet, 0)([]))
+    assert [reading.object for reading in found if reading and (reading.value or 0) > 0.2] == (["datasets/tank/a"] if told else [])
 
 
 def scrubbed(sim: Simulation, *hours: float, **fields: Any) -> list[str]:
@@ -547,6 +711,44 @@ def test_a_scrub_slower_by_half_than_its_median_is_told(sim: Simulation) -> None
 @pytest.mark.parametrize("hours", [(4, 4, 5, 4, 5), (4, 4, 9), (0.01, 0.01, 0.01, 0.09)])
 def test_usual_scrubs_and_the_first_ones_say_nothing(sim: Simulation, hours: tuple[float, ...]) -> None:
     assert scrubbed(sim, *hours) == []
+
+
+def waiting(*waits: float | None, **fields: Any) -> dict[str, Any]:
+    leaves = [leaf(f"sd{letter}", **({} if wait is None else {"read_wait_seconds": wait}))
+              for letter, wait in zip("abcd", waits)]
+    return pool(vdev("raidz2", *leaves), **fields)
+
+
+@pytest.mark.parametrize(("waits", "slow"), [
+    ((0.009, 0.048, 0.008, 0.009), "sdb"), ((0.009, 0.011, 0.008, 0.009), None), ((0.0001, 0.0004, 0.0001, 0.0001), None),
+    ((None, None, None, None), None), ((0.5, None, None, None), None)])
+def test_the_slow_disk_is_named_by_what_the_others_beside_it_need(waits: Any, slow: str | None) -> None:
+    found = server.slow_member(waiting(*waits))
+    assert (found and found.disk) == slow
+    assert server.describe_slow_member(waiting(*waits)) == (
+        "; sdb answers after 48 ms, the others of its vdev after 9 ms" if slow else "")
+
+
+def test_scrubs_are_told_with_what_they_repaired_and_how_long_they_usually_take(sim: Simulation) -> None:
+    for nth, repaired in enumerate((0, 4096, 8192, 16384)):
+        sim.now += 30 * DAY
+        last = {"ended_at": sim.now - HOUR, "duration_seconds": 4 * HOUR, "repaired_bytes": repaired, "errors": 0}
+        host = state(sim, pools=[waiting(0.009, 0.048, 0.008, 0.009, allocated_bytes=10 * GIB, last_scrub=last)])
+        (row,) = server.scrub_rows(host)
+        assert (row["usual_seconds"], row["slow_disk"]) == (4 * HOUR if nth == 3 else None, "sdb")
+    assert row["repaired_before"] == [0, 4096, 8192]
+    (alert,) = sim.alerts("scrub-result")
+    assert alert["message"].endswith("repaired 16384 bytes; before it, oldest first: nothing, 4.0 KiB, 8.0 KiB.")
+    assert row["verdict"] == "warning" and row["reason"] == alert["message"]
+
+
+@pytest.mark.parametrize(("sections", "word"), [
+    ({"pools": [pool()]}, "no scrub of it is known"),
+    ({"pools": [pool(last_scrub={"ended_at": START, "duration_seconds": HOUR}, allocated_bytes=GIB)]}, "1 of 4 were seen"),
+    ({"pools": None, "errors": {"pools": {"code": "timeout"}}}, "could not be looked at: pools (timeout)")])
+def test_of_scrubs_that_were_not_seen_nothing_is_claimed(sim: Simulation, sections: Any, word: str) -> None:
+    (row,) = server.scrub_rows(state(sim, **sections))
+    assert row["verdict"] == "unknown" and word in row["reason"]
 
 
 def test_twice_the_data_take_twice_the_time(sim: Simulation) -> None:
@@ -611,6 +813,12 @@ def test_who_is_meant_to_have_no_backup_has_no_copy_in_peace(sim: Simulation, fi
     assert fired(sim, "copy-missing", guests=[guest(**fields)], backups={"jobs": [JOB], "guests": runs}) == []
 
 
+def test_the_first_day_of_a_guest_is_no_missing_copy(sim: Simulation) -> None:
+    runs = [{"vmid": 104, "newest_ok": {"ended_at": START - HOUR, "storage": "local"}}]
+    born = guest(created_at=START - 2 * HOUR)
+    assert fired(sim, "copy-missing", guests=[born], backups={"jobs": [JOB], "guests": runs}) == []
+
+
 def test_a_backup_elsewhere_is_no_missing_copy(sim: Simulation) -> None:
     runs = [{"vmid": 104, "newest_ok": {"ended_at": START - HOUR, "storage": "pbs"}}]
     assert fired(sim, "copy-missing", backups={"jobs": [JOB], "guests": runs}) == []
@@ -640,7 +848,7 @@ def test_a_missing_address_alone_is_information(sim: Simulation) -> None:
 # the lists of the API
 
 
-@pytest.mark.parametrize("name", ["copies", "replacements", "blindspots", "traps", "drift", "cohorts", "snapshots"])
+@pytest.mark.parametrize("name", ["copies", "replacements", "blindspots", "traps", "drift", "cohorts", "snapshots", "scrubs"])
 def test_a_host_of_odd_values_costs_its_own_rows(sim: Simulation, name: str) -> None:
     usual = {"snapshots": [snapshot("1", HOUR)], "safeguards": {"zed_mail": False}, "pools": [pool(vdev("mirror", leaf("a"), leaf("b")))],
              "disks": [disk("a", passed=False)],
