@@ -506,7 +506,7 @@ def test_a_special_vdev_that_is_nearly_full(sim: Simulation, used: float | None,
     told = fired(sim, "pool-special", pools=[special(used)])
     assert [word for word, _ in told] == ([severity] if severity else [])
     assert traps(sim, pools=[special(used)]) == (["special"] if severity else [])
-    assert (server.RULE["pool-special"].bind(None, sim.fleet, 0)(special(used)) is server.UNKNOWN) == (used is None)
+    assert (server.pool_special(special(used)) is server.UNKNOWN) == (used is None)
 
 
 # chronicle: what a report tells beyond the one before
@@ -686,11 +686,11 @@ def test_what_a_class_of_snapshots_holds(sim: Simulation) -> None:
 def test_snapshots_that_take_much_of_what_is_free(sim: Simulation, grown: int, kind: str, days: float, told: bool) -> None:
     """Not where the forecast of the pool says it already; and nothing where no forecast was made."""
     host = state(sim, pools=[pool()])
-    assert list(server.RULE["snapshot-growth"].bind(host, sim.fleet, 0)([])) == [server.UNKNOWN]
+    assert list(server.snapshot_growth([], host)) == [server.UNKNOWN]
     growth = server.GrownSpace("tank/a", kind, None, grown * GIB)
     host.forecasts = {"pools/tank": server.Filling(server.Space("pools/tank", "Pool tank", "", 1, 100 * GIB),
                                                    server.Forecast(days, None, 1.0, 9.0), sim.now, [growth], 7.0)}
-    found = list(server.RULE["snapshot-growth"].bind(host, sim.fleet, 0)([]))
+    found = list(server.snapshot_growth([], host))
     assert [reading.object for reading in found if reading and (reading.value or 0) > 0.2] == (["datasets/tank/a"] if told else [])
 
 
