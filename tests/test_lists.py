@@ -130,8 +130,7 @@ MADE_BY = {"clusters": server.view_of, "guests": server.absorb_tasks, server.AGE
 
 def read_fields(rule: server.Rule) -> set[str]:
     """The fields that a rule reads, as the schema's test writes them: `.section.field.below`."""
-    function = rule.bind.args[0]  # type: ignore[attr-defined]
-    words = words_of([function, MADE_BY.get(rule.each or rule.on[0])], set())
+    words = words_of([rule.judge, MADE_BY.get(rule.each or rule.on[0])], set())
     sections = {*rule.each.split("."), *rule.on, *words}
     return {field for field in FIELDS if field.split(".")[1] in sections and set(field.split(".")[2:]) <= words}
 
