@@ -382,9 +382,13 @@ def log(message: str) -> None:
     """One line for the journal, whatever a hostile name holds. Where none can be written (a closed pipe, a full disk)
     the work goes on without it."""
     try:
-        print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message), flush=True)
+        print(printable(message), flush=True)
     except (OSError, ValueError):
         pass
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # --- loops: what goes on in the background, one thread each ---
@@ -1414,7 +1418,7 @@ def without_surrogates(value: Any, depth: int = 0) -> Any:
     return value
 
 
-def check_reports(parsed: Any, host_name: str) -> list[dict[str, Any]]:
+def check_reports(parsed: Any, host_name: str) -> list[Fields]:
     """The reports of one request, oldest first. `Problem`: invalid_report with a JSON pointer, or host_mismatch."""
     batch = parsed if isinstance(parsed, list) else [parsed]
     if not 1 <= len(batch) <= BATCH_LIMIT:
@@ -1537,7 +1541,7 @@ class Section(NamedTuple):
     stamp: Stamp | None = None
     status: Stamp | None = None
     absent: bool = False
-    error: dict[str, Any] | None = None
+    error: Fields | None = None
     as_of: float | None = None
     report: bytes | None = None  # once the value has been let go: what it is in
     name: str = ""
@@ -1562,7 +1566,7 @@ OTHERS = "(others)"  # stands for the sections that were too many
 
 
 @lru_cache(64)
-def reread(body: bytes) -> dict[str, Any]:
+def reread(body: bytes) -> Fields:
     return read_body(body)
 
 
@@ -1604,17 +1608,13 @@ class Memory:
     """What rules remember of a host across restarts, JSON as {rule: {key: value}}, and its tasks of the last days.
     Only the judging transaction writes it: pages and the API read."""
 
-    def __init__(self, kept: dict[str, Any] | None = None):
-        self.rules: dict[str, dict[str, Any]] = {}
-        self.tasks: list[Any] = []  # [type, vmid or None, started, ended]: what explains that a guest is down
+    def __init__(self, kept: Fields | None = None):
         self.changed = False
         kept = modern_memory(kept or {})
-        self.began: float | None = kept.get("began")  # when it first kept something
-        for rule, entries in kept.items():
-            if rule == "tasks":
-                self.tasks = entries
-            elif rule not in ("shape", "began", "pool-forecast"):  # the last is made from the history now
-                self.rules[rule] = entries
+        self.began: float | None = kept.pop("began", None)  # when it first kept something
+        self.tasks: list[Any] = kept.pop("tasks", [])  # [type, vmid or None, started, ended]: why a guest may be down
+        self.rules: dict[str, Fields] = {  # pool-forecast: it is made from the history now
+            rule: entries for rule, entries in kept.items() if rule not in ("shape", "pool-forecast")}
 
     def keys(self, rule: str) -> list[str]:
         return list(self.rules.get(rule, ()))
@@ -1693,11 +1693,11 @@ class Growth(NamedTuple):
         return sum(step[1] for step in self.steps if step[0] > since)
 
 
-def modern_memory(kept: dict[str, Any]) -> dict[str, Any]:
+def modern_memory(kept: Fields) -> Fields:
     """What version 0.1.0 remembered, in today's shape; jobs of backups are learned anew."""
     if not kept or "shape" in kept:
         return kept
-    found: dict[str, Any] = dict(kept)
+    found: Fields = dict(kept)
     for rule in ("reboot-needed", "updates-security", "scrub-age"):
         found[rule] = {key: [True, at] for key, at in kept.get(rule, {}).items()}
     for rule in ("smart-growth", "smart-crc"):
@@ -1733,7 +1733,7 @@ class AlertOwner:
         self.memory = Memory()
         self.over: dict[int, Alert] = {}  # ended alerts, by id, whose end somebody has still to be told
         self.stumbled: dict[str, float] = {}  # when it was last logged that a rule cannot judge something here
-        self.limits: tuple[Any, dict[str, Any]] | None = None
+        self.limits: tuple[Any, Fields] | None = None
         self.sections: dict[str, Section] = {}
 
     def body(self, section: str, default: Any = None) -> Any:
@@ -1742,7 +1742,7 @@ class AlertOwner:
         value = None if section_now is None else section_now.body
         return default if value is None else value
 
-    def items(self, section: str) -> list[dict[str, Any]]:
+    def items(self, section: str) -> list[Fields]:
         """The objects of a section that is a list, or of a list inside a section: 'backups.guests'."""
         name, _, part = section.partition(".")
         body = self.body(name)
@@ -1759,7 +1759,7 @@ class HostState(AlertOwner):
         super().__init__()
         self.id = record["id"]
         self.named: dict[str, list[tuple[str, Any]]] = {}  # see objects()
-        self.agent: dict[str, Any] = {}
+        self.agent: Fields = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.guest_words: dict[int, str | None] = {}  # status by vmid: what the next report is held against
         self.settings_changed: dict[int, float] = {}  # by vmid, as far as guests tell of it
@@ -1794,7 +1794,7 @@ class HostState(AlertOwner):
         found = self.sections.get(section, NOTHING)
         return found.value is not None or found.report is not None
 
-    def apply(self, report: dict[str, Any], stamp: Stamp, weight: int = 0) -> list[str]:
+    def apply(self, report: Fields, stamp: Stamp, weight: int = 0) -> list[str]:
         """Take over what is newer than what is there; gives back the sections whose value changed hands. Of a large
         report (`weight`, as weigh() has it) and of sections nobody knows only so much is kept."""
         sections, changed = dict(self.sections), []
@@ -1827,7 +1827,7 @@ class HostState(AlertOwner):
         self.last_seen_at = max(self.last_seen_at or 0.0, stamp.received_at)
         return changed
 
-    def known_sections(self, report: dict[str, Any]) -> dict[str, Any]:
+    def known_sections(self, report: Fields) -> Fields:
         """The report without what would make the names of sections ever more."""
         strange = {*report, *(report.get("absent") or ()), *(report.get("errors") or ())} - ENVELOPE - SECTIONS.keys()
         if not strange:
@@ -1886,7 +1886,7 @@ class HostState(AlertOwner):
 NOTHING = Section()
 
 
-def pools_now(host: HostState) -> list[dict[str, Any]]:
+def pools_now(host: HostState) -> list[Fields]:
     """Every pool with all that is known of it; its state is the newer of the kernel's word and `zpool status`'s."""
     brief, full = host.sections.get("pool_states", NOTHING), host.sections.get("pools", NOTHING)
     pools = full_pools(host)
@@ -1897,15 +1897,15 @@ def pools_now(host: HostState) -> list[dict[str, Any]]:
     return [{**pools.get(pool["name"], {}), "name": pool["name"], "state": pool.get("state")} for pool in brief.body]
 
 
-def full_pools(host: Any) -> dict[str, dict[str, Any]]:
+def full_pools(host: Any) -> dict[str, Fields]:
     return {pool["name"]: pool for pool in host.items("pools")}
 
 
-def service_name(unit: dict[str, Any]) -> str:
+def service_name(unit: Fields) -> str:
     return (text(unit, "unit") or "").removesuffix(".service")
 
 
-OBJECT_NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
+OBJECT_NAMES: dict[str, Callable[[Fields], Any]] = {
     "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
     "services": service_name, "certificates": lambda cert: cert.get("file"), "backups.jobs": lambda job: job.get("id"),
 }
@@ -1947,7 +1947,7 @@ class Fleet:
         self.shared = Shared()
         self.concerned: dict[int, list[Alert]] = {}  # shared alerts, by the hosts they are about
         self.channels: list[Channel] = []
-        self.silences: list[dict[str, Any]] = []
+        self.silences: list[Fields] = []
         self.told_at: float | None = None  # when a channel last took a message
         self.outbox_changed: Callable[[str], None] = lambda channel: None  # something was queued for it
         self.freed: dict[int, float] = {}  # alerts whose cause has just ended, and when: they may be about to end too
@@ -2127,7 +2127,7 @@ def worst_alert(alerts: Iterable[Alert]) -> tuple[str | None, str]:
     return worst.severity, worst.message + more
 
 
-def dicts(value: Any) -> list[dict[str, Any]]:
+def dicts(value: Any) -> list[Fields]:
     """The objects of a list, whatever else an agent put into it."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
@@ -2160,7 +2160,7 @@ def is_stale(state: HostState, section: str, now: float) -> bool:
     return time_of_value is not None and now - time_of_value > SECTION_TICKS.get(section, 2 * HOUR)
 
 
-def count_guests(guests: list[dict[str, Any]] | None) -> tuple[int | None, int | None, int]:
+def count_guests(guests: list[Fields] | None) -> tuple[int | None, int | None, int]:
     """How many run, how many are no templates, how many there are; None: not known."""
     if guests is None:
         return None, None, 0
@@ -2179,7 +2179,7 @@ def settings_changed(guests: Any) -> dict[int, float]:
             if "config_changed_at" in guest and is_number(guest["config_changed_at"])}
 
 
-def vdev_errors(pool: dict[str, Any]) -> dict[str, Any]:
+def vdev_errors(pool: Fields) -> Fields:
     """Errors of all leaves together: the pool's own row may show 0 (zpool counts where they happen)."""
     leaves = [vdev for vdev in walk_vdevs(pool.get("vdevs")) if not vdev.get("children")]
     return {key: sum_known(number(leaf, key) for leaf in leaves) for key in VDEV_COUNTERS}
@@ -2188,7 +2188,7 @@ def vdev_errors(pool: dict[str, Any]) -> dict[str, Any]:
 VDEV_COUNTERS = ("read_errors", "write_errors", "checksum_errors")
 
 
-def walk_vdevs(vdevs: Any) -> Iterator[dict[str, Any]]:
+def walk_vdevs(vdevs: Any) -> Iterator[Fields]:
     """Each vdev of a tree, parents first."""
     for vdev in vdevs if isinstance(vdevs, list) else ():
         if isinstance(vdev, dict):
@@ -2202,7 +2202,7 @@ def sum_known(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def storage_used_ratio(storage: dict[str, Any]) -> float | None:
+def storage_used_ratio(storage: Fields) -> float | None:
     return ratio(number(storage, "used_bytes"), number(storage, "total_bytes"))
 
 
@@ -3722,7 +3722,6 @@ class Reading(NamedTuple):
 LEVEL = ""
 UNKNOWN = Reading("unknown", "")
 critical, warning, info = (partial(Reading, severity) for severity in SEVERITIES)
-FAULTS = (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError)  # what a strange report causes
 
 
 def measured(value: float | None, message: str | Callable[[], str], **more: Any) -> Reading:
@@ -3750,7 +3749,7 @@ class Rule:
     clear_by: float = 0.0  # fires at the threshold, clears this much on the good side of it
     clear_part: float = 1.0  # or at this part of it
     hold: float = 0.0  # seconds before it fires
-    hold_crit: float | None = None  # before it is critical, where that is another time
+    hold_crit: float = 0.0  # before it is critical; as long where nothing else is said
     low: bool = False  # low numbers are the bad ones
     by_number: bool = False  # says nothing but numbers of the report: works on points of the past too
     data_risk: bool = False  # said again each day until somebody acknowledges it
@@ -3760,6 +3759,35 @@ class Rule:
     accept: Callable[[HostState, str], bool] | None = None  # take the present value as normal
     wants: tuple[bool, ...] = ()  # whether its function gets host, fleet and now besides the object
     field: str = ""  # of a row(): the number it holds against the thresholds
+    enabled: bool = True
+    layer: str = ""  # of server.toml that set this; '' = as shipped: see Layers
+
+    def level(self, value: float, current: str | None) -> str | None:
+        """Severity of a number; what is reached (`current`) clears on the good side of its threshold."""
+        for severity, threshold in (("critical", self.crit), ("warning", self.warn)):
+            if threshold is None:
+                continue
+            held = current == "critical" or current == severity
+            bound = threshold
+            if held:
+                bound = threshold * self.clear_part + (self.clear_by if self.low else -self.clear_by)
+            if bound != threshold:
+                bad = value < bound - 1e-9 if self.low else value > bound + 1e-9
+            else:
+                bad = value < threshold if self.low else value >= threshold
+            if bad:
+                return severity
+        return None
+
+    def severity(self, reading: Reading, alert: Alert | None = None) -> str | None:
+        """Severity of a reading: 'unknown', or None if it is well. Before an alert fires, each look counts by
+        itself: the hold starts anew."""
+        if reading.severity != LEVEL:
+            return reading.severity
+        current = None
+        if alert is not None and alert.state == "firing":
+            current = "critical" if alert.worse_since is not None else alert.severity
+        return self.level(reading.value or 0.0, current)
 
 
 RULE: dict[str, Rule] = {}
@@ -3797,56 +3825,13 @@ def row(name: str, *, reads: str, says: str, **fields: Any) -> None:
 
 def add_rule(name: str, judge: Judge, *, each: str = "", on: str = "", of: str = "", **fields: Any) -> None:
     sections = tuple(on.split()) or (each,)
+    fields.setdefault("hold_crit", fields.get("hold", 0.0))
     RULE[name] = Rule(name, judge, each=each, on=sections, of=of or KINDS_OF.get(each, "host"), **fields)
 
 
-@dataclasses.dataclass(slots=True)
-class Limits:
-    """A rule's thresholds for one object, and the layer of server.toml that decided: '' = as shipped."""
-
-    enabled: bool
-    warn: float | None
-    crit: float | None
-    clear_by: float
-    clear_part: float
-    hold: float
-    hold_crit: float
-    low: bool
-    worse: int
-    layer: str
-
-    def level(self, value: float, current: str | None) -> str | None:
-        """Severity of a number; what is reached (`current`) clears on the good side of its threshold."""
-        for severity, threshold in (("critical", self.crit), ("warning", self.warn)):
-            if threshold is None:
-                continue
-            held = current == "critical" or current == severity
-            bound = threshold
-            if held:
-                bound = threshold * self.clear_part + (self.clear_by if self.low else -self.clear_by)
-            if bound != threshold:
-                bad = value < bound - 1e-9 if self.low else value > bound + 1e-9
-            else:
-                bad = value < threshold if self.low else value >= threshold
-            if bad:
-                return severity
-        return None
-
-    def severity(self, reading: Reading, alert: Alert | None = None) -> str | None:
-        """Severity of a reading: 'unknown', or None if it is well. Before an alert fires, each look counts by
-        itself: the hold starts anew."""
-        if reading.severity != LEVEL:
-            return reading.severity
-        current = None
-        if alert is not None and alert.state == "firing":
-            current = "critical" if alert.worse_since is not None else alert.severity
-        return self.level(reading.value or 0.0, current)
-
-
-def evaluate(limits: Limits, alert: Alert | None, rule: Rule, object: str, reading: Reading | None,
-             now: float) -> Alert | None:
+def evaluate(rule: Rule, alert: Alert | None, object: str, reading: Reading | None, now: float) -> Alert | None:
     """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
-    severity = None if reading is None else limits.severity(reading, alert)
+    severity = None if reading is None else rule.severity(reading, alert)
     if severity is None or reading is None:
         over = alert is not None and alert.state == "firing"
         return alert.changed(state="resolved", resolved_at=now) if alert and over else None
@@ -3858,14 +3843,14 @@ def evaluate(limits: Limits, alert: Alert | None, rule: Rule, object: str, readi
     if severity == "critical":
         worse_since = alert.worse_since if alert and alert.worse_since is not None else now
     ripe = now - (since if worse_since is None else worse_since) >= (
-        limits.hold_crit if severity == "critical" else limits.hold)
-    fires = (alert is not None and alert.state == "firing") or ripe or now - since >= limits.hold
-    if severity == "critical" and fires and not ripe and limits.warn is not None:
+        rule.hold_crit if severity == "critical" else rule.hold)
+    fires = (alert is not None and alert.state == "firing") or ripe or now - since >= rule.hold
+    if severity == "critical" and fires and not ripe and rule.warn is not None:
         severity = "warning"  # bad enough for long enough, but critical only for a moment so far
     old = alert or Alert(rule.name, object, severity, message, reading.value, now)
     new = old.changed(severity=severity, message=message, value=reading.value, worse_since=worse_since,
                       state="firing" if fires else "pending", fired_at=old.fired_at or (now if fires else None))
-    if new.acknowledged_at is not None and is_worse(new, limits):
+    if new.acknowledged_at is not None and is_worse(new, rule):
         told = {channel: ("", at) for channel, (_, at) in new.told.items()}  # of it, but of nothing as bad as this
         new = new.changed(**NOT_ACKNOWLEDGED, told=told)
     return new
@@ -3875,13 +3860,13 @@ NOT_ACKNOWLEDGED = dict.fromkeys(("acknowledged_at", "acknowledged_by", "acknowl
                                   "acknowledged_severity", "acknowledged_value"))
 
 
-def is_worse(alert: Alert, limits: Limits) -> bool:
+def is_worse(alert: Alert, rule: Rule) -> bool:
     """Whether an alert is worse than what was acknowledged: more severe, or by a number that tells it."""
     if SEVERITIES.index(alert.severity) < SEVERITIES.index(alert.acknowledged_severity or alert.severity):
         return True
-    if not limits.worse or alert.value is None or alert.acknowledged_value is None:
+    if not rule.worse or alert.value is None or alert.acknowledged_value is None:
         return False
-    return (alert.value - alert.acknowledged_value) * limits.worse > 0
+    return (alert.value - alert.acknowledged_value) * rule.worse > 0
 
 
 Changes = list[tuple[Alert | None, Alert | None]]  # old and new alert; None = not there
@@ -3932,13 +3917,13 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
             for reading in (found,) if isinstance(found, Reading) else list(found):
                 about = object if reading.object is None else reading.object
                 said.add(about)
-                own, old = limits_for(host, rule, about, reading, limits, fleet), open_alerts.get(about)
+                own, old = limits_for(host, limits, about, reading, fleet), open_alerts.get(about)
                 if about in changes or (old is None and own.severity(reading) in NOTHING_OPENS):
                     continue
-                new = evaluate(own, old, rule, about, reading if own.enabled else None, now)
+                new = evaluate(own, old, about, reading if own.enabled else None, now)
                 if new is not old:
                     changes[about] = old, new
-        except FAULTS as error:  # a report can hold anything: it costs this object, and no other
+        except ODD as error:  # a report can hold anything: it costs this object, and no other
             said.add(object)
             tell_stumble(host, rule, object, error, now)
             if not object:
@@ -3946,7 +3931,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
     ended: Changes = []
     if open_alerts or rule.tidy:
         looked_at = {object for object, _ in objects}
-        ended = [(old, evaluate(limits, old, rule, object, None, now)) for object, old in open_alerts.items()
+        ended = [(old, evaluate(limits, old, object, None, now)) for object, old in open_alerts.items()
                  if not covers(said, object) and (known != "partly" or covers(looked_at, object))]
         if rule.tidy and known == "whole":
             forget_gone(host, rule, looked_at)
@@ -3960,13 +3945,13 @@ def forget_gone(host: Any, rule: Rule, looked_at: set[str]) -> None:
             host.memory.drop(rule.name, key)
 
 
-def limits_for(host: Any, rule: Rule, object: str, reading: Reading, limits: Limits, fleet: Fleet) -> Limits:
-    """The thresholds for one object: set by somebody, else its own, else the rule's."""
+def limits_for(host: Any, rule: Rule, object: str, reading: Reading, fleet: Fleet) -> Rule:
+    """The rule with the thresholds for one object: set by somebody, else its own, else the rule's."""
     if fleet.layers.has_objects:
-        limits = fleet.layers.object_limits(host, rule, object) or limits
-    if reading.limits is not None and not limits.layer:
-        limits = dataclasses.replace(limits, warn=reading.limits[0], crit=reading.limits[1])
-    return limits
+        rule = fleet.layers.limits(host, rule, object)
+    if reading.limits is not None and not rule.layer:
+        rule = dataclasses.replace(rule, warn=reading.limits[0], crit=reading.limits[1])
+    return rule
 
 
 NOTHING_OPENS = (None, UNKNOWN.severity)
@@ -5209,14 +5194,19 @@ def backup_overdue(backups: Fields, host: HostState, fleet: Fleet, now: float) -
 
 def worst_backup(state: HostState, fleet: Fleet, now: float) -> float | None:
     """The host table's column: seconds the latest backup is late, 0 or less = all on time, None = not known."""
-    if not state.has("backups") or not state.has("guests"):
-        return None
-    try:
-        late = [guest.late_seconds for guest in coverage(state, fleet, now) if guest.late_seconds is not None]
-    except FAULTS:  # a report may hold anything
-        return None
+    late = [guest.late_seconds for guest in known_coverage(state, fleet, now) or () if guest.late_seconds is not None]
     worst = max(late, default=None)
     return worst if worst is None or worst > BACKUP_GRACE else min(worst, 0)
+
+
+def known_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage] | None:
+    """The backups of a host's guests; None where they are not known, or told in a way that nobody can read."""
+    if not (state.has("backups") and state.has("guests")):
+        return None
+    try:
+        return coverage(state, fleet, now)
+    except ODD:  # the list of backups says so
+        return None
 
 
 @rule("backup-failed", each="guests", on="backups", data_risk=True, always=True, tidy=True,
@@ -5285,16 +5275,15 @@ def backup_excludes(guest: Fields, host: HostState) -> Found:
       todo="Add them to a job, or tag them no-backup.")
 def backup_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Found:
     """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
-    muted = without_backup(host)
+    muted = {str(guest["vmid"]) for guest in host.items("guests") if wants_no_backup(guest)}
     bare = [f"{guest.vmid} ({guest.name})" for guest in coverage(host, fleet, now)
             if guest.covered is False and guest.vmid not in muted
             and (guest.newest_ok_at is None or now - guest.newest_ok_at > 8 * DAY)]
     return warning(f"{len(bare)} guest(s) are in no backup job: {some_of(bare, 10)}.", len(bare)) if bare else None
 
 
-def without_backup(host: HostState) -> set[str]:
-    """The guests that are meant to have none."""
-    return {str(guest["vmid"]) for guest in host.items("guests") if {"no-backup", "nobackup"} & set(tags_of(guest))}
+def wants_no_backup(guest: Fields) -> bool:
+    return not {"no-backup", "nobackup"}.isdisjoint(tags_of(guest))
 
 
 # Answers that are a danger: see the section answers
@@ -5309,9 +5298,10 @@ def copy_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> 
     if fleet.copies is None:
         return UNKNOWN
     in_time = {guest.vmid for guest in coverage(host, fleet, now) if guest.newest_ok_at is not None}
-    young = {str(guest["vmid"]) for guest in host.items("guests") if now - (number(guest, "created_at") or 0) < DAY}
+    in_time -= {str(guest["vmid"]) for guest in host.items("guests")
+                if wants_no_backup(guest) or now - (number(guest, "created_at") or 0) < DAY}
     bare = [called(row) for row in copy_rows(host, fleet.copies, now) if row["verdict"] == "warning"
-            and str(row["vmid"]) in in_time - without_backup(host) - young and "only copy" in row["reason"]]
+            and str(row["vmid"]) in in_time and "only copy" in row["reason"]]
     if not bare:
         return None
     return warning(f"{len(bare)} guest{'' if len(bare) == 1 else 's'} would be lost with this host, backups included: "
@@ -5900,6 +5890,7 @@ RULES_ON: dict[str, list[Rule]] = {}
 for known_rule in RULES:
     for section_name in known_rule.on:
         RULES_ON.setdefault(section_name, []).append(known_rule)
+SHARED_RULES = RULES_ON.pop(SHARED)  # a report may hold a section of any name
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -5916,58 +5907,52 @@ class Layers:
         self.hosts = {host.lower(): one for host, one in document.get("hosts", {}).items()}
         self.objects: Fields = document.get("objects", {})
         self.has_objects = bool(self.objects) or any(one.get("objects") for one in self.hosts.values())
-        self._tables: dict[tuple[str, ...], dict[str, Limits]] = {}  # by what hosts have of their own
+        self._tables: dict[tuple[str, ...], dict[str, Rule]] = {}  # by what hosts have of their own
 
-    def limits(self, state: Any, rule: Rule) -> Limits:
-        """What holds for a rule on a host (or on the fleet's own alerts, which have no host)."""
+    def limits(self, state: Any, rule: Rule, object: str = "") -> Rule:
+        """A rule as it holds on a host (or for the fleet's own alerts, which have no host), or for an object of it."""
+        name = (state.name or "").lower()
+        if object and (object in self.objects or object in self.hosts.get(name, {}).get("objects", {})):
+            return self._resolve(state, rule, object)
         kept = state.limits
         if kept is None or kept[0] is not self:
-            own = (state.name or "").lower()
             tags = {tag.lower() for tag in state.tags}
-            look = own if own in self.hosts else "", *(tag for tag in self.tags if tag in tags)
+            look = name if name in self.hosts else "", *(tag for tag in self.tags if tag in tags)
             kept = state.limits = self, self._tables.setdefault(look, {})
-        limits = kept[1].get(rule.name)
-        if limits is None:
-            limits = kept[1][rule.name] = self._resolve(state, rule, "")
-        return limits
+        found = kept[1].get(rule.name)
+        if found is None:
+            found = kept[1][rule.name] = self._resolve(state, RULE[rule.name], "")
+        return found
 
-    def named(self, rule: str, state: Any) -> Limits:
+    def named(self, rule: str, state: Any) -> Rule:
         return self.limits(state, RULE[rule])
 
-    def object_limits(self, state: Any, rule: Rule, object: str) -> Limits | None:
-        """What holds for one object, if anybody set something for it."""
-        own = self.hosts.get((state.name or "").lower(), {}).get("objects", {})
-        if object not in self.objects and object not in own:
-            return None
-        return self._resolve(state, rule, object)
-
-    def _resolve(self, state: Any, rule: Rule, object: str) -> Limits:
-        limits = Limits(True, rule.warn, rule.crit, rule.clear_by, rule.clear_part, rule.hold,
-                        rule.hold if rule.hold_crit is None else rule.hold_crit, rule.low, rule.worse, "")
-        host = self.hosts.get((state.name or "").lower(), {})
-        layers = [("fleet", self.fleet)]
-        layers += [(f"tag {tag}", rules) for tag, rules in self.tags.items() if tag in [t.lower() for t in state.tags]]
-        layers += [("host", host.get("rules", {}))]
-        if object:
-            layers += [("object", self.objects.get(object, {}).get("rules", {})),
-                       ("object", host.get("objects", {}).get(object, {}).get("rules", {}))]
+    def _resolve(self, state: Any, rule: Rule, object: str) -> Rule:
+        own, tags = self.hosts.get((state.name or "").lower(), {}), {tag.lower() for tag in state.tags}
+        layers = [("fleet", self.fleet), *((f"tag {tag}", rules) for tag, rules in self.tags.items() if tag in tags),
+                  ("host", own.get("rules", {})),
+                  *(("object", objects.get(object, {}).get("rules", {})) for objects in (
+                      self.objects, own.get("objects", {})))]
         for layer, rules in layers:
             if rule.name in rules:
-                limits = overridden(limits, rules[rule.name], layer)
-        return limits
+                rule = overridden(rule, rules[rule.name], layer)
+        return rule
 
 
 Fleet.layers = Layers()
 
 
-def overridden(limits: Limits, given: Fields, layer: str) -> Limits:
-    """Limits with what one layer sets; another hold counts for critical too unless that is set by itself."""
-    hold = float(given.get("hold_seconds", limits.hold))
-    crit_hold = hold if "hold_seconds" in given else limits.hold_crit
-    clear_part = 1.0 if "clear_by" in given else limits.clear_part
-    return Limits(given.get("enabled", limits.enabled), given.get("warn", limits.warn), given.get("crit", limits.crit),
-                  given.get("clear_by", limits.clear_by), clear_part, hold,
-                  float(given.get("hold_crit_seconds", crit_hold)), limits.low, limits.worse, layer)
+def overridden(rule: Rule, given: Fields, layer: str) -> Rule:
+    """A rule with what one layer sets; another hold counts for critical too unless that is set by itself."""
+    fields = {LIMITS_NAMES.get(name, name): value for name, value in given.items()}
+    if "clear_by" in given:
+        fields["clear_part"] = 1.0
+    if "hold_seconds" in given:
+        fields.setdefault("hold_crit", given["hold_seconds"])
+    return dataclasses.replace(rule, layer=layer, **fields)
+
+
+LIMITS_NAMES = {"hold_seconds": "hold", "hold_crit_seconds": "hold_crit"}
 
 
 def check_layers(document: Fields) -> None:
@@ -6052,7 +6037,7 @@ def judge_shared(db: Database, fleet: Fleet, now: float) -> None:
     shared.clusters = [cluster for cluster, _ in clusters]
     shared.silent = silent
     shared.concerns = {**{f"clusters/{cluster.name}": set(hosts) for cluster, hosts in clusters}, **silent}
-    write_changes(db, shared, judge(shared, RULES_ON[SHARED], fleet, now), now)
+    write_changes(db, shared, judge(shared, SHARED_RULES, fleet, now), now)
     fleet.concerned = concerned_hosts(shared)
 
 
@@ -6227,13 +6212,13 @@ def accept_as_normal(db: Database, fleet: Fleet, alert_id: int, now: float, *, b
 class Past(NamedTuple):
     """What a rule would have said: when it fired, and when it was over."""
 
+    fired_at: float
+    over_at: float | None
+    severity: str
     host: str
     rule: str
     object: str
-    severity: str
     message: str
-    fired_at: float
-    over_at: float | None
 
 
 def past_state(state: HostState) -> HostState:
@@ -6254,8 +6239,8 @@ def judge_past(past: HostState, fleet: Fleet, report: Fields, stamp: Stamp, *, w
         if new is None or new.severity == "info" or new.state == "pending":
             continue
         if old is None or old.state != new.state:
-            found.append(Past(past.name, new.rule, new.object, new.severity, new.message, new.fired_at or stamp.time,
-                              stamp.time if new.state == "resolved" else None))
+            found.append(Past(new.fired_at or stamp.time, stamp.time if new.state == "resolved" else None,
+                              new.severity, past.name, new.rule, new.object, new.message))
     return found
 
 
@@ -6695,7 +6680,6 @@ def queue_notification(db: Database, fleet: Fleet, channel: Channel, alert_id: i
 def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: float) -> Fields:
     """What, where, since, why, what to do, link."""
     rule = RULE.get(alert.rule)
-    limits = fleet.layers.limits(state, rule) if rule else None
     followers = sum(other.because_of == alert.id for owner in fleet.everything()
                     for other in owner.alerts.values()) if alert.rule in CAUSES else 0
     kind_of, _, name = alert.object.partition("/")
@@ -6703,9 +6687,9 @@ def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: fl
     link = fleet.public_url + ("/?host=" + urllib.parse.quote(state.name) if state.name else "/")
     told = notice(kind, alert.severity, alert.message, link, now, alert_id=alert.id, rule=alert.rule, host=state.name,
                   site=site, object=alert.object or None, value=alert.value, since=alert.since,
-                  threshold=threshold_text(limits), children=followers,
-                  at_stake=None if kind == "resolved" else at_stake(state, alert.object))
-    return told | {"why": rule.why, "todo": rule.todo} if rule else told
+                  children=followers, at_stake=None if kind == "resolved" else at_stake(state, alert.object))
+    return told if rule is None else told | {
+        "why": rule.why, "todo": rule.todo, "threshold": threshold_text(fleet.layers.limits(state, rule, alert.object))}
 
 
 def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> Fields:
@@ -6715,18 +6699,18 @@ def notice(kind: str, severity: str, message: str, link: str, now: float, **fiel
             "threshold": "", "children": 0, "at_stake": None, "link": link, **fields}
 
 
-def threshold_text(limits: Limits | None) -> str:
+def threshold_text(rule: Rule) -> str:
     """'0.8/0.9, set for the host'"""
-    if limits is None or (limits.warn is None and limits.crit is None):
+    if rule.warn is None and rule.crit is None:
         return ""
-    shown = "/".join("–" if threshold is None else f"{threshold:g}" for threshold in (limits.warn, limits.crit))
-    return shown + (f", set for {limits.layer}" if limits.layer else ", as shipped")
+    shown = "/".join("–" if threshold is None else f"{threshold:g}" for threshold in (rule.warn, rule.crit))
+    return shown + (f", set for {rule.layer}" if rule.layer else ", as shipped")
 
 
 def rule_row(fleet: Fleet, state: Any, rule: Rule, object: str) -> Fields:
-    limits = object and fleet.layers.object_limits(state, rule, object) or fleet.layers.limits(state, rule)
-    return {"rule": rule.name, "of": rule.of, "enabled": limits.enabled, "warn": limits.warn, "crit": limits.crit,
-            "clear_by": limits.clear_by, "hold_seconds": limits.hold, "layer": limits.layer or "shipped",
+    rule = fleet.layers.limits(state, rule, object)
+    return {"rule": rule.name, "of": rule.of, "enabled": rule.enabled, "warn": rule.warn, "crit": rule.crit,
+            "clear_by": rule.clear_by, "hold_seconds": rule.hold, "layer": rule.layer or "shipped",
             "why": rule.why, "todo": rule.todo}
 
 
@@ -7697,18 +7681,16 @@ def history_of_node(node: Fields) -> tuple[list[str], list[Fields]]:
 def kept_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """Of an object's fields those that may be numbers with a history, and which ones of all these are."""
     wild = len(names) > FIELDS_MOST or max(map(len, names), default=0) > 200  # nothing to remember for long
-    return (choose_fields if wild else remembered_fields)(section, names)
+    return (choose_fields.__wrapped__ if wild else choose_fields)(section, names)
 
 
+@lru_cache(1000)
 def choose_fields(section: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """No times, no keys, no texts."""
     only = ONLY.get(section)
     mask = tuple(at < FIELDS_MOST and (name in only if only else name not in NOT_NUMBERS and not name.endswith("_at")
                                        and len(name) < 100) for at, name in enumerate(names))
     return tuple(compress(names, mask)), mask
-
-
-remembered_fields = lru_cache(1000)(choose_fields)
 
 
 class History:
@@ -8179,10 +8161,13 @@ def day_states(db: Database, host_id: int, since: float, until: float) -> dict[i
 
 def find_objects(db: Database, host_id: int, asked: Wanted) -> dict[int, ObjectKey]:
     """Number -> name of the objects asked for."""
-    rows = db.execute("""
-        SELECT id, section, object FROM history_object WHERE host_id = :host AND (
-            :asked IS NULL OR (section, object) IN (SELECT value ->> 0, value ->> 1 FROM json_each(:asked)))""",
-        {"host": host_id, "asked": None if asked is None else json.dumps(list(asked))})
+    if asked is None:
+        rows = db.execute("SELECT id, section, object FROM history_object WHERE host_id = :host", {"host": host_id})
+    else:
+        rows = db.execute("""
+            SELECT thing.id, section, object FROM json_each(:asked) CROSS JOIN history_object AS thing
+            ON host_id = :host AND section = value ->> 0 AND object = value ->> 1""",
+            {"host": host_id, "asked": json.dumps(list(asked))})
     return {row["id"]: (row["section"], row["object"]) for row in rows}
 
 
@@ -8573,7 +8558,7 @@ class Keeper:
         return {key for row in list_chunks(db, host_id, RAW, since // HOUR * HOUR, until)
                 for key in unpack_reports(self.history, db, row["body"], {}, {}).keys}
 
-    def has_packed(self, db: Database, host_id: int, at: float, report: dict[str, Any]) -> bool:
+    def has_packed(self, db: Database, host_id: int, at: float, report: Fields) -> bool:
         """Whether a report of that time is among those that are packed here. (Another store's is not asked: it keeps
         the same number of the same time once.)"""
         key = zlib.crc32(report["run_id"].encode("utf-8", "replace")), report["seq"]
@@ -9031,8 +9016,8 @@ class RemoteKeeper(Keeper):
 
     def _remote_keys(self, host: str, since: float, until: float) -> set[TickKey]:
         found = self.remote.samples(f'{REPORT_SERIES}{{host={quoted(host)},job=""}}', since, until)
-        return {(ms, int(run), int(seq)) for labels, values in found if (run := read_run(labels)) is not None
-                for ms, seq in values.items()}
+        return {(ms, int(labels["run"], 16), int(seq)) for labels, values in found
+                if re.fullmatch("[0-9a-f]{8}", labels.get("run", "")) for ms, seq in values.items()}  # else not ours
 
     def begin(self, db: Database, host_id: int) -> float | None:
         """The oldest time of which the store knows anything."""
@@ -9123,12 +9108,6 @@ class RemoteKeeper(Keeper):
                 question = Question([], day, day + DAY - 0.001, RAW)
                 frame = self.frame(db, host_id, {key: fields}, question)
                 yield from export_frame(frame, RAW, day, question.until, {key: fields})
-
-
-def read_run(labels: dict[str, str]) -> int | None:
-    """The run of a report that the store knows; None of what is not ours."""
-    run = labels.get("run", "")
-    return int(run, 16) if re.fullmatch("[0-9a-f]{8}", run) else None
 
 
 def join_expressions(expressions: Iterable[str]) -> Iterator[str]:
@@ -9435,11 +9414,11 @@ JOBS = (
 
 
 class Scheduler:
-    """What is due when. A job that fails comes again within a minute; its last end and error are kept."""
+    """What is due when. A job that fails comes again within a minute."""
 
     def __init__(self, monitor: Monitor):
         self.monitor = monitor
-        self.last: dict[str, tuple[float, str | None]] = {}
+        self._errors: dict[str, str] = {}  # of jobs whose last run failed
         self._due = {job.name: time.monotonic() + job.first_after for job in JOBS}
 
     def start(self) -> None:
@@ -9452,27 +9431,28 @@ class Scheduler:
         """Run what is due; `Failure` while there is a job whose last run failed."""
         for job in JOBS:
             if self._due[job.name] <= time.monotonic():
-                error = self._attempt(job)
-                self._due[job.name] = time.monotonic() + (min(job.seconds, MINUTE) if error else job.seconds)
-                self.last[job.name] = (self.monitor.clock(), error)
-        failing = [f"{name}: {error}" for name, (_, error) in self.last.items() if error]
-        if failing:
-            raise Failure("; ".join(failing))
+                self._errors.pop(job.name, None)
+                pause = job.seconds
+                try:
+                    self._run(job)
+                except Exception as error:  # one job's fault must not end the others
+                    self._errors[job.name] = f"{job.name}: {type(error).__name__}: {error}"
+                    pause = min(pause, MINUTE)
+                self._due[job.name] = time.monotonic() + pause
+        if self._errors:
+            raise Failure("; ".join(self._errors.values()))
 
-    def _attempt(self, job: Job) -> str | None:
-        try:
-            if job.beside:
-                job.work(self.monitor, self.monitor.clock(), self.monitor.store.reader())
-            else:
-                self.monitor.store.write(partial(job.work, self.monitor, self.monitor.clock()))
-        except Exception as error:  # one job's fault must not end the others
-            return f"{type(error).__name__}: {error}"
-        return None
+    def _run(self, job: Job) -> None:
+        work = partial(job.work, self.monitor, self.monitor.clock())
+        if job.beside:
+            work(self.monitor.store.reader())
+        else:
+            self.monitor.store.write(work)
 
 
 # --- resources: every list of the fleet: rows, columns, search words, metrics, and its place on the page ---
 
-Row = dict[str, Any]
+Row = Fields
 Rows = list[Row]
 
 
@@ -9622,16 +9602,6 @@ def oldest_snapshots(state: HostState) -> dict[str, float]:
             if text(entry, "class") == "pve" and (at := number(entry, "oldest_at")) is not None}
 
 
-def known_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage] | None:
-    """The backups of a host's guests; None where they are not known, or told in a way that nobody can read."""
-    if not (state.has("backups") and state.has("guests")):
-        return None
-    try:
-        return coverage(state, fleet, now)
-    except ODD:  # the list of backups says so
-        return None
-
-
 # A guest's backup in a word, worst first.
 BACKUP_WORDS = ("late", "in no job", "none yet", "not known", "due", "fresh", "not wanted")
 
@@ -9641,7 +9611,7 @@ def backup_word(cover: Coverage, guest: Row) -> str:
     if cover.late_seconds is not None and cover.late_seconds > BACKUP_GRACE:
         return "late"
     if cover.covered is False:
-        return "not wanted" if {"no-backup", "nobackup"} & set(tags_of(guest)) else "in no job"
+        return "not wanted" if wants_no_backup(guest) else "in no job"
     if cover.newest_ok_at is None:
         return "none yet" if cover.covered else "not known"
     return "due" if cover.late_seconds is not None and cover.late_seconds > 0 else "fresh"
@@ -10296,7 +10266,7 @@ def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState],
 class Call:
     """One request, with who is asking."""
 
-    def __init__(self, monitor: Monitor, environ: dict[str, Any], params: dict[str, str], *, fresh: bool = True):
+    def __init__(self, monitor: Monitor, environ: Fields, params: dict[str, str], *, fresh: bool = True):
         self.monitor, self.environ, self.params = monitor, environ, params
         self.now = monitor.clock()
         self.query = {key: ",".join(values) if key == "cols" else values[-1] for key, values in urllib.parse.parse_qs(
@@ -10341,7 +10311,7 @@ class Call:
         key = name.upper().replace("-", "_")
         return self.environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key, "") or ""
 
-    def json(self, spec: dict[str, Any], *, nulls: tuple[str, ...] = ()) -> dict[str, Any]:
+    def json(self, spec: Fields, *, nulls: tuple[str, ...] = ()) -> Fields:
         """The body of a write, a JSON object of at most 64 KiB, as checked() has it; in it are the fields of `nulls`
         that are to be emptied. `Problem` with a pointer."""
         body = read_request(self.environ, 1 << 16)
@@ -10403,7 +10373,7 @@ def is_trusted(address: str, config: Config) -> bool:
         return False
 
 
-def read_request(environ: dict[str, Any], limit: int) -> bytes:
+def read_request(environ: Fields, limit: int) -> bytes:
     """The body as sent. `Problem('too_large')` before it is read."""
     length = environ.get("CONTENT_LENGTH") or "0"
     if not (length.isascii() and length.isdigit()) or int(length) > limit:
@@ -10808,7 +10778,7 @@ REPLAY_SECONDS = 20  # of work; what was found by then is told
 REPLAY_SHOWN = 1000
 
 
-def run_replay(monitor: Monitor, source: str, since: float) -> dict[str, Any]:
+def run_replay(monitor: Monitor, source: str, since: float) -> Fields:
     """`replay-rules` in a process of its own, one at a time: it takes no time from the writer, and it ends."""
     if not monitor.replaying.acquire(blocking=False):
         raise Problem("busy", "another preview is under way", headers={"Retry-After": "5"})
@@ -10933,7 +10903,7 @@ def get_health(call: Call) -> Any:
     writes = store.alive and store.last_error is None and age is not None and age < 2 * MINUTE
     well = writes and not stop.troubles(vital=True)
     status = "failing" if not well else "degraded" if troubles else "ok"
-    document: dict[str, Any] = {"status": status, "writer_alive": store.alive,
+    document: Fields = {"status": status, "writer_alive": store.alive,
                 "database_writable": store.last_error is None, "last_commit_age_seconds": age}
     if is_known(call):
         document |= {"last_error": store.last_error, "disk_free_bytes": free, "version": VERSION,
@@ -10958,7 +10928,7 @@ def host_tags(given: Any) -> list[str]:
     return given
 
 
-def shown_host(call: Call, record: sqlite3.Row) -> dict[str, Any]:
+def shown_host(call: Call, record: sqlite3.Row) -> Fields:
     """The row of a host that was just written; of one that somebody else has removed since, as it was registered."""
     call.fleet.refresh(call.db)
     state = call.fleet.hosts.get(record["id"])
@@ -11050,9 +11020,9 @@ def file_sum(path: str, changed_at: int, size: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def host_detail(call: Call, state: HostState) -> dict[str, Any]:
+def host_detail(call: Call, state: HostState) -> Fields:
     """The row of a host, the latest of each section as sent, its alerts, and what never came."""
-    sections: dict[str, Any] = {}
+    sections: Fields = {}
     for name, section in sorted(state.sections.items()):
         sections[name] = {"time": section.time, "received_at": section.stamp and section.stamp.received_at,
                           "stale": is_stale(state, name, call.now), "absent": section.absent,
@@ -11188,7 +11158,7 @@ def to_cell(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def to_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def to_csv(rows: list[Fields], columns: tuple[str, ...]) -> str:
     """CSV by RFC 4180. A text that a spreadsheet would run as a formula gets an apostrophe in front."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
@@ -11203,7 +11173,7 @@ def to_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet may take for one, in full width too (OWASP, CSV Injection)
 
 
-def to_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def to_text(rows: list[Fields], columns: tuple[str, ...]) -> str:
     """Aligned columns for a terminal; columns without any value are left out, control characters replaced."""
     shown = [column for column in columns if any(row[column] not in (None, "", []) for row in rows)] or list(columns)
     lines = [[column.upper() for column in shown]]
@@ -11217,10 +11187,6 @@ def to_text_cell(column: str, value: Any) -> str:
     if is_number(value) and is_time(column):
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value)) if 0 <= value < 2e11 else str(value)
     return f"{value:.4g}" if isinstance(value, float) else to_cell(value) or "-"
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def render_metrics(monitor: Monitor, now: float) -> Iterator[str]:
@@ -11253,7 +11219,7 @@ def count_alerts(owners: Iterable[Any]) -> Iterator[Row]:
                 yield {"host": owner.name, "place": place, "severity": severity, "alerts": here.count(severity)}
 
 
-def object_metrics(prefix: str, rows: Iterable[dict[str, Any]], labels: dict[str, str],
+def object_metrics(prefix: str, rows: Iterable[Fields], labels: dict[str, str],
                    metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
     """Metric families; of rows with the same labels the first counts, as Prometheus wants it."""
     samples: dict[str, tuple[Any, ...]] = {}
@@ -11274,9 +11240,9 @@ def escape_label(text: str) -> str:
     return clean.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def build_openapi(public_url: str) -> dict[str, Any]:
+def build_openapi(public_url: str) -> Fields:
     """OpenAPI 3.1 of every route under /api/v1, from the same table that serves them."""
-    paths: dict[str, Any] = {}
+    paths: Fields = {}
     for one in ROUTES:
         if one.path.startswith("/api/v1/"):
             path = one.path.replace("<", "{").replace(">", "}")
@@ -11294,12 +11260,12 @@ PROBLEM_RESPONSE = {"description": "What went wrong", "content": {
     "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 
 
-def describe_route(one: Route) -> dict[str, Any]:
+def describe_route(one: Route) -> Fields:
     signed = ("webhook-id", "webhook-timestamp", "webhook-signature") if one.auth == "host" else ()
     parameters = [{"name": name, "in": place, "required": place != "query", "schema": STRING}
                   for place, names in (("path", re.findall(r"<(\w+)>", one.path)), ("query", one.queries),
                                        ("header", signed)) for name in names]
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    content: Fields = {"application/json": {"schema": {"type": "object"}}}
     if one.resource:
         row = {"type": "object", "properties": {column: {} for column in one.resource.columns}}
         listing = {"type": "object", "properties": {
@@ -12045,10 +12011,9 @@ def waiting_hosts(call: Call) -> dict[str, list[str]]:
     return {name: install_commands(call.monitor.config, name) for name in names}
 
 
-def limits_of(fleet: Fleet, rule: str, host: str | None, object: str) -> Limits:
+def limits_of(fleet: Fleet, rule: str, host: str | None, object: str) -> Rule:
     state: Any = fleet.names.get((host or "").lower(), fleet.shared)
-    return (fleet.layers.object_limits(state, RULE[rule], object) if object else None) or fleet.layers.limits(
-        state, RULE[rule])
+    return fleet.layers.limits(state, RULE[rule], object)
 
 
 def level_of(fleet: Fleet, rule: str, host: str | None, value: Any, object: str = "") -> str:
@@ -13279,8 +13244,7 @@ def command_replay_rules(config: Config, args: argparse.Namespace) -> None:
     seconds = int(found[1]) * {"s": 1, "h": HOUR, "d": DAY}[found[2]]
     past, first = replay(db, fleet, now - seconds, now, lambda: time.monotonic() < ends)
     complete = time.monotonic() < ends
-    rows = [{"fired_at": one.fired_at, "over_at": one.over_at, "severity": one.severity, "host": one.host,
-             "rule": one.rule, "object": one.object or None, "message": one.message} for one in past]
+    rows = [{**alert._asdict(), "object": alert.object or None} for alert in past]
     if args.json:
         print(json.dumps({"since": first, "complete": complete, "alerts": rows}, indent=2))
         return
@@ -13289,7 +13253,7 @@ def command_replay_rules(config: Config, args: argparse.Namespace) -> None:
     reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
     print(f"{len(rows)} alert(s) would have fired ({reach}).")
     if rows:
-        print_list(rows, ("fired_at", "over_at", "severity", "host", "rule", "object", "message"), False)
+        print_list(rows, Past._fields, False)
 
 
 def check_database(config: Config) -> Iterator[Check]:

@@ -84,7 +84,7 @@ def as_told(rule: server.Rule) -> dict[str, str]:
 
     days = isinstance(rule.warn, (int, float)) and rule.warn > 86400
     levels = ["–" if level is None else f"{level / 86400:g} d" if days else f"{level:g}" for level in (rule.warn, rule.crit)]
-    told = {"hold": span(rule.hold) + (f" / {span(rule.hold_crit)}" if rule.hold_crit is not None else "")}
+    told = {"hold": span(rule.hold) + (f" / {span(rule.hold_crit)}" if rule.hold_crit != rule.hold else "")}
     if rule.warn is not None or rule.crit is not None:
         told["levels"] = " / ".join(levels)
         told["clears"] = "half" if rule.clear_part == 0.5 else "" if not rule.clear_by else f"{'+' if rule.low else '−'}{rule.clear_by:g}"

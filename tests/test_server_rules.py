@@ -540,6 +540,12 @@ def test_certificates_are_judged_by_their_own_life(sim):
         sim.now += 1800
 
 
+def test_a_section_named_like_what_hosts_share_is_not_judged_as_that(sim):
+    sim.fleet.failed_logins.extend([sim.now] * 10)
+    sim.send("pve1", **{"(shared)": {}})
+    assert not sim.alerts("log-ins-fail")
+
+
 def test_log_ins_that_fail_are_told(sim):
     sim.fleet.failed_logins.extend([sim.now] * 9)
     sim.turn()
@@ -1250,6 +1256,18 @@ def test_the_nearest_layer_decides_and_is_named(tmp_path, name, tags, object, wa
     sim.send(name, node=node())
     row = server.rule_row(sim.fleet, sim.fleet.find(name), server.RULE["pool-capacity"], object)
     assert (row["warn"], row["layer"], row["enabled"]) == (warn, layer, object == "")
+    sim.close()
+
+
+def test_a_message_names_the_threshold_that_was_set_for_its_object(tmp_path):
+    sim = Simulation(tmp_path, '[objects."pools/tank".rules.pool-capacity]\nwarn = 0.3\n')
+    sim.host("pve1")
+    for _ in range(2):
+        sim.send("pve1", pools=[{"name": "tank", "capacity_ratio": .5}])
+        sim.wait(16 * MINUTE)
+    host = sim.fleet.find("pve1")
+    body = server.notification_body(sim.fleet, host, host.alerts["pool-capacity", "pools/tank"], "firing", sim.now)
+    assert body["threshold"] == "0.3/0.9, set for object"
     sim.close()
 
 
