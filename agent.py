@@ -116,7 +116,8 @@ BEAT_SECONDS = 60.0  # between two words to systemd, where it keeps no watchdog
 STOP_SECONDS = 10
 
 GUEST_SECONDS = 25.0  # how long a start or stop seen by the look is believed against pvestatd's last snapshot
-TASKS_PATH = "/var/log/pve/tasks/active"
+TASKS_FOLDER = "/var/log/pve/tasks"
+TASKS_PATH = f"{TASKS_FOLDER}/active"
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -130,24 +131,14 @@ class ConfigError(Exception):
         super().__init__(f"{path}: {key}: {reason}" if key else f"{path}: {reason}")
 
 
-class Address(NamedTuple):
-    """A server's address in parts."""
-
-    url: str
-    tls: bool
-    host: str
-    port: int
-    path: str
-
-
 class Config:
-    """The agent's settings. Made by load_config, or by default_config where there is no file."""
+    """The agent's settings. Made by load_config; where there is no file, with a name and defaults that cannot send."""
 
     def __init__(self, host_id: str) -> None:
         self.path = ""
         self.host_id = host_id
-        self.address: Address | None = None
-        self.key = b""  # the host's secret; empty without a config
+        self.url = ""  # of the server; empty without a config, like the next two
+        self.key = b""  # the host's secret
         self.ca_file = ""
         self.intervals = {FAST: 30, MEDIUM: 300, SLOW: 1800}
         self.max_bytes = 256 * MIB
@@ -180,20 +171,21 @@ def short_host_name() -> str:
     return os.uname().nodename.split(".")[0]
 
 
-def default_config() -> Config:
-    """What `once` uses where there is no file: nothing can be sent, and the host is named after itself."""
-    return Config(short_host_name())
-
-
 def load_config(path: str) -> Config:
     """The settings in a file, all checked."""
     settings = read_toml(path)
     check_settings(path, "", settings)
-    config = Config(find_host_id(path, settings))
+    config = Config(settings.get("host_id", short_host_name()))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", config.host_id):
+        reason = f"{config.host_id!r}: 1 to 63 of a-z A-Z 0-9 . _ -, beginning with a letter or digit"
+        raise ConfigError(path, "host_id", reason)
     config.path = path
-    config.address = parse_url(path, settings.get("server_url"))
+    config.url = parse_url(path, settings.get("server_url"))
     config.key = parse_token(path, *find_token(path, settings, config.warnings))
-    config.ca_file = find_ca_file(path, settings)
+    file = settings.get("ca_file", "")
+    if "ca_file" in settings and not os.access(file, os.R_OK):
+        raise ConfigError(path, "ca_file", f"{file!r}: cannot be read")
+    config.ca_file = os.path.abspath(file) if file else ""
     config.intervals = find_intervals(path, config.intervals, settings.get("intervals", {}))
     spool = settings.get("spool", {})
     config.max_bytes = spool["max_mb"] * MIB if "max_mb" in spool else config.max_bytes
@@ -234,41 +226,33 @@ def check_settings(path: str, table: str, settings: dict[str, Any]) -> None:
             check_settings(path, name, value)
 
 
-def find_host_id(path: str, settings: dict[str, Any]) -> str:
-    host_id: str = settings.get("host_id", short_host_name())
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", host_id):
-        reason = f"{host_id!r}: 1 to 63 of a-z A-Z 0-9 . _ -, beginning with a letter or digit"
-        raise ConfigError(path, "host_id", reason)
-    return host_id
-
-
-def parse_url(path: str, url: str | None) -> Address:
-    """The parts of server_url: https anywhere, http for this machine alone."""
+def parse_url(path: str, url: str | None) -> str:
+    """server_url without a slash at its end: https anywhere, http for this machine alone."""
     if not url:
         raise ConfigError(path, "server_url", 'missing; write server_url = "https://monitor.example.com"')
-    reason = f"{url!r}: no server name that can be used"
+    no_name, no_port = f"{url!r}: no server name that can be used", f"{url!r}: the port must be 1 to 65535"
+    reason = no_name
     try:
         parts = urllib.parse.urlsplit(url)
-        host, better = parts.hostname or "", f'write "https://{parts.netloc}" instead of "{url}"'
-        reason = f"{url!r}: the port must be 1 to 65535"
-        port = {"https": 443, "http": 80}.get(parts.scheme, 0) if parts.port is None else parts.port
+        reason = no_port
+        port = parts.port
     except ValueError:
         raise ConfigError(path, "server_url", reason) from None
-    if parts.scheme in ("wss", "ws"):
-        reason = f"{parts.scheme}:// was the old agent's; {better}"
-    elif parts.scheme not in ("https", "http"):
-        reason = f'{url!r}: write "https://" and the server\'s name'
-    elif not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or "@" in parts.netloc:  # a name, or an address of either kind
-        reason = f"{url!r}: no server name that can be used"
-    elif not port or parts.netloc.endswith(":"):
-        pass  # the reason above
-    elif parts.scheme == "http" and not is_loopback(host):
-        reason = f"http:// is for loopback addresses only; {better}"
-    elif set("?#") & set(url) or not url.isascii() or any(sign <= " " for sign in url):
-        reason = f"{url!r}: only scheme, name, port and path may be given"
-    else:
-        return Address(url.rstrip("/"), parts.scheme == "https", host, port, parts.path.rstrip("/"))
-    raise ConfigError(path, "server_url", reason)
+    host, better = parts.hostname or "", f'write "https://{parts.netloc}" instead of "{url}"'
+    faults = {
+        f"{parts.scheme}:// was the old agent's; {better}": parts.scheme in ("wss", "ws"),
+        f'{url!r}: write "https://" and the server\'s name': parts.scheme not in ("https", "http"),
+        # a name, or an address of either kind
+        no_name: not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or "@" in parts.netloc,
+        no_port: port == 0 or parts.netloc.endswith(":"),
+        f"http:// is for loopback addresses only; {better}": parts.scheme == "http" and not is_loopback(host),
+        f"{url!r}: only scheme, name, port and path may be given":
+            set("?#") & set(url) or not url.isascii() or any(sign <= " " for sign in url),
+    }  # fmt: skip
+    for reason, is_so in faults.items():
+        if is_so:
+            raise ConfigError(path, "server_url", reason)
+    return url.rstrip("/")
 
 
 def is_loopback(host: str) -> bool:
@@ -281,22 +265,19 @@ def is_loopback(host: str) -> bool:
 
 def find_token(path: str, settings: dict[str, Any], warnings: list[str]) -> tuple[str, str]:
     """The key that named it and the token: token, token_file, or systemd's credential of the name `token`."""
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
     if "token" in settings and "token_file" in settings:
         raise ConfigError(path, "token_file", "give token or token_file, not both")
     if "token" in settings:
         return "token", settings["token"]
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
-    if "token_file" in settings:
-        name = settings["token_file"].replace("${CREDENTIALS_DIRECTORY}", credentials)
-        name = name.replace("$CREDENTIALS_DIRECTORY", credentials)
-        # A bare name is the credential of that name, or lies beside the config.
-        folders = [folder for folder in (credentials, os.path.dirname(os.path.abspath(path))) if folder]
-        files = [os.path.join(folder, name) for folder in folders]
-        file = next((file for file in files if os.path.exists(file)), files[-1])
-    elif credentials:
-        file = os.path.join(credentials, "token")
-    else:
+    if "token_file" not in settings and not credentials:
         raise ConfigError(path, "token", 'missing; write token = "whsec_…" or token_file = "…"')
+    name = settings.get("token_file", f"{credentials}/token").replace("${CREDENTIALS_DIRECTORY}", credentials)
+    name = name.replace("$CREDENTIALS_DIRECTORY", credentials)
+    # A bare name is the credential of that name, or lies beside the config.
+    folders = [folder for folder in (credentials, os.path.dirname(os.path.abspath(path))) if folder]
+    files = [os.path.join(folder, name) for folder in folders]
+    file = next((file for file in files if os.path.exists(file)), files[-1])
     try:
         with open(file, encoding="utf-8", errors="replace") as handle:
             text = handle.read(64 * KIB).strip()
@@ -318,13 +299,6 @@ def parse_token(path: str, key: str, token: str) -> bytes:
     if len(secret) < 16:
         raise ConfigError(path, key, "too short; was it copied whole?")
     return secret
-
-
-def find_ca_file(path: str, settings: dict[str, Any]) -> str:
-    file = settings.get("ca_file", "")
-    if "ca_file" in settings and not os.access(file, os.R_OK):
-        raise ConfigError(path, "ca_file", f"{file!r}: cannot be read")
-    return os.path.abspath(file) if file else ""
 
 
 def find_intervals(path: str, defaults: dict[str, int], table: dict[str, int]) -> dict[str, int]:
@@ -813,10 +787,8 @@ def one_line(text: str) -> str:
 
 def log(text: str) -> None:
     """A line for the journal."""
-    try:
+    with contextlib.suppress(OSError):  # nobody listens any more; the work goes on
         print(one_line(text), flush=True)
-    except OSError:
-        pass  # nobody listens any more; the work goes on
 
 
 def log_once(topic: str, text: str) -> None:
@@ -898,10 +870,10 @@ def to_seconds(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds if found else None
 
 
-def to_unix(date: str, clock: str = "00:00:00") -> int | None:
-    """`2026-11-23` UTC as unix seconds; None for a day that does not exist."""
+def to_unix(date: str, clock: str = "00:00:00", zone: str = "+00:00") -> int | None:
+    """`2026-11-23` UTC as unix seconds (zone "": the host's own); None for a day that does not exist."""
     try:
-        return int(datetime.fromisoformat(f"{date}T{clock}+00:00").timestamp())
+        return int(datetime.fromisoformat(f"{date}T{clock}{zone}").timestamp())
     except (ValueError, OverflowError):
         return None
 
@@ -1025,6 +997,11 @@ RRD_GUEST = (
 )
 RRD_STORAGE = "ctime total used".split()
 RRD_FIELDS = {"node": RRD_NODE, "vm": RRD_GUEST, "storage": RRD_STORAGE}
+SECTION_HEAD = re.compile(r"(\S+):\s*(\S+)\s*$")
+SECTION_LINE = re.compile(r"\s+(\S+)(?:\s+(.*\S))?\s*$")
+STORAGE_NAMES = r"[a-z][a-z0-9\-_.]*[a-z0-9]"
+CRON_LINE = re.compile(r"(\d+)\s+(\d+)\s+\*\s+\*\s+(\S+)\s+root\s+(?:/\S+/)?(#)?vzdump(?:\s+(.*))?$")
+DISK_KEYS = ("scsi", "virtio", "sata", "ide", "efidisk", "tpmstate", "rootfs", "mp")
 
 
 def parse_rrd(text: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -1061,10 +1038,6 @@ def parse_metrics(line: str) -> dict[str, dict[str, Any]]:
     return parts
 
 
-SECTION_HEAD = re.compile(r"(\S+):\s*(\S+)\s*$")
-SECTION_LINE = re.compile(r"\s+(\S+)(?:\s+(.*\S))?\s*$")
-
-
 def parse_sections(text: str, names: str = r"\S+") -> list[tuple[str, str, dict[str, str]]]:
     """Proxmox's section files (storage.cfg, jobs.cfg …) as Proxmox reads them: (type, id, {key: value}).
 
@@ -1098,9 +1071,6 @@ def split_list(text: str | None) -> list[str]:
     return [word for word in re.split(r"[,;\s\0]+", text or "") if word]
 
 
-STORAGE_NAMES = r"[a-z][a-z0-9\-_.]*[a-z0-9]"
-
-
 def parse_storages(text: str) -> list[tuple[str, str, dict[str, str]]]:
     """storage.cfg. `local` is always there, and on all nodes [pve-storage PVE/Storage/Plugin.pm parse_config]."""
     sections = parse_sections(text, STORAGE_NAMES)
@@ -1120,9 +1090,6 @@ def parse_resource_pools(text: str) -> dict[str, set[int]]:
         if kind == "pool" and name:
             own.setdefault(name, set()).update(parse_vmids(vmids))
     return {name: set().union(*(own[other] for other in own if f"{other}/".startswith(f"{name}/"))) for name in own}
-
-
-CRON_LINE = re.compile(r"(\d+)\s+(\d+)\s+\*\s+\*\s+(\S+)\s+root\s+(?:/\S+/)?(#)?vzdump(?:\s+(.*))?$")
 
 
 def parse_vzdump_cron(text: str) -> list[tuple[str, dict[str, str]]]:
@@ -1157,9 +1124,6 @@ def parse_ha_states(text: str) -> dict[str, str]:
     services = as_dict(parse_object(text, "ha/manager_status").get("service_status"))
     states = {sid: as_dict(service).get("state") for sid, service in services.items()}
     return {sid: state for sid, state in states.items() if isinstance(state, str)}
-
-
-DISK_KEYS = ("scsi", "virtio", "sata", "ide", "efidisk", "tpmstate", "rootfs", "mp")
 
 
 def parse_guest_config(text: str) -> dict[str, Any]:
@@ -1250,6 +1214,12 @@ def parse_pve_version(text: str) -> str | None:
 
 VDEV_STATE_NAMES = {"CANT_OPEN": "UNAVAIL"}  # the text form, and everybody, says so
 VDEV_STATES = "ONLINE DEGRADED FAULTED OFFLINE REMOVED UNAVAIL CLOSED UNKNOWN SPLIT AVAIL INUSE".split()
+SCAN_STATES = {"SCANNING": "scanning", "FINISHED": "finished", "CANCELED": "canceled", "NONE": "none"}
+NO_SCAN = {"function": "none", "state": "none"}
+STATUS_KEYS = "pool state status action see scan scrub remove checkpoint expand config errors dedup".split()
+VDEV_ROW = re.compile(rf"(?:\t| {{8}})( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
+VDEV_COUNTERS = {"READ": "read_errors", "WRITE": "write_errors", "CKSUM": "checksum_errors", "SLOW": "slow_ios"}
+SCAN_DATE = r"(\w{3} \w{3} \d{1,2} [\d:]{8}(?: \w+)? \d{4})"
 VDEV_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "cache": "cache", "spares": "spare"}
 JSON_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "l2cache": "cache", "spares": "spare"}
 # What `zpool status` says for vdev_aux [openzfs cmd/zpool/zpool_main.c, print_status_config].
@@ -1392,10 +1362,6 @@ def short_vdev_name(name: str) -> str:
     return next(filter(None, whole.groups())) if whole else short
 
 
-SCAN_STATES = {"SCANNING": "scanning", "FINISHED": "finished", "CANCELED": "canceled", "NONE": "none"}
-NO_SCAN = {"function": "none", "state": "none"}
-
-
 def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) -> dict[str, Any]:
     """The scan under way or the last one. Sequential rebuilds are kept beside it: an active or later one counts."""
     scan = dict(NO_SCAN)
@@ -1482,9 +1448,6 @@ def parse_zpool_status(text: str) -> dict[str, dict[str, Any]]:
     return pools
 
 
-STATUS_KEYS = "pool state status action see scan scrub remove checkpoint expand config errors dedup".split()
-
-
 def split_status_blocks(text: str) -> list[dict[str, list[str]]]:
     """Blocks of `key: value` with continuation lines (by tab, or by blanks below errors); `scan` may come twice."""
     blocks: list[dict[str, list[str]]] = []
@@ -1514,10 +1477,6 @@ def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
         scan=parse_text_scan(block.get("scan", [])), expansion=parse_text_expansion(texts.get("expand") or ""),
         vdevs=parse_text_vdevs(block.get("config", [])),
     )
-
-
-VDEV_ROW = re.compile(rf"(?:\t| {{8}})( *)(\S.*?) +({'|'.join(VDEV_STATES)})(?: (.*)|)$")
-VDEV_COUNTERS = {"READ": "read_errors", "WRITE": "write_errors", "CKSUM": "checksum_errors", "SLOW": "slow_ios"}
 
 
 def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
@@ -1575,9 +1534,6 @@ def parse_text_scan(lines: list[str]) -> dict[str, Any]:
     for text in re.split(r"\n(?!\t)", "\n".join(lines)):
         scan = later_scan(scan, parse_scan_text(" ".join(text.split())))
     return scan
-
-
-SCAN_DATE = r"(\w{3} \w{3} \d{1,2} [\d:]{8}(?: \w+)? \d{4})"
 
 
 def parse_scan_text(text: str) -> dict[str, Any]:
@@ -1673,6 +1629,11 @@ def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
 
 # tasks and backups
 
+VZDUMP_LINE = re.compile(r"(?:\S+ [\d:]{8} |[A-Z][a-z]{2} +\d+ [\d:]{8} )?(?:INFO|ERROR): (.*)")
+ARCHIVE_NAME = (
+    r"vzdump-(?:qemu|lxc|openvz)-(\d{1,9})-(\d{4}_\d\d_\d\d)-(\d\d_\d\d_\d\d)"
+    r"\.(?:tgz|(?:vma|tar)(?:\.(?:gz|lzo|zst|bz2))?)"
+)
 UNKNOWN_END = "unexpected status"  # the only one that Proxmox itself does not judge [pve-common PVE/UPID.pm]
 CONSOLES = ("vncproxy", "vncshell", "spiceproxy", "spiceshell", "termproxy")  # being cut off is how they end
 
@@ -1716,9 +1677,6 @@ def task_result(status: str, kind: str) -> str:
     return "unknown" if status in ("", UNKNOWN_END) or kind in CONSOLES else "error"
 
 
-VZDUMP_LINE = re.compile(r"(?:\S+ [\d:]{8} |[A-Z][a-z]{2} +\d+ [\d:]{8} )?(?:INFO|ERROR): (.*)")
-
-
 def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
     """The storage and the runs of a vzdump log, of a job of one guest or of several.
 
@@ -1753,12 +1711,6 @@ def parse_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> No
         run.setdefault("excluded_disks", []).append(message.split("'")[1])
     elif message.startswith("excluding ") and " mount point " in message:
         run.setdefault("excluded_disks", []).append(message.partition(" mount point ")[2].split()[0])
-
-
-ARCHIVE_NAME = (
-    r"vzdump-(?:qemu|lxc|openvz)-(\d{1,9})-(\d{4}_\d\d_\d\d)-(\d\d_\d\d_\d\d)"
-    r"\.(?:tgz|(?:vma|tar)(?:\.(?:gz|lzo|zst|bz2))?)"
-)
 
 
 def parse_archive_name(name: str) -> tuple[int, int] | None:
@@ -1911,10 +1863,8 @@ def list_due_times(text: str, now: float) -> list[int]:
 
 def parse_local_time(text: str) -> int | None:
     """`2026-11-23 02:00:17` in the host's time zone."""
-    try:
-        return int(datetime.fromisoformat(text.strip()).timestamp()) if " " in text.strip() else None
-    except (ValueError, OverflowError):
-        return None
+    date, _, clock = text.strip().partition(" ")
+    return to_unix(date, clock, zone="") if clock else None
 
 
 # datasets and snapshots
@@ -1923,14 +1873,24 @@ DATASET_COLUMNS = (
     "name type used avail refer usedbysnapshots usedbydataset refreservation quota refquota volsize compressratio "
     "origin mounted encryption keystatus canmount mountpoint"
 ).split()
-
-
 DATASET_SIZES = {
     "used": "used_bytes", "avail": "available_bytes", "refer": "referenced_bytes",
     "usedbysnapshots": "used_by_snapshots_bytes", "usedbydataset": "used_by_dataset_bytes",
     "refreservation": "refreservation_bytes", "quota": "quota_bytes", "refquota": "refquota_bytes",
     "volsize": "volume_bytes",
 }
+SNAPSHOT_TOOLS = (  # names by tool, and the class that its series get
+    (r"autosnap_.*_([^_]+)", r"autosnap_\1"),  # sanoid
+    (r"(zfs-auto-snap_[^-]+)-2.*", r"\1"),
+    (r"(__replicate_.*)_\d+__", r"\1"),  # Proxmox's replication
+    (r"(zrepl|syncoid)_.*", r"\1"),
+    (r"pyznap_.*_([^_]+)", r"pyznap_\1"),
+    (r"(auto[a-z][a-z0-9_-]*?)\d{12}", r"\1"),  # cv4pve-autosnap: auto, its label, yyMMddHHmmss
+    (r"(.+)-2\d{13}", r"\1"),  # zfs_autobackup
+    (r"2\d{3}-\d\d-\d\d-\d{6}Z?", "znapzend"),
+    (r"2\d{3}-\d\d-\d\d_\d\d\.\d\d\.\d\d--(\w+)", r"zfsnap_\1"),
+    (r"(.*?)[-_]?2\d{3}-\d\d-\d\d([-_T ]\d\d[-:.]\d\d([-:.]\d\d)?)?([-_]\d+[a-z])?", r"\1"),  # TrueNAS and others
+)
 
 
 def parse_datasets(text: str) -> list[dict[str, Any]]:
@@ -1960,20 +1920,6 @@ def dataset_vmid(name: str) -> int | None:
     """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
     found = re.match(r"(?:vm|base|subvol|basevol)-(\d{1,9})(?:-|$)", name.rpartition("/")[2])
     return int(found[1]) if found else None
-
-
-SNAPSHOT_TOOLS = (  # names by tool, and the class that its series get
-    (r"autosnap_.*_([^_]+)", r"autosnap_\1"),  # sanoid
-    (r"(zfs-auto-snap_[^-]+)-2.*", r"\1"),
-    (r"(__replicate_.*)_\d+__", r"\1"),  # Proxmox's replication
-    (r"(zrepl|syncoid)_.*", r"\1"),
-    (r"pyznap_.*_([^_]+)", r"pyznap_\1"),
-    (r"(auto[a-z][a-z0-9_-]*?)\d{12}", r"\1"),  # cv4pve-autosnap: auto, its label, yyMMddHHmmss
-    (r"(.+)-2\d{13}", r"\1"),  # zfs_autobackup
-    (r"2\d{3}-\d\d-\d\d-\d{6}Z?", "znapzend"),
-    (r"2\d{3}-\d\d-\d\d_\d\d\.\d\d\.\d\d--(\w+)", r"zfsnap_\1"),
-    (r"(.*?)[-_]?2\d{3}-\d\d-\d\d([-_T ]\d\d[-:.]\d\d([-:.]\d\d)?)?([-_]\d+[a-z])?", r"\1"),  # TrueNAS and others
-)
 
 
 def snapshot_class(dataset: str, name: str) -> str:
@@ -2234,6 +2180,9 @@ def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
 
 # Safeguards: what should speak up when something fails.
 
+# proxmox-notify ships these two, and a file that names them replaces them.
+NOTIFY_DEFAULTS = "sendmail: mail-to-root\n\nmatcher: default-matcher\n\ttarget mail-to-root\n"
+
 
 def parse_shell_setting(text: str, name: str) -> str | None:
     """The last uncommented NAME=value of a file that a shell reads; None if there is none."""
@@ -2248,10 +2197,6 @@ def parse_root_mail(text: str) -> bool:
         if words[:2] == ["user", "root@pam"]:
             return len(words) > 6 and bool(words[6])
     return False
-
-
-# proxmox-notify ships these two, and a file that names them replaces them.
-NOTIFY_DEFAULTS = "sendmail: mail-to-root\n\nmatcher: default-matcher\n\ttarget mail-to-root\n"
 
 
 def parse_notifications(text: str) -> dict[str, Any]:
@@ -2448,7 +2393,27 @@ def require_cluster(probe: ProbeLike) -> None:
         raise Absent("a stand-alone node")
 
 
+def read_metrics(probe: ProbeLike) -> dict[str, dict[str, Any]]:
+    """The first line of /run/pve/metrics: pvestatd's newest snapshot, by part."""
+    return parse_metrics(probe.read_line(METRICS))
+
+
+def fresh_part(probe: ProbeLike, name: str) -> tuple[dict[str, Any] | None, float | None]:
+    """A part of the newest snapshot and its time, (None, None) when it is missing there."""
+    part = attempt(shared, probe, "metrics", read_metrics, default={}).get(name)
+    return (part["data"], part["timestamp"]) if part else (None, None)
+
+
+def is_late(probe: ProbeLike, stamp: float | None) -> bool:
+    return stamp is None or abs(probe.now() - stamp) > LATE_SECONDS
+
+
 # node
+
+PRESSURES = {"cpu": ("some_avg10",), "io": ("full_avg10", "full_avg300"), "memory": ("full_avg10", "full_avg300")}
+# Not disks of their own: what lies on others, and the paths of one NVMe namespace, which the kernel lists beside it,
+# hidden: nvme3c33n1 is nvme3n1 by way of controller 33 [linux drivers/nvme/host/multipath.c].
+NO_DISK = re.compile(r"(zd|loop|dm-|md|sr|fd|z?ram|nbd|rbd|drbd)\d|nvme\d+c\d+n\d+$")
 
 
 @collector("node", tick=FAST, needs=[require("/proc/sys/kernel", "no /proc here")])
@@ -2460,15 +2425,14 @@ def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     if memory.get("boot_id") != boot_id:
         memory.clear()
         memory["boot_id"] = boot_id
-    parts: tuple[Callable[[], dict[str, Any]], ...] = (
-        lambda: read_load(probe), lambda: read_cpu(probe, memory), lambda: read_memory(probe),
-        lambda: read_pressure(probe), lambda: read_root(probe), lambda: read_versions(probe, memory, kernel),
-        lambda: read_interfaces(probe, memory), lambda: read_block_devices(probe, memory),
-        lambda: {"temperatures": read_temperatures(probe, memory)},
+    parts: tuple[tuple[Any, ...], ...] = (
+        (read_load,), (read_cpu, memory), (read_memory,), (read_pressure,), (read_root,),
+        (read_versions, memory, kernel), (read_interfaces, memory), (read_block_devices, memory),
+        (lambda *args: {"temperatures": read_temperatures(*args)}, memory),
     )
-    for part in parts:
+    for read, *more in parts:
         with part_of(probe, "node"):
-            node.update(part())
+            node.update(read(probe, *more))
     return node
 
 
@@ -2484,20 +2448,13 @@ def read_load(probe: ProbeLike) -> dict[str, Any]:
 def read_cpu(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Shares since the last sample of this boot; before there is one, what pvestatd measured."""
     jiffies, count = parse_cpu_times(probe.read("/proc/stat"))
-    before = memory.get("jiffies")
-    memory["jiffies"] = jiffies
+    before, memory["jiffies"] = memory.get("jiffies"), jiffies
     ratios = parse_cpu_ratios(before, jiffies) if isinstance(before, list) else {}
     if not ratios:
-        ratios = attempt(read_pvestatd_cpu, probe, default={})
+        part, stamp = fresh_part(probe, "node")
+        told = {} if is_late(probe, stamp) else as_dict(dig(part, "cpustat"))
+        ratios = known(cpu_ratio=to_number(told.get("cpu")), iowait_ratio=to_number(told.get("wait")))
     return {"cpu_count": count or None, **ratios}
-
-
-def read_pvestatd_cpu(probe: ProbeLike) -> dict[str, Any]:
-    part = shared(probe, "metrics", read_metrics).get("node", {})
-    if not part or abs(probe.now() - part["timestamp"]) > LATE_SECONDS:
-        return {}
-    stat = as_dict(part["data"].get("cpustat"))
-    return known(cpu_ratio=to_number(stat.get("cpu")), iowait_ratio=to_number(stat.get("wait")))
 
 
 def read_memory(probe: ProbeLike) -> dict[str, Any]:
@@ -2518,9 +2475,6 @@ def read_memory(probe: ProbeLike) -> dict[str, Any]:
         swap_used_bytes=None if swap_total is None or swap_free is None else swap_total - swap_free,
         oom_kills_total=to_count(kills),
     )
-
-
-PRESSURES = {"cpu": ("some_avg10",), "io": ("full_avg10", "full_avg300"), "memory": ("full_avg10", "full_avg300")}
 
 
 def read_pressure(probe: ProbeLike) -> dict[str, Any]:
@@ -2577,11 +2531,6 @@ def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     totals = {f"net_{way}_bytes_total": sum(interface[f"{way}_bytes_total"] for interface in interfaces)
               for way in ("receive", "transmit")}  # fmt: skip
     return {"interfaces": interfaces, **totals}
-
-
-# Not disks of their own: what lies on others, and the paths of one NVMe namespace, which the kernel lists beside it,
-# hidden: nvme3c33n1 is nvme3n1 by way of controller 33 [linux drivers/nvme/host/multipath.c].
-NO_DISK = re.compile(r"(zd|loop|dm-|md|sr|fd|z?ram|nbd|rbd|drbd)\d|nvme\d+c\d+n\d+$")
 
 
 def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
@@ -2704,6 +2653,7 @@ def run_quorumtool(probe: ProbeLike) -> dict[str, Any]:
 
 # guests
 
+CONFIG_FORM = 2  # another one reads every file anew
 ANSWER_SECONDS = 60  # after so long a running QEMU has answered pvestatd several times
 GUEST_COUNTERS = {
     "netin": "net_receive_bytes_total", "netout": "net_transmit_bytes_total",
@@ -2713,23 +2663,8 @@ GUEST_GROUPS = ("/sys/fs/cgroup/qemu.slice", "/sys/fs/cgroup/lxc")
 GUEST_GROUP = re.compile(r"(\d{3,9})(?:\.scope|-\d+)?$")  # LXC appends -1 where a folder of an earlier run is left
 
 
-def read_metrics(probe: ProbeLike) -> dict[str, dict[str, Any]]:
-    """The first line of /run/pve/metrics: pvestatd's newest snapshot, by part."""
-    return parse_metrics(probe.read_line(METRICS))
-
-
 def read_rrd(probe: ProbeLike) -> dict[str, dict[str, dict[str, str]]]:
     return parse_rrd(probe.read("/etc/pve/.rrd"))
-
-
-def fresh_part(probe: ProbeLike, name: str) -> tuple[dict[str, Any] | None, float | None]:
-    """A part of the newest snapshot and its time, (None, None) when it is missing there."""
-    part = attempt(shared, probe, "metrics", read_metrics, default={}).get(name)
-    return (part["data"], part["timestamp"]) if part else (None, None)
-
-
-def is_late(probe: ProbeLike, stamp: float | None) -> bool:
-    return stamp is None or abs(probe.now() - stamp) > LATE_SECONDS
 
 
 @collector("guests", tick=FAST, needs=[require_pve])
@@ -2742,7 +2677,9 @@ def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, A
         if all(is_late(probe, stamp) for _, stamp in sources.values()):
             raise
         probe.problem("guests", error.code, error.detail)
-        configs = guess_guest_configs(memory, sources)
+        before = as_dict(memory.get("guest_configs"))  # and all that pvestatd names
+        listed = [(kind, vmid) for kind, (guests, _) in sources.items() for vmid in guests or {} if is_whole(vmid)]
+        configs = {vmid: as_dict(before.get(vmid)) or {"type": kind} for kind, vmid in listed}
     rrd = {}
     if any(is_late(probe, sources[config["type"]][1]) for config in configs.values()):
         rrd = attempt(read_rrd, probe, default={}).get("vm", {})
@@ -2771,7 +2708,7 @@ def read_busy_guests(probe: ProbeLike) -> set[int | None]:
     """The guests on which a task of this node is at work; None stands for a backup of several. A lock without a task
     was left behind: Proxmox takes back those of backups only, when the host starts [pve-manager PVE/API2/Nodes.pm]."""
     busy: set[int | None] = set()
-    for line in probe.read(f"{TASKS_FOLDER}/active").splitlines():
+    for line in probe.read(TASKS_PATH).splitlines():
         upid, _, state = line.partition(" ")
         task = parse_upid(upid)
         if task and state[:1] == "0" and is_process(probe, *upid.split(":")[2:4]):
@@ -2804,9 +2741,6 @@ def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, di
     return configs
 
 
-CONFIG_FORM = 2  # another one reads every file anew
-
-
 def note_change(before: dict[str, Any], config: dict[str, Any], now: float) -> dict[str, Any]:
     """Which settings of a guest changed last, and when that was seen; not what tasks write, which tell of it."""
     old, new = as_dict(before.get("settings")), config.get("settings", {})
@@ -2825,17 +2759,6 @@ def read_guest_config(probe: ProbeLike, node: str, kind: str, vmid: str) -> dict
         if error.code not in ("missing", "denied"):
             raise
         return {}
-
-
-def guess_guest_configs(memory: dict[str, Any], sources: dict[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
-    """While /etc/pve cannot be read: the guests of pvestatd's snapshot, with the configuration known from before."""
-    before = as_dict(memory.get("guest_configs"))
-    found = {}
-    for kind, (guests, _) in sources.items():
-        for vmid in guests or {}:
-            if is_whole(vmid):
-                found[vmid] = as_dict(before.get(vmid)) or {"type": kind}
-    return found
 
 
 def choose_guest(
@@ -3038,7 +2961,6 @@ def read_rrd_storage(
 
 # tasks
 
-TASKS_FOLDER = "/var/log/pve/tasks"
 TASK_INDEX = f"{TASKS_FOLDER}/index"
 TASKS_PER_REPORT = 2000
 
@@ -3099,6 +3021,10 @@ def collect_tasks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
 
 # pools
 
+POOL_COLUMNS = "name guid size alloc free ckpoint frag cap dedup health readonly".split()
+IO_COLUMNS = "name alloc free reads writes read_bytes write_bytes read_total write_total read_wait write_wait".split()
+FEW_ERRORS = 200  # `zpool status -v` costs the kernel more than 20 s for some 900 of them, unkillably
+
 
 def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = True) -> list[dict[str, Any]]:
     """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs.
@@ -3142,15 +3068,12 @@ def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
             pools.append(read_pool(probe, memory, pool))
         except SourceError as error:
             if probe.exists(f"{ZFS_KSTAT}/{pool['name']}/state"):  # else it was exported meanwhile
-                pools.append({**pool, **kept_scrub(memory, pool.get("guid")), **unknown_because(error)})
+                pools.append({**pool, **keep_scrub(memory, pool.get("guid", ""), NO_SCAN), **unknown_because(error)})
     names, guids = [pool["name"] for pool in pools], [pool.get("guid") for pool in pools]
     probe.places = {disk: place for disk, place in (probe.places or {}).items() if place["pool"] in names}
     for name in ("scrubs", "damaged"):
         memory[name] = {guid: kept for guid, kept in as_dict(memory.get(name)).items() if guid in guids}
     return pools
-
-
-POOL_COLUMNS = "name guid size alloc free ckpoint frag cap dedup health readonly".split()
 
 
 def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -3201,9 +3124,6 @@ def note_guids(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[
             row.update(known(guid=to_guid(guid)))
 
 
-IO_COLUMNS = "name alloc free reads writes read_bytes write_bytes read_total write_total read_wait write_wait".split()
-
-
 def note_io(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dict[str, Any]]) -> None:
     """Space of the top-level vdevs, and how long each disk took for an answer, on average since the import: asked for
     every half hour. Nanoseconds and bytes with -p, no space for what is below [openzfs cmd/zpool/zpool_main.c,
@@ -3252,9 +3172,6 @@ def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
         return {**space, **unknown_because(error)}
 
 
-FEW_ERRORS = 200  # `zpool status -v` costs the kernel more than 20 s for some 900 of them, unkillably
-
-
 def read_damaged_files(
     probe: ProbeLike, memory: dict[str, Any], name: str, guid: str, status: dict[str, Any]
 ) -> dict[str, list[str]]:
@@ -3284,12 +3201,7 @@ def keep_scrub(memory: dict[str, Any], guid: str, scan: dict[str, Any]) -> dict[
         told = {name: scan.get(name) for name in ("repaired_bytes", "errors")}
         duration = scan["ended_at"] - scan["started_at"] if "started_at" in scan else None
         scrubs[guid] = known(ended_at=scan["ended_at"], duration_seconds=duration, **told)
-    return kept_scrub(memory, guid)
-
-
-def kept_scrub(memory: dict[str, Any], guid: str | None) -> dict[str, Any]:
-    scrub = as_dict(memory.get("scrubs")).get(guid or "")
-    return {"last_scrub": scrub} if scrub else {}
+    return known(last_scrub=scrubs.get(guid))
 
 
 def place_disks(probe: ProbeLike, pool: str, vdevs: list[dict[str, Any]]) -> None:
@@ -3321,6 +3233,12 @@ def find_disk(probe: ProbeLike, path: str) -> str | None:
 
 
 # datasets, snapshots
+
+LAST_ARRIVALS = 6
+SNAPSHOTS_LIMIT = 60.0  # seconds; 10,000 snapshots take some
+LAST_SNAPSHOTS = 20  # so many intervals make the median
+MANY_SNAPSHOTS = 200  # more new ones than this, and one listing with times is cheaper than to name them
+HELD_MOST = 2000  # snapshots of a pool; `used` makes ZFS open each of them
 
 
 def ask_pools(
@@ -3406,9 +3324,6 @@ def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str
     return sets
 
 
-LAST_ARRIVALS = 6
-
-
 def note_arrival(row: dict[str, Any], arrivals: dict[str, Any], now: float) -> list[Any]:
     """When a snapshot came here, which on a replication target has little to do with when it was made: the newest
     one's guid, and when the last newest ones were first seen. The first one that we see may have been here for long."""
@@ -3418,11 +3333,6 @@ def note_arrival(row: dict[str, Any], arrivals: dict[str, Any], now: float) -> l
     gaps = [later - earlier for earlier, later in zip(times, times[1:])]
     row.update(known(newest_seen_at=times[-1] if times else None, arrival_interval_seconds=max(gaps, default=None)))
     return [row["newest_guid"], times]
-
-
-SNAPSHOTS_LIMIT = 60.0  # seconds; 10,000 snapshots take some
-LAST_SNAPSHOTS = 20  # so many intervals make the median
-MANY_SNAPSHOTS = 200  # more new ones than this, and one listing with times is cheaper than to name them
 
 
 def group_snapshots(probe: ProbeLike, pool: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -3462,9 +3372,6 @@ def read_creations(
     return created
 
 
-HELD_MOST = 2000  # snapshots of a pool; `used` makes ZFS open each of them
-
-
 def read_held(probe: ProbeLike, memory: dict[str, Any], pool: str, count: int) -> dict[str, int]:
     """Bytes by dataset@class, asked for every six hours: the sum of what each snapshot alone holds, so at least what
     would be free without the class. What several hold together belongs to none [openzfs man/man7/zfsprops.7, used]."""
@@ -3496,6 +3403,10 @@ def build_snapshot_set(
 
 # backups, replication, ha
 
+FIRST_BACKUPS = 60  # so many finished backup tasks are read back at the first start
+REMOTE_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "gluster", "9p")
+LONGEST_BACKUP = DAY // 2
+
 
 @collector("backups", tick=MEDIUM, needs=[require_pve, read_version_file])
 def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
@@ -3513,14 +3424,10 @@ def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_pve_sections(probe: ProbeLike, name: str) -> list[tuple[str, str, dict[str, str]]]:
-    """A section file of /etc/pve; one that is not there has no sections."""
-    return parse_sections(optional(probe.read, f"/etc/pve/{name}", default=""))
-
-
 def read_backup_jobs(probe: ProbeLike) -> list[dict[str, Any]]:
     """The jobs of jobs.cfg, and those that older releases left in vzdump.cron, with the guests each selects."""
-    jobs = [(name, values) for kind, name, values in read_pve_sections(probe, "jobs.cfg") if kind == "vzdump"]
+    sections = parse_sections(optional(probe.read, "/etc/pve/jobs.cfg", default=""))
+    jobs = [(name, values) for kind, name, values in sections if kind == "vzdump"]
     with part_of(probe, "backups"):
         jobs += parse_vzdump_cron(optional(probe.read, "/etc/pve/vzdump.cron", default=""))
     pools: dict[str, set[int]] | None = None
@@ -3560,16 +3467,13 @@ def read_job_state(probe: ProbeLike, name: str) -> dict[str, Any]:
     return known(last_state=told[:500] if isinstance(told, str) else None, last_run_at=began)
 
 
-FIRST_BACKUPS = 60  # so many finished backup tasks are read back at the first start
-
-
 def read_task_backups(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
     """Backup tasks that ended since the last time. A job of several guests names them in its log only."""
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=True)
     tasks = [task for task in map(parse_task_line, lines) if task and task["type"] == "vzdump"]
     for task in tasks[-FIRST_BACKUPS:]:
         start = task["upid"].split(":")[4]
-        text = attempt(probe.read, f"/var/log/pve/tasks/{start[-1]}/{task['upid']}", default="")
+        text = attempt(probe.read, f"{TASKS_FOLDER}/{start[-1]}/{task['upid']}", default="")
         storage, runs = parse_vzdump_log(text)
         if not runs and "vmid" in task and task["result"] in ("ok", "warning", "error"):
             runs = [known(vmid=task["vmid"], ok=task["result"] != "error", error=task["status"])]
@@ -3623,9 +3527,6 @@ def read_vzdump_logs(probe: ProbeLike, memory: dict[str, Any], guests: dict[str,
         seen[name] = [stat.st_mtime, stat.st_size]
 
 
-REMOTE_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "gluster", "9p")
-
-
 def read_dump_folders(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
     """Archives in the dump folders of local storages, listed by a process that can be left behind if it hangs."""
     node = node_name(probe)
@@ -3656,9 +3557,6 @@ def is_safe_to_list(probe: ProbeLike, folder: str) -> bool:
     return best[2] != "zfs" or read_word(probe, f"{ZFS_KSTAT}/{pool}/state") != "SUSPENDED"
 
 
-LONGEST_BACKUP = DAY // 2
-
-
 def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str) -> None:
     """The newest archive of each guest: its size for the run that is known, or a run nobody has told of.
 
@@ -3686,8 +3584,7 @@ def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str)
 @collector("replication", tick=MEDIUM, needs=[require_cluster])
 def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
     """Replication jobs of the guests on this node. A state file that cannot be read makes the state unknown."""
-    node = node_name(probe)
-    listing = parse_vmlist(probe.read("/etc/pve/.vmlist"))
+    node, listing = node_name(probe), parse_vmlist(probe.read("/etc/pve/.vmlist"))
     states: dict[str, Any] = {}
     dark: dict[str, Any] = {}
     try:
@@ -3699,7 +3596,7 @@ def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[s
     for kind, name, values in parse_sections(optional(probe.read, "/etc/pve/replication.cfg", default=""), r"\d+-\d+"):
         vmid, number = (str(int(part)) for part in name.split("-"))
         if kind == "local" and vmid in listing and listing[vmid][0] == node and "remove_job" not in values:
-            state = as_dict(as_dict(states.get(vmid)).get(f"local/{values.get('target')}"))
+            state = as_dict(dig(states, vmid, f"local/{values.get('target')}"))
             jobs.append({**build_replication(f"{vmid}-{number}", vmid, values, state, probe.now()), **dark})
     return jobs
 
@@ -3793,7 +3690,7 @@ def collect_time_sync(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any
         if told.code == "missing" and not probe.exists("/run/systemd/system"):
             raise Absent("neither chrony nor systemd") from None
         raise SourceError(error.code, f"{told.detail}; {error.detail}") from None
-    value = parse_blocks(text)[0].get("NTPSynchronized") if parse_blocks(text) else None
+    value = next(iter(parse_blocks(text)), {}).get("NTPSynchronized")
     if value not in ("yes", "no"):
         raise SourceError("garbage", f"timedatectl: {text[:80]!r}")
     return {"source": "kernel", "synchronised": value == "yes"}
@@ -3830,7 +3727,12 @@ def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
         for disk in read_raid_disks(probe, before, kept):
             add_disk(disks, disk)
     memory["smart"] = kept
-    places = find_places(probe)
+    if probe.places is None and attempt(probe.exists, "/sys/module/zfs", default=False):
+        for pool in attempt(read_pool_states, probe, {}, default=[]):  # `pools` has not read them yet
+            if pool.get("state") != "SUSPENDED":
+                status = attempt(read_pool_status, probe, {}, pool["name"], default={})
+                place_disks(probe, pool["name"], status.get("vdevs", []))
+    places = probe.places or {}
     for disk in disks:
         place = next((places[name] for name in [disk["name"], *disk.get("paths", [])] if name in places), {})
         disk.update(place)
@@ -3888,16 +3790,6 @@ def add_disk(disks: list[dict[str, Any]], disk: dict[str, Any]) -> None:
             other.setdefault("paths", []).append(disk["name"])
             return
     disks.append(disk)
-
-
-def find_places(probe: ProbeLike) -> dict[str, dict[str, str]]:
-    """Pool and top-level vdev by disk, from the pools as they were read last; read here where they were not yet."""
-    if probe.places is None and attempt(probe.exists, "/sys/module/zfs", default=False):
-        for pool in attempt(read_pool_states, probe, {}, default=[]):
-            if pool.get("state") != "SUSPENDED":
-                vdevs = attempt(read_pool_status, probe, {}, pool["name"], default={}).get("vdevs", [])
-                place_disks(probe, pool["name"], vdevs)
-    return probe.places or {}
 
 
 def smart_device(probe: ProbeLike, name: str) -> str:
@@ -3961,6 +3853,9 @@ def read_raid_disks(probe: ProbeLike, before: dict[str, Any], kept: dict[str, An
 
 # mail_queue, updates, certificates, subscription, versions, ceph
 
+PACKAGE_LISTS = ("/var/cache/apt/pkgcache.bin", "/var/lib/dpkg/status")
+PKGUPDATES = "/var/lib/pve-manager/pkgupdates"
+CERTIFICATES = ("nodes/{node}/pveproxy-ssl.pem", "nodes/{node}/pve-ssl.pem", "pve-root-ca.pem")
 POSTFIX = "/var/spool/postfix"
 QUEUE_LOOKS = 200  # so many of the oldest files are looked into
 
@@ -3979,10 +3874,6 @@ def collect_mail_queue(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
     # a message that was delivered meanwhile is gone: exit code 1
     text = probe.run("head", "-v", "-c", "256", *oldest, ok=(0, 1)) if oldest else ""
     return known(**counts, oldest_at=min(parse_queue_times(text), default=None))
-
-
-PACKAGE_LISTS = ("/var/cache/apt/pkgcache.bin", "/var/lib/dpkg/status")
-PKGUPDATES = "/var/lib/pve-manager/pkgupdates"
 
 
 @collector("updates", tick=SLOW, needs=[require_pve])
@@ -4020,9 +3911,6 @@ def read_packages(probe: ProbeLike, *names: str) -> dict[str, str]:
     """Installed versions by package name."""
     text = probe.run("dpkg-query", "-W", "-f", "${Package}\\t${Version}\\n", *names, ok=(0, 1))
     return dict(line.partition("\t")[::2] for line in text.splitlines())
-
-
-CERTIFICATES = ("nodes/{node}/pveproxy-ssl.pem", "nodes/{node}/pve-ssl.pem", "pve-root-ca.pem")
 
 
 @collector("certificates", tick=SLOW, needs=[require_pve, read_version_file])
@@ -4132,7 +4020,7 @@ def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
 
 # --- report: run what is due, keep sections and errors apart, wrap with host, tick, time and sequence ---
 
-
+HEADER_KEYS = {"version", "host_id", "tick", "time", "run_id", "seq", "agent", "absent", "errors"}
 Gathered = tuple[dict[str, Any], list[str], dict[str, dict[str, str]]]  # sections, absent, errors
 
 
@@ -4205,17 +4093,12 @@ class Reporter:
         `clock_offset` is server minus host in seconds, null before the first answer."""
         sections, absent, errors = gathered
         self.seq += 1
+        spent = round(sum(os.times()[:4]), 3)  # user and system time, the agent's own and that of its commands
         agent = {"version": VERSION, "started": round(self.started, 3), "spooled": spooled, "dropped": dropped,
-                 "clock_offset": clock_offset, "cpu_seconds": cpu_seconds(), "rss_bytes": rss_bytes()}  # fmt: skip
+                 "clock_offset": clock_offset, "cpu_seconds": spent, "rss_bytes": rss_bytes()}  # fmt: skip
         head: dict[str, Any] = {"version": 1, "host_id": self.host_id, "tick": tick, "time": round(now, 3)}
         head |= {"run_id": self.run_id, "seq": self.seq, "agent": agent}
         return {**head, **sections, "absent": absent, "errors": errors}
-
-
-def cpu_seconds() -> float:
-    """User and system time of the agent and of the commands it has run."""
-    spent = os.times()
-    return round(spent.user + spent.system + spent.children_user + spent.children_system, 3)
 
 
 def rss_bytes() -> int | None:
@@ -4230,7 +4113,12 @@ def encode_report(report: dict[str, Any]) -> bytes:
     try:
         body = to_json(report)
     except (TypeError, ValueError, RecursionError):
-        drop_unfit(report)
+        for name in set(report) - HEADER_KEYS:
+            try:
+                to_json(report[name])
+            except (TypeError, ValueError, RecursionError) as error:  # NaN, bytes …
+                del report[name]
+                report["errors"][name] = {"code": "garbage", "detail": str(error)[:DETAIL_LIMIT]}
         body = to_json(report)
     while len(body) > PACKED_LIMIT and (len(body) > REPORT_LIMIT or len(pack(body)) > PACKED_LIMIT):
         largest = max(set(report) - HEADER_KEYS, key=lambda name: len(to_json(report[name])))
@@ -4258,18 +4146,6 @@ def unpack(packed: bytes) -> bytes:
     return body
 
 
-def drop_unfit(report: dict[str, Any]) -> None:
-    """Turn the sections that are no JSON (NaN, bytes …) into errors."""
-    for name in set(report) - HEADER_KEYS:
-        try:
-            to_json(report[name])
-        except (TypeError, ValueError, RecursionError) as error:
-            del report[name]
-            report["errors"][name] = {"code": "garbage", "detail": str(error)[:DETAIL_LIMIT]}
-
-
-HEADER_KEYS = {"version", "host_id", "tick", "time", "run_id", "seq", "agent", "absent", "errors"}
-
 # --- signature: the bytes as sent -> webhook headers ---
 
 
@@ -4287,6 +4163,8 @@ def webhook_headers(key: bytes, body: bytes, timestamp: int) -> dict[str, str]:
 
 
 # --- spool: reports that wait on disk until the server has them ---
+
+IS_SPOOLED = re.compile(r"[0-9]{1,18}-[0-9]{1,18}" + re.escape(SPOOL_ENDING)).fullmatch
 
 
 class Message:
@@ -4410,7 +4288,6 @@ class Spool:
         """Find what an earlier run left."""
         for folder in (self.folder, self.rejected, self.memories.folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-        for folder in (self.folder, self.rejected, self.memories.folder):
             for name in os.listdir(folder):
                 if name.endswith(".tmp"):  # cut off by a crash
                     remove_file(os.path.join(folder, name))
@@ -4474,7 +4351,7 @@ class Spool:
             names = [message.file] if message.file else []  # it may have come to the disk while it was under way
             self._settle(message)
         for name in names:
-            self._remove(name)
+            self._leave(name)
         self._save_losses()
         return len(names)
 
@@ -4492,7 +4369,7 @@ class Spool:
             aside = f"nowhere ({error.strerror})"
             self.lose(1)
         if name:
-            self._remove(name)
+            self._leave(name)
         self._bound_rejected()
         log(f"spool: set aside as {aside}: {reason}")
 
@@ -4526,7 +4403,7 @@ class Spool:
         for name, self.age in zip(names, ages_of(names, now), strict=True):
             if self.age <= self.max_seconds and self.bytes + size <= self.max_bytes:
                 break
-            self._remove(name)
+            self._leave(name)
             lost += 1
         if lost:
             self.lose(lost)
@@ -4550,15 +4427,8 @@ class Spool:
     def _set_bad_aside(self, name: str, error: Exception) -> None:
         self.lose(1)
         log(f"spool: {name} cannot be read ({error}); it is lost, and set aside in {self.rejected}")
-        size = self._size(name)
-        try:
-            os.rename(os.path.join(self.folder, name), os.path.join(self.rejected, f"{name}.bad"))
-        except OSError:
-            self.gone.add(name)
-        self.count -= 1
-        self.bytes -= size
+        self._leave(name, lambda file: os.rename(file, os.path.join(self.rejected, f"{name}.bad")))
         self._bound_rejected()
-        self._save_losses()
 
     def _bound_rejected(self) -> None:
         """What falls out of rejected/ is lost; the bad ones were counted when they came."""
@@ -4568,15 +4438,17 @@ class Spool:
                 self.lose(1)
         self._save_losses()
 
-    def _remove(self, name: str) -> None:
-        size = self._size(name)
-        if not os.path.lexists(os.path.join(self.folder, name)):
-            return
-        if not remove_file(os.path.join(self.folder, name)):
-            self.gone.add(name)
-            log_once("remove", f"spool: {self.folder}: reports that are done with cannot be removed")
-        self.count -= 1
-        self.bytes -= size
+    def _leave(self, name: str, away: Callable[[str], None] = os.unlink) -> None:
+        """A report's file goes; one that cannot (a read-only disk) is passed over from now on."""
+        file, size = os.path.join(self.folder, name), self._size(name)
+        if os.path.lexists(file):
+            try:
+                away(file)
+            except OSError:
+                self.gone.add(name)
+                log_once("remove", f"spool: {self.folder}: reports that are done with cannot be removed")
+            self.count -= 1
+            self.bytes -= size
 
     def _settle(self, message: Message) -> None:
         message.is_settled = True
@@ -4613,9 +4485,6 @@ class Spool:
             self.saved_losses = content
         except OSError as error:
             log_once(self.losses, f"spool: cannot write {self.losses}: {error.strerror}")
-
-
-IS_SPOOLED = re.compile(r"[0-9]{1,18}-[0-9]{1,18}" + re.escape(SPOOL_ENDING)).fullmatch
 
 
 def size_on_disk(size: int) -> int:
@@ -4732,12 +4601,12 @@ class Client:
     """Signs reports and posts them to the host's own address on the server, each over a connection of its own."""
 
     def __init__(self, config: Config) -> None:
-        assert config.address is not None
         self.host_id = config.host_id
         self.key = config.key
-        self.address = config.address
-        self.url = f"{config.address.url}/api/v1/hosts/{config.host_id}/reports"
-        context = ssl.create_default_context(cafile=config.ca_file or None) if config.address.tls else None
+        self.server = config.url
+        self.url = f"{config.url}/api/v1/hosts/{config.host_id}/reports"
+        is_tls = config.url.lower().startswith("https:")
+        context = ssl.create_default_context(cafile=config.ca_file or None) if is_tls else None
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(Door(context))
         self.clock_offset: float | None = None  # server minus host in seconds, as last measured
@@ -4966,11 +4835,11 @@ class Sender:
         try:
             answer = self.client.send(parcel.body())
         except Unreachable as error:
-            self._put_off(parcel, now, f"cannot reach {self.client.address.url}: {error}")
+            self._put_off(parcel, now, f"cannot reach {self.client.server}: {error}")
             return
         if not self.greeted:
             self.greeted = True
-            log(f"reporter: connected to {self.client.address.url}")
+            log(f"reporter: connected to {self.client.server}")
         verdict = judge(answer, len(parcel.bodies))
         reason = describe_answer(answer, self.client.host_id)
         if verdict is ACCEPTED:
@@ -5042,7 +4911,6 @@ class Notifier:
         # WATCHDOG_PID is not compared with our own: a onefile binary has its parent's pid there (packaging.md).
         usec = environ.get("WATCHDOG_USEC", "")
         self.watchdog_seconds = int(usec) / 1_000_000 if usec.isdigit() and address else 0.0
-        self.status = ""
 
     def tell(self, *lines: str) -> None:
         if self.socket is None:
@@ -5052,28 +4920,24 @@ class Notifier:
         except OSError:
             pass  # systemd is away for a moment; the next beat comes soon
 
-    def tell_status(self, status: str) -> None:
-        if status != self.status:
-            self.status = status
-            self.tell(f"STATUS={status}")
 
-
-class Collected:
+class Collected(NamedTuple):
     """Sections, absent, errors, and the memories to be saved with them."""
 
-    def __init__(self, gathered: Gathered | None = None, memories: dict[str, bytes] | None = None) -> None:
-        nothing: Gathered = ({}, [], {})
-        self.sections, self.absent, self.errors = gathered or nothing
-        self.memories = memories or {}
+    sections: dict[str, Any]
+    absent: list[str]
+    errors: dict[str, dict[str, str]]
+    memories: dict[str, bytes]
 
     def add(self, other: Collected) -> None:
-        self.sections |= other.sections
-        self.absent += other.absent
-        self.errors |= other.errors
-        self.memories |= other.memories
+        self.sections.update(other.sections)
+        self.absent.extend(other.absent)
+        self.errors.update(other.errors)
+        self.memories.update(other.memories)
 
-    def is_empty(self) -> bool:
-        return not (self.sections or self.absent or self.errors)
+
+def nothing() -> Collected:
+    return Collected({}, [], {}, {})
 
 
 class Lane:
@@ -5086,7 +4950,7 @@ class Lane:
         self.wake = wake
         self.finished: queue.SimpleQueue[Collected | None] = queue.SimpleQueue()
         self.busy = False
-        self.waiting = Collected()
+        self.waiting = nothing()
         self.waiting_since = 0.0
 
     def start(self, names: list[str]) -> bool:
@@ -5109,16 +4973,16 @@ class Lane:
                 self.waiting.add(part)
         except queue.Empty:
             pass
-        if self.waiting.is_empty() or (self.busy and now - self.waiting_since < FLUSH_SECONDS):
+        if not any(self.waiting[:3]) or (self.busy and now - self.waiting_since < FLUSH_SECONDS):
             return None
-        ready, self.waiting, self.waiting_since = self.waiting, Collected(), 0.0
+        ready, self.waiting, self.waiting_since = self.waiting, nothing(), 0.0
         return ready
 
     def _work(self, names: list[str]) -> None:
         try:
             for name in names:
                 collected = collect(self.probe, self.memories.values, [name])
-                self.finished.put(Collected(collected, self.memories.changed([name], time.monotonic())))
+                self.finished.put(Collected(*collected, self.memories.changed([name], time.monotonic())))
         finally:
             self.finished.put(None)
             self.wake()
@@ -5223,7 +5087,6 @@ class RootMail:
 
     def letter(self, since: float, now: float) -> str:
         """Since when, how many wait, why, what to do."""
-        assert self.config.address is not None
         spool, host = self.sender.spool, self.config.host_id
         dropped = f"; {spool.dropped} were dropped, for age or want of space" if spool.dropped else ""
         return f"""To: root
@@ -5233,7 +5096,7 @@ MIME-Version: 1.0
 Content-Type: text/plain; charset=utf-8
 Content-Transfer-Encoding: 8bit
 
-The monitoring agent on {host} cannot deliver its reports to {self.config.address.url}.
+The monitoring agent on {host} cannot deliver its reports to {self.config.url}.
 
 Since:   {utc_text(since)}
 Waiting: {spool.count} reports in {spool.folder}{dropped}
@@ -5275,6 +5138,7 @@ class Agent:
         self.second_at: dict[str, float] = {}  # of each tick the first moment after the start
         self.next_look = 0.0
         self.next_beat = 0.0
+        self.status = ""  # as systemd shows it
 
     def serve(self) -> None:
         """Until told to stop."""
@@ -5374,10 +5238,9 @@ class Agent:
     def _send_held(self, now: float) -> None:
         pools = self.urgent.take(now)
         if self.held is not None and (pools is not None or now >= self.held_until):
-            pools, held = pools or Collected(), self.held
+            self.held.add(pools or nothing())
+            self._report(FAST, self.held)
             self.held = None
-            held.add(pools)
-            self._report(FAST, held)
         elif pools is not None:
             self._report(FAST, pools)
         if self.urgent_again and not self.urgent.busy:
@@ -5396,7 +5259,8 @@ class Agent:
 
     def _collect(self, names: list[str]) -> Collected:
         now = self.probe.monotonic()
-        collected = Collected(collect(self.probe, self.memories.values, names), self.memories.changed(names, now))
+        gathered = collect(self.probe, self.memories.values, names)
+        collected = Collected(*gathered, self.memories.changed(names, now))
         self.guest_changes.apply(collected.sections.get("guests"), now)
         return collected
 
@@ -5404,10 +5268,9 @@ class Agent:
         """Number it, hand it over. What was cut short by a stop is not reported as a failure."""
         if self.stopping:
             return
-        gathered = (collected.sections, collected.absent, collected.errors)
         spool, total = self.spool, self.spool.dropped_total
         offset = self.sender.client.clock_offset
-        report = self.reporter.build_report(tick, self.probe.now(), gathered, clock_offset=offset,
+        report = self.reporter.build_report(tick, self.probe.now(), collected[:3], clock_offset=offset,
                                             spooled=spool.count, dropped=spool.dropped)  # fmt: skip
         self.sender.offer(Message(encode_report(report), memories=collected.memories, dropped_total=total))
 
@@ -5419,7 +5282,10 @@ class Agent:
             self.notifier.tell("READY=1")
         self.next_beat = now + (self.notifier.watchdog_seconds / 3 or BEAT_SECONDS)
         self.notifier.tell("WATCHDOG=1")
-        self.notifier.tell_status(f"{self.sender.trouble or 'reporting'}; {self.spool.count} reports wait on disk")
+        status = f"STATUS={self.sender.trouble or 'reporting'}; {self.spool.count} reports wait on disk"
+        if status != self.status:
+            self.status = status
+            self.notifier.tell(status)
 
 
 class PidFile:
@@ -5477,10 +5343,20 @@ class PidFile:
 
 # --- commands: start, once, check, stop, version ---
 
+TOOLS = (  # command, what shows that this host needs it, what it is for
+    ("zpool", "/sys/module/zfs", "pools"),
+    ("zfs", "/sys/module/zfs", "datasets, snapshots"),
+    ("smartctl", "/etc/pve", "disks: apt install smartmontools"),
+    ("systemctl", "/run/systemd/system", "services"),
+    ("corosync-quorumtool", "/etc/corosync/corosync.conf", "cluster votes"),
+)
+
 
 def command_start(arguments: Any) -> int:
     """Run the service until SIGTERM."""
-    if is_script() and hasattr(os, "memfd_create"):
+    # `python agent.py`: not imported, not frozen, not in a zip, not behind shed_syntax_tree() already
+    is_script = __name__ == "__main__" and __spec__ is None and os.path.isfile(globals().get("__file__", ""))
+    if is_script and hasattr(os, "memfd_create"):
         shed_syntax_tree()
     config = load_config(config_path(arguments.config))
     folder = state_path()
@@ -5499,11 +5375,6 @@ def command_start(arguments: Any) -> int:
     finally:
         pid_file.release()
     return OK
-
-
-def is_script() -> bool:
-    """Is this `python agent.py`: not imported, not frozen, not in a zip, not behind shed_syntax_tree()?"""
-    return __name__ == "__main__" and __spec__ is None and os.path.isfile(globals().get("__file__", ""))
 
 
 def shed_syntax_tree() -> None:
@@ -5527,10 +5398,12 @@ def shed_syntax_tree() -> None:
 
 def command_once(arguments: Any) -> int:
     """Collect once and print the report as it would be sent."""
-    config = config_or_default(arguments.config)
+    path = config_path(arguments.config)
+    is_missing = path == CONFIG_PATH and not arguments.config and not os.path.lexists(path)  # none was named either
+    config = Config(short_host_name()) if is_missing else load_config(path)
     print_warnings(config)
-    if arguments.send and config.address is None:
-        raise CommandError(f"--send needs a config: {config_path(arguments.config)} is not there")
+    if arguments.send and is_missing:
+        raise CommandError(f"--send needs a config: {path} is not there")
     probe = Probe()
     traces: list[tuple[str, str, float, int, str]] = []
     if arguments.explain:
@@ -5539,23 +5412,11 @@ def command_once(arguments: Any) -> int:
     now = probe.now()
     collected = collect(probe, load_memories(os.path.join(state_path(), "memory")), names)
     body = encode_report(Reporter(config.host_id, now).build_report(arguments.tick or SLOW, now, collected))
-    print(safe_json(body), flush=True)
+    # Control characters and changes of direction, which a terminal would act on, become escapes: the same JSON.
+    print("".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in body.decode()), flush=True)
     if arguments.explain:
         print_traces(traces)
     return send_once(config, body) if arguments.send else OK
-
-
-def safe_json(body: bytes) -> str:
-    """The same JSON, with what a terminal would act on (control characters, changes of direction) as escapes."""
-    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in body.decode())
-
-
-def config_or_default(flag: str | None) -> Config:
-    """The config; where none was named and none is there, defaults that can collect but not send."""
-    path = config_path(flag)
-    if path == CONFIG_PATH and not flag and not os.path.lexists(path):
-        return default_config()
-    return load_config(path)
 
 
 def print_traces(traces: list[tuple[str, str, float, int, str]]) -> None:
@@ -5569,11 +5430,10 @@ def print_traces(traces: list[tuple[str, str, float, int, str]]) -> None:
 
 def send_once(config: Config, body: bytes) -> int:
     """Send a report and print the server's answer."""
-    assert config.address is not None
     try:
         answer = Client(config).send(body)
     except Unreachable as error:
-        raise CommandError(f"cannot reach {config.address.url}: {error}") from None
+        raise CommandError(f"cannot reach {config.url}: {error}") from None
     print(f"{answer.status} {one_line(to_text(answer.body))[:2000]}", flush=True)
     if judge(answer, 1) is not ACCEPTED:
         raise CommandError(describe_answer(answer, config.host_id))
@@ -5582,51 +5442,38 @@ def send_once(config: Config, body: bytes) -> int:
 
 def command_check(arguments: Any) -> int:
     """Config, tools, server, token, clock: a line each, and what to do about it."""
-    path = config_path(arguments.config)
+    path, probe = config_path(arguments.config), Probe()
     results: list[tuple[bool, str]] = []
+    config: Config | None = None
     try:
-        config: Config | None = load_config(path)
-        results += [(False, f"config: {warning}") for warning in config.warnings]  # type: ignore[union-attr]
-        results.append((True, f"config: {path}, host_id={config.host_id}"))  # type: ignore[union-attr]
+        config = load_config(path)
+        results += [(False, f"config: {warning}") for warning in config.warnings]
+        results.append((True, f"config: {path}, host_id={config.host_id}"))
     except ConfigError as error:
-        config = None
         results.append((False, f"config: {error}"))
-    results += check_state() + check_tools(Probe())
-    results += check_mail(config, Probe()) + check_server(config) if config else []
+    results += [check_state(), *check_tools(probe)]
+    results += [*check_mail(config, probe), *check_server(config)] if config else []
     for good, text in results:
         print("✓" if good else "✗", one_line(text), flush=True)
     return OK if all(good for good, _ in results) else FAILED
 
 
-def check_state() -> list[tuple[bool, str]]:
-    folder = state_path()
-    present = folder
+def check_state() -> tuple[bool, str]:
+    folder = present = state_path()
     while not os.path.exists(present):  # `start` makes it
         present = os.path.dirname(present)
     if os.access(present, os.W_OK):
-        return [(True, f"state: {folder}")]
-    return [(False, f"state: cannot write to {folder}; run as root, or set STATE_DIRECTORY")]
-
-
-TOOLS = (  # command, what shows that this host needs it, what it is for
-    ("zpool", "/sys/module/zfs", "pools"),
-    ("zfs", "/sys/module/zfs", "datasets, snapshots"),
-    ("smartctl", "/etc/pve", "disks: apt install smartmontools"),
-    ("systemctl", "/run/systemd/system", "services"),
-    ("corosync-quorumtool", "/etc/corosync/corosync.conf", "cluster votes"),
-)
+        return True, f"state: {folder}"
+    return False, f"state: cannot write to {folder}; run as root, or set STATE_DIRECTORY"
 
 
 def check_tools(probe: Probe) -> list[tuple[bool, str]]:
     """Each tool: found, needed and not found, or not needed on this host."""
     results = []
     for name, sign_of_need, purpose in TOOLS:
-        try:
-            results.append((True, f"{name}: {probe.find(name)}"))
-        except SourceError:
-            needed = os.path.exists(sign_of_need)
-            missing = f"not found, needed for {purpose}" if needed else f"not found, not needed here ({purpose})"
-            results.append((not needed, f"{name}: {missing}"))
+        found, needed = attempt(probe.find, name), os.path.exists(sign_of_need)
+        missing = f"not found, needed for {purpose}" if needed else f"not found, not needed here ({purpose})"
+        results.append((bool(found) or not needed, f"{name}: {found or missing}"))
     return results
 
 
@@ -5643,14 +5490,13 @@ def check_mail(config: Config, probe: Probe) -> list[tuple[bool, str]]:
 
 def check_server(config: Config) -> list[tuple[bool, str]]:
     """Post a signed, empty batch: the signature is checked before the content, so nothing is stored."""
-    assert config.address is not None
     try:
         client = Client(config)
         answer = client.send(b"[]")
     except (Unreachable, OSError) as error:
         advice = "is it running, does a firewall stand between?"
-        return [(False, f"server: cannot reach {config.address.url}: {error}; {advice}")]
-    results = [(True, f"server: {config.address.url} answers")]
+        return [(False, f"server: cannot reach {config.url}: {error}; {advice}")]
+    results = [(True, f"server: {config.url} answers")]
     if judge(answer, 0) in (ACCEPTED, REFUSED):
         results.append((True, f"token: accepted for host:{config.host_id}"))
     else:
@@ -5662,9 +5508,8 @@ def check_server(config: Config) -> list[tuple[bool, str]]:
     return results
 
 
-def command_stop(arguments: Any) -> int:
+def command_stop(_: Any) -> int:
     """End the running agent (the old unit's ExecStop)."""
-    del arguments
     pid = PidFile(state_path()).holder()
     if pid is None:
         print("agent: not running", flush=True)
@@ -5679,9 +5524,8 @@ def command_stop(arguments: Any) -> int:
     return OK
 
 
-def command_version(arguments: Any) -> int:
+def command_version(_: Any) -> int:
     """Name and version."""
-    del arguments
     print(f"{NAME} {VERSION}", flush=True)
     return OK
 

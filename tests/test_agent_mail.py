@@ -74,7 +74,7 @@ def test_root_is_told_since_when_how_many_wait_and_why(host):
     assert "To: root" in head and "Subject: proxmon: nobody takes the reports of pve-host-01, for 6 hours" in head
     assert agent.utc_text(since) in text and f"Waiting: 3 reports in {host.agent.spool.folder}" in text
     assert "unknown_host" in text and "\nBcc" not in mail
-    assert host.agent.config.address.url in text and "mail_root_after_hours" in text
+    assert host.agent.config.url in text and "mail_root_after_hours" in text
     assert (host.folder / "argv").read_text() == "-i root\n"
 
 
