@@ -9485,11 +9485,11 @@ def pick(fields: Row, columns: Iterable[str]) -> Row:
 
 
 HOST_COLUMNS = tuple("""
-    name verdict reason site tags note maintenance_until last_seen_at pve_version agent_version cluster pools_total
-    pools_worst_state pools_max_capacity_ratio days_until_full guests_running guests_total cpu_ratio memory_free_ratio
-    io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect backups_worst backups_state
-    updates_pending updates_security reboot_needed kernel clock_offset_seconds alerts_critical alerts_warning
-    watching""".split())
+    name verdict reason site tags note maintenance_until address last_seen_at pve_version agent_version cluster
+    pools_total pools_worst_state pools_max_capacity_ratio days_until_full guests_running guests_total cpu_ratio
+    memory_free_ratio io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect
+    backups_worst backups_state updates_pending updates_security reboot_needed kernel clock_offset_seconds
+    alerts_critical alerts_warning watching""".split())
 
 
 def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
@@ -9502,7 +9502,7 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
         "name": state.name, "verdict": verdict, "reason": reason, "site": state.site, "tags": state.tags,
         "note": state.note, "maintenance_until": state.maintenance_until, "last_seen_at": state.last_seen_at,
         "pve_version": text(node, "pve_version"), "agent_version": text(state.agent, "version"),
-        "cluster": text(state.body("cluster"), "name"), **pool_columns(state),
+        "cluster": text(state.body("cluster"), "name"), "address": own_address(state), **pool_columns(state),
         "days_until_full": worst_days_until_full(state),
         "guests_running": state.guest_counts[0], "guests_total": state.guest_counts[1],
         "cpu_ratio": number(node, "cpu_ratio"),
@@ -9519,6 +9519,13 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
         "alerts_critical": firing.count("critical"), "alerts_warning": firing.count("warning"),
         "watching": watching(fleet, state, "", now),
     }
+
+
+def own_address(state: HostState) -> str | None:
+    """The address by which its cluster knows a host."""
+    own = text(state.body("node"), "name") or state.name
+    members = dicts((state.body("cluster") or {}).get("members"))
+    return next((text(member, "address") for member in members if member.get("name") == own), None)
 
 
 def watching(fleet: Fleet, state: HostState, object: str, now: float) -> str | None:
@@ -9645,7 +9652,7 @@ def volume_rows(state: HostState, now: float) -> Iterator[Row]:
 POOL_COLUMNS = tuple("""
     host name guid state verdict reason layout size_bytes allocated_bytes free_bytes usable_used_bytes
     usable_available_bytes capacity_ratio fragmentation_ratio dedup_ratio redundancy_margin margin_with_suspects
-    suspects data_errors read_errors write_errors checksum_errors scan_function scan_state scan_progress_ratio
+    suspects missing data_errors read_errors write_errors checksum_errors scan_function scan_state scan_progress_ratio
     last_scrub_at days_until_full full_in as_of""".split())
 
 
@@ -9664,10 +9671,17 @@ def pool_rows(state: HostState, now: float) -> Iterator[Row]:
             verdict, reason = "warning", f"{', '.join(weak['suspects'])} may fail next: in effect {left}."
         scan = pool.get("scan")
         yield {**pick(pool, POOL_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason, **weak,
-               **vdev_errors(pool), "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
+               "missing": missing_members(pool), **vdev_errors(pool),
+               "scan_function": text(scan, "function"), "scan_state": text(scan, "state"),
                "scan_progress_ratio": number(scan, "progress_ratio"),
                "last_scrub_at": number(pool.get("last_scrub"), "ended_at"), **fills_up(state, name),
                "as_of": state.sections.get("pools", NOTHING).time}
+
+
+def missing_members(pool: Row) -> list[str]:
+    """What a pool lacks, by the path that it had: what is left of a disk that is gone."""
+    return [text(leaf, "path") or str(leaf.get("name")) for leaf in walk_vdevs(dicts(pool.get("vdevs")))
+            if not dicts(leaf.get("children")) and text(leaf, "state") in ("UNAVAIL", "REMOVED")]
 
 
 def fills_up(state: HostState, pool: str) -> Row:
@@ -11877,8 +11891,7 @@ def changed_pieces(call: Call, body: bytes) -> Answer:
 def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
-    counts = count_tabs(call, terms)
-    found = next((name for name, count in counts.items() if count), "hosts") if terms else "hosts"
+    counts, found = count_tabs(call, terms)
     resource = TABS.get(query.get("tab", ""), TABS[found])
     tab, view = resource.name, "problems" if query.get("tab") == "problems" else "list"
     if not terms and "tab" not in query:
@@ -12138,17 +12151,25 @@ def count_states(chip: str, rows: Iterable[Row]) -> list[tuple[str, int]]:
     return sorted(((word, count) for word, count in counts.items() if word), key=lambda pair: verdict_rank(pair[0]))
 
 
-def count_tabs(call: Call, terms: list[Term]) -> dict[str, int]:
-    """How many rows each tab would show; without a search only what is cheap to count."""
+def count_tabs(call: Call, terms: list[Term]) -> tuple[dict[str, int], str]:
+    """How many rows each tab would show, without a search only what is cheap to count; and the tab to open: that in
+    which something is called as what is searched, else the first with hits."""
     if terms:
-        return {name: sum(1 for _ in find_rows(call, resource, tab_rows(call, resource)[0], terms))
+        hits = {name: list(find_rows(call, resource, tab_rows(call, resource)[0], terms))
                 for name, resource in TABS.items() if not resource.title}
+        called = [name for name, rows in hits.items() for row in rows if is_called(TABS[name], row, terms[0].value)]
+        return ({name: len(rows) for name, rows in hits.items()},
+                next(chain(called, (name for name, rows in hits.items() if rows)), "hosts"))
     states = call.fleet.hosts.values()
     firing = sum(alert.state == "firing" for owner in call.fleet.everything() for alert in owner.alerts.values())
     return {"hosts": len(states), "guests": sum(state.guest_counts[2] for state in states),
             "storages": sum(len(state.body("storages", ())) for state in states), "alerts": firing,
             "pools": sum(len({pool["name"] for section in ("pools", "pool_states")
-                              for pool in state.body(section, ())}) for state in states)}
+                              for pool in state.body(section, ())}) for state in states)}, "hosts"
+
+
+def is_called(resource: Resource, row: Row, name: str) -> bool:
+    return any("c-name" in head.classes and str(row[head.column]).lower() == name for head in resource.usual())
 
 
 def order_rows(resource: Resource, rows: Rows, sort: str) -> Rows:

@@ -3,6 +3,7 @@ becomes a part of the page."""
 
 from __future__ import annotations
 
+import html
 import re
 import urllib.parse
 from html.parser import HTMLParser
@@ -131,6 +132,31 @@ def test_a_search_tells_its_hits_of_every_list_and_opens_the_first_that_has_some
     assert shown(browser, "q=mail") == ["mail", "web mail"]
     assert shown(browser, "q=mail&tab=hosts") == []
     assert 'class="hits"' not in browser.get("/").text
+
+
+PARTS = {
+    "cluster": {"name": "lab", "quorate": True, "members": [{"name": "pve3", "online": True, "address": "192.0.2.33"}]},
+    "node": {"name": "pve3", "cpu_ratio": 0.1},
+    "disks": [{"name": "sdr", "by_id": "ata-INTEL_BTYF01", "model": "INTEL", "serial": "BTYF01", "kind": "ssd", "passed": True}],
+    "guests": [build_guest(104, name="mail", volumes=[{"storage": "local-zfs", "dataset": "tank/data/vm-104-disk-0"}]),
+               build_guest(105, name="sdr-notes")],
+    "pools": [build_pool(state="DEGRADED", vdevs=[{"name": "915544332", "type": "disk", "class": "normal",
+                                                   "state": "UNAVAIL", "path": "/dev/disk/by-id/scsi-35000cca2-part1"}])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, tab, card", [
+    ("vm-104-disk-0", "Volumes", "tank/data/vm-104-disk-0"), ("btyf01", "Disks", "BTYF01"),
+    ("ata-INTEL", "Disks", "BTYF01"), ("sdr", "Disks", "BTYF01"), ("192.0.2.33", "Hosts", "pve3"),
+    ("scsi-35000cca2", "Pools", "scsi-35000cca2"), ("tag:mailers", "Guests", "mail")])  # fmt: skip
+def test_the_search_finds_by_any_name_and_the_card_is_one_click_away(browser, register, post, words, tab, card):
+    parts = {**PARTS, "guests": [{**PARTS["guests"][0], "tags": ["mailers"]}, PARTS["guests"][1]]}
+    assert post(register("pve3"), build_report("pve3", **parts), host="pve3").status == 200
+    page = browser.get("/?" + urllib.parse.urlencode({"q": words})).text
+    assert re.search(r'<h1 class="visually-hidden">(.*?)</h1>', page)[1] == tab
+    link = html.unescape(re.search(r'class="row-link" href="([^"]+)"', page)[1])
+    opened = browser.get(link).text
+    assert card in opened[opened.index('id="drawer"') :]
 
 
 def test_a_search_filters_the_problems_and_the_chips_too(browser, two_hosts):
