@@ -3112,7 +3112,7 @@ def scrub_rows(host: HostState) -> Iterator[dict[str, Any]]:
             "no scrub of it is known" if number(last, "ended_at") is None else
             f"how long it takes is not known yet: {len(scrubs)} of 4 were seen" if usual is None else "as usual")
         yield {"host": host.name, "pool": name, "reason": reason + ("" if alerts else describe_slow_member(pool)),
-               "verdict": alerts[0].severity if alerts else "unknown" if usual is None else "ok",
+               "verdict": alerts[0].severity if alerts else "unknown" if number(last, "ended_at") is None else "ok",
                **{key: number(last, key) for key in ("ended_at", "duration_seconds", "repaired_bytes", "errors")},
                "usual_seconds": usual, "repaired_before": [scrub.repaired for scrub in scrubs[:-1]],
                "scheduled": scheduled, "slow_disk": slow and slow.disk}

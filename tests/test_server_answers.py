@@ -742,13 +742,13 @@ def test_scrubs_are_told_with_what_they_repaired_and_how_long_they_usually_take(
     assert row["verdict"] == "warning" and row["reason"] == alert["message"]
 
 
-@pytest.mark.parametrize(("sections", "word"), [
-    ({"pools": [pool()]}, "no scrub of it is known"),
-    ({"pools": [pool(last_scrub={"ended_at": START, "duration_seconds": HOUR}, allocated_bytes=GIB)]}, "1 of 4 were seen"),
-    ({"pools": None, "errors": {"pools": {"code": "timeout"}}}, "could not be looked at: pools (timeout)")])
-def test_of_scrubs_that_were_not_seen_nothing_is_claimed(sim: Simulation, sections: Any, word: str) -> None:
+@pytest.mark.parametrize(("sections", "word", "verdict"), [
+    ({"pools": [pool()]}, "no scrub of it is known", "unknown"),
+    ({"pools": [pool(last_scrub={"ended_at": START, "duration_seconds": HOUR}, allocated_bytes=GIB)]}, "1 of 4 were seen", "ok"),
+    ({"pools": None, "errors": {"pools": {"code": "timeout"}}}, "could not be looked at: pools (timeout)", "unknown")])
+def test_of_scrubs_that_were_not_seen_nothing_is_claimed(sim: Simulation, sections: Any, word: str, verdict: str) -> None:
     (row,) = server.scrub_rows(state(sim, **sections))
-    assert row["verdict"] == "unknown" and word in row["reason"]
+    assert row["verdict"] == verdict and word in row["reason"] and row["usual_seconds"] is None
 
 
 def test_twice_the_data_take_twice_the_time(sim: Simulation) -> None:

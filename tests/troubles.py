@@ -76,6 +76,27 @@ def lay_growth(sections: Sections, began: float, now: float) -> None:
                       used_by_snapshots_bytes=(volume.get("used_by_snapshots_bytes") or 0) + held)
 
 
+SCRUBS_EACH = 5 * MINUTE  # of the play a scrub ends, which takes a week
+
+
+def lay_slow_scrubs(sections: Sections, began: float, now: float) -> None:
+    """Scrubs that took four hours each, and one that took nine: a disk answers late."""
+    pool, vdev = widest(sections)
+    nth = min(4, int((now - began) // SCRUBS_EACH))
+    pool["last_scrub"] = {"ended_at": began - (5 - nth) * 7 * DAY, "duration_seconds": (9 if nth == 4 else 4) * HOUR,
+                          "repaired_bytes": (0, 0, 4096, 0, 0)[nth], "errors": 0}
+    for number, leaf in enumerate(vdev["children"]):
+        leaf["read_wait_seconds"] = 0.048 if number == 1 else 0.009
+
+
+def lay_full_special(sections: Sections, began: float, now: float) -> None:
+    """The special vdev has little room left, and small blocks go to the slow disks."""
+    for pool in dicts(sections, "pools"):
+        for vdev in pool.get("vdevs") or ():
+            if vdev.get("class") == "special":
+                vdev.update(size_bytes=479_500_000_000, allocated_bytes=400_000_000_000)
+
+
 # disks
 
 
@@ -109,13 +130,18 @@ def running(sections: Sections, kind: str = "qemu") -> list[dict[str, Any]]:
     return [guest for guest in dicts(sections, "guests") if guest["type"] == kind and guest.get("status") == "running"]
 
 
-def lay_mute_qemu(sections: Sections, began: float, now: float) -> None:
-    running(sections)[0]["responds"] = False
-
-
 def lay_left_lock(sections: Sections, began: float, now: float) -> None:
     """A backup that was killed left its lock, and the guest is off."""
     running(sections)[1].update(status="stopped", lock="backup", lock_held=False, onboot=True)
+
+
+def lay_changed_guest(sections: Sections, began: float, now: float) -> None:
+    """Somebody gave a guest less memory, and two minutes later it does not answer any more."""
+    guest = running(sections)[0]
+    if now - began > 2 * MINUTE:
+        guest.update(config_changed=["memory"], config_changed_at=began + 2 * MINUTE)
+    if now - began > 4 * MINUTE:
+        guest["responds"] = False
 
 
 def lay_unmounted(sections: Sections, began: float, now: float) -> None:
@@ -173,6 +199,15 @@ def lay_late_snapshots(sections: Sections, began: float, now: float) -> None:
                              for entry in dicts(sections, "snapshots")[:3]]
 
 
+def lay_missing_snapshots(sections: Sections, began: float, now: float) -> None:
+    """One volume of many lacks the daily snapshots; of another nobody ever deleted any."""
+    names = [item["name"] for item in dicts(sections, "datasets") if "/vm-" in item["name"]][:8]
+    sections["snapshots"] = [{
+        "dataset": name, "class": "autosnap_daily", "interval_seconds": DAY, "count": 30 if nth else 900,
+        "newest_at": now - now % DAY, "oldest_at": now - now % DAY - (29 if nth else 899) * DAY,
+        "newest_guid": str(7000 + nth), "used_bytes": 3 * GIB} for nth, name in enumerate(names[:-1])]
+
+
 # the host and its cluster
 
 
@@ -212,10 +247,10 @@ SICK: dict[int, tuple[str, tuple[Trouble, ...]]] = {
     8: ("pve9-raidz2-draid", (
         Trouble("pool-spare", lay_spare_in_use), Trouble("smart-unknown", lay_dumb_disk),
         Trouble("selftest-failed", lay_selftest), Trouble("copy-missing", lay_own_backups),
-        Trouble("dataset-unmounted", lay_unmounted))),
+        Trouble("dataset-unmounted", lay_unmounted), Trouble("scrub-slow", lay_slow_scrubs))),
     11: ("cluster-ha", (
         Trouble("ha-disarmed", lay_ha_disarmed), Trouble("replication", lay_late_replication),
-        Trouble("guest-hangs", lay_mute_qemu), Trouble("storage-metadata", lay_thin_metadata),
+        Trouble("guest-hangs", lay_changed_guest), Trouble("storage-metadata", lay_thin_metadata),
         Trouble("certificate", lay_certificate))),
     14: ("pve8-mirror", (
         Trouble("pool-forecast", lay_growth), Trouble("backup-job", lay_failed_job),
@@ -223,7 +258,8 @@ SICK: dict[int, tuple[str, tuple[Trouble, ...]]] = {
         Trouble("ceph", lay_ceph_warn), Trouble("blind-spot", lay_blind_spots), Trouble("", lay_old_kernel))),
     16: ("pve9-raidz2-draid", (
         Trouble("pool-state", lay_hidden_leaf), Trouble("snapshot-age", lay_late_snapshots),
-        Trouble("", lay_reused_vmid))),
+        Trouble("pool-special", lay_full_special), Trouble("", lay_reused_vmid))),
     17: ("pve9-raidz2-draid", (
-        Trouble("scrub-stuck", lay_endless_resilver), Trouble("suspects-hold-pool", lay_suspects))),
+        Trouble("scrub-stuck", lay_endless_resilver), Trouble("suspects-hold-pool", lay_suspects),
+        Trouble("snapshot-missing", lay_missing_snapshots), Trouble("snapshot-unpruned", lay_missing_snapshots))),
 }
