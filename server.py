@@ -3709,6 +3709,9 @@ def write_state(db: Database, state: HostState, runs: Iterable[Run]) -> None:
 CLOCK, SHARED, AGENT = "(clock)", "(shared)", "(agent)"  # as what a rule is judged on: the job, or every report
 
 
+Thresholds = tuple[float | None, float | None]  # of a warning, and of what is critical
+
+
 class Reading(NamedTuple):
     """What a rule says of an object: a severity, or with severity LEVEL a value for the thresholds."""
 
@@ -3716,7 +3719,7 @@ class Reading(NamedTuple):
     message: str | Callable[[], str]  # most numbers are fine, and nobody wants their sentence
     value: float | None = None
     object: str | None = None  # what it is about, where that is not what the rule looked at
-    limits: tuple[float | None, float | None] | None = None  # the object's own thresholds, where nobody set any
+    limits: Thresholds | None = None  # the object's own, where nobody set any
 
 
 LEVEL = ""
@@ -3762,9 +3765,14 @@ class Rule:
     enabled: bool = True
     layer: str = ""  # of server.toml that set this; '' = as shipped: see Layers
 
-    def level(self, value: float, current: str | None) -> str | None:
+    def thresholds(self, reading: Reading) -> Thresholds:
+        """Set by somebody, else the object's own, else the rule's."""
+        return (self.warn, self.crit) if self.layer or reading.limits is None else reading.limits
+
+    def level(self, value: float, current: str | None, thresholds: Thresholds | None = None) -> str | None:
         """Severity of a number; what is reached (`current`) clears on the good side of its threshold."""
-        for severity, threshold in (("critical", self.crit), ("warning", self.warn)):
+        warn, crit = thresholds or (self.warn, self.crit)
+        for severity, threshold in (("critical", crit), ("warning", warn)):
             if threshold is None:
                 continue
             held = current == "critical" or current == severity
@@ -3787,7 +3795,7 @@ class Rule:
         current = None
         if alert is not None and alert.state == "firing":
             current = "critical" if alert.worse_since is not None else alert.severity
-        return self.level(reading.value or 0.0, current)
+        return self.level(reading.value or 0.0, current, self.thresholds(reading))
 
 
 RULE: dict[str, Rule] = {}
@@ -3845,7 +3853,7 @@ def evaluate(rule: Rule, alert: Alert | None, object: str, reading: Reading | No
     ripe = now - (since if worse_since is None else worse_since) >= (
         rule.hold_crit if severity == "critical" else rule.hold)
     fires = (alert is not None and alert.state == "firing") or ripe or now - since >= rule.hold
-    if severity == "critical" and fires and not ripe and rule.warn is not None:
+    if severity == "critical" and fires and not ripe and rule.thresholds(reading)[0] is not None:
         severity = "warning"  # bad enough for long enough, but critical only for a moment so far
     old = alert or Alert(rule.name, object, severity, message, reading.value, now)
     new = old.changed(severity=severity, message=message, value=reading.value, worse_since=worse_since,
@@ -3903,7 +3911,8 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
     if known is None:
         return []
     objects = objects_of(host, rule) if known != "absent" else []
-    if rule.field and not open_alerts and not fleet.layers.has_objects:  # most are fine: nothing is made of them
+    layered = fleet.layers.has_objects
+    if rule.field and not open_alerts and not layered:  # most are fine: nothing is made of them
         objects = [(object, item) for object, item in objects
                    if (value := number(item, rule.field)) is not None and limits.level(value, None)]
     changes: dict[str, tuple[Alert | None, Alert | None]] = {}  # a report may name an object twice: the first counts
@@ -3917,7 +3926,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
             for reading in (found,) if isinstance(found, Reading) else list(found):
                 about = object if reading.object is None else reading.object
                 said.add(about)
-                own, old = limits_for(host, limits, about, reading, fleet), open_alerts.get(about)
+                own, old = fleet.layers.limits(host, limits, about) if layered else limits, open_alerts.get(about)
                 if about in changes or (old is None and own.severity(reading) in NOTHING_OPENS):
                     continue
                 new = evaluate(own, old, about, reading if own.enabled else None, now)
@@ -3943,15 +3952,6 @@ def forget_gone(host: Any, rule: Rule, looked_at: set[str]) -> None:
     for key in host.memory.rules.get(rule.name, {}).keys() - looked_at:
         if not covers(looked_at, key):
             host.memory.drop(rule.name, key)
-
-
-def limits_for(host: Any, rule: Rule, object: str, reading: Reading, fleet: Fleet) -> Rule:
-    """The rule with the thresholds for one object: set by somebody, else its own, else the rule's."""
-    if fleet.layers.has_objects:
-        rule = fleet.layers.limits(host, rule, object)
-    if reading.limits is not None and not rule.layer:
-        rule = dataclasses.replace(rule, warn=reading.limits[0], crit=reading.limits[1])
-    return rule
 
 
 NOTHING_OPENS = (None, UNKNOWN.severity)
