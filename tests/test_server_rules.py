@@ -343,7 +343,7 @@ def test_every_rule_has_a_row_here():
         "cluster-member", "cluster-margin", "cluster-storage-full", "ha-service", "section-failing", "spool-dropped",
         "agent-old", "host-twice", "server-certificate", "backup-excludes", "cluster-ceph", "ha-disarmed", "ha-node",
         "log-ins-fail", "copy-missing", "suspects-hold-pool", "blind-spot", "space-forecast",
-        "scrub-slow", "snapshot-missing"}
+        "scrub-slow", "snapshot-missing", "pool-special", "snapshot-unpruned", "snapshot-growth"}
     assert {row[0] for row in LIVES} | elsewhere == set(server.RULE)
 
 
