@@ -2662,6 +2662,8 @@ def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[
     guests of its cluster, where all its nodes are known."""
     told, services = host.body("safeguards"), {str(unit.get("unit")): unit for unit in dicts(host.body("services"))}
     told = told if isinstance(told, dict) else {}
+    aimless = told.get("matchers_without_target")
+    aimless = ", ".join(map(str, aimless)) if isinstance(aimless, list) else ""
     has_zfs, mail = bool(dicts(host.body("pools"))), host.body("mail_queue")
     stuck, clocks = number(mail, "deferred"), [services[name] for name in CLOCKS if name in services]
     for what, bad, why, todo in (
@@ -2679,8 +2681,8 @@ def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[
          "zfs-trim-monthly@POOL.timer"),
         ("root-mail", told.get("root_mail") is False, "root@pam has no mail address: Proxmox's mails go nowhere",
          "pveum user modify root@pam --email you@example.com"),
-        ("notification-target", bool(told.get("matchers_without_target")), "a notification matcher has no target: "
-         + ", ".join(map(str, told.get("matchers_without_target") or ())), "Datacenter → Notifications"),
+        ("notification-target", bool(aimless), f"a notification matcher has no target: {aimless}",
+         "Datacenter → Notifications"),
         ("security-source", told.get("security_source") is False, "no source of security updates is configured",
          "add the Debian security suite to /etc/apt/sources.list.d/debian.sources"),
         ("enterprise-source", told.get("enterprise_source") is True and no_subscription(host),

@@ -530,9 +530,9 @@ def feed_answer(dice: random.Random, world: World) -> None:
 
 
 FEEDERS: dict[str, tuple[Callable[[random.Random, World], None], int]] = {  # with its share of the long run
-    "reports": (feed_report, 10), "signatures": (feed_signature, 20), "bodies": (feed_body, 8), "api": (feed_api, 10), "page": (feed_page, 6),
-    "lists": (feed_lists, 10), "wire": (feed_wire, 2), "answers": (feed_answer, 120),
-    "settings": (feed_environment, 10), "commands": (feed_server_command, 3), "parsers": (feed_parser, 120), "collectors": (feed_collector, 1),
+    "reports": (feed_report, 8), "signatures": (feed_signature, 30), "bodies": (feed_body, 8), "api": (feed_api, 10), "page": (feed_page, 5),
+    "lists": (feed_lists, 10), "wire": (feed_wire, 2), "answers": (feed_answer, 150),
+    "settings": (feed_environment, 20), "commands": (feed_server_command, 2), "parsers": (feed_parser, 150), "collectors": (feed_collector, 1),
     "agent's settings": (feed_agent_config, 10),
 }  # fmt: skip
 

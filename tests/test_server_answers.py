@@ -841,6 +841,12 @@ def test_blind_spots_are_one_line_and_as_grave_as_the_gravest(sim: Simulation) -
     assert [severity for severity, _ in told] == ["warning"] and "root@pam" in told[0][1]
 
 
+@pytest.mark.parametrize("aimless", [5.5, "x", {"a": 1}, True, None, []])
+def test_blind_spots_are_judged_whatever_stands_in_for_a_list(sim: Simulation, aimless: Any) -> None:
+    told = fired(sim, "blind-spot", safeguards={**LOUD, "root_mail": False, "matchers_without_target": aimless})
+    assert [severity for severity, _ in told] == ["info"] and "matcher" not in told[0][1]
+
+
 def test_a_missing_address_alone_is_information(sim: Simulation) -> None:
     assert [severity for severity, _ in fired(sim, "blind-spot", safeguards={**LOUD, "root_mail": False})] == ["info"]
 
