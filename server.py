@@ -11893,9 +11893,10 @@ def changed_pieces(call: Call, body: bytes) -> Answer:
 def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
+    view = "problems" if query.get("tab") == "problems" else "list"
     counts, found = count_tabs(call, terms)
-    resource = TABS.get(query.get("tab", ""), TABS[found])
-    tab, view = resource.name, "problems" if query.get("tab") == "problems" else "list"
+    resource = TABS.get(query.get("tab", ""), TABS[found if view == "list" else "hosts"])
+    tab = resource.name
     if not terms and "tab" not in query:
         view = "home"
     everything, failed = tab_rows(call, resource)

@@ -256,7 +256,7 @@ def feed_api(dice: random.Random, world: World) -> None:
         given = {dice.choice(FIELDS): dice.choice([*ODD[:30], "pve1", "x", 10]) for _ in range(dice.randint(0, 3))}
         if given.get("name") == "pve1" or "pve1" in path:
             given = {"note": "x"} if route.method == "PATCH" else given  # the host of this world stays
-        body = json.dumps(given).encode() if dice.random() < 0.9 else smudge_bytes(dice, b'{"name": "x"}')
+        body = json.dumps(given).encode() if dice.random() < 0.9 else smudge_bytes(dice, b'{"note": "x"}' if "pve1" in path else b'{"name": "x"}')
         headers["Content-Type"] = dice.choice(["application/json"] * 5 + ["text/plain", "", "application/x-www-form-urlencoded"])
     if "pve1" in path and (route.method == "DELETE" or "rotate" in path):
         path = path.replace("pve1", "pve2")

@@ -122,6 +122,12 @@ def test_disks_backups_volumes_and_events_have_lists(page, register, post, tab, 
     assert word not in page(f"/?tab={tab}&q=-pve1")
 
 
+def test_a_search_among_problems_may_find_what_is_no_host(page, register, post):
+    post(register("pve1"), build_report())
+    assert "Picture of the fleet" in page("/?tab=problems&q=vm100")
+    assert "Picture of the fleet" in page("/?tab=problems&q=nothing-of-this-name")
+
+
 def test_each_list_has_a_cell_for_each_head(page, register, post):
     post(register("pve1"), report_of(HOSTS / "pve8-mirror") | {"pool_states": [{"name": "tank", "state": "FAULTED"}]})
     filled = set()
