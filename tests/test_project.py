@@ -48,6 +48,15 @@ def test_an_unknown_command_prints_the_commands_there_are():
     assert "  test " in answer.stderr
 
 
+def test_an_audit_that_could_not_be_made_says_so_and_is_red_only_where_somebody_asked_for_it():
+    cut_off = ["unshare", "--net", "--map-root-user", "./build.sh", "audit"]
+    asked = subprocess.run(cut_off, cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 1 and "nothing was checked" in asked.stderr
+    in_ci = subprocess.run([*cut_off, "--if-reachable"], cwd=ROOT, capture_output=True, text=True)
+    assert in_ci.returncode == 0 and "NOT CHECKED" in in_ci.stdout
+    assert any("./build.sh audit --if-reachable" in line for line in lines_of(".ci/run"))
+
+
 # --- requirements ---
 
 

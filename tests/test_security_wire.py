@@ -306,6 +306,26 @@ def test_a_thousand_idle_connections_are_no_burden(target: Target) -> None:
         assert target.memory() - before < 30 << 20
 
 
+def test_a_server_whose_log_nobody_reads_any_more_goes_on(tmp_path: Path) -> None:
+    """`serve | tee`, and the reader has ended."""
+    live = LiveServer(tmp_path)
+    token, (reading, writing) = live.register("pve1"), os.pipe()
+    live.process = subprocess.Popen([*live.argv, "serve"], env=live.env, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing)
+    try:
+        assert os.read(reading, 1 << 16)  # it listens
+        os.close(writing)
+        os.close(reading)
+        wrong = live.request("POST", "/login", b"password=wrong", Content_Type="application/x-www-form-urlencoded")
+        assert wrong.status == 401
+        body = encode(build_report(at=time.time()))
+        for number in range(3):
+            answer = live.request("POST", PATH, body, Content_Type="application/json", **sign(token, body, time.time(), f"log_{number}"))
+            assert answer.status == 200
+        assert live.request("GET", "/healthz").status == 200 and live.process.poll() is None
+    finally:
+        live.stop()
+
+
 def test_who_only_opens_connections_keeps_nobody_out(target: Target) -> None:
     """More than the server takes: the oldest that has asked for nothing gives its place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
