@@ -65,7 +65,7 @@ PARTS = {
              "test_server_ingest.py test_server_limits.py test_server_database.py"),
     ],
     "spool": [
-        Part(agent, "section:spool", "test_agent_spool.py test_agent_faults.py"),
+        Part(agent, "section:spool", "test_agent_spool.py test_agent_faults.py test_agent_mail.py test_agent_service.py test_agent_delivery.py"),
     ],
     "rules": [
         Part(server, "judge_host judge_rule evaluate Limits.level Limits.severity limits_for objects_of covers knows",
@@ -105,10 +105,10 @@ def changes(name: str, function: ast.FunctionDef) -> Iterator[Change]:
     heads = [function.args, *function.decorator_list, *annotations, *filter(None, [function.returns])]
     elsewhere = {inner for head in heads for inner in ast.walk(head)}
     for number, node in enumerate(ast.walk(function)):
-        for what, edit in edits(node) if node not in elsewhere else ():
+        for what, edit, place in edits(node) if node not in elsewhere else ():
             changed = copy.deepcopy(function)
             edit(next(found for at, found in enumerate(ast.walk(changed)) if at == number))
-            within = statement.get(node, function)
+            within = statement.get(place, function)
             if isinstance(node, ast.Constant) and within is not function:
                 what = f"{what} in: {first_line(within)}"
             yield Change(name, within.lineno, what, ast.fix_missing_locations(changed))
@@ -118,40 +118,45 @@ def first_line(node: ast.AST) -> str:
     return ast.unparse(node).split("\n")[0][:90]
 
 
-def edits(node: ast.AST) -> Iterator[tuple[str, Any]]:
-    """What can be done to a node, and how."""
+def edits(node: ast.AST) -> Iterator[tuple[str, Any, ast.AST]]:
+    """What can be done to a node, how, and where that is."""
     said = first_line(node) if isinstance(node, (ast.expr, ast.stmt)) else ""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARED:
         other = COMPARED[type(node.ops[0])]
-        yield f"{said}: {other.__name__}", lambda found: found.ops.__setitem__(0, other())
+        yield f"{said}: {other.__name__}", lambda found: found.ops.__setitem__(0, other()), node
     if isinstance(node, ast.BoolOp):
         swapped = ast.Or if isinstance(node.op, ast.And) else ast.And
-        yield f"{said}: {swapped.__name__}", lambda found: setattr(found, "op", swapped())
+        yield f"{said}: {swapped.__name__}", lambda found: setattr(found, "op", swapped()), node
     if isinstance(node, ast.BinOp) and type(node.op) in COUNTED and not isinstance(node.left, (ast.JoinedStr, ast.Constant)):
         counted = COUNTED[type(node.op)]
-        yield f"{said}: {counted.__name__}", lambda found: setattr(found, "op", counted())
+        yield f"{said}: {counted.__name__}", lambda found: setattr(found, "op", counted()), node
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield f"{said}: without not", without_not
+        yield f"{said}: without not", without_not, node
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield f"{said}: one more", lambda found: setattr(found, "value", found.value + 1)
+        yield f"{said}: one more", lambda found: setattr(found, "value", found.value + 1), node
     if isinstance(node, ast.Constant) and type(node.value) is bool:
-        yield f"{said}: the other", lambda found: setattr(found, "value", not found.value)
+        yield f"{said}: the other", lambda found: setattr(found, "value", not found.value), node
     if isinstance(node, (ast.If, ast.IfExp)):
         for value in (True, False):
-            yield f"{said}: always {value}", lambda found, value=value: setattr(found, "test", ast.Constant(value))
+            yield f"{said}: always {value}", lambda found, value=value: setattr(found, "test", ast.Constant(value)), node
     if isinstance(node, ast.Return) and node.value is not None and not is_none(node.value):
-        yield f"{said}: None", lambda found: setattr(found, "value", ast.Constant(None))
+        yield f"{said}: None", lambda found: setattr(found, "value", ast.Constant(None)), node
     for name in ("body", "orelse", "finalbody"):
         block = getattr(node, name, None)
         for at, statement in enumerate(block if isinstance(block, list) else []):
             left_out = isinstance(statement, (ast.Raise, ast.AugAssign, ast.Delete, ast.Continue, ast.Break)) or (
-                isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call))
+                isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and not is_log(statement.value))
             if left_out:
-                yield f"left out: {first_line(statement)}", lambda found, name=name, at=at: getattr(found, name).__setitem__(at, ast.Pass())
+                yield f"left out: {first_line(statement)}", lambda found, name=name, at=at: getattr(found, name).__setitem__(at, ast.Pass()), statement
 
 
 def without_not(node: ast.UnaryOp) -> None:
     node.op, node.operand = ast.UAdd(), ast.Call(ast.Name("bool", ast.Load()), [node.operand], [])
+
+
+def is_log(call: ast.Call) -> bool:
+    """A line for the journal decides nothing."""
+    return isinstance(call.func, ast.Name) and call.func.id in ("log", "log_once", "print")
 
 
 def is_none(node: ast.AST) -> bool:

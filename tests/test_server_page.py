@@ -138,7 +138,7 @@ def test_each_list_has_a_cell_for_each_head(page, register, post):
             filled.add(tab)
             assert row[0].count("<td") == document.count('<th scope="col"') == len(resource.heads), tab
             labels = re.findall(r'data-label="([^"]*)"', row[0])
-            assert labels == [label for label, _, _ in resource.heads][-len(labels):], tab
+            assert set(labels) <= {head[0] for head in resource.heads}, tab
     assert filled >= {"hosts", "guests", "pools", "storages", "disks", "alerts", "backups"}
 
 
