@@ -5266,7 +5266,7 @@ def backup_excludes(guest: Fields, host: HostState) -> Found:
     if guest.get("template") or not isinstance(left_out, list) or not left_out or not isinstance(good, dict):
         return None
     disks, size = ", ".join(map(str, left_out[:5])), number(good, "size_bytes")
-    if set(volumes) <= set(left_out) and (volumes or size is not None and size < 1 << 20):
+    if set(volumes) <= set(map(str, left_out)) and (volumes or size is not None and size < 1 << 20):
         return warning(f"The backup of guest {called(guest)} holds none of its disks ({disks}): they are set to "
                        "backup=0.")
     return info(f"The backup of guest {called(guest)} leaves out {disks}.")

@@ -771,6 +771,7 @@ def test_a_failed_backup_warns_and_two_in_a_row_are_critical(sim):
 
 @pytest.mark.parametrize("kept, excluded, expected", [
     (["scsi0", "scsi1"], [], []), (["scsi0", "scsi1"], ["scsi1"], ["info"]), (["scsi0"], ["scsi0"], ["warning"]),
+    (["scsi0"], [{"a": 1}], ["info"]), (["scsi0"], ["scsi0", []], ["warning"]),
 ])
 def test_a_backup_without_the_disks_is_no_backup(sim, kept, excluded, expected):
     """qemu-server's VZDump: `exclude disk 'scsi0' (backup=no)`, `backup contains no disks`."""
