@@ -561,15 +561,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(world: World, seconds: float, seed: int, say: Callable[[str], None] = print) -> tuple[Counter[str], Counter[str]]:
-    """Feed for so long: how many inputs of each kind, and how often each kind of fault."""
+def run(world: World, seconds: float, seed: int, most: int = 1 << 60, say: Callable[[str], None] = print) -> tuple[Counter[str], Counter[str]]:
+    """Feed for so long, or so many: how many inputs of each kind, and how often each kind of fault."""
     names = [name for name, (_, share) in FEEDERS.items() for _ in range(share)]
     counts: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     signal.signal(signal.SIGALRM, hang)
     end, told = time.monotonic() + seconds, time.monotonic()
     number = seed
-    while time.monotonic() < end:
+    while time.monotonic() < end and number < seed + most:
         number += 1
         dice = random.Random(number)
         name = dice.choice(names)
