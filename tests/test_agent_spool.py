@@ -370,3 +370,91 @@ def test_memory_that_is_no_json_is_left_out(tmp_path):
         memories = new_spool(tmp_path).memories
         memories.values = {"pools": {"a": {1, 2}}, "disks": {"a": 1}}
         assert set(memories.changed(["pools", "disks"], 0.0)) == {"disks"}
+
+
+def test_what_stands_beside_memories_is_no_memory(tmp_path, capsys):
+    (tmp_path / "memory").mkdir()
+    for name, text in (("pools.json", '{"seen": 1}'), ("pools.json.tmp", '{"seen": 2}'), ("disks.json", "[1]"), ("README", "{}")):
+        (tmp_path / "memory" / name).write_text(text)
+    assert agent.load_memories(str(tmp_path / "memory")) == {"pools": {"seen": 1}}
+    said = capsys.readouterr()
+    assert "disks.json" in said.err and said.out == ""  # standard output is for `once`
+    assert agent.load_memories(str(tmp_path / "nothing")) == {}
+
+
+@pytest.mark.parametrize("code", [agent.errno.EMFILE, agent.errno.ENFILE, agent.errno.ENOMEM])
+def test_a_machine_that_has_no_room_for_one_more_file_damages_no_report(tmp_path, monkeypatch, code):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    with monkeypatch.context() as patch:
+        patch.setattr(agent, "read_bytes", lambda *_, **__: (_ for _ in ()).throw(OSError(code, "full")))
+        with pytest.raises(agent.SourceError):
+            spool.oldest(5)
+    assert bodies(spool) == [b"1", b"2"] and spool.dropped == 0
+
+
+def test_a_report_of_this_moment_that_is_refused_is_done_with(tmp_path):
+    """Its memories are kept as if it had been taken: else its events come again, and are refused again, for ever."""
+    spool = new_spool(tmp_path)
+    first, second = agent.Message(b"1", memories={"tasks": b'{"n": 1}'}), agent.Message(b"2")
+    spool.reject("", b"1", "422", first)
+    spool.reject("", b"2", "422", second)
+    assert first.is_settled and agent.load_memories(str(tmp_path / "memory")) == {"tasks": {"n": 1}}
+    spool.push(first, NOW)
+    assert spool.count == 0
+    assert len(os.listdir(tmp_path / "rejected")) == 2  # neither took the other's name
+
+
+def test_a_report_on_disk_that_is_refused_keeps_its_name(tmp_path):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    name, body = spool.oldest(1)[0]
+    spool.reject(name, body, "422")
+    assert os.listdir(tmp_path / "rejected") == [name]
+    push(spool, b"3")
+    assert [int(name.partition("-")[0]) for name, _ in spool.oldest(5)] == [2, 3]
+
+
+def test_a_spool_that_is_just_full_drops_nothing(tmp_path):
+    spool = new_spool(tmp_path, max_bytes=3 * 4096, max_seconds=600)
+    push(spool, b"1", b"2", b"3")
+    assert bodies(spool) == [b"1", b"2", b"3"] and spool.dropped == 0
+    push(spool, b"4", now=NOW + 599)
+    assert bodies(spool) == [b"2", b"3", b"4"] and spool.dropped == 1
+    assert spool.bytes == 3 * 4096
+
+
+def test_a_report_as_old_as_it_may_be_is_kept(tmp_path):
+    spool = new_spool(tmp_path, max_seconds=600)
+    push(spool, b"1")
+    push(spool, b"2", now=NOW + 600)
+    assert bodies(spool) == [b"1", b"2"]
+    push(spool, b"3", now=NOW + 601)
+    assert bodies(spool) == [b"2", b"3"]
+
+
+def test_losses_are_written_where_only_their_own_block_is_left(tmp_path, monkeypatch):
+    spool = new_spool(tmp_path)
+    spool.lose(123456)
+    spool.save_losses()
+    real = agent.write_file
+
+    def full(path, *rest):
+        if path == spool.losses:
+            raise OSError(agent.errno.ENOSPC, "No space left on device")
+        return real(path, *rest)
+
+    monkeypatch.setattr(agent, "write_file", full)
+    spool.dropped_total = 7  # fewer letters than what stands there
+    spool.save_losses()
+    assert json.loads((Path(spool.losses)).read_text())["dropped_total"] == 7
+    assert new_spool(tmp_path).dropped_total == 7
+
+
+@pytest.mark.parametrize("put, since", [(NOW, NOW), (agent.CLOCK_UNSET + 1, agent.CLOCK_UNSET + 1), (5.0, NOW + 60)])
+def test_since_when_reports_wait(tmp_path, put, since):
+    spool = new_spool(tmp_path)
+    assert spool.waiting_since(NOW + 60) is None
+    push(spool, b"1", now=put)
+    push(spool, b"2", now=NOW + 30)
+    assert spool.waiting_since(NOW + 60) == since

@@ -71,6 +71,18 @@ def test_a_good_signature_makes_an_odd_head_no_better(register, client, message_
     assert post_signed(client, headers, body).code == "invalid_token"
 
 
+@pytest.mark.parametrize(("message_id", "stamp", "code"), [
+    ("m" * 256, int(START), ""), ("m" * 257, int(START), "invalid_token"), ("a", int(START) + 300, ""), ("a", int(START) - 300, ""),
+    ("a", int(START) + 301, "clock_skew"), ("a", int(START) - 301, "clock_skew"), ("a", f"{int(START):012d}", ""), ("a", f"{int(START):013d}", "clock_skew"),
+])  # fmt: skip
+def test_where_the_limits_of_a_signed_head_are(register, client, message_id, stamp, code):
+    key, body = base64.b64decode(register("pve1").removeprefix("whsec_")), encode(build_report(at=START))
+    digest = hmac.digest(key, f"{message_id}.{stamp}.".encode() + body, "sha256")
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(stamp), "webhook-signature": "v1," + base64.b64encode(digest).decode()}
+    answer = post_signed(client, headers, body)
+    assert (answer.status, "") == (200, code) or answer.code == code
+
+
 def test_only_who_has_the_key_learns_the_servers_clock(client, signed):
     headers = {"webhook-id": "x", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     answer = post_signed(client, headers, signed[1])
