@@ -399,12 +399,15 @@ class Wire:
                 if record.exc_info:
                     self.errors.append(f"{record.getMessage()}: {record.exc_info[1]!r}")
 
-        logging.getLogger("waitress").addHandler(Catch())
+        self.catch = Catch()
+        logging.getLogger("waitress").addHandler(self.catch)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
 
     def close(self) -> None:
+        logging.getLogger("waitress").removeHandler(self.catch)
         self.server.close()
+        self.server.task_dispatcher.shutdown()
 
 
 def feed_wire(dice: random.Random, world: World) -> None:
