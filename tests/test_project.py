@@ -221,6 +221,12 @@ def test_every_call_of_the_api_is_told_with_curl():
             assert re.search(rf"{path}(?![\w/])", blocks), f"{one.method} {shown} has no example"
 
 
+def test_every_test_that_a_guide_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", guides()))
+    there = {found for path in (ROOT / "tests").glob("test_*.py") for found in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named and named - there == set()
+
+
 def test_the_guides_link_to_what_there_is():
     for name in tracked_files():
         if name.endswith(".md"):
