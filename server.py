@@ -126,6 +126,11 @@ SEVERITIES = ("critical", "warning", "info")
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
+def count_of(count: float, word: str, words: str = "") -> str:
+    """'1 guest', '1,200 guests'; `words` where an s does not make the plural."""
+    return f"{int(count):,} {word if int(count) == 1 else words or word + 's'}"
+
+
 class Failure(Exception):
     """Something an operator has to know, told in one line."""
 
@@ -1114,7 +1119,7 @@ def end_sessions(db: Database, now: float, *, id: str | None = None, user: str |
         DELETE FROM session WHERE (:id IS NULL OR lower(hex(substr(hash, 1, 8))) = :id)
         AND (:user IS NULL OR user = :user) AND hash <> :but""", {"id": id, "user": user, "but": but}).rowcount
     if ended:
-        insert_event(db, now, "session-ended", f"{ended} session{'' if ended == 1 else 's'} ended")
+        insert_event(db, now, "session-ended", f"{count_of(ended, 'session')} ended")
     return ended
 
 
@@ -2061,7 +2066,7 @@ class Fleet:
             return worst, reason
         if silent >= STALE_SECONDS:
             return "stale", f"Nothing received for {format_duration(silent)}; what is shown is old."
-        return (worst, reason) if worst else ("ok", "All that was looked at is well.")
+        return (worst, reason) if worst else ("ok", "No problem found.")
 
 
 def with_limit(sections: dict[str, Section], changed: list[str]) -> dict[str, Section]:
@@ -2619,7 +2624,7 @@ def count_guests_hit(host: HostState, guests: list[dict[str, Any]], place: str,
     critical = sum(is_critical(host, guest) for guest in guests)
     parts = [] if margin is None else [may_fail(margin)]
     if guests:
-        parts.append(f"{len(guests)} guest{'' if len(guests) == 1 else 's'} on {place}"
+        parts.append(f"{count_of(len(guests), 'guest')} on {place}"
                      + (f", {critical} of them critical" if critical else ""))
     return {"guests": [guest.get("vmid") for guest in guests], "critical": critical, "sentence": "; ".join(parts)}
 
@@ -2627,7 +2632,7 @@ def count_guests_hit(host: HostState, guests: list[dict[str, Any]], place: str,
 def may_fail(margin: int) -> str:
     if margin < 0:
         return "data are lost"
-    return "no more disk may fail" if margin == 0 else f"{margin} more disk{'' if margin == 1 else 's'} may fail"
+    return "no more disk may fail" if margin == 0 else f"{count_of(margin, 'more disk')} may fail"
 
 
 def grounds(host: HostState) -> dict[str, str]:
@@ -4082,7 +4087,7 @@ def pool_margin(pool: Fields, host: HostState, now: float) -> Found:
     host.memory.keep("pool-margin", object, [best, since])
     if margin >= best or pool_state(pool) is not None:
         return None
-    message = "; ".join([f"Pool {pool['name']} can lose {int(margin)} more disk(s); it could lose {int(best)}",
+    message = "; ".join([f"Pool {pool['name']} can lose {count_of(margin, 'more disk')}; it could lose {int(best)}",
                          *resilver_words(pool)])
     return (warning if now - (since or now) >= HOUR else info)(message + ".", margin)
 
@@ -4231,8 +4236,8 @@ def pool_data_errors(pool: Fields) -> Found:
     if not errors:
         return UNKNOWN if errors is None else None
     files = ", ".join(str(file) for file in (pool.get("damaged_files") or ())[:3])
-    return critical(f"Pool {pool['name']} has {int(errors)} permanent data error(s){': ' + files if files else ''}.",
-                    errors)
+    found = count_of(errors, "permanent data error")
+    return critical(f"Pool {pool['name']} has {found}{': ' + files if files else ''}.", errors)
 
 
 row("pool-capacity", each="pools", reads="capacity_ratio", says="Pool {name} is {value:.0%} full.",
@@ -4396,7 +4401,8 @@ def scrub_result(pool: Fields, host: HostState) -> Found:
     if ended is None or host.memory.get("scrub-result", f"pools/{name}") == ended:
         return None
     if errors:
-        return critical(f"The last {word} of pool {name} found {int(errors)} error(s) it could not repair.", errors)
+        found = count_of(errors, "error")
+        return critical(f"The last {word} of pool {name} found {found} it could not repair.", errors)
     if not repaired:
         return None
     return warning(f"The last scrub of pool {name} repaired {int(repaired)} bytes"
@@ -4629,7 +4635,7 @@ def selftest_passed(disk: Fields) -> bool | None:
 def smart_failed(disk: Fields) -> Found:
     if disk.get("passed") is not False:
         return UNKNOWN if disk.get("passed") is None else None
-    return critical("; ".join([f"{disk_called(disk)} says that it is failing (SMART)", *disk_troubles(disk)]) + ".")
+    return critical("; ".join([f"{disk_called(disk)} is failing (SMART)", *disk_troubles(disk)]) + ".")
 
 
 @rule("smart-warning", each="disks", data_risk=True, always=True, worse=1,
@@ -4917,7 +4923,7 @@ def storage_inactive(storage: Fields, host: HostState) -> Found:
         return UNKNOWN
     users = [guest for guest in host.items("guests") if guest.get("status") == "running" and any(
         volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
-    needed = f"; {len(users)} running guest(s) use it" if users else ""
+    needed = f"; {count_of(len(users), 'running guest uses', 'running guests use')} it" if users else ""
     return (critical if users else warning)(
         f"Storage {name} ({storage.get('type') or 'unknown type'}) is not active{needed}.")
 
@@ -5281,7 +5287,8 @@ def backup_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -
     bare = [f"{guest.vmid} ({guest.name})" for guest in coverage(host, fleet, now)
             if guest.covered is False and guest.vmid not in muted
             and (guest.newest_ok_at is None or now - guest.newest_ok_at > 8 * DAY)]
-    return warning(f"{len(bare)} guest(s) are in no backup job: {some_of(bare, 10)}.", len(bare)) if bare else None
+    many = count_of(len(bare), "guest is", "guests are")
+    return warning(f"{many} in no backup job: {some_of(bare, 10)}.", len(bare)) if bare else None
 
 
 def wants_no_backup(guest: Fields) -> bool:
@@ -5306,7 +5313,7 @@ def copy_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> 
             and str(row["vmid"]) in in_time and "only copy" in row["reason"]]
     if not bare:
         return None
-    return warning(f"{len(bare)} guest{'' if len(bare) == 1 else 's'} would be lost with this host, backups included: "
+    return warning(f"{count_of(len(bare), 'guest')} would be lost with this host, backups included: "
                    f"{some_of(bare, 10)}.", len(bare))
 
 
@@ -5345,7 +5352,8 @@ def updates_security(updates: Fields, host: HostState, now: float) -> Found:
     count = number(updates, "security")
     if count is None and number(updates, "pending") is not None and host.memory.keys("updates-security"):
         count = 0  # the list marks security updates here, and marks none any more
-    return waiting(host, "updates-security", count, f"{int(count or 0)} security update(s) wait", now)
+    says = count_of(count or 0, "security update waits", "security updates wait")
+    return waiting(host, "updates-security", count, says, now)
 
 
 @rule("updates-stale", on="updates", warn=7 * DAY, always=True,
@@ -5376,7 +5384,7 @@ def certificate(cert: Fields, host: HostState, now: float) -> Found:
     own = bool(issuer) and ("proxmox" in issuer.lower() or "PVE" in issuer or issuer == subject)
     acme = cert.get("acme")
     warn = 25 * DAY if acme else 12 * DAY if own else 21 * DAY
-    failed = "; its renewal has failed" if acme or own else ""
+    failed = "; it was not renewed" if acme or own else ""
     return measured(left, lambda: certificate_text(str(cert.get("file")), left, failed),
                     limits=(min(warn, life / 3), min(5 * DAY, life / 6)))
 
@@ -5430,7 +5438,7 @@ def replication(job: Fields, host: HostState, now: float) -> Found:
         return UNKNOWN if fails is None else None
     why, shown = text(job, "error"), f"{format_duration(now - last)} ago" if last else "never"
     return (critical if late or (fails or 0) >= 3 else warning)(
-        f"{said}: {int(fails or 0)} failure(s) in a row, last good sync {shown}{f': {why[:200]}' if why else ''}.",
+        f"{said}: {count_of(fails or 0, 'failure')} in a row, last good sync {shown}{f': {why[:200]}' if why else ''}.",
         fails)
 
 
@@ -5540,7 +5548,8 @@ def spool_dropped(host: HostState, now: float) -> Found:
     if dropped is None:
         return UNKNOWN
     lost = host.memory.grown("spool-dropped", "", dropped, now, from_zero=True).lately(now - DAY)
-    return warning(f"The agent's spool was full: {int(lost)} report(s) are lost.", lost) if lost else None
+    many = count_of(lost or 0, "report is", "reports are")
+    return warning(f"The agent's spool was full: {many} lost.", lost) if lost else None
 
 
 @rule("agent-old", on=AGENT,
@@ -6831,7 +6840,7 @@ def summed_up(items: list[Fields], heard: dict[str | None, int]) -> list[Fields]
         rest = own[room:]
         result += own[:room]
         if rest:
-            message = f"{len(rest)} more alert{'s' if len(rest) > 1 else ''}: {counts_text(rest)}. See the page."
+            message = f"{count_of(len(rest), 'more alert')}: {counts_text(rest)}. See the page."
             result.append(notice("many", rest[0]["severity"], message, rest[0]["link"], rest[0]["at"], host=host,
                                  site=rest[0]["site"], children=len(rest)))
     return result
@@ -6881,7 +6890,8 @@ def item_text(item: Fields, escape: Callable[[str], str]) -> str:
     lines = [f"{word}: {one_line(item['message'])}", f"Where: {one_line(where) or 'the monitor'}",
              f"Since: {since} ({format_duration(item['at'] - item['since'])})"]
     if item["children"]:
-        lines.append(f"With it: {item['children']} other alert(s) that follow from this one")
+        many = count_of(item["children"], "other alert that follows", "other alerts that follow")
+        lines.append(f"With it: {many} from this one")
     if item.get("at_stake"):  # what was queued by an older version has none
         lines.append(f"At stake: {one_line(item['at_stake'])}")
     if item["kind"] != "resolved":
@@ -9213,7 +9223,7 @@ class Monitor:
             told = f"{failure}; the old rules stay"
             self.store.write(lambda db: insert_event(db, self.clock(), "settings-refused", told))
             return False
-        log(f"server: {self.config.settings_path} read again, {len(self.fleet.channels)} channel(s)")
+        log(f"server: {self.config.settings_path} read again, {count_of(len(self.fleet.channels), 'channel')}")
         self.store.write(lambda db: drop_orphans(db, self.fleet, self.clock()))
         self.notifier.start()
         return True
@@ -9365,6 +9375,8 @@ def forecast_fleet(monitor: Monitor, now: float, db: Database, seconds: float = 
     for host in sorted(monitor.fleet.hosts.values(), key=lambda host: host.forecast_at):
         if time.monotonic() > end or 0 <= now - host.forecast_at < FORECAST_SECONDS:
             return
+        if host.last_seen_at is None:
+            continue  # its turn is when it has told of itself, not an hour later
         host.forecast_at = now
         try:
             host.forecasts = forecast_host(monitor.keeper, db, host, min(now, host.last_seen_at or now))
@@ -9986,7 +9998,7 @@ class Resource(NamedTuple):
 
     @property
     def one(self) -> str:
-        return self.name.removesuffix("s")
+        return re.sub("ies$", "ys", self.name).removesuffix("s")
 
     @property
     def label(self) -> str:
@@ -12095,9 +12107,9 @@ def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
     if word in ("ok", "info") and hosts["reporting"] < hosts["total"]:
         word = "stale"  # nothing fires, yet not every host is known to be well: never green
     told = [f"{problems['critical']} critical"] if problems["critical"] else []
-    told += [f"{problems['warning']} warning{'s' if problems['warning'] != 1 else ''}"] if problems["warning"] else []
+    told += [count_of(problems["warning"], "warning")] if problems["warning"] else []
     told += [f"{hosts[key]} {key}" for key in ("offline", "stale") if hosts[key]]
-    many = f"{hosts['total']} host{'s' if hosts['total'] != 1 else ''}"
+    many = count_of(hosts["total"], "host")
     if not hosts["reporting"] + hosts["stale"] + hosts["offline"]:
         return ("unknown" if word == "stale" else word), f"{many} registered, not reporting yet."
     return word, f"{hosts['reporting']} of {many} reporting; {', '.join(told) or 'no open problem'}."
@@ -12293,7 +12305,7 @@ def can_accept(rule: str) -> bool:
 
 PAGE_FUNCTIONS = {one.__name__: one for one in (
     can_accept, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number, show_duration, show_age,
-    show_time, show_cell, some_heads, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
+    show_time, count_of, show_cell, some_heads, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
 
 
 class Template(bottle.SimpleTemplate):
@@ -12903,7 +12915,7 @@ def command_migrate(config: Config, args: argparse.Namespace) -> None:
     """Bring the database's schema up to date."""
     db = connect(config.database_path)
     taken = migrate(db, load_migrations())
-    print(f"schema {schema_version(db)}, {taken} migration{'' if taken == 1 else 's'} applied")
+    print(f"schema {schema_version(db)}, {count_of(taken, 'migration')} applied")
 
 
 @command("rollback", ("--to", {"type": int, "metavar": "N", "help": "the schema to go back to (default: one step)"}))
@@ -12915,7 +12927,7 @@ def command_rollback(config: Config, args: argparse.Namespace) -> None:
     if not 0 <= to <= have:
         raise Failure(f"--to: 0 to {have}, not {to}")
     taken = rollback(db, load_migrations(), to=to)
-    print(f"schema {schema_version(db)}, {taken} migration{'' if taken == 1 else 's'} taken back")
+    print(f"schema {schema_version(db)}, {count_of(taken, 'migration')} taken back")
 
 
 def show_token(config: Config, record: sqlite3.Row, said: str) -> None:
@@ -13030,7 +13042,7 @@ def command_end_sessions(config: Config, args: argparse.Namespace) -> None:
         ended = end_sessions(db, time.time(), id=args.id)
         if args.id and not ended:
             raise Failure(f"no session '{args.id}'")
-    print(f"{ended} session{'' if ended == 1 else 's'} ended.")
+    print(f"{count_of(ended, 'session')} ended.")
 
 
 @command("add-user", NAME_ARGUMENT, ROLE_ARGUMENT)
@@ -13275,7 +13287,7 @@ def command_replay_rules(config: Config, args: argparse.Namespace) -> None:
     if not complete:
         print(f"Stopped after {args.seconds:g} s: this is only a part.")
     reach = "no reports are kept" if first is None else f"reports since {iso_time(first)}"
-    print(f"{len(rows)} alert(s) would have fired ({reach}).")
+    print(f"{count_of(len(rows), 'alert')} would have fired ({reach}).")
     if rows:
         print_list(rows, Past._fields, False)
 

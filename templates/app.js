@@ -338,7 +338,7 @@
     for (const open of $$(".columns[open]")) if (!event || !open.contains(event.target)) open.open = false;
   }
 
-  // --- keyboard: / search, j k arrows move, Enter opens, Escape closes ---
+  // --- keyboard: / search, j k arrows move, Enter opens, a acknowledges, Escape closes ---
   function onKey(event) {
     const inField = event.target.closest && event.target.closest("input, select, textarea, dialog");
     if (event.key === "Escape" && !$("dialog[open]")) return onEscape(event);
@@ -346,7 +346,8 @@
     if (event.key === "?") { event.preventDefault(); $("#words").showModal(); }
     if (event.key === "/") { event.preventDefault(); $("#search").focus(); $("#search").select(); }
     const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[event.key];
-    const arrow = event.key.startsWith("Arrow");
+    const arrow = event.key.startsWith("Arrow"), seen = event.key === "a" && $("[data-act=acknowledge]", event.target.closest(".problem") || $("#undo"));
+    if (seen) { event.preventDefault(); openAct(seen); }
     if (step && (!arrow || event.target.closest(".row"))) { event.preventDefault(); moveRow(step); }
   }
 
@@ -358,7 +359,7 @@
   }
 
   function moveRow(step) {
-    const links = $$(".lists .row-link");
+    const links = $$(".problem .problem-line, .lists .row-link").filter((link) => link.offsetParent);
     const at = links.indexOf(document.activeElement);
     const next = links[at < 0 ? (step > 0 ? 0 : links.length - 1) : Math.min(links.length - 1, Math.max(0, at + step))];
     if (next) { next.focus(); next.scrollIntoView({ block: "nearest" }); }
@@ -487,7 +488,7 @@
 
   async function remove(button) {
     const name = button.dataset.remove;
-    if (!await ask(`Remove ${name}?`, "Its token is refused at once, and its state, alerts and history leave this page.", `Remove ${name}`)) return;
+    if (!await ask(`Remove ${name}?`, "Its token is refused at once; its state, alerts and history are deleted, and cannot be brought back.", `Remove ${name}`)) return;
     await doing(null, () => write("DELETE", apiOf(name)));
   }
 
@@ -974,6 +975,7 @@
     if (act.until && act.until[0] !== NEVER) fields.until.value = "7200";
     describeAct();
     dialog.showModal();
+    $(data.act === "accept" ? "[data-act-cancel]" : "[type=submit]", form).focus();      // what cannot be undone is not one key away
   }
 
   function untilOf({ until, time }) {

@@ -615,7 +615,7 @@ def test_replay_says_what_would_have_fired_and_changes_nothing(make, capsys, tmp
     other = tmp_path / "other.toml"
     other.write_text("[rules.cpu]\nwarn = 0.6\n")
     code, said = run(sim, "replay-rules", "--since", "1d", capsys=capsys)
-    assert code == 0 and said.out.startswith("0 alert(s)")
+    assert code == 0 and said.out.startswith("0 alerts")
     code, said = run(sim, "replay-rules", "--since", "1d", "--config", str(other), "--json", capsys=capsys)
     found = json.loads(said.out)["alerts"]
     assert [(one["rule"], one["host"]) for one in found] == [("cpu", "pve1")]

@@ -824,7 +824,7 @@ def test_guests_in_no_job_are_one_list_per_host(sim):
         sim.now = START + hours * HOUR
         sim.send("pve1", guests=guests, backups=backups(jobs))
     alert, = sim.alerts("backup-missing")
-    assert alert["object"] is None and "2 guest(s)" in alert["message"] and "101 (g101)" in alert["message"]
+    assert alert["object"] is None and "2 guests are" in alert["message"] and "101 (g101)" in alert["message"]
 
 
 def test_a_pool_job_whose_members_are_not_told_accuses_nobody(sim):
