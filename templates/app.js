@@ -1,5 +1,5 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
-//   theme -> ages -> morph -> loading -> live -> looked -> navigation -> columns -> keyboard -> administration -> cards -> charts
+//   theme -> formats -> ages -> morph -> loading -> live -> looked -> navigation -> columns -> keyboard -> administration -> cards -> charts
 //     -> problems -> acting -> onboarding -> alerting
 "use strict";
 (() => {
@@ -29,19 +29,39 @@
   root.classList.add("scripted");
   setTheme(kept("theme"));
 
-  // --- ages: counted on every second, by the server's clock ---
-  let offset = 0;       // server's clock minus ours, in seconds
-  const now = () => Date.now() / 1000 + offset;
-  const UNITS = [["d", 86400, 172800], ["h", 3600, 7200], ["min", 60, 60]];      // as format_duration in server.py
+  // --- formats: numbers and units, letter for letter as server.py writes them ---
+  const UNITS = [["d", 86400, 172800], ["h", 3600, 7200], ["min", 60, 60]];
 
-  function duration(seconds) {
+  function showDuration(seconds) {
     for (const [unit, size, from] of UNITS) if (seconds >= from) return `${Math.floor(seconds / size)} ${unit}`;
     return `${Math.max(0, Math.floor(seconds))} s`;
   }
 
-  function plural(count, word) { return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`; }
+  // As Python rounds: what is halfway goes to the even digit.
+  function fixed(value, digits = 0) {
+    const scaled = value * 10 ** digits, floor = Math.floor(scaled);
+    return (scaled - floor === 0.5 ? (floor + floor % 2) / 10 ** digits : value).toFixed(digits);
+  }
 
-  function age(at) { return at > now() + 1 ? `in ${duration(at - now())}` : duration(now() - at); }
+  function showNumber(value, digits = 0) { return fixed(value, digits).replace(/\B(?=(\d{3})+(?!\d))(?<!\.\d*)/g, ","); }
+
+  function showBytes(size) {
+    const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    while (Math.abs(size) >= 1023.5 && units.length > 1) { size /= 1024; units.shift(); }
+    return `${fixed(size, units[0] === "B" || Math.abs(size) >= 99.95 ? 0 : 1)} ${units[0]}`;
+  }
+
+  function showRatio(ratio) {
+    const percent = ratio * 100;
+    return percent > 0 && percent < 0.5 ? "<1%" : `${fixed(percent, percent >= 99 && percent < 99.95 ? 1 : 0)}%`;
+  }
+
+  function countOf(count, word) { return `${showNumber(count)} ${word}${count === 1 ? "" : "s"}`; }
+
+  // --- ages: counted on every second, by the server's clock ---
+  let offset = 0;       // server's clock minus ours, in seconds
+  const now = () => Date.now() / 1000 + offset;
+  function age(at) { return at > now() + 1 ? `in ${showDuration(at - now())}` : showDuration(now() - at); }
 
   function clock(at) {
     return new Date(at * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
@@ -242,7 +262,7 @@
     const found = since && kept("told") !== String(since) && await getJson(`/api/v1/events?since=${since}&limit=0`);
     if (!place) return;
     place.hidden = !found || !found.total;
-    if (found) place.replaceChildren(node("a", { href: `/?tab=events&since=${since}`, "data-news": "" }, `${plural(found.total, "event")} since you last looked`), ` ${duration(now() - since)} ago`);
+    if (found) place.replaceChildren(node("a", { href: `/?tab=events&since=${since}`, "data-news": "" }, `${countOf(found.total, "event")} since you last looked`), ` ${showDuration(now() - since)} ago`);
   }
 
   function newsRead() { keep("told", looked()); $("#news").hidden = true; }
@@ -581,23 +601,16 @@
   }
   const SVG_NAMES = new Set(["g", "path", "line", "text", "title", "circle", "rect"]);
 
-  function show1024(value, suffix) {
-    const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    let at = 0;
-    while (Math.abs(value) >= 1000 && at < units.length - 1) { value /= 1024; at++; }
-    return `${value.toFixed(value >= 100 || at === 0 ? 0 : value >= 10 ? 1 : 2)} ${units[at]}${suffix}`;
-  }
-
   const UNIT_TEXT = {
-    ratio: (value) => `${(value * 100).toFixed(value < 0.1 ? 1 : 0)} %`,
-    bytes: (value) => show1024(value, ""),
-    "bytes/s": (value) => show1024(value, "/s"),
-    celsius: (value) => `${value.toFixed(0)} °C`,
-    number: (value) => value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(2),
+    ratio: showRatio,
+    bytes: showBytes,
+    "bytes/s": (value) => `${showBytes(value)}/s`,
+    celsius: (value) => `${showNumber(value)} °C`,
+    number: (value) => showNumber(value, value >= 100 || Number.isInteger(value) ? 0 : 2),
   };
 
   function axisText(value, unit) {
-    if (unit === "ratio") return `${+(value * 100).toFixed(1)} %`;
+    if (unit === "ratio") return `${+(value * 100).toFixed(1)}%`;
     if (!unit.startsWith("bytes")) return `${+value.toFixed(2)}`;
     const power = value ? Math.min(5, Math.floor(Math.log(value) / Math.log(1000))) : 0;
     return `${+(value / 1024 ** power).toPrecision(3)}${["", " K", " M", " G", " T", " P"][power]}`;
@@ -861,10 +874,10 @@
 
   function gapsText(gaps) {
     if (!gaps) return "";
-    const told = gaps.silences.slice(-3).map((one) => `${clock(one.from)}, ${duration(one.seconds)}`);
+    const told = gaps.silences.slice(-3).map((one) => `${clock(one.from)}, ${showDuration(one.seconds)}`);
     const silent = told.length ? `Silent in the last two days: ${told.join("; ")}.` : "No silence in the last two days.";
     const last = gaps.lost[gaps.lost.length - 1];
-    const lost = gaps.missing_reports ? ` ${gaps.missing_reports} reports never came${last ? `, the last ${last.reports} before ${clock(last.to)}` : ""}.` : " No report is missing.";
+    const lost = gaps.missing_reports ? ` ${countOf(gaps.missing_reports, "report")} never came${last ? `, the last ${showNumber(last.reports)} before ${clock(last.to)}` : ""}.` : " No report is missing.";
     return silent + lost;
   }
 
@@ -953,7 +966,7 @@
     if (!list || !list[0]) throw new Error("The hosts could not be read, so nothing was changed.");
     const set = (rows) => Promise.all(rows.map((row) => write("PATCH", apiOf(row.name), { maintenance_until: row.until })));
     await set(list.map((host) => ({ name: host.name, until })));
-    const many = list.length === 1 ? list[0].name : `${list.length} hosts`;
+    const many = list.length === 1 ? list[0].name : countOf(list.length, "host");
     return [`${many} in maintenance until ${clock(until)}.`, () => set(list.map((host) => ({ name: host.name, until: host.maintenance_until > now() ? host.maintenance_until : null })))];
   }
 
@@ -1060,7 +1073,7 @@
       part("pools", "its pools are known", "its pools come within a minute"),
       part("guests", "its guests are known", "its guests come within a minute"),
       part("disks", "its disks are known", "its disks come within some minutes"),
-      jobs.length ? [true, jobs.length === 1 ? "1 backup job seen" : `${jobs.length} backup jobs seen`] : [false, "no backup job seen yet"],
+      jobs.length ? [true, `${countOf(jobs.length, "backup job")} seen`] : [false, "no backup job seen yet"],
       scrubbed ? [true, "a scrub is known"] : [false, "no scrub is known yet"],
       channels.some((channel) => channel.last_sent_at) ? [true, "a notification has been delivered"] : [false, "no notification has been delivered yet: send a test under Alerts"],
     ];
@@ -1108,11 +1121,11 @@
   function previewOf({ items, total, since, complete }) {
     const reach = since === null ? "No reports are kept of that time." : `Judged from ${clock(since)} on.`;
     const part = complete ? "" : " It took too long and was stopped: this is only a part, a shorter time shows all.";
-    const said = node("p", {}, node("strong", {}, total === 1 ? "1 alert would have fired." : `${total} alerts would have fired.`), ` ${reach}${part}`);
+    const said = node("p", {}, node("strong", {}, `${countOf(total, "alert")} would have fired.`), ` ${reach}${part}`);
     if (!items.length) return [said];
     const rows = items.slice(-200).reverse().map((one) => node("tr", {}, node("td", { class: `state-${one.severity}` }, one.severity), node("td", {}, one.message),
       node("td", {}, [one.host || "fleet", one.object].filter(Boolean).join(" ")), node("td", {}, one.rule), node("td", {}, clock(one.fired_at)),
-      node("td", {}, one.over_at === null ? "still" : duration(one.over_at - one.fired_at))));
+      node("td", {}, one.over_at === null ? "still" : showDuration(one.over_at - one.fired_at))));
     const head = ["Severity", "Problem", "Where", "Rule", "Fired", "For"].map((text) => node("th", {}, text));
     const more = total > rows.length ? [node("p", { class: "muted" }, `The last ${rows.length} are shown.`)] : [];
     return [said, node("div", { class: "scroll" }, node("table", { class: "plain" }, node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...rows))), ...more];

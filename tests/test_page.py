@@ -232,13 +232,13 @@ def test_charts_show_gaps_as_gaps_and_single_values_to_the_keyboard(page, fleet)
     chart = page.locator(".chart-figure", has_text="CPU")
     expect(chart.locator("path.curve-0")).to_have_count(2)
     expect(chart.locator(".event-reboot")).to_have_count(1)
-    expect(chart.locator(".chart-read")).to_have_text("in use 75 %")
+    expect(chart.locator(".chart-read")).to_have_text("in use 75%")
     chart.locator("svg").focus()
     page.keyboard.press("Home")
     expect(chart.locator(".chart-read")).to_contain_text("in use –")
     for _ in range(75):
         page.keyboard.press("ArrowRight")
-    expect(chart.locator(".chart-read")).to_contain_text("in use 25 %")
+    expect(chart.locator(".chart-read")).to_contain_text("in use 25%")
     expect(page.locator("[data-charts-note]")).to_contain_text("Silent in the last two days")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
-from conftest import build_guest
+from conftest import build_disk, build_guest
 from playwright.sync_api import Page, expect
 from test_page import (  # noqa: F401 — fixtures
     DEGRADED,
@@ -16,6 +17,10 @@ from test_page import (  # noqa: F401 — fixtures
     open_page,
     page,
 )
+
+import server
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def labels(page: Page) -> list[str]:  # noqa: F811
@@ -102,3 +107,49 @@ def test_the_timeline_tells_of_last_night_in_two_clicks_and_what_is_new(page, fl
     expect(page.locator(".is-new").first).to_be_visible()
     expect(rows.filter(has_text="DEGRADED").first).to_have_class(re.compile("is-new"))
     expect(page.locator("#news")).to_be_hidden()
+
+
+FORMATS = {  # of the script, and of the server
+    "showDuration": (server.show_duration, (0, 0.4, 41, 59.9, 60, 119, 120, 7199, 7200, 86400, 172799, 172800, 1e9)),
+    "showBytes": (server.show_bytes, (0, 1, 1023, 1023.4, 1023.5, 1024, 1280, 1536, 102348, 123456789, 5e12, 2**62)),
+    "showRatio": (server.show_ratio, (0, 0.001, 0.005, 0.125, 0.834, 0.985, 0.99, 0.996, 0.9995, 1, 1.25, 12)),
+    "showNumber": (server.show_number, (0, 0.5, 1.5, 7, 999, 1000, 12345.6, 1234567)),
+    "countOf": (lambda value: server.count_of(value, "guest"), (0, 1, 2, 1200)),
+}
+
+
+def test_script_and_server_write_numbers_times_and_units_alike(chromium):  # noqa: F811
+    script = (ROOT / "templates" / "app.js").read_text()
+    section = re.search(r"// --- formats: .*?\n(.*?)\n  // --- ", script, re.S)[1]
+    page = chromium.new_page()  # noqa: F811
+    for name, (write, values) in FORMATS.items():
+        more = ', "guest"' if name == "countOf" else ""
+        told = page.evaluate(f"(values) => {{ {section}; return values.map((value) => {name}(value{more})); }}", [*values])
+        assert told == [write(value) for value in values], name
+    page.close()
+
+
+def test_no_list_or_dialog_is_wider_than_the_screen_at_any_width(chromium, live_server, fleet):  # noqa: F811
+    wide = "\u202egnp.exe " + "w" * 192
+    host = "a" + "b" * 61 + "c"
+    fleet.report(host, guests=[build_guest(7, name=wide, tags=[wide[:60]])], pools=[DEGRADED], pool_states=DEGRADED_STATE,
+                 disks=[build_disk("sda", model=wide, serial=wide[:64])])  # fmt: skip
+    page, found = open_page(chromium, live_server), []  # noqa: F811
+    views = ["", *(f"tab={name}" for name in ("problems", *server.TABS)), f"q={host}", f"host={host}"]
+    for view in views:
+        page.goto(f"{live_server.url}/?{view}")
+        expect(page.locator("#main")).to_be_visible()
+        for width in (390, 768, 1024, 1440, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            across = page.evaluate("document.documentElement.scrollWidth")
+            found += [(view, width, across)] if across > width else []
+    page.goto(live_server.url + "/")
+    expect(page.locator(".problem").first).to_be_visible()
+    for dialog in ("#words", "#act", "#dialog"):
+        for width in (390, 768, 1024, 1440, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            box = page.evaluate(f"""() => {{ const dialog = document.querySelector("{dialog}"); dialog.showModal();
+                const box = dialog.getBoundingClientRect(); dialog.close(); return [box.left, box.right]; }}""")
+            found += [(dialog, width, box)] if box[0] < 0 or box[1] > width else []
+    assert found == []
+    page.context.close()
