@@ -119,7 +119,7 @@ GUEST_SECONDS = 25.0  # how long a start or stop seen by the look is believed ag
 TASKS_FOLDER = "/var/log/pve/tasks"
 TASKS_PATH = f"{TASKS_FOLDER}/active"
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED = 0, 1  # and 2 for a wrong command line, by argparse
 
 # --- config: settings from TOML; a mistake is told with file, key and reason ---
 
@@ -327,6 +327,9 @@ def warn_if_exposed(path: str, warnings: list[str]) -> None:
 
 
 # --- probe: the one door outside: files and commands, with limits ---
+
+NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
+LAST_TOLD: dict[str, str] = {}
 
 
 class SourceError(Exception):
@@ -537,11 +540,7 @@ class Probe:
         began, size, outcome = time.monotonic(), 0, "ok"
         try:
             worker = self.worker_of(kind, path)
-            if worker is None:
-                result = job()
-            else:
-                in_lane = threading.current_thread().name in TICKS
-                result = worker.call(path, job, LANE_DEADLINE if in_lane else self.deadline)
+            result = self._in_time(worker, path, job) if worker else job()
             size = len(result) if isinstance(result, (str, list)) else 0
             return result
         except (OSError, SourceError) as error:
@@ -550,6 +549,10 @@ class Probe:
             raise told from None
         finally:
             self._note(kind, path, began, size, outcome)
+
+    def _in_time(self, worker: Worker, what: str, job: Callable[[], Any]) -> Any:
+        in_lane = threading.current_thread().name in TICKS
+        return worker.call(what, job, LANE_DEADLINE if in_lane else self.deadline)
 
     # commands
 
@@ -569,17 +572,15 @@ class Probe:
         finally:
             self._note("run", " ".join(argv), began, len(out), outcome)
         if ok is not None and exit_code not in ok:
-            raise command_error(argv, exit_code, err)
+            words = " ".join(to_text(err).split())[:300]  # its last ones
+            ended = f"exit code {exit_code}" if exit_code >= 0 else f"killed by signal {-exit_code}"
+            code = "denied" if "ermission denied" in words else "failed"
+            raise SourceError(code, f"{' '.join(argv)}: {ended}{': ' + words if words else ''}")
         return to_text(out)
 
     def _run(self, argv: tuple[str, ...], limit: float, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-        program = self.find(argv[0])
         self._refuse_stuck(argv)
-        try:
-            child = start_command(program, argv, self.environ, stdin)
-        except OSError as error:
-            self._programs.pop(argv[0], None)  # it may have moved with an upgrade
-            raise source_error(error, argv[0]) from None
+        child = self._start(argv, stdin)
         self.running.add(child)
         try:
             return read_output(child, argv, limit)
@@ -589,6 +590,26 @@ class Probe:
             child.stdout.close()  # type: ignore[union-attr]
             child.stderr.close()  # type: ignore[union-attr]
             self._bury(child, argv)
+
+    def _start(self, argv: tuple[str, ...], stdin: bytes) -> subprocess.Popen[bytes]:
+        """The command, started by a thread of its own: an exec hangs where the root file system does."""
+        given_up = threading.Event()
+
+        def start() -> subprocess.Popen[bytes]:
+            child = start_command(self.find(argv[0]), argv, self.environ, stdin)
+            if given_up.is_set():
+                kill_group(child)
+            return child
+
+        try:
+            child: subprocess.Popen[bytes] = self._in_time(self.worker("exec"), argv[0], start)
+            return child
+        except OSError as error:
+            self._programs.pop(argv[0], None)  # it may have moved with an upgrade
+            raise source_error(error, argv[0]) from None
+        except SourceError:
+            given_up.set()
+            raise
 
     def find(self, name: str) -> str:
         """Where a command lies on the fixed PATH; SourceError('missing') when it is not installed."""
@@ -687,12 +708,9 @@ def is_gone(pid: int, ticks: str | None) -> bool:
         return now is None or now != ticks
 
 
-def command_error(argv: tuple[str, ...], exit_code: int, err: bytes) -> SourceError:
-    """A command that said no: what was run, how it ended, and its last words."""
-    words = " ".join(to_text(err).split())[:300]
-    ended = f"exit code {exit_code}" if exit_code >= 0 else f"killed by signal {-exit_code}"
-    code = "denied" if "ermission denied" in words else "failed"
-    return SourceError(code, f"{' '.join(argv)}: {ended}{': ' + words if words else ''}")
+# Python before 3.12 holds its lock while vfork() waits for the exec: where that hangs, every thread would hang with it
+# [python/cpython issue 104372].
+vars(subprocess)["_USE_VFORK"] = sys.version_info >= (3, 12)
 
 
 def start_command(
@@ -797,11 +815,6 @@ def log_once(topic: str, text: str) -> None:
     if LAST_TOLD.get(topic) != told:
         LAST_TOLD[topic] = told
         log(text)
-
-
-NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
-LAST_TOLD: dict[str, str] = {}
-
 
 # --- parsers: text to values, pure ---
 
@@ -1029,12 +1042,11 @@ def parse_rrd(text: str) -> dict[str, dict[str, dict[str, str]]]:
 
 def parse_metrics(line: str) -> dict[str, dict[str, Any]]:
     """The newest snapshot of /run/pve/metrics: {part: {"timestamp": t, "data": {…}}} of those parts that are usable."""
-    snapshot = parse_object(line, "/run/pve/metrics")
     parts = {}
-    for name, part in snapshot.items():
-        stamp = to_number(as_dict(part).get("timestamp"))
-        if stamp is not None and isinstance(part.get("data"), dict):
-            parts[name] = {"timestamp": stamp, "data": part["data"]}
+    for name, part in parse_object(line, "/run/pve/metrics").items():
+        stamp, values = to_number(dig(part, "timestamp")), dig(part, "data")
+        if stamp is not None and isinstance(values, dict):
+            parts[name] = {"timestamp": stamp, "data": values}
     return parts
 
 
@@ -1111,19 +1123,15 @@ def parse_vzdump_cron(text: str) -> list[tuple[str, dict[str, str]]]:
 
 def parse_vmlist(text: str) -> dict[str, list[Any]]:
     """.vmlist: [node, type, version] by vmid; `ids` is absent when there are no guests."""
-    guests = {}
-    for vmid, entry in as_dict(parse_object(text, "/etc/pve/.vmlist").get("ids")).items():
-        entry = as_dict(entry)
-        if is_whole(vmid) and entry.get("type") in ("qemu", "lxc"):
-            guests[vmid] = [entry.get("node"), entry["type"], entry.get("version")]
-    return guests
+    entries = as_dict(parse_object(text, "/etc/pve/.vmlist").get("ids"))
+    guests = {vmid: [dig(entry, name) for name in ("node", "type", "version")] for vmid, entry in entries.items()}
+    return {vmid: guest for vmid, guest in guests.items() if is_whole(vmid) and guest[1] in ("qemu", "lxc")}
 
 
 def parse_ha_states(text: str) -> dict[str, str]:
     """ha/manager_status: the state of each service."""
     services = as_dict(parse_object(text, "ha/manager_status").get("service_status"))
-    states = {sid: as_dict(service).get("state") for sid, service in services.items()}
-    return {sid: state for sid, state in states.items() if isinstance(state, str)}
+    return {sid: state for sid, service in services.items() if isinstance(state := dig(service, "state"), str)}
 
 
 def parse_guest_config(text: str) -> dict[str, Any]:
@@ -1249,6 +1257,9 @@ def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, An
     stats = as_dict(pool.get("scan_stats"))
     resilvering = stats.get("function") == "RESILVER" and stats.get("state") == "SCANNING"
     rebuilds = as_dict(stats.get("rebuild_stats") or pool.get("rebuild_stats"))
+    expand = as_dict(pool.get("raidz_expand_stats"))
+    state = SCAN_STATES.get(str(expand.get("state")), "none")
+    fields = scan_fields(expand, state, to_count(expand.get("reflowed")), to_count(expand.get("to_reflow")))
     rebuilding = {vdev for vdev, rebuild in rebuilds.items() if as_dict(rebuild).get("state") == "ACTIVE"}
     roots = as_dict(pool.get("vdevs"))
     root = as_dict(roots.get(name) or next(iter(roots.values()), None))
@@ -1259,13 +1270,12 @@ def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, An
             vdevs.append(parse_json_vdev(vdev_name, as_dict(vdev), label, resilvering=resilvering))
             if vdev_name in rebuilding and not note_rebuild(vdevs[-1]):
                 vdevs[-1].setdefault("reason", "resilvering")
+    files = [file for file in as_list(pool.get("errlist")) if isinstance(file, str)]
     return known(
         name=name, guid=to_guid(pool.get("pool_guid")), state=pool.get("state"),
         status_text=squeeze(pool.get("status")), action_text=squeeze(pool.get("action")),
-        data_errors=to_count(pool.get("error_count")),
-        damaged_files=[file for file in as_list(pool.get("errlist")) if isinstance(file, str)] or None,
-        scan=parse_json_scan(stats, rebuilds, now),
-        expansion=parse_json_expansion(as_dict(pool.get("raidz_expand_stats"))), vdevs=vdevs,
+        data_errors=to_count(pool.get("error_count")), damaged_files=files or None,
+        scan=parse_json_scan(stats, rebuilds, now), expansion=None if state == "none" else known(**fields), vdevs=vdevs,
     )
 
 
@@ -1428,12 +1438,6 @@ def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
         repaired_bytes=to_count(rebuild.get("bytes_rebuilt", rebuild.get("rebuilt"))),
         errors=to_count(rebuild.get("errors")) if state == "finished" else None,
     )
-
-
-def parse_json_expansion(stats: dict[str, Any]) -> dict[str, Any] | None:
-    state = SCAN_STATES.get(str(stats.get("state")), "none")
-    fields = scan_fields(stats, state, to_count(stats.get("reflowed")), to_count(stats.get("to_reflow")))
-    return None if state == "none" else known(**fields)
 
 
 def parse_zpool_status(text: str) -> dict[str, dict[str, Any]]:
@@ -1918,8 +1922,7 @@ def parse_tab_pairs(text: str) -> dict[str, str]:
 
 def dataset_vmid(name: str) -> int | None:
     """The guest a dataset belongs to by PVE's naming: vm-100-disk-0, base-…, subvol-…, vm-100-cloudinit."""
-    found = re.match(r"(?:vm|base|subvol|basevol)-(\d{1,9})(?:-|$)", name.rpartition("/")[2])
-    return int(found[1]) if found else None
+    return to_count(find_text(r"^(?:vm|base|subvol|basevol)-(\d{1,9})(?:-|$)", name.rpartition("/")[2]))
 
 
 def snapshot_class(dataset: str, name: str) -> str:
@@ -2007,11 +2010,11 @@ def parse_ceph_status(text: str) -> dict[str, Any]:
     health = as_dict(parse_object(text, "ceph -s").get("health"))
     if not isinstance(health.get("status"), str):
         raise SourceError("garbage", "ceph -s: no health in the answer")
-    checks = []
-    for name, check in as_dict(health.get("checks")).items():
-        check = as_dict(check)
-        message = as_dict(check.get("summary")).get("message")
-        checks.append(known(name=name, severity=check.get("severity"), message=message, muted=check.get("muted")))
+    checks = [
+        known(name=name, severity=dig(check, "severity"), message=dig(check, "summary", "message"),
+              muted=dig(check, "muted"))
+        for name, check in as_dict(health.get("checks")).items()
+    ]  # fmt: skip
     return {"health": health["status"], "checks": checks}
 
 
@@ -2339,8 +2342,7 @@ def unknown_because(error: SourceError) -> dict[str, Any]:
 
 def read_word(probe: ProbeLike, path: str) -> str:
     """A small file without the blanks around; "" when it cannot be read."""
-    text: str = attempt(probe.read, path, default="")
-    return text.strip()
+    return str(attempt(probe.read, path, default="")).strip()
 
 
 def host_name(probe: ProbeLike) -> str:
@@ -2393,14 +2395,10 @@ def require_cluster(probe: ProbeLike) -> None:
         raise Absent("a stand-alone node")
 
 
-def read_metrics(probe: ProbeLike) -> dict[str, dict[str, Any]]:
-    """The first line of /run/pve/metrics: pvestatd's newest snapshot, by part."""
-    return parse_metrics(probe.read_line(METRICS))
-
-
 def fresh_part(probe: ProbeLike, name: str) -> tuple[dict[str, Any] | None, float | None]:
-    """A part of the newest snapshot and its time, (None, None) when it is missing there."""
-    part = attempt(shared, probe, "metrics", read_metrics, default={}).get(name)
+    """A part of pvestatd's newest snapshot and its time, (None, None) when it is missing there."""
+    snapshot = attempt(shared, probe, "metrics", lambda probe: parse_metrics(probe.read_line(METRICS)), default={})
+    part = snapshot.get(name)
     return (part["data"], part["timestamp"]) if part else (None, None)
 
 
@@ -2620,7 +2618,7 @@ def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     quorate = to_flag(cluster["quorate"]) if "quorate" in cluster else None
     nodes = []
     for name, node in sorted(as_dict(members.get("nodelist")).items()):
-        online = to_flag(as_dict(node)["online"]) if "online" in as_dict(node) else None
+        online = to_flag(dig(node, "online")) if "online" in as_dict(node) else None
         if online and quorate is False and name != members.get("nodename"):
             online = None  # where its own corosync has died, pmxcfs goes on saying what it knew last
         nodes.append(known(name=name, online=online, address=as_dict(node).get("ip")))
@@ -2683,7 +2681,8 @@ def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, A
     rrd = {}
     if any(is_late(probe, sources[config["type"]][1]) for config in configs.values()):
         rrd = attempt(read_rrd, probe, default={}).get("vm", {})
-    states = attempt(read_ha_states, probe, memory, default={})
+    services = attempt(read_pve_config, probe, memory, "ha/manager_status", parse_ha_states) or {}
+    states = {sid.partition(":")[2]: state for sid, state in services.items() if sid.startswith(("vm:", "ct:"))}
     storages = attempt(read_storages, probe, memory, default=[])
     datasets = {name: values["pool"] for kind, name, values in storages if kind == "zfspool" and values.get("pool")}
     busy = attempt(read_busy_guests, probe)
@@ -2711,15 +2710,12 @@ def read_busy_guests(probe: ProbeLike) -> set[int | None]:
     for line in probe.read(TASKS_PATH).splitlines():
         upid, _, state = line.partition(" ")
         task = parse_upid(upid)
-        if task and state[:1] == "0" and is_process(probe, *upid.split(":")[2:4]):
-            busy |= {task["vmid"]} if "vmid" in task else {None} if task["type"] == "vzdump" else set()
+        if task and state[:1] == "0":
+            pid, began = map(from_hex, upid.split(":")[2:4])
+            stat = attempt(probe.read, f"/proc/{pid}/stat", default="").rpartition(")")[2].split()
+            if len(stat) > 19 and to_count(stat[19]) == began:  # else a later process of the same pid (field 22)
+                busy |= {task["vmid"]} if "vmid" in task else {None} if task["type"] == "vzdump" else set()
     return busy
-
-
-def is_process(probe: ProbeLike, pid: str, start: str) -> bool:
-    """Is the worker of a task there? A later process of the same pid began at another time (field 22 of its stat)."""
-    stat = attempt(probe.read, f"/proc/{from_hex(pid)}/stat", default="").rpartition(")")[2].split()
-    return len(stat) > 19 and to_count(stat[19]) == from_hex(start)
 
 
 def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -2734,7 +2730,12 @@ def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, di
             config = as_dict(before.get(vmid))
             key = [kind, version, start, CONFIG_FORM]
             if config.get("key") != key:
-                found = read_guest_config(probe, node, kind, vmid)
+                folder, found = "qemu-server" if kind == "qemu" else "lxc", {}
+                try:
+                    found = parse_guest_config(probe.read(f"/etc/pve/nodes/{node}/{folder}/{vmid}.conf"))
+                except SourceError as error:  # just removed or moved: it is told without what is in it
+                    if error.code not in ("missing", "denied"):
+                        raise
                 config = {**found, **note_change(config, found, probe.now()), "key": key, "type": kind}
             configs[vmid] = config
     memory["guest_configs"] = configs
@@ -2748,17 +2749,6 @@ def note_change(before: dict[str, Any], config: dict[str, Any], now: float) -> d
     if old and new and changed:
         return {"config_changed": changed[:10], "config_changed_at": int(now)}
     return {name: before[name] for name in ("config_changed", "config_changed_at") if name in before}
-
-
-def read_guest_config(probe: ProbeLike, node: str, kind: str, vmid: str) -> dict[str, Any]:
-    """A guest whose file cannot be read (just removed or moved) is reported without what is in it."""
-    folder = "qemu-server" if kind == "qemu" else "lxc"
-    try:
-        return parse_guest_config(probe.read(f"/etc/pve/nodes/{node}/{folder}/{vmid}.conf"))
-    except SourceError as error:
-        if error.code not in ("missing", "denied"):
-            raise
-        return {}
 
 
 def choose_guest(
@@ -2779,15 +2769,15 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
     status = str(raw.get("qmpstatus") or raw.get("status") or "unknown")
     template = to_flag(raw["template"]) if "template" in raw else config.get("template")
     name = raw.get("name") or config.get("name") or (f"VM {vmid}" if kind == "qemu" else f"CT{vmid}")
+    tags = split_list(raw["tags"]) if "tags" in raw else config.get("tags", [])
+    used = to_count(raw.get("disk")) if kind == "lxc" else None
     guest = known(
         vmid=int(vmid), type=kind, name=str(name), status=status,
         template=template if template is not None else False if raw else None,
-        lock=raw.get("lock") or config.get("lock"),
-        tags=split_list(raw["tags"]) if "tags" in raw else config.get("tags", []), onboot=config.get("onboot"),
+        lock=raw.get("lock") or config.get("lock"), tags=tags, onboot=config.get("onboot"),
         created_at=config.get("created_at"), uptime_seconds=to_count(raw.get("uptime")),
         cpu_count=to_number(raw.get("cpus")), memory_max_bytes=to_count(raw.get("maxmem")),
-        disk_max_bytes=to_count(raw.get("maxdisk")),
-        disk_used_bytes=to_count(raw.get("disk")) if kind == "lxc" else None,
+        disk_max_bytes=to_count(raw.get("maxdisk")), disk_used_bytes=used,
     )
     if status not in ("stopped", "unknown"):  # of a stopped guest the zeroes are no measurements
         cpu = to_number(raw.get("cpu"))
@@ -2804,22 +2794,14 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
 
 def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) -> list[dict[str, Any]] | None:
     """Where the guest's disks lie: storage, and the dataset for those on a zfspool storage."""
-    if given is None:
-        return None
     volumes = []
-    for volume in given:
-        pool = datasets.get(volume["storage"])
-        # a linked clone is written base-9000-disk-0/vm-103-disk-0: its own dataset is the last part
-        dataset = f"{pool}/{volume['volume'].rpartition('/')[2]}" if pool else None
+    for volume in given or ():
         fields = {name: volume.get(name) for name in ("name", "storage", "size_bytes", "backup")}
-        volumes.append(known(**fields, dataset=dataset))
-    return volumes
-
-
-def read_ha_states(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, str]:
-    """The state of each guest under HA, by vmid."""
-    states = read_pve_config(probe, memory, "ha/manager_status", parse_ha_states, default={})
-    return {sid.partition(":")[2]: state for sid, state in states.items() if sid.startswith(("vm:", "ct:"))}
+        if pool := datasets.get(volume["storage"]):
+            # a linked clone is written base-9000-disk-0/vm-103-disk-0: its own dataset is the last part
+            fields["dataset"] = f"{pool}/{volume['volume'].rpartition('/')[2]}"
+        volumes.append(known(**fields))
+    return None if given is None else volumes
 
 
 def check_guests_age(probe: ProbeLike, guests: list[dict[str, Any]]) -> None:
@@ -2849,8 +2831,8 @@ def find_running(probe: ProbeLike, *, trusted: str = "") -> set[int]:
     for folder in GUEST_GROUPS:
         for entry in attempt(probe.list_dir, folder, default=[]):
             found, events = GUEST_GROUP.match(entry), f"{folder}/{entry}/cgroup.events"
-            is_trusted = trusted and entry.endswith(trusted)
-            if found and (is_trusted or "populated 0" not in attempt(probe.read, events, default="")):
+            is_listed = trusted and entry.endswith(trusted)
+            if found and (is_listed or "populated 0" not in attempt(probe.read, events, default="")):
                 running.add(int(found[1]))
     return running
 
@@ -2910,9 +2892,9 @@ def is_here(values: dict[str, str], node: str) -> bool:
 
 def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float]:
     """How full the metadata of each LVM thin pool is, by vg/pool; every ten minutes, as this is a fast tick."""
-    columns = "vg_name,lv_name,data_percent,metadata_percent"
 
     def ask() -> dict[str, float]:
+        columns = "vg_name,lv_name,data_percent,metadata_percent"
         argv = ("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", columns)
         report = attempt(parse_object, attempt(probe.run, *argv, default="{}"), "lvs", default={})
         volumes = [as_dict(volume) for part in as_list(report.get("report")) for volume in as_list(part.get("lv"))]
@@ -3477,18 +3459,14 @@ def read_task_backups(probe: ProbeLike, memory: dict[str, Any], guests: dict[str
         storage, runs = parse_vzdump_log(text)
         if not runs and "vmid" in task and task["result"] in ("ok", "warning", "error"):
             runs = [known(vmid=task["vmid"], ok=task["result"] != "error", error=task["status"])]
-        end = task["started_at"]
-        for run in runs:
-            end = run_end(run, end, task)
+        end, last = task["started_at"], task["ended_at"]
+        for run in runs:  # the log's local time if that lies within the task, else by the durations so far
+            told = parse_local_time(run.get("finished", ""))
+            if told is not None and task["started_at"] - 5 <= told <= last + 5:
+                end = told
+            else:
+                end = min(last, end + run["duration_seconds"]) if "duration_seconds" in run else last
             note_backup(guests, run, end, storage)
-
-
-def run_end(run: dict[str, Any], before: int, task: dict[str, Any]) -> int:
-    """When a guest's run ended: the log's local time if that lies within the task, else by the durations so far."""
-    told = parse_local_time(run.get("finished", ""))
-    if told is not None and task["started_at"] - 5 <= told <= task["ended_at"] + 5:
-        return told
-    return min(task["ended_at"], before + run["duration_seconds"]) if "duration_seconds" in run else task["ended_at"]
 
 
 def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: int, storage: str | None) -> None:
@@ -3721,7 +3699,10 @@ def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
         if is_disk(probe, name):
             disk = read_sysfs_disk(probe, name, links.get(name, []))
             key = disk_key(disk, boot_id)
-            smart, kept[key] = read_smart(probe, smart_device(probe, name), as_dict(before.get(key)))
+            # An NVMe disk is asked by its controller; where there are several (native multipath), by its namespace, as
+            # the numbers of the two have nothing in common then: nvme3n1 may hang on nvme33.
+            controller = find_text(r"/(nvme\d+)/", attempt(probe.readlink, f"/sys/block/{name}", default=""))
+            smart, kept[key] = read_smart(probe, f"/dev/{controller or name}", as_dict(before.get(key)))
             add_disk(disks, {**disk, **smart})
     if any(disk.get("protocol") == "SCSI" and "passed" not in disk for disk in disks):
         for disk in read_raid_disks(probe, before, kept):
@@ -3790,13 +3771,6 @@ def add_disk(disks: list[dict[str, Any]], disk: dict[str, Any]) -> None:
             other.setdefault("paths", []).append(disk["name"])
             return
     disks.append(disk)
-
-
-def smart_device(probe: ProbeLike, name: str) -> str:
-    """What to ask. An NVMe disk by the controller it hangs on; where several do (native multipath), by its namespace,
-    as the numbers of the two have nothing in common then: nvme3n1 may hang on nvme33."""
-    controller = re.search(r"/(nvme\d+)/", attempt(probe.readlink, f"/sys/block/{name}", default=""))
-    return f"/dev/{controller[1] if controller else name}"
 
 
 def read_smart(probe: ProbeLike, device: str, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -3888,23 +3862,16 @@ def collect_updates(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     if any(at > written for at in changed):
         installed = read_packages(probe)
         updates = [update for update in updates if installed.get(update["Package"], "?") != update.get("Version")]
+    # How many of them close holes: by the archive that apt would take them from, as all of Debian's look alike in
+    # Proxmox's own list. Asked anew when a list has changed; apt simulates, writes nothing and needs no lock.
     key = [written, *changed]
-    return known(
-        pending=len(updates), security=count_security(probe, memory, key) if updates else 0, as_of=int(written),
-        packages=[update["Package"] for update in updates[:50]],
-    )
-
-
-def count_security(probe: ProbeLike, memory: dict[str, Any], key: list[float]) -> int | None:
-    """How many of them close holes, by the archive that apt would take them from: in Proxmox's own list all of Debian's
-    look alike. Asked anew when a list has changed; apt simulates, writes nothing and needs no lock."""
-    if as_dict(memory.get("security")).get("key") != key:
-        try:
-            text = probe.run("apt-get", "-s", "-qq", "-o", "Debug::NoLocking=1", "dist-upgrade", limit=60.0)
-        except SourceError:
-            return None
-        memory["security"] = {"key": key, "count": parse_security(text)}
-    return to_count(memory["security"].get("count"))
+    if updates and dig(memory, "security", "key") != key:
+        argv = ("apt-get", "-s", "-qq", "-o", "Debug::NoLocking=1", "dist-upgrade")
+        text = attempt(lambda: probe.run(*argv, limit=60.0))
+        memory["security"] = {} if text is None else {"key": key, "count": parse_security(text)}
+    security = dig(memory, "security", "count") if updates else 0
+    packages = [update["Package"] for update in updates[:50]]
+    return known(pending=len(updates), security=security, as_of=int(written), packages=packages)
 
 
 def read_packages(probe: ProbeLike, *names: str) -> dict[str, str]:
@@ -4011,10 +3978,8 @@ def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
 @collector("ceph", tick=SLOW, needs=[require_pve, read_version_file, require("/etc/pve/ceph.conf", "no ceph.conf")])
 def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     """Health and its checks; only where Ceph is set up."""
-    try:
-        probe.find("ceph")
-    except SourceError:
-        raise Absent("a node of the cluster without Ceph") from None
+    if attempt(probe.find, "ceph") is None:
+        raise Absent("a node of the cluster without Ceph")
     return parse_ceph_status(probe.run("ceph", "-s", "--format", "json", "--connect-timeout", "10", limit=20.0))
 
 
@@ -4035,38 +4000,28 @@ def collect(probe: ProbeLike, memories: dict[str, dict[str, Any]], names: Iterab
     absent: list[str] = []
     errors: dict[str, dict[str, str]] = {}
     for name in names:
-        try:
-            section, problem = collect_section(probe, name, memories.setdefault(name, {}))
-        except Absent:
-            absent.append(name)
-            continue
-        if section is not None:
+        section, problem = None, None
+        with COLLECTORS[name].lock:  # never twice at a time: its memory is its own
+            probe.problems.pop(name, None)
+            try:
+                section = COLLECTORS[name].function(probe, memories.setdefault(name, {}))
+            except Absent:
+                absent.append(name)
+                continue
+            except SourceError as error:
+                problem = {"code": error.code, "detail": error.detail}
+            except Exception as error:  # a fault of ours in one section must not darken the others
+                problem = {"code": "failed", "detail": f"fault in the agent: {describe_fault(error)}"}
+            partial = probe.problems.pop(name, None)
+        if partial and isinstance(section, dict):  # what could be had is told, and says what could not
+            section.setdefault("unknown_reason", f"{partial['code']}: {partial['detail']}"[:DETAIL_LIMIT])
+        else:
+            problem = problem or partial
+        if section is not None:  # else nothing is to be reported this time
             sections[name] = section
         if problem:
-            errors[name] = problem
+            errors[name] = {**problem, "detail": problem["detail"][:DETAIL_LIMIT]}
     return sections, absent, errors
-
-
-def collect_section(probe: ProbeLike, name: str, memory: dict[str, Any]) -> tuple[Any, dict[str, str] | None]:
-    """A section (None: nothing to report this time), and what went wrong in it. Never twice at a time: its memory is
-    its own."""
-    section, problem = None, None
-    with COLLECTORS[name].lock:
-        probe.problems.pop(name, None)
-        try:
-            section = COLLECTORS[name].function(probe, memory)
-        except SourceError as error:
-            problem = {"code": error.code, "detail": error.detail}
-        except Absent:
-            raise
-        except Exception as error:  # a fault of ours in one section must not darken the others
-            problem = {"code": "failed", "detail": f"fault in the agent: {describe_fault(error)}"}
-        partial = probe.problems.pop(name, None)
-    if partial and isinstance(section, dict):  # what could be had is told, and says what could not
-        section.setdefault("unknown_reason", f"{partial['code']}: {partial['detail']}"[:DETAIL_LIMIT])
-    else:
-        problem = problem or partial
-    return section, problem and {**problem, "detail": problem["detail"][:DETAIL_LIMIT]}
 
 
 def describe_fault(error: BaseException) -> str:
@@ -4512,6 +4467,16 @@ def ages_of(names: list[str], now: float) -> list[float]:
 
 # --- delivery: signed posts; an answer means accepted, later or refused ---
 
+ACCEPTED, LATER, REFUSED, TOO_LARGE = "accepted", "later", "refused", "too large"
+REFUSALS = {"invalid_json", "invalid_report", "host_mismatch", "too_large"}  # the codes that mean the report itself
+ADVICE = {  # what the operator must do, by the server's code
+    "unknown_host": "the server does not know this host: run `proxmox-monitor-server register-host {host}` there, "
+    "and put the token it prints into the config",
+    "invalid_token": "the token is not the one the server has for {host}: run "
+    "`proxmox-monitor-server rotate-token {host}` there, and put the token it prints into the config",
+    "clock_skew": "the clock of this host or of the server is wrong: set it right",
+}
+
 
 class Unreachable(Exception):
     """No answer: no route, refused, time-out, TLS, or what came is no HTTP."""
@@ -4526,11 +4491,7 @@ class Answer(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """The JSON object in the body; empty when there is none."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        return dict(attempt(parse_object, to_text(self.body), "the answer", default={}))
 
 
 class BoundedReader(io.RawIOBase):
@@ -4649,17 +4610,6 @@ def describe_network_error(error: Any) -> str:
     if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
         return f"the answer is not HTTP, or cut short ({type(error).__name__})"
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
-
-
-ACCEPTED, LATER, REFUSED, TOO_LARGE = "accepted", "later", "refused", "too large"
-REFUSALS = {"invalid_json", "invalid_report", "host_mismatch", "too_large"}  # the codes that mean the report itself
-ADVICE = {  # what the operator must do, by the server's code
-    "unknown_host": "the server does not know this host: run `proxmox-monitor-server register-host {host}` there, "
-    "and put the token it prints into the config",
-    "invalid_token": "the token is not the one the server has for {host}: run "
-    "`proxmox-monitor-server rotate-token {host}` there, and put the token it prints into the config",
-    "clock_skew": "the clock of this host or of the server is wrong: set it right",
-}
 
 
 def judge(answer: Answer, count: int) -> str:
@@ -4851,7 +4801,12 @@ class Sender:
             self.batch_size = len(parcel.bodies) // 2  # halved until the bad one stands alone
         else:
             self._forget(parcel.message)
-            self._refused(parcel, f"the server refused it: {reason}")
+            try:
+                name = "".join(parcel.names)
+                self.spool.reject(name, parcel.bodies[0], f"the server refused it: {reason}", parcel.message)
+            except SourceError:  # the disk hangs, too
+                self.spool.lose(0 if parcel.names else 1)
+                raise
 
     def _accepted(self, parcel: Parcel) -> None:
         if self.trouble or self.accepted_at is None:
@@ -4866,13 +4821,6 @@ class Sender:
             self.spool.told_total = max(self.spool.told_total, parcel.message.dropped_total)
         if self.spool.delivered(parcel.names, parcel.message) and not self.spool.count:
             log("reporter: nothing waits on disk any more")
-
-    def _refused(self, parcel: Parcel, reason: str) -> None:
-        try:
-            self.spool.reject("".join(parcel.names), parcel.bodies[0], reason, parcel.message)
-        except SourceError:  # the disk hangs, too
-            self.spool.lose(0 if parcel.names else 1)
-            raise
 
     def _put_off(self, parcel: Parcel, now: float, reason: str, status: int = 0, asked: float = 0.0) -> None:
         """Not now: everything goes to disk, and the next try comes later and later, at most a minute (or one more
@@ -4915,10 +4863,8 @@ class Notifier:
     def tell(self, *lines: str) -> None:
         if self.socket is None:
             return
-        try:
+        with contextlib.suppress(OSError):  # systemd is away for a moment; the next beat comes soon
             self.socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self.address)
-        except OSError:
-            pass  # systemd is away for a moment; the next beat comes soon
 
 
 class Collected(NamedTuple):
@@ -4963,16 +4909,13 @@ class Lane:
 
     def take(self, now: float) -> Collected | None:
         """What is to be reported now: the whole round, or what waits for longer than it should."""
-        try:
-            while True:
-                part = self.finished.get_nowait()
-                if part is None:
-                    self.busy = False
-                    break
-                self.waiting_since = self.waiting_since or now
-                self.waiting.add(part)
-        except queue.Empty:
-            pass
+        while not self.finished.empty():
+            part = self.finished.get()
+            if part is None:
+                self.busy = False
+                break
+            self.waiting_since = self.waiting_since or now
+            self.waiting.add(part)
         if not any(self.waiting[:3]) or (self.busy and now - self.waiting_since < FLUSH_SECONDS):
             return None
         ready, self.waiting, self.waiting_since = self.waiting, nothing(), 0.0
@@ -4989,13 +4932,9 @@ class Lane:
 
 
 def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
-    """The state of pools and guests as cheaply as it can be had: a few small files and listings, no process.
-
-    `seen` is the last look: what it found holds where nothing can be read now, and saves trying files of the ZFS
-    folder that are no pools.
-    """
-    memory = seen.get("memory", {})
-    known_pools = seen.get("pools", {})
+    """The state of pools and guests as cheaply as it can be had: a few small files and listings, no process. What was
+    `seen` by the last look holds where nothing can be read now."""
+    memory, known_pools = seen.get("memory", {}), seen.get("pools", {})
     # TRANSITIONING: an import or export is under way, which is no state of its own.
     pools = {
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
@@ -5056,7 +4995,9 @@ class RootMail:
 
     def _work(self) -> None:
         try:
-            now, since = self.probe.now(), self.silent_since()
+            now = self.probe.now()
+            oldest = self.sender.spool.waiting_since(now)  # as far as is known after a restart
+            since = self.sender.accepted_at or min(oldest or self.started_at, self.started_at)
             if since > CLOCK_UNSET and now - since >= self.config.mail_root_seconds and self.is_due(now):
                 self.send(since, now)
         except (SourceError, OSError) as error:
@@ -5064,11 +5005,6 @@ class RootMail:
             self.next_at = self.probe.monotonic() + MAIL_RETRY_SECONDS
         finally:
             self.busy = False
-
-    def silent_since(self) -> float:
-        """When the server took something for the last time; as far as is known after a restart."""
-        oldest = self.sender.spool.waiting_since(self.probe.now())
-        return self.sender.accepted_at or min(oldest or self.started_at, self.started_at)
 
     def is_due(self, now: float) -> bool:
         """Not within a day of the last mail, also over restarts; a mark from the future is no mark."""
@@ -5103,9 +5039,8 @@ Waiting: {spool.count} reports in {spool.folder}{dropped}
 Why:     {one_line(self.sender.trouble)[:DETAIL_LIMIT]}
 
 Until they are taken nobody is alerted about this host. What to do: run `proxmox-monitor-agent check` here, and look
-whether the server runs. What waits is delivered by itself afterwards.
-
-This mail comes once a day while it lasts, by mail_root_after_hours in {self.config.path}.
+whether the server runs. What waits is delivered by itself afterwards. This mail comes once a day while it lasts, by
+mail_root_after_hours in {self.config.path}.
 """
 
 
@@ -5414,18 +5349,13 @@ def command_once(arguments: Any) -> int:
     body = encode_report(Reporter(config.host_id, now).build_report(arguments.tick or SLOW, now, collected))
     # Control characters and changes of direction, which a terminal would act on, become escapes: the same JSON.
     print("".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in body.decode()), flush=True)
-    if arguments.explain:
-        print_traces(traces)
+    if arguments.explain:  # what was read and run, on stderr, so that stdout stays JSON
+        print(f"{'':4} {'ms':>8} {'bytes':>9}  {'result':<10} what", file=sys.stderr)
+        for kind, what, seconds, size, outcome in traces:
+            print(f"{kind:4} {seconds * 1000:8.1f} {size:9d}  {outcome:<10} {one_line(what)}", file=sys.stderr)
+        runs = sum(trace[0] == "run" for trace in traces)
+        print(f"{len(traces) - runs} reads, {runs} commands", file=sys.stderr)
     return send_once(config, body) if arguments.send else OK
-
-
-def print_traces(traces: list[tuple[str, str, float, int, str]]) -> None:
-    """What was read and run, on stderr, so that stdout stays JSON."""
-    print(f"{'':4} {'ms':>8} {'bytes':>9}  {'result':<10} what", file=sys.stderr)
-    for kind, what, seconds, size, outcome in traces:
-        print(f"{kind:4} {seconds * 1000:8.1f} {size:9d}  {outcome:<10} {one_line(what)}", file=sys.stderr)
-    runs = sum(trace[0] == "run" for trace in traces)
-    print(f"{len(traces) - runs} reads, {runs} commands", file=sys.stderr)
 
 
 def send_once(config: Config, body: bytes) -> int:
@@ -5479,13 +5409,10 @@ def check_tools(probe: Probe) -> list[tuple[bool, str]]:
 
 def check_mail(config: Config, probe: Probe) -> list[tuple[bool, str]]:
     """Whether root can be told where that was asked for."""
-    if not config.mail_root_seconds:
-        return []
-    try:
-        hours = config.mail_root_seconds // 3600
-        return [(True, f"mail: {probe.find('sendmail')}, to root when nothing was taken for {hours} h")]
-    except SourceError as error:
-        return [(False, f"mail: {error}; mail_root_after_hours needs a mail server here, such as postfix")]
+    hours, program = config.mail_root_seconds // 3600, attempt(probe.find, "sendmail")
+    good = f"mail: {program}, to root when nothing was taken for {hours} h"
+    bad = "mail: sendmail: not installed; mail_root_after_hours needs a mail server here, such as postfix"
+    return [(bool(program), good if program else bad)] if hours else []
 
 
 def check_server(config: Config) -> list[tuple[bool, str]]:
@@ -5534,10 +5461,8 @@ class CommandError(Exception):
     """A command that failed, with the reason in one line."""
 
 
-COMMANDS: dict[str, Callable[[Any], int]] = {
-    "start": command_start, "once": command_once, "check": command_check, "stop": command_stop,
-    "version": command_version,
-}  # fmt: skip
+FUNCTIONS = (command_start, command_once, command_check, command_stop, command_version)
+COMMANDS: dict[str, Callable[[Any], int]] = {run.__name__.removeprefix("command_"): run for run in FUNCTIONS}
 
 
 def parse_arguments(argv: list[str]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +251,26 @@ def test_closed_pipes_do_not_end_the_wait_for_the_child(probe):
     began = time.monotonic()
     assert probe.run("sh", "-c", "exec 1>&- 2>&-; sleep 0.3") == ""
     assert time.monotonic() - began > 0.25
+
+
+def test_program_that_cannot_be_opened_costs_its_own_command_alone(tmp_path):
+    """As on a suspended root pool: here a lease on the program keeps waiting whoever opens it [man fcntl, F_SETLEASE]."""
+    shutil.copy("/bin/true", tmp_path / "slow")
+    lease = os.open(tmp_path / "slow", os.O_RDONLY)
+    fcntl.fcntl(lease, 10, signal.SIGURG)  # F_SETSIG: tell of the one who waits by a signal that is ignored
+    fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    probe, began = agent.Probe(path=f"{tmp_path}:/usr/bin:/bin", deadline=0.3), time.monotonic()
+    try:
+        with pytest.raises(agent.SourceError, match="timeout: slow: no answer in 0.3 s"):
+            probe.run("slow")
+        with pytest.raises(agent.SourceError, match="stuck: true: left out, slow still does not answer"):
+            probe.run("true")
+        assert time.monotonic() - began < 5
+    finally:
+        fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(lease)
+    wait_for(lambda: agent.attempt(probe.run, "slow") == "")
+    assert probe.run("true") == ""
 
 
 def test_child_that_cannot_be_killed_is_left_behind_and_not_started_again(probe, monkeypatch, tmp_path):
