@@ -11310,7 +11310,7 @@ def describe_route(one: Route) -> Fields:
     return {**described, "security": []} if signed else described
 
 
-# --- cards: one host, guest, pool, disk or cluster, opened: what it stands on, and what depends on it ---
+# --- cards: one host, guest, pool, disk, storage or cluster, opened: what it stands on, and what depends on it ---
 
 CARD_EVENTS = 50  # of the last 30 days, the newest
 BEFORE_SHOWN = 8  # of what happened before an alert
@@ -11319,8 +11319,8 @@ CHANGES = ("task", "reboot", "update", "scrub", "guest", "config", "host-", "tok
 
 
 def open_card(call: Call) -> Row | None:
-    """What the address names, with all that its card shows; `kind` is host, guest, pool, disk, cluster, or missing
-    for what is not there (any more). None: nothing is opened."""
+    """What the address names, with all that its card shows; `kind` is host, guest, pool, disk, storage, cluster, or
+    missing for what is not there (any more). None: nothing is opened."""
     query = call.query
     if query.get("cluster"):
         return cluster_card(call, query["cluster"])
@@ -11330,7 +11330,7 @@ def open_card(call: Call) -> Row | None:
         state = call.fleet.find(query["host"])
     except Problem:
         return missing_card(f"There is no host “{query['host']}”; it may have been renamed or removed.")
-    for kind, make in (("guest", guest_card), ("disk", disk_card), ("pool", pool_card)):
+    for kind, make in (("guest", guest_card), ("disk", disk_card), ("pool", pool_card), ("storage", storage_card)):
         if query.get(kind):
             name = query[kind]
             found = make(call, state, name) or missing_card(
@@ -11430,7 +11430,7 @@ def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
         return url(host=None, cluster=name)
     if not alert["host"]:
         return url(tab="alerts", q=None, host=None)
-    if name and kind in ("guests", "pools", "disks") and not alert.get("rule", "").startswith("backup-job"):
+    if name and kind in ("guests", "pools", "disks", "storages") and not alert.get("rule", "").startswith("backup-job"):
         return url(host=alert["host"], **{kind[:-1]: name})
     section = next((id for id, _, parts in STRIP if kind in parts), "host-alerts")
     return url(host=alert["host"]) + f"#{section}"
@@ -11444,8 +11444,8 @@ def object_url(url: Callable[..., str], list: str, row: Row) -> str:
     for kind, field in (("guest", "vmid"), ("disk", "serial"), ("disk", "disk")):
         if row.get(field) is not None:
             return url(host=host, **{kind: row[field]})
-    if list == "disks":
-        return url(host=host, disk=row["name"])
+    if list in ("disks", "storages"):
+        return url(host=host, **{list[:-1]: row["name" if list == "disks" else "storage"]})
     return alert_url(row, url) if row.get("object") else url(host=host)
 
 
@@ -11671,13 +11671,41 @@ def pull_sentences(state: HostState, place: Place | None, margin: VdevMargin | N
     counts = text(place.leaf, "state") == "ONLINE"
     own = margin.margin - counts
     told = [{"verdict": "critical" if own < 0 else "ok", "text":
-             f"Pulling this one: {may_fail(own)}{'' if counts else '; it does not count any more'}."}]
+             f"Pulling this one{'' if counts else ' changes nothing, it no longer counts'}: {may_fail(own)}."}]
     told.append({"verdict": "critical" if margin.margin < 1 else "warning", "text":
                  f"Pulling another disk of {margin.vdev} by mistake: {may_fail(margin.margin - 1)}."})
     others = [str(leaf.get("disk") or leaf.get("name")) for leaf, _, _ in margin.suspects if leaf is not place.leaf]
     if others:
         told.append({"verdict": "warning", "text": f"{', '.join(others)} in the same vdev may fail next."})
     return told
+
+
+# The storage: what lies on it, what is backed up to it, and what it stands on itself.
+
+
+def storage_card(call: Call, state: HostState, name: str) -> Row | None:
+    row = next((row for row in card_rows(call, state, "storages") if row["storage"] == name), None)
+    if row is None:
+        return None
+    object = f"storages/{name}"
+    radius = blast_radius(state, object)
+    others = [call.fleet.hosts[id] for _, ids in list_clusters(call.fleet, call.now) if state.id in ids
+              for id in ids if row["shared"] and id != state.id]
+    return {
+        "kind": "storage", "title": name, "verdict": row["verdict"], "row": row,
+        "sentences": [row["reason"] or "No problem found.",
+                      *([f"{capital(radius['sentence'])}."] if radius and radius["sentence"] else [])],
+        "alerts": card_alerts(call, state, object), "watching": watched(state, object),
+        "filling": next((found for found in forecast_rows(state) if found["object"] == object), None),
+        "pool": next((pool for pool in card_rows(call, state, "pools")
+                      if pool["name"] == str(row["dataset"] or "").partition("/")[0]), None),
+        "guests": [guest for guest in card_rows(call, state, "guests") if guest["vmid"] in {
+            found.get("vmid") for found in dicts(state.body("guests"))
+            if any(volume.get("storage") == name for volume in dicts(found.get("volumes")))}],
+        "backups": [backup for backup in card_rows(call, state, "backups") if backup["storage"] == name],
+        "jobs": [job for job in dicts((state.body("backups") or {}).get("jobs")) if job.get("storage") == name],
+        "elsewhere": [other for host in others for other in storage_rows(host, call.now) if other["storage"] == name],
+        "events": card_events(call, state.name, object)}
 
 
 # The cluster: quorum as each node sees it, HA, replication, Ceph.
@@ -11699,7 +11727,8 @@ def cluster_card(call: Call, name: str) -> Row:
     with_quorum = sum(word is True for word in quorate)
     return {
         "kind": "cluster", "key": object, "title": cluster.name, "verdict": worst, "host": None, "nodes": rows,
-        "sentences": [f"{with_quorum} of {len(states)} monitored nodes say that the cluster is quorate."],
+        "sentences": [*[alert["message"] for alert in alerts[:1]],
+                      f"{with_quorum} of {len(states)} monitored nodes say that the cluster is quorate."],
         "alerts": alerts, "watching": watched(call.fleet.shared, object), "views": views,
         "services": [(state.name, service) for state in states
                      for service in dicts((state.body("ha") or {}).get("services"))
@@ -11871,7 +11900,8 @@ def page_answer(call: Call, *, managing: bool) -> Answer:
     Times are absolute there, so that a state of the fleet is the same bytes whenever it is asked for."""
     fragment = call.header("x-fragment") == "main"
     page = build_page(call, managing=managing, fragment=fragment)
-    body = render("main.html" if fragment else "page.html", page=page, **PAGE_FUNCTIONS)
+    document = "kiosk.html" if page["view"] == "kiosk" else "page.html"
+    body = render("main.html" if fragment else document, page=page, **PAGE_FUNCTIONS)
     return changed_pieces(call, body) if fragment else html(body)
 
 
@@ -11910,7 +11940,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
     resource = TABS.get(query.get("tab", ""), TABS[found if view == "list" else "hosts"])
     tab = resource.name
     if not terms and "tab" not in query:
-        view = "home"
+        view = "kiosk" if "kiosk" in query else "home"
     everything, failed = tab_rows(call, resource)
     rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
     chip = "kind" if tab == "events" else "state"
@@ -11937,7 +11967,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms), PROBLEMS_SHOWN),
         "view": view, "lines": PROBLEMS_SHOWN if view == "problems" else 0 if "tab" in query else PROBLEMS_ABOVE,
-        "tiles": fleet_tiles(everything) if view in ("home", "problems") else [],
+        "tiles": fleet_tiles(everything) if view in ("home", "problems", "kiosk") else [],
         "about": about_answer(resource, rows),
         "not_words": not_words(query.get("q", ""), resource) if view == "list" else [],
         "facets": facets(tab, everything), "night": last_night(call.now) if tab == "events" else None,
@@ -12440,7 +12470,9 @@ def identify_browser(call: Call, route: Route) -> Answer | None:
     """For the page: a session, else a wall display with its link or the cookie it got for that; where to go
     instead of what was asked for."""
     identify(call)
-    secret, given = call.monitor.secret, call.query.pop("kiosk", "")
+    secret, given = call.monitor.secret, call.query.get("kiosk", "")
+    if given:
+        call.query["kiosk"] = ""  # nowhere else: not in a link, not in the log-in's
     new = call.session is not None and call.session["created_at"] > call.now - 10 * MINUTE
     if new and not seen_browser(secret, read_cookie(call, SEEN_COOKIE)):
         call.set_cookie = cookie_header(call, SEEN_COOKIE, seen_cookie(secret), 400 * DAY)  # browsers keep no longer

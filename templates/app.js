@@ -68,6 +68,7 @@
   }
 
   function writeAges(within = document) {
+    for (const shown of $$("[data-now]", within)) shown.textContent = new Date(now() * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
     for (const time of $$("time[data-unix]", within)) {
       const at = Number(time.dataset.unix);
       const text = time.dataset.form === "clock" ? clock(at) : age(at) + (at > now() + 1 ? "" : time.dataset.suffix || "");
@@ -211,11 +212,16 @@
   function signedOut() {
     root.classList.add("is-frozen");
     for (const dialog of $$("dialog[open]")) dialog.close();       // a modal one would keep the link from being clicked
+    if (wall()) return banner("This link is not valid any more; what is shown is no longer up to date.");
     banner("You are signed out; this is no longer up to date.", [`/login?next=${encodeURIComponent(here() + location.hash)}`, "Log in"]);
     say("Signed out", "lost");
   }
 
+  // A wall display that nobody reloads: after an outage the server may be a newer one.
+  const wall = () => document.body.classList.contains("kiosk");
+
   function found() {
+    if (wall() && root.classList.contains("is-frozen")) return location.reload();
     lastGood = Date.now() / 1000;
     root.classList.remove("is-frozen");
     banner("");
@@ -228,11 +234,11 @@
     clearTimeout(timer);
     if (document.hidden) { say("Paused", "paused"); return; }
     noteLook();
-    const overview = await glance();      // half a kB; the page itself when that is news, else every 10 s
+    const overview = wall() ? "" : await glance();      // half a kB; the page itself when that is news, else every 10 s
     if (overview === null) lost();
     else if (!overview || overview !== news || Date.now() - loadedAt >= REFRESH_MS) { await load(here()); news = overview; } else found();
     clearTimeout(timer);
-    timer = setTimeout(beat, POLL_MS);
+    timer = setTimeout(beat, wall() ? REFRESH_MS : POLL_MS);
   }
 
   // The overview as one text; "" if the server answers something else, null if it does not answer.
@@ -333,7 +339,7 @@
     const parameters = new URLSearchParams(location.pathname === "/" ? location.search : "");
     const text = $("#search").value.trim();
     if (text === (parameters.get("q") || "") && location.pathname === "/") return;
-    for (const name of ["offset", "host", "guest", "pool", "disk", "cluster"]) parameters.delete(name);
+    for (const name of ["offset", "host", "guest", "pool", "disk", "storage", "cluster"]) parameters.delete(name);
     if (text) parameters.set("q", text); else parameters.delete("q");
     go("/" + (parameters.size ? `?${parameters}` : ""), { replace });
   }
@@ -530,7 +536,7 @@
     });
   }
 
-  // --- cards: the dialog of one host, guest, pool, disk or cluster ---
+  // --- cards: the dialog of one host, guest, pool, disk, storage or cluster ---
   let opener = "";       // the link that opened the first card: where the focus goes back to
 
   const markOf = (link) => `${link.className} ${link.pathname}${link.search}`;
@@ -1178,19 +1184,20 @@
     setInterval(writeAges, 1000);
     settle("");
     showTab();
+    document.addEventListener("visibilitychange", beat);
+    timer = setTimeout(beat, POLL_MS);
+    if (wall()) return;                            // nothing to press
     document.addEventListener("keydown", onKey);
     document.addEventListener("click", onProblem);
     document.addEventListener("change", (event) => { if (event.target.closest("#act")) describeAct(); });
     document.addEventListener("change", (event) => { const form = event.target.closest("[data-columns]"); if (form) chooseColumns(form); });
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject], [data-beside]")) { keepInAddress(); showCharts({ again: true }); } });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
-    document.addEventListener("visibilitychange", beat);
     addEventListener("beforeprint", () => { for (const fold of $$("#drawer details")) fold.open = true; });
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });
     noteLook();
     if (withColumns(location.href) !== location.href) go(location.href, { replace: true });
-    timer = setTimeout(beat, POLL_MS);
   }
 
   document.addEventListener("DOMContentLoaded", start);

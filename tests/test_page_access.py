@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import PASSWORD
 from playwright.sync_api import expect
-from test_page import chromium, fleet, page  # noqa: F401
+from test_page import DEGRADED, DEGRADED_STATE, NARROW, REFRESHED, chromium, fleet, page  # noqa: F401
 
 
 def test_an_admin_lets_somebody_in_and_out_again(page, chromium, live_server):  # noqa: F811
@@ -42,6 +43,29 @@ def test_a_link_for_a_wall_display_is_shown_once_and_opens_the_page(page, chromi
     display.goto(panel.locator("[data-made]").inner_text())
     assert display.url == live_server.url + "/?kiosk"
     expect(display.get_by_text("pve1").first).to_be_visible()
+    display.context.close()
+
+
+@pytest.mark.parametrize("viewport", [{"width": 1920, "height": 1080}, NARROW], ids=["tv", "phone"])
+def test_a_wall_display_is_large_has_nothing_to_press_and_outlives_an_outage(chromium, live_server, fleet, viewport):  # noqa: F811
+    fleet.report("pve2", pools=[DEGRADED], pool_states=DEGRADED_STATE)
+    link = live_server.command("create-kiosk-link", "hall").stdout.partition("LINK: ")[2].split()[0]
+    display = chromium.new_context(viewport=viewport).new_page()
+    display.goto(link)
+    problem = display.locator(".wall-problem", has_text="DEGRADED")
+    expect(problem).to_be_visible()
+    assert display.locator("a[href], button, input, select, summary, form").count() == 0
+    assert display.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+    size = display.evaluate("parseFloat(getComputedStyle(document.querySelector('.wall-problem')).fontSize)")
+    assert size >= (25 if viewport["width"] == 1920 else 15)
+    live_server.stop()
+    expect(display.locator("#frozen")).to_contain_text("data frozen since", timeout=REFRESHED)
+    live_server.start()
+    fleet.report("pve2")
+    expect(display.locator("#frozen")).to_be_hidden(timeout=REFRESHED)
+    expect(display.locator(".wall-problem", has_text="DEGRADED")).to_have_count(0, timeout=REFRESHED)
+    live_server.command("revoke-api-token", "hall")
+    expect(display.locator("#frozen")).to_contain_text("not valid any more", timeout=REFRESHED)
     display.context.close()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import LiveServer, build_disk, build_guest, build_pool, build_report
+from conftest import LiveServer, build_disk, build_guest, build_pool, build_report, build_storage
 from playwright.sync_api import Page, expect
 from test_page import Fleet, chromium, open_page  # noqa: F401
 
@@ -34,6 +34,7 @@ def sections() -> dict:
     return {
         "pools": [pool], "pool_states": [{"name": "tank", "guid": pool["guid"], "state": "DEGRADED"}],
         "disks": [GOOD, SUSPECT, {**GOOD, "name": "sdc", "serial": "SER3", "by_id": None, "model": HOSTILE}],
+        "storages": [build_storage("local-zfs", type="zfspool", dataset="tank", shared=True), build_storage("pbs", active=False)],
         "guests": [build_guest(104, name="mail", tags=["prod"],
                                volumes=[{"storage": "local-zfs", "dataset": "tank/vm-104-disk-0",
                                          "size_bytes": 1 << 35}]),
@@ -114,7 +115,7 @@ def test_the_card_of_a_disk_says_which_one_to_pull_and_what_a_mistake_costs(page
                  "Pulling this one: no more disk may fail.", "by mistake: no more disk may fail", "mail (104)"):
         assert text in told, text
     told = opened(page, "host=pve1&disk=9155443322110099887")
-    for text in ("does not see this disk", "/dev/disk/by-id/ata-GONE-part1", "it does not count any more",
+    for text in ("does not see this disk", "/dev/disk/by-id/ata-GONE-part1", "it no longer counts: ",
                  "Pulling another disk of mirror-1 by mistake: data are lost"):
         assert text in told, text
     assert page.locator("#pull dd", has_text="–").first.locator(".dash").get_attribute("title")
@@ -126,6 +127,23 @@ def test_the_card_of_a_cluster_shows_quorum_by_node_and_what_is_in_error(page):
                  "1 osds down"):
         assert text in told, text
     expect(page.locator("#ha .level-critical")).to_have_text("error")
+
+
+def test_the_card_of_a_storage_tells_what_it_stands_on_and_who_on_it(page, fleet):
+    fleet.report("pve2", **{**sections(), "guests": []}, cluster=CLUSTER)
+    told = opened(page, "host=pve1&storage=local-zfs")
+    for text in ("1 guest on local-zfs", "zfspool", "shared by the cluster", "50%", "as the other nodes", "pve2", "mail (104)"):
+        assert text in told, text
+    page.locator("#stands").get_by_role("link", name="tank", exact=True).click()
+    expect(page.locator("#drawer-title")).to_have_text("tank")
+    page.locator("#storages summary").click()
+    page.locator("#storages").get_by_role("link", name="local-zfs").click()
+    expect(page.locator("#drawer-title")).to_have_text("local-zfs")
+    assert "nightly" in opened(page, "host=pve1&storage=pbs")
+    expect(page.locator("#backups")).to_contain_text("mail")
+    opened(page, "host=pve1&guest=104")
+    page.locator("#volumes").get_by_role("link", name="local-zfs").click()
+    assert "storage=local-zfs" in page.url
 
 
 def test_a_problem_leads_to_the_card_of_its_object(page):
@@ -170,7 +188,7 @@ def test_only_the_card_can_be_reached_and_the_focus_goes_back(page):
 
 
 @pytest.mark.parametrize("query", ["host=pve1", "host=pve1&guest=105", "host=pve1&pool=tank", "host=pve1&disk=SER3",
-                                   "cluster=lab"])
+                                   "host=pve1&storage=pbs", "cluster=lab"])
 def test_no_card_is_wider_than_the_screen_and_names_stay_text(page, query):
     for width in (390, 768, 1024, 1440, 1920):
         page.set_viewport_size({"width": width, "height": 900})
