@@ -130,6 +130,7 @@ class Watched:
 
     def __init__(self, browser: Any, server: Server):
         self.page: Page = browser.new_page(viewport={"width": 1440, "height": 900})
+        self.page.set_default_timeout(120_000)
         self.server, self.polls = server, []
         self.tools = self.page.context.new_cdp_session(self.page)
         self.tools.send("Performance.enable", {"timeDomain": "threadTicks"})

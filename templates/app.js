@@ -1193,7 +1193,7 @@
     document.addEventListener("change", (event) => { const form = event.target.closest("[data-columns]"); if (form) chooseColumns(form); });
     document.addEventListener("change", (event) => { if (event.target.matches("[data-subject], [data-beside]")) { keepInAddress(); showCharts({ again: true }); } });
     addEventListener("resize", () => { clearTimeout(chartsTimer); chartsTimer = setTimeout(() => showCharts({ again: true }), 300); });
-    addEventListener("beforeprint", () => { for (const fold of $$("#drawer details")) fold.open = true; });
+    addEventListener("beforeprint", () => { for (const fold of $$("#drawer .fold")) fold.open = true; });
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });
     noteLook();

@@ -255,3 +255,14 @@ def test_a_host_is_printed_as_a_document_with_all_its_sections(page):
     expect(page.locator("#snapshots table")).to_be_visible()
     expect(page.locator(".posture")).to_be_hidden()
     assert page.evaluate("getComputedStyle(document.querySelector('#drawer')).position") == "static"
+    assert page.locator("#drawer :is(button, select, input):visible, #drawer .alert-more:visible").count() == 0
+
+
+def test_who_wants_no_motion_gets_none(page):
+    moving = "[...document.querySelectorAll('*')].filter((one) => (style => parseFloat(style.transitionDuration) || " \
+             "style.animationName !== 'none')(getComputedStyle(one))).length"
+    page.emulate_media(reduced_motion="reduce")
+    opened(page, "host=pve1")
+    assert page.evaluate(moving) == 0
+    page.evaluate("document.querySelector('#drawer').style.setProperty('transition', 'opacity 1s', 'important')")
+    assert page.evaluate(moving) == 1
