@@ -16,6 +16,7 @@ import argparse
 import ast
 import copy
 import inspect
+import itertools
 import json
 import os
 import random
@@ -44,6 +45,7 @@ import server  # noqa: E402
 
 GOAL = 0.85
 SLOW_TIMES, GRACE_SECONDS = 5, 10  # how much longer than without a change the tests may take: then it hangs
+TESTS_SECONDS = 30  # of tests for one change; what these do not see counts as not seen
 MEMORY_LIMIT = 8 << 30  # for a change that takes ever more
 
 
@@ -367,9 +369,11 @@ class Session:
         return self.tell(name, left, len(made), all_made)
 
     def tests_for(self, change: Change) -> list[int]:
-        """Those that run the statement, the likeliest to see it first, then the shortest."""
+        """Those that run the statement, the likeliest to see it first, then the shortest: as many as fit in a time."""
         kills = self.kills[change.function]
-        return sorted(self.runs[change.function, change.line], key=lambda at: (-kills[at], self.seconds[at]))
+        found = sorted(self.runs[change.function, change.line], key=lambda at: (-kills[at], self.seconds[at]))
+        spent = itertools.accumulate(self.seconds[at] for at in found)
+        return [at for at, so_far in zip(found, spent) if so_far < TESTS_SECONDS] or found[:1]
 
     def try_change(self, part: Part, change: Change, tests: list[int], result: str) -> int:
         replace(part.module, change.function, change.tree)
