@@ -1375,7 +1375,7 @@ def short_vdev_name(name: str) -> str:
 def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) -> dict[str, Any]:
     """The scan under way or the last one. Sequential rebuilds are kept beside it: an active or later one counts."""
     scan = dict(NO_SCAN)
-    if stats.get("function") in ("SCRUB", "RESILVER") and stats.get("state") in SCAN_STATES:
+    if stats.get("function") in ("SCRUB", "RESILVER") and str(stats.get("state")) in SCAN_STATES:
         scan = parse_scan_stats(stats, now)
     for rebuild in rebuilds.values():
         scan = later_scan(scan, parse_rebuild(as_dict(rebuild)))

@@ -845,3 +845,10 @@ def test_a_table_of_vdevs_with_blanks_for_the_tab_is_read_too() -> None:
     text = "  pool: tank\n state: ONLINE\nconfig:\n\n\tNAME        STATE     READ WRITE CKSUM\n\ttank        ONLINE       0     0     0\n\t  mirror-0  ONLINE       0     0     0\n\t    sda     ONLINE       0     0     0\n\t    sdb     ONLINE       0     0     1\n\nerrors: No known data errors\n"
     assert agent.parse_zpool_status(text.expandtabs(8)) == agent.parse_zpool_status(text)
     assert agent.parse_zpool_status(text)["tank"]["vdevs"][0]["children"][1]["checksum_errors"] == 1
+
+
+@pytest.mark.parametrize("state", [{}, [], 5, None, "ODD"])
+def test_a_scan_in_a_state_that_nobody_knows_is_none(state: Any) -> None:
+    pool = {"vdevs": {}, "scan_stats": {"function": "SCRUB", "state": state, "start_time": "5"}}
+    parsed = agent.parse_zpool_status_json(json.dumps({"pools": {"tank": pool}}), 1795305600.0)
+    assert parsed["tank"]["scan"]["state"] == "none"
