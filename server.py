@@ -11137,7 +11137,7 @@ UNITS = {"%": 0.01, "s": 1, "min": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
 def number_holds(term: Term, row: Row, columns: list[str], now: float) -> bool:
     """A comparison; of a time its age counts. What is not known is neither more nor less, but what has no backup has
     had none for any time."""
-    if term.field == "backup" and row[columns[0]] in ("none yet", "in no job"):
+    if term.field == "backup" and columns and row[columns[0]] in ("none yet", "in no job"):
         return term.operator == ">"
     column = next((column for column in columns if is_number(row[column])), None)
     measure = MEASURE.fullmatch(term.value)

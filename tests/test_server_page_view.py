@@ -423,6 +423,12 @@ def test_a_hostile_name_becomes_no_command(monitor, register, post):
     assert {command for top in told for command in top["commands"]} == {"zpool status -v 'a;reboot'"}
 
 
+@pytest.mark.parametrize("words", [words for asked in server.FACETS.values() for _, words in asked])
+def test_each_question_of_every_week_is_answered_in_whatever_list_it_is_put(browser, two_hosts, words):
+    for tab in server.TABS:
+        assert browser.get(f"/?tab={tab}&q={urllib.parse.quote(words)}").status == 200, tab
+
+
 def test_words_that_mean_nothing_are_said(browser, two_hosts):
     assert "“wearr&gt;5” is no filter here" in browser.get("/?tab=guests&q=wearr%3E5").text
     assert "guests have no “wear”" in browser.get("/?tab=guests&q=wear%3E5").text
