@@ -2441,9 +2441,6 @@ def sum_up_copies(rows: Sequence[dict[str, Any]]) -> str:
 # Margins: how many more disks each top-level vdev survives.
 
 
-SPARE_WORDS = frozenset(("AVAIL", "INUSE"))
-
-
 def suspicions(disk: dict[str, Any] | None, leaf: dict[str, Any]) -> list[str]:
     """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev."""
     disk = disk or {}
@@ -2574,12 +2571,10 @@ def is_critical(host: HostState, guest: dict[str, Any]) -> bool:
 def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
     """What depends on a pool, a disk or a storage: {pool, vdev, margin, guests, critical, sentence}; None for else."""
     kind, _, name = object.partition("/")
-    if kind == "pools":
-        pool_name, _, member = name.partition("/")
-        return describe_blast(host, pool_name, find_top(host, member, pool_name)[1] if member else None)
-    if kind == "disks":
-        in_pool, vdev = find_top(host, name, None)
-        return describe_blast(host, in_pool, vdev) if in_pool else None
+    if kind in ("pools", "disks"):
+        pool_name, _, member = name.partition("/") if kind == "pools" else (None, "", name)
+        in_pool, vdev = find_top(host, member, pool_name) if member else (pool_name, None)
+        return describe_blast(host, in_pool or pool_name or "", vdev)
     if kind == "storages":
         guests = [guest for guest in dicts(host.body("guests"))
                   if any(volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
@@ -2599,15 +2594,11 @@ def find_top(host: HostState, member: str, of_pool: str | None) -> tuple[str | N
 
 def at_stake(host: Any, object: str | None) -> str | None:
     """The blast radius in a sentence, for an alert; None where nothing depends on what the alert is about."""
-    if not object or not isinstance(host, HostState):
-        return None
     try:
-        return (blast_radius(host, object) or NO_BLAST)["sentence"] or None
+        found = blast_radius(host, object) if object and isinstance(host, HostState) else None
     except ODD:
         return None
-
-
-NO_BLAST: dict[str, Any] = {"sentence": None}
+    return found["sentence"] or None if found else None
 
 
 def describe_blast(host: HostState, name: str, vdev: str | None) -> dict[str, Any] | None:
@@ -2636,14 +2627,13 @@ def may_fail(margin: int) -> str:
 
 
 def grounds(host: HostState) -> dict[str, str]:
-    """Each pool of a host as its guests see it: what may fail, with the suspects."""
+    """Each pool of a host as its guests see it: 'lives on tank (raidz2, 1 more disk may fail), sdf is suspect'."""
     told = {}
     for pool in dicts(host.body("pools")):
-        margins = pool_margins(host, pool)
+        margins, name = pool_margins(host, pool), str(pool.get("name"))
         suspects = [str(leaf.get("disk") or leaf.get("name")) for vdev in margins for leaf, _, _ in vdev.suspects]
-        margin = min((vdev.margin for vdev in margins), default=None)
-        words = [text(pool, "layout") or "", "" if margin is None else may_fail(margin)]
-        told[str(pool.get("name"))] = f"lives on {pool.get('name')} ({', '.join(word for word in words if word)})" \
+        left = [may_fail(min(vdev.margin for vdev in margins))] if margins else []
+        told[name] = f"lives on {name} ({', '.join(filter(None, [text(pool, 'layout'), *left]))})" \
             + (f", {', '.join(suspects)} {'is' if len(suspects) == 1 else 'are'} suspect" if suspects else "")
     return told
 
@@ -2662,62 +2652,79 @@ TOLD_ELSEWHERE = ("mail-queue", "clock-source")  # by rules of their own: here t
 CLOCKS = ("chrony.service", "systemd-timesyncd.service", "ntpsec.service")
 
 
-def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[tuple[str, str, str]]:
-    """(what, why it is silent, what to do) of one host; nothing for what the agent could not look at. `vmids` are the
-    guests of its cluster, where all its nodes are known."""
-    told, services = host.body("safeguards"), {str(unit.get("unit")): unit for unit in dicts(host.body("services"))}
-    told = told if isinstance(told, dict) else {}
-    aimless = told.get("matchers_without_target")
-    aimless = ", ".join(map(str, aimless)) if isinstance(aimless, list) else ""
-    has_zfs, mail = bool(dicts(host.body("pools"))), host.body("mail_queue")
-    stuck, clocks = number(mail, "deferred"), [services[name] for name in CLOCKS if name in services]
-    for what, bad, why, todo in (
-        ("zed", has_zfs and is_off(services.get("zfs-zed.service")), "zfs-zed does not run: ZFS's own mails and "
-         "automatic spares do not work", "systemctl enable --now zfs-zed"),
-        ("zed-mail", has_zfs and told.get("zed_mail") is False, "zed has no mail address (ZED_EMAIL_ADDR)",
-         "set ZED_EMAIL_ADDR in /etc/zfs/zed.d/zed.rc; systemctl restart zfs-zed"),
-        ("smartd", is_off(services.get("smartmontools.service")), "smartd does not run: no self-tests, no mails",
-         "systemctl enable --now smartmontools"),
-        ("mail-queue", bool(stuck), f"{stuck or 0:.0f} mails of this host could not be delivered", "mailq"),
-        ("scrub-timer", has_zfs and told.get("scrub_scheduled") is False, "no scrub is scheduled",
-         "apt-get install --reinstall zfsutils-linux, or systemctl enable --now zfs-scrub-monthly@POOL.timer"),
-        ("trim-timer", told.get("trim_scheduled") is False and lacks_trim(host), "a pool on SSDs is never trimmed: "
-         "no timer, and autotrim is off", "zpool set autotrim=on POOL, or systemctl enable --now "
-         "zfs-trim-monthly@POOL.timer"),
-        ("root-mail", told.get("root_mail") is False, "root@pam has no mail address: Proxmox's mails go nowhere",
-         "pveum user modify root@pam --email you@example.com"),
-        ("notification-target", bool(aimless), f"a notification matcher has no target: {aimless}",
-         "Datacenter → Notifications"),
-        ("security-source", told.get("security_source") is False, "no source of security updates is configured",
-         "add the Debian security suite to /etc/apt/sources.list.d/debian.sources"),
-        ("enterprise-source", told.get("enterprise_source") is True and no_subscription(host),
-         "the enterprise repository is on without a subscription: apt-get update fails, no updates are seen",
-         "disable pve-enterprise or enter a subscription; enable pve-no-subscription"),
-        ("fencing", bool(dicts((host.body("ha") or {}).get("services"))) and is_off(services.get(
-            "watchdog-mux.service")), "HA guests, but watchdog-mux does not run: this node cannot fence itself",
-         "systemctl start watchdog-mux"),
-        ("clock-source", bool(clocks) and not any(text(unit, "active") == "active" for unit in clocks),
-         "no daemon sets the clock", "systemctl enable --now chrony"),
-    ):
-        if bad:
-            yield what, why, todo
-    yield from empty_jobs(host, vmids)
+def is_off(host: HostState, name: str) -> bool:
+    """Whether a unit is installed and does not run."""
+    return any(text(unit, "unit") == name and text(unit, "load") == "loaded"
+               and text(unit, "active") in ("inactive", "failed") for unit in dicts(host.body("services")))
 
 
-def is_off(unit: dict[str, Any] | None) -> bool:
-    """A unit that is installed and does not run."""
-    return unit is not None and text(unit, "load") == "loaded" and text(unit, "active") in ("inactive", "failed")
+def safeguard(host: HostState, name: str) -> Any:
+    told = host.body("safeguards")
+    return told.get(name) if isinstance(told, dict) else None
 
 
-def no_subscription(host: HostState) -> bool:
+def says_no(host: HostState, name: str) -> bool:
+    return safeguard(host, name) is False
+
+
+def has_zfs(host: HostState) -> bool:
+    return bool(dicts(host.body("pools")))
+
+
+def lacks_subscription(host: HostState) -> bool:
     status = text(host.body("subscription"), "status")
-    return status is not None and status.lower() not in ("active", "new")
+    return safeguard(host, "enterprise_source") is True and status is not None \
+        and status.lower() not in ("active", "new")
 
 
 def lacks_trim(host: HostState) -> bool:
-    """Whether a pool with an SSD has autotrim off."""
-    off = {pool.get("name") for pool in dicts(host.body("pool_settings")) if pool.get("autotrim") is False}
-    return any(disk.get("pool") in off and disk.get("kind") in ("ssd", "nvme") for disk in dicts(host.body("disks")))
+    """Whether a pool with an SSD has autotrim off, and no timer trims it."""
+    off = {text(pool, "name") for pool in dicts(host.body("pool_settings")) if pool.get("autotrim") is False}
+    return says_no(host, "trim_scheduled") and any(
+        text(disk, "pool") in off and disk.get("kind") in ("ssd", "nvme") for disk in dicts(host.body("disks")))
+
+
+def lacks_clock(host: HostState) -> bool:
+    states = [text(unit, "active") for unit in dicts(host.body("services")) if unit.get("unit") in CLOCKS]
+    return bool(states) and "active" not in states
+
+
+# What it is, whether it holds (or what to add to why), why it is silent, what to do
+BLIND_SPOTS: tuple[tuple[str, Callable[[HostState], Any], str, str], ...] = (
+    ("zed", lambda host: has_zfs(host) and is_off(host, "zfs-zed.service"), "zfs-zed does not run: ZFS's own mails and "
+     "automatic spares do not work", "systemctl enable --now zfs-zed"),
+    ("zed-mail", lambda host: has_zfs(host) and says_no(host, "zed_mail"), "zed has no mail address (ZED_EMAIL_ADDR)",
+     "set ZED_EMAIL_ADDR in /etc/zfs/zed.d/zed.rc; systemctl restart zfs-zed"),
+    ("smartd", lambda host: is_off(host, "smartmontools.service"), "smartd does not run: no self-tests, no mails",
+     "systemctl enable --now smartmontools"),
+    ("mail-queue", lambda host: f"{waiting:.0f}" if (waiting := number(host.body("mail_queue"), "deferred")) else None,
+     "mails of this host could not be delivered", "mailq"),
+    ("scrub-timer", lambda host: has_zfs(host) and says_no(host, "scrub_scheduled"), "no scrub is scheduled",
+     "apt-get install --reinstall zfsutils-linux, or systemctl enable --now zfs-scrub-monthly@POOL.timer"),
+    ("trim-timer", lacks_trim, "a pool on SSDs is never trimmed: no timer, and autotrim is off",
+     "zpool set autotrim=on POOL, or systemctl enable --now zfs-trim-monthly@POOL.timer"),
+    ("root-mail", lambda host: says_no(host, "root_mail"), "root@pam has no mail address: Proxmox's mails go nowhere",
+     "pveum user modify root@pam --email you@example.com"),
+    ("notification-target", lambda host: ", ".join(map(str, names)) if isinstance(
+        names := safeguard(host, "matchers_without_target"), list) else None,
+     "a notification matcher has no target", "Datacenter → Notifications"),
+    ("security-source", lambda host: says_no(host, "security_source"), "no source of security updates is configured",
+     "add the Debian security suite to /etc/apt/sources.list.d/debian.sources"),
+    ("enterprise-source", lacks_subscription, "the enterprise repository is on without a subscription: apt-get update "
+     "fails, no updates are seen", "disable pve-enterprise or enter a subscription; enable pve-no-subscription"),
+    ("fencing", lambda host: dicts((host.body("ha") or {}).get("services")) and is_off(host, "watchdog-mux.service"),
+     "HA guests, but watchdog-mux does not run: this node cannot fence itself", "systemctl start watchdog-mux"),
+    ("clock-source", lacks_clock, "no daemon sets the clock", "systemctl enable --now chrony"),
+)
+
+
+def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[tuple[str, str, str]]:
+    """(what, why it is silent, what to do) of one host; nothing for what the agent could not look at. `vmids` are the
+    guests of its cluster, where all its nodes are known."""
+    for what, holds, why, todo in BLIND_SPOTS:
+        if found := holds(host):
+            yield what, f"{why}: {found}" if isinstance(found, str) else why, todo
+    yield from empty_jobs(host, vmids)
 
 
 def empty_jobs(host: HostState, vmids: Set[Any] | None) -> Iterator[tuple[str, str, str]]:
@@ -2754,27 +2761,25 @@ def to_vmid(value: Any) -> Any:
 # Drift: the odd ones out.
 
 
-DRIFT_FACTS: dict[str, Callable[[HostState], Any]] = {
-    "PVE": lambda host: text(host.body("node"), "pve_version"),
-    "kernel": lambda host: text(host.body("node"), "kernel"),
-    "ZFS module": lambda host: text(host.body("versions"), "zfs_module"),
-    "ZFS userland": lambda host: text(host.body("versions"), "zfs_userland"),
-    "QEMU": lambda host: text(host.body("versions"), "qemu"),
-    "microcode": lambda host: text(host.body("versions"), "microcode"),
-    "ARC limit": lambda host: share_of_memory(host, "arc_max_bytes"),
-    "sector size": lambda host: setting_of_pools(host, "ashift"),
-    "compression": lambda host: setting_of_pools(host, "compression"),
-    "atime": lambda host: setting_of_pools(host, "atime"),
-    "sync": lambda host: setting_of_pools(host, "sync"),
-    "storage.cfg": lambda host: text(host.body("versions"), "storage_cfg_digest"),
-    "agent": lambda host: text(host.agent, "version"),
-    "feature flags": lambda host: feature_flags(host),
+DRIFT_FACTS = {  # field of a section; of a list each value once
+    "PVE": "node.pve_version", "kernel": "node.kernel", "ZFS module": "versions.zfs_module",
+    "ZFS userland": "versions.zfs_userland", "QEMU": "versions.qemu", "microcode": "versions.microcode",
+    "ARC limit": "node.arc_max_bytes", "sector size": "pool_settings.ashift", "atime": "pool_settings.atime",
+    "compression": "pool_settings.compression", "sync": "pool_settings.sync", "agent": "agent.version",
+    "storage.cfg": "versions.storage_cfg_digest", "features off": "pools.features_disabled",
 }
 
 
-def feature_flags(host: HostState) -> str | None:
-    told = {pool.get("features_disabled") for pool in dicts(host.body("pools"))}
-    return "some are off" if True in told else "all are on" if False in told else None
+def read_fact(field: str, host: HostState) -> str | None:
+    section, _, name = field.partition(".")
+    body = host.agent if section == "agent" else host.body(section)
+    if name == "arc_max_bytes":
+        share = ratio(number(body, name), number(body, "memory_total_bytes"))
+        return None if share is None else f"{share:.0%} of memory"
+    values = [item.get(name) for item in (dicts(body) if isinstance(body, list) else [body]) if isinstance(item, dict)]
+    told = {{True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for value in values
+            if value is not None}
+    return ", ".join(sorted(told)) or None
 
 
 def apart_from_itself(host: HostState) -> Iterator[dict[str, Any]]:
@@ -2790,29 +2795,18 @@ def release_of(version: str) -> str:
     return found[0] if found else version
 
 
-def setting_of_pools(host: HostState, field: str) -> str | None:
-    """What the pools of a host have set, each value once."""
-    told = {str(pool[field]) for pool in dicts(host.body("pool_settings")) if pool.get(field) is not None}
-    return ", ".join(sorted(told)) or None
-
-
-def share_of_memory(host: HostState, field: str) -> str | None:
-    share = ratio(number(host.body("node"), field), number(host.body("node"), "memory_total_bytes"))
-    return None if share is None else f"{share:.0%} of memory"
-
-
 def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[dict[str, Any]]:
     """Per fact that at least two thirds of the hosts share: who differs. Rows of DRIFT_COLUMNS."""
     rows = [row for _, row in of_each(hosts, "drift", apart_from_itself)]
-    for fact, read in DRIFT_FACTS.items():
-        told = of_each(hosts, fact, lambda host, read=read: [read(host)])  # type: ignore[misc]
+    for fact, field in DRIFT_FACTS.items():
+        told = of_each(hosts, fact, lambda host, field=field: [read_fact(field, host)])  # type: ignore[misc]
         values = {host.name: value for host, value in told if value is not None}
-        counted = Counter(map(str, values.values())).most_common(1)
+        counted = Counter(values.values()).most_common(1)
         if len(values) < 3 or counted[0][1] * 3 < len(values) * 2:
             continue  # no usual value: a fleet that is being upgraded, or too few to say
         usual, count = counted[0]
-        rows += [{"fact": fact, "usual": usual, "share_ratio": count / len(values), "host": name, "value": str(value)}
-                 for name, value in values.items() if str(value) != usual]
+        rows += [{"fact": fact, "usual": usual, "share_ratio": count / len(values), "host": name, "value": value}
+                 for name, value in values.items() if value != usual]
     return rows[:most]
 
 
@@ -3064,14 +3058,12 @@ def slow_member(pool: dict[str, Any]) -> SlowMember | None:
 
 def describe_slow_member(pool: dict[str, Any]) -> str:
     """'; sdf answers after 48 ms, the others of its vdev after 9 ms', or the disk that had slow I/Os; else ''."""
-    slow = slow_member(pool)
-    if slow:
+    if slow := slow_member(pool):
         return f"; {slow.disk} answers after {slow.wait * 1000:.3g} ms, the others of its vdev after " \
                f"{slow.usual * 1000:.3g} ms"
-    counts = {str(leaf.get("disk") or leaf.get("name")): number(leaf, "slow_ios") or 0
-              for leaf in walk_vdevs(pool.get("vdevs"))}
-    worst = max(counts, key=lambda name: counts[name], default="")
-    return f"; {worst} had slow I/Os" if counts.get(worst) else ""
+    count, worst = max(((number(leaf, "slow_ios") or 0, str(leaf.get("disk") or leaf.get("name")))
+                        for leaf in walk_vdevs(pool.get("vdevs"))), default=(0, ""))
+    return f"; {worst} had slow I/Os" if count else ""
 
 
 class Scrub(NamedTuple):
@@ -3124,98 +3116,6 @@ def scrub_rows(host: HostState) -> Iterator[dict[str, Any]]:
                "usual_seconds": usual, "repaired_before": [scrub.repaired for scrub in scrubs[:-1]],
                "scheduled": scheduled, "slow_disk": slow and slow.disk}
     yield from unseen_row(host, SCRUB_COLUMNS, "pools")
-
-
-# What changed: facts of a report that belong on the time line.
-
-
-Change = tuple[float, str, str, str]  # at, kind, object, message
-
-
-def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bool = True) -> Iterator[Change]:
-    """What a report tells beyond the one before it; called before it is applied."""
-    at = min(number(report, "time") or now, now)
-    yield from ended_tasks(report.get("tasks"), now)
-    if not newest:
-        return  # it is held against a state that is newer
-    yield from node_changes(host.body("node"), report.get("node"), at)
-    if "versions" in report:
-        yield from version_changes(host.body("versions"), report["versions"], at)
-    if "pools" in report:
-        yield from scrub_ends(host.body("pools"), report["pools"], now)
-    if "guests" in report and host.has("guests"):
-        yield from guest_changes(host.guest_words, report["guests"], at)
-        yield from setting_changes(host, report["guests"], now)
-
-
-def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
-    for task in dicts(tasks):
-        ended = number(task, "ended_at")
-        if ended is not None:
-            yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
-
-
-def describe_task(task: dict[str, Any]) -> str:
-    result = text(task, "status") or text(task, "result") or "unknown"
-    of = f" of {task['vmid']}" if task.get("vmid") else ""
-    return f"Task {text(task, 'type') or '?'}{of} by {text(task, 'user') or '?'}: {result}"[:500]
-
-
-def node_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
-    before, after = text(old, "boot_id"), text(new, "boot_id")
-    if before and after and before != after:
-        uptime = number(new, "uptime_seconds")
-        yield at - (uptime or 0), "reboot", "", f"Host started, kernel {text(new, 'kernel') or '?'}"
-
-
-def version_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
-    for name in ("pve", "zfs_module", "zfs_userland", "qemu"):
-        before, after = text(old, name), text(new, name)
-        if before and after and before != after:
-            yield at, "update", "", f"{name.replace('_', ' ')} {before} → {after}"
-    before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
-    if before and after and before != after:
-        yield at, "config", "", "storage.cfg changed"
-
-
-def scrub_ends(old: Any, new: Any, now: float) -> Iterator[Change]:
-    known = {pool.get("guid"): pool for pool in dicts(old)}
-    for pool in dicts(new):
-        scrub = pool.get("last_scrub")
-        ended = number(scrub, "ended_at")
-        before = known.get(pool.get("guid"))
-        if ended and before is not None and number(before.get("last_scrub"), "ended_at") != ended:
-            took, repaired = number(scrub, "duration_seconds"), number(scrub, "repaired_bytes")
-            yield min(ended, now), "scrub", f"pools/{pool.get('name')}", \
-                f"Scrub of {pool.get('name')} ended" + (f" after {format_duration(took)}" if took else "") \
-                + (f", {int(repaired)} bytes repaired" if repaired else "")
-
-
-def guest_changes(before: dict[int, str | None], guests: Any, at: float) -> Iterator[Change]:
-    after = guest_words(guests)
-    if after == before:
-        return
-    names = {guest["vmid"]: text(guest, "name") or "" for guest in dicts(guests)}
-    for vmid, word in after.items():
-        was, name = before.get(vmid), names[vmid]
-        if vmid not in before:
-            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} appeared"
-        elif was and word and was != word and "unknown" not in (was, word):
-            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was} → {word}"
-    for vmid in before.keys() - after.keys():
-        yield at, "guest", f"guests/{vmid}", f"Guest {vmid} is gone from this host"
-
-
-def setting_changes(host: HostState, guests: Any, now: float) -> Iterator[Change]:
-    """Guests whose configuration changed since the report before, with the names of the settings."""
-    changed = settings_changed(guests)
-    for guest in dicts(guests) if changed else ():
-        at, vmid = changed.get(guest["vmid"]), guest["vmid"]
-        if at is not None and vmid in host.guest_words and at > host.settings_changed.get(vmid, 0):
-            names = guest.get("config_changed")
-            yield min(at, now), "config", f"guests/{vmid}", \
-                f"Configuration of guest {vmid} {text(guest, 'name') or ''} changed: " \
-                + ", ".join(map(str, names if isinstance(names, list) else ()))
 
 
 # When it is full, and what grew: from values of the past that history gives.
@@ -3453,6 +3353,98 @@ def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, flo
 
 
 # --- ingest: a report counts whole or not at all, and once ---
+
+
+# What changed: facts of a report that belong on the time line.
+
+
+Change = tuple[float, str, str, str]  # at, kind, object, message
+
+
+def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bool = True) -> Iterator[Change]:
+    """What a report tells beyond the one before it; called before it is applied."""
+    at = min(number(report, "time") or now, now)
+    yield from ended_tasks(report.get("tasks"), now)
+    if not newest:
+        return  # it is held against a state that is newer
+    yield from node_changes(host.body("node"), report.get("node"), at)
+    if "versions" in report:
+        yield from version_changes(host.body("versions"), report["versions"], at)
+    if "pools" in report:
+        yield from scrub_ends(host.body("pools"), report["pools"], now)
+    if "guests" in report and host.has("guests"):
+        yield from guest_changes(host.guest_words, report["guests"], at)
+        yield from setting_changes(host, report["guests"], now)
+
+
+def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
+    for task in dicts(tasks):
+        ended = number(task, "ended_at")
+        if ended is not None:
+            yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
+
+
+def describe_task(task: dict[str, Any]) -> str:
+    result = text(task, "status") or text(task, "result") or "unknown"
+    of = f" of {task['vmid']}" if task.get("vmid") else ""
+    return f"Task {text(task, 'type') or '?'}{of} by {text(task, 'user') or '?'}: {result}"[:500]
+
+
+def node_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
+    before, after = text(old, "boot_id"), text(new, "boot_id")
+    if before and after and before != after:
+        uptime = number(new, "uptime_seconds")
+        yield at - (uptime or 0), "reboot", "", f"Host started, kernel {text(new, 'kernel') or '?'}"
+
+
+def version_changes(old: Any, new: Any, at: float) -> Iterator[Change]:
+    for name in ("pve", "zfs_module", "zfs_userland", "qemu"):
+        before, after = text(old, name), text(new, name)
+        if before and after and before != after:
+            yield at, "update", "", f"{name.replace('_', ' ')} {before} → {after}"
+    before, after = text(old, "storage_cfg_digest"), text(new, "storage_cfg_digest")
+    if before and after and before != after:
+        yield at, "config", "", "storage.cfg changed"
+
+
+def scrub_ends(old: Any, new: Any, now: float) -> Iterator[Change]:
+    known = {pool.get("guid"): pool for pool in dicts(old)}
+    for pool in dicts(new):
+        scrub = pool.get("last_scrub")
+        ended = number(scrub, "ended_at")
+        before = known.get(pool.get("guid"))
+        if ended and before is not None and number(before.get("last_scrub"), "ended_at") != ended:
+            took, repaired = number(scrub, "duration_seconds"), number(scrub, "repaired_bytes")
+            yield min(ended, now), "scrub", f"pools/{pool.get('name')}", \
+                f"Scrub of {pool.get('name')} ended" + (f" after {format_duration(took)}" if took else "") \
+                + (f", {int(repaired)} bytes repaired" if repaired else "")
+
+
+def guest_changes(before: dict[int, str | None], guests: Any, at: float) -> Iterator[Change]:
+    after = guest_words(guests)
+    if after == before:
+        return
+    names = {guest["vmid"]: text(guest, "name") or "" for guest in dicts(guests)}
+    for vmid, word in after.items():
+        was, name = before.get(vmid), names[vmid]
+        if vmid not in before:
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name} appeared"
+        elif was and word and was != word and "unknown" not in (was, word):
+            yield at, "guest", f"guests/{vmid}", f"Guest {vmid} {name}: {was} → {word}"
+    for vmid in before.keys() - after.keys():
+        yield at, "guest", f"guests/{vmid}", f"Guest {vmid} is gone from this host"
+
+
+def setting_changes(host: HostState, guests: Any, now: float) -> Iterator[Change]:
+    """Guests whose configuration changed since the report before, with the names of the settings."""
+    changed = settings_changed(guests)
+    for guest in dicts(guests) if changed else ():
+        at, vmid = changed.get(guest["vmid"]), guest["vmid"]
+        if at is not None and vmid in host.guest_words and at > host.settings_changed.get(vmid, 0):
+            names = guest.get("config_changed")
+            yield min(at, now), "config", f"guests/{vmid}", \
+                f"Configuration of guest {vmid} {text(guest, 'name') or ''} changed: " \
+                + ", ".join(map(str, names if isinstance(names, list) else ()))
 
 
 class Run(NamedTuple):
@@ -10153,7 +10145,7 @@ RESOURCES = {resource.name: resource for resource in (
         words={"lost": ("lost_seconds",)},
         heads=(("State", "verdict", "c-state"), ("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"),
                ("Host", "host", "c-host"), ("Would be lost", "-lost_seconds", "c-num"), ("Copy", "copy_kind", "c-text"),
-               ("Where", "copy_where", "c-text"), ("Why", "reason", "c-text opt-2"))),
+               ("Where", "copy_where", "c-text"), ("Why", "reason", "c-text"))),
     Resource(
         "replacements", "The disks to replace, in order: where the least margin would be left first.",
         REPLACE_COLUMNS, of_hosts=lambda fleet, states, now: replacement_rows(states), title="Disks to replace",
@@ -10191,7 +10183,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Class", "class", "c-text"), ("Newest", "newest_at", "c-num"), ("Count", "-count", "c-num opt-2"),
                ("Rhythm", "interval_seconds", "c-num opt-2"), ("Oldest", "oldest_at", "c-num opt-3"),
                ("Holds", "-held_bytes", "c-num opt-2"), ("At most", "-held_most_bytes", "c-num opt-3"),
-               ("Why", "reason", "c-text opt-2"))),
+               ("Why", "reason", "c-text"))),
     Resource(
         "scrubs", "Each pool's last scrub against those before it: how long it took, what it repaired, the slow disk.",
         SCRUB_COLUMNS, of_hosts=fleet_scrubs, title="Scrubs",
@@ -10201,7 +10193,7 @@ RESOURCES = {resource.name: resource for resource in (
         heads=(("State", "verdict", "c-state"), ("Pool", "pool", "c-name"), ("Host", "host", "c-host"),
                ("Ended", "ended_at", "c-num"), ("Took", "-duration_seconds", "c-num"),
                ("Usual", "usual_seconds", "c-num"), ("Repaired", "-repaired_bytes", "c-num"),
-               ("Slow disk", "slow_disk", "c-text"), ("Why", "reason", "c-text opt-2"))),
+               ("Slow disk", "slow_disk", "c-text"), ("Why", "reason", "c-text"))),
     Resource(
         "forecasts", "When pools, storages, thin pools, datasets with a quota and root file systems are full, as a "
         "range of days, what grew, and what could be won.", FORECAST_COLUMNS, of_hosts=fleet_forecasts,

@@ -156,6 +156,8 @@ def heal(sections: dict[str, Any], now: float) -> None:
     heal_services(sections)
     heal_copies(sections)
     for guest in sections.get("guests") or ():
+        for told in ("config_changed", "config_changed_at"):
+            guest.pop(told, None)
         if guest.get("status") not in ("running", "stopped"):
             guest["status"] = "running"
     for storage in sections.get("storages") or ():

@@ -413,7 +413,7 @@ def test_the_odd_one_out_is_told_and_a_fleet_without_a_usual_value_is_not(sim: S
 @pytest.mark.parametrize(("fields", "fact"), [
     ({"versions": {"microcode": "0xa1"}}, "microcode"), ({"versions": {"storage_cfg_digest": "ff"}}, "storage.cfg"),
     ({"node": {"arc_max_bytes": 4, "memory_total_bytes": 64}}, "ARC limit"),
-    ({"pools": [{"name": "tank", "features_disabled": True}]}, "feature flags"),
+    ({"pools": [{"name": "tank", "features_disabled": True}]}, "features off"),
     ({"versions": {}, "node": {}, "pools": []}, None),  # it does not tell: that is not odd
 ])
 def test_what_may_differ_between_hosts(sim: Simulation, fields: dict[str, Any], fact: str | None) -> None:
