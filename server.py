@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import email.message
 import email.utils
+import errno
 import fcntl
 import getpass
 import gzip
@@ -107,7 +108,10 @@ REPORTS_BURST, REPORTS_PER_SECOND = 5000, 200  # per host; a backlog of a week i
 CONNECTIONS_MOST = 4096  # a proxy has one for each request under way; who stalls loses his to who comes anew
 OTHER_FILES = 512  # descriptors for all else: the database for each thread, bodies and answers, channels
 THREADS = 32  # a report keeps one until it is on the disk
-REPORTS_AT_ONCE = 16  # of these threads: a fleet that comes back must not keep the page from anybody
+# Of these threads, by what is asked for: neither a fleet that comes back, nor a page that is polled without end, nor a
+# history store that hangs takes those of the rest. A page only computes: more at once are not ready sooner, and reports
+# wait for each of them at every step.
+AT_ONCE = {"health": 2, "page": 3, "reports": 16, "other": 11}
 STREAMS_AT_ONCE, STREAMS_OF_ONE = 8, 3  # answers that are made while they are read: of all, and of one who asks
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 
@@ -671,6 +675,7 @@ class Store:
         try:
             with transaction(self.db) as db:
                 failed = [self._attempt(db, write, alone=len(group) == 1) for write in group]
+            self._ask_disk()
             for write, error in zip(group, failed):
                 write.error = error
             self.last_commit, self.last_error = time.monotonic(), None
@@ -682,6 +687,16 @@ class Store:
             for write in group:
                 write.done = True
             self.writing_since = None
+
+    def _ask_disk(self) -> None:
+        """`OSError` when the file system has given up meanwhile. ext4 says yes to a flush whose transaction its journal
+        drops at that moment (Linux 6.18: jbd2_complete_transaction() waits for none that is neither running nor
+        committing), and no to whoever wants to change anything then: here an attribute, to what it is already."""
+        try:
+            os.setxattr(self.path, "user.proxmon", b"1")
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EIO):
+                raise  # all else: the file system has no attributes, or we may not; what it flushed is flushed
 
     def _attempt(self, db: Database, write: Write, *, alone: bool) -> Exception | None:
         error: Exception | None = None
@@ -12669,28 +12684,54 @@ class HttpRequest(HTTPRequestParser):
             raise ParsingError("Content-Length beside Transfer-Encoding")
 
 
+class Lane:
+    """Channels that wait for a thread, and those that have one: at most so many at once."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.waiting: deque[HttpChannel] = deque()
+        self.under_way: set[HttpChannel] = set()
+
+    def ready(self) -> int:
+        return len(self.waiting) if len(self.under_way) < self.most else 0
+
+
+def lane_of(path: str) -> str:
+    """What is asked for: a key of AT_ONCE."""
+    if path == "/healthz":
+        return "health"
+    if path.endswith("/reports"):
+        return "reports"
+    return "page" if path == "/" or re.fullmatch("/api/v1/[a-z]+", path) else "other"
+
+
 class WaitingRequests:
-    """waitress's queue of channels with a request, in two lanes: those with reports wait for all others, and so many
-    are worked on at once. Who sends reports comes again; who looks at the page, or watches the server, waits."""
+    """waitress's queue of channels with a request, in lanes that take turns."""
 
     def __init__(self) -> None:
-        self.reports: deque[HttpChannel] = deque()
-        self.others: deque[HttpChannel] = deque()
-        self.under_way: set[HttpChannel] = set()
+        self.lanes = {name: Lane(most) for name, most in AT_ONCE.items()}
+        self.turns = deque(self.lanes.values())
 
     def append(self, channel: HttpChannel) -> None:
         path = getattr(channel.requests[0], "path", "") if channel.requests else ""
-        (self.reports if path.endswith("/reports") else self.others).append(channel)
+        self.lanes[lane_of(path)].waiting.append(channel)
 
     def __len__(self) -> int:
         """How many a thread may take. Each that ends one looks again, so none waits for ever."""
-        return len(self.others) + (len(self.reports) if len(self.under_way) < REPORTS_AT_ONCE else 0)
+        return sum(lane.ready() for lane in self.turns)
 
     def popleft(self) -> HttpChannel:
-        if self.others:
-            return self.others.popleft()
-        self.under_way.add(self.reports[0])
-        return self.reports.popleft()
+        while not self.turns[0].ready():
+            self.turns.rotate(-1)
+        lane = self.turns[0]
+        self.turns.rotate(-1)
+        channel = lane.waiting.popleft()
+        lane.under_way.add(channel)
+        return channel
+
+    def done(self, channel: HttpChannel) -> None:
+        for lane in self.turns:
+            lane.under_way.discard(channel)
 
 
 class HttpChannel(HTTPChannel):
@@ -12725,7 +12766,7 @@ class HttpChannel(HTTPChannel):
         try:
             super().service()
         finally:
-            self.server.task_dispatcher.queue.under_way.discard(self)
+            self.server.task_dispatcher.queue.done(self)
 
     def writable(self) -> bool:
         if self.total_outbufs_len and time.time() - self.last_activity > UNREAD_SECONDS:

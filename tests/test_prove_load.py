@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from conftest import build_report
 
 import server
@@ -18,19 +19,38 @@ class Channel:
         self.requests = [SimpleNamespace(path=path)]
 
 
-def test_reports_wait_for_all_others_and_few_are_worked_on_at_once():
-    queue: Any = server.WaitingRequests()
-    reports = [Channel(f"/api/v1/hosts/h{n}/reports") for n in range(server.REPORTS_AT_ONCE + 3)]
-    page, health = Channel("/"), Channel("/healthz")
-    for waiting in (*reports, page, health):
+@pytest.fixture
+def queue() -> Any:
+    return server.WaitingRequests()
+
+
+def reports(count: int) -> list[Channel]:
+    return [Channel(f"/api/v1/hosts/h{n}/reports") for n in range(count)]
+
+
+def test_what_is_asked_for_takes_turns(queue):
+    fleet, page, health, history = reports(3), Channel("/"), Channel("/healthz"), Channel("/api/v1/hosts/a/history")
+    for waiting in (*fleet, page, history, health):
         queue.append(waiting)
-    assert [queue.popleft(), queue.popleft()] == [page, health]
-    taken = [queue.popleft() for _ in range(server.REPORTS_AT_ONCE)]
-    assert taken == reports[: server.REPORTS_AT_ONCE] and len(queue) == 0
-    queue.append(page)
-    assert len(queue) == 1 and queue.popleft() is page
-    queue.under_way.discard(taken[0])
-    assert len(queue) == 3 and queue.popleft() is reports[server.REPORTS_AT_ONCE]
+    assert [queue.popleft() for _ in range(6)] == [health, page, fleet[0], history, fleet[1], fleet[2]]
+    assert len(queue) == 0
+
+
+@pytest.mark.parametrize("lane, path", [
+    ("reports", "/api/v1/hosts/a/reports"), ("page", "/"), ("page", "/api/v1/guests"), ("health", "/healthz"),
+    ("other", "/api/v1/hosts/a/history"), ("other", "/login"), ("other", "/metrics"), ("other", ""),
+])  # fmt: skip
+def test_nothing_that_is_asked_for_takes_all_threads(queue, lane, path):
+    most = server.AT_ONCE[lane]
+    crowd, late = [Channel(path) for _ in range(most + 3)], Channel("/install/x" if lane != "other" else "/")
+    for waiting in crowd:
+        queue.append(waiting)
+    assert [queue.popleft() for _ in range(most)] == crowd[:most] and len(queue) == 0
+    queue.append(late)
+    assert len(queue) == 1 and queue.popleft() is late
+    queue.done(crowd[0])
+    assert len(queue) == 3 and queue.popleft() is crowd[most]
+    assert sum(server.AT_ONCE.values()) <= server.THREADS
 
 
 def test_a_report_is_taken_however_many_wait_and_health_does_not(live_server):

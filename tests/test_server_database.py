@@ -329,3 +329,24 @@ def test_what_the_version_before_had_taken_and_not_yet_counted_does_not_count_tw
     accepted = sim.write(lambda db: sim.insert(db, "pve1", reports))
     assert accepted == 0
     sim.close()
+
+
+def test_nothing_is_acknowledged_when_the_file_system_has_given_up_after_its_yes(store, client, monkeypatch):
+    store.write(lambda db: server.set_meta(db, "x", 1))
+
+    def give_up(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "setxattr", give_up)
+        for _ in range(2):  # also when there is nothing more to write, as for a report that comes again
+            with pytest.raises(server.Problem) as problem:
+                store.write(lambda db: None)
+            assert problem.value.code == "busy" and client.get("/healthz").status == 503
+
+    def no_attributes(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", no_attributes)
+    store.write(lambda db: None)
+    assert client.get("/healthz").status == 200
