@@ -114,6 +114,7 @@ THREADS = 32  # a report keeps one until it is on the disk
 AT_ONCE = {"health": 2, "page": 3, "reports": 16, "other": 11}
 STREAMS_AT_ONCE, STREAMS_OF_ONE = 8, 3  # answers that are made while they are read: of all, and of one who asks
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
+COMPANY = AT_ONCE["reports"] * 3 // 4  # so many wait for no more
 
 STALE_SECONDS, OFFLINE_SECONDS = 2 * MINUTE, 5 * MINUTE
 AWAY_SECONDS = MINUTE  # the rules are judged every 5 s; a longer gap means that we were away, not the hosts
@@ -667,7 +668,9 @@ class Store:
         self._flushes = max(-1.0, left)  # a rush of urgent ones, who do not wait, leaves no debt for others to wait off
         self._counted_at = now
         if self._flushes < 0 and not first.urgent:
-            time.sleep(-self._flushes / FLUSHES_PER_SECOND)
+            end = now - self._flushes / FLUSHES_PER_SECOND
+            while len(self._waiting) < COMPANY and (left := end - time.monotonic()) > 0:
+                time.sleep(min(left, 0.005))
 
     def _commit(self, group: list[Write]) -> None:
         """One transaction for the group; one that fails in its own work leaves the others alone."""

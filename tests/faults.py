@@ -709,9 +709,54 @@ def database_damaged(folder: Path, seconds: float, dice: random.Random) -> Outco
         return tally(kept, database_of(server), recovered, f"{', '.join(notes)}: each found by `check`, then `restore`")
 
 
+# file, harm, what the start says to it; '' of what it starts with all the same
+FILE_HARMS: tuple[tuple[str, str, bytes | None, str], ...] = (
+    ("server.toml", "cut", b'[[channels]]\nname = "a"\nkind = "sl', "server.toml: "),
+    ("server.toml", "noise", bytes(range(128, 256)), "server.toml: 'utf-8' codec"),
+    ("monitor.db.secret", "emptied", b"", "restore it from a backup"),
+    ("monitor.db.secret", "noise", bytes(range(128, 256)), "secret: 'utf-8' codec"),
+    ("server.toml", "a strange key", b"[nonsense]\nx = 1\n", "line 1: nonsense: unknown"),
+    ("server.toml", "a wrong type", b'[rules.pool-capacity]\nwarn = "a"\n', "warn: should be a number"),
+    ("server.toml", "emptied", b"", ""),
+    ("monitor.db.secret", "another one", b"0" * 64, ""),
+    ("monitor.db-wal", "noise", bytes(range(256)) * 99, ""),
+    ("monitor.db-shm", "noise", bytes(range(256)) * 99, ""),
+)
+
+
+def files_damaged(folder: Path, seconds: float, dice: random.Random) -> Outcome:
+    """damaged server.toml, secret, WAL and its index: the start is refused in one line, or goes well; mended, all is there"""
+    (folder / "server.toml").write_text("")
+    with serving(folder, SERVER_CONFIG=str(folder / "server.toml")) as server:
+        with Players(server, folder, 2) as players:
+            players.recover(time.monotonic())
+        server.stop()
+        told: dict[str, list[str]] = {"refused": [], "started": []}
+        for name, how, harm, words in FILE_HARMS if seconds else FILE_HARMS[::3]:
+            path = folder / name
+            kept = path.read_bytes() if path.exists() else None
+            path.write_bytes(harm or b"")
+            told["refused" if start_says(server, words) else "started"].append(f"{name} {how}")
+            path.write_bytes(kept) if kept is not None else path.unlink(missing_ok=True)
+        server.start()
+        return tally(players.acknowledged, database_of(server), None, "; ".join(f"{word}: {', '.join(names)}" for word, names in told.items()))
+
+
+def start_says(server: LiveServer, words: str) -> bool:
+    """Try to start; whether that was refused, with these words in one line."""
+    server.log.write_bytes(b"")
+    if not words:
+        server.start()
+        server.stop()
+        return False
+    done = server.command("serve")
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, (words, done)
+    return True
+
+
 FAULTS: dict[str, Callable[[Path, float, random.Random], Outcome]] = {
     each.__name__: each for each in (
         server_killed, both_killed, one_identity, power_cut, server_disk_full, server_disk_read_only, bare_flush, server_clock,
-        agents_clock, bad_wire, restored, database_damaged)
+        agents_clock, bad_wire, restored, database_damaged, files_damaged)
 }  # fmt: skip
 ON_A_DISK = {"power_cut", "server_disk_full", "server_disk_read_only", "bare_flush"}

@@ -16,7 +16,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import quantiles
@@ -123,6 +123,20 @@ async def post(port: int, request: bytes) -> tuple[int, float, bytes]:
     return int(head[9:12] or 0), float(asked[1]) if asked else 0.0, body
 
 
+async def timed(asked: Awaitable[tuple[int, float, bytes]]) -> tuple[int, float]:
+    began = time.monotonic()
+    status, _, _ = await asked
+    return status, time.monotonic() - began
+
+
+async def timed_each_second(host: Host, port: int, end: float) -> list[tuple[int, float]]:
+    took = []
+    while time.monotonic() < end:
+        took.append(await timed(post(port, host.request(host.report(time.time())))))
+        await asyncio.sleep(1)
+    return took
+
+
 # --- players apart ---
 
 
@@ -150,11 +164,11 @@ def start_apart(work: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], tu
 
 
 class Watcher(threading.Thread):
-    """Asks pages all the time and keeps how long each took; and the most memory of the server."""
+    """Asks pages every so many seconds (`seldom`: each third time), keeps how long each took, and the server's most memory."""
 
-    def __init__(self, server: LiveServer, pages: dict[str, str], every: float = 0.5):
+    def __init__(self, server: LiveServer, pages: dict[str, str], every: float = 0.5, seldom: Set[str] = frozenset()):
         super().__init__(daemon=True)
-        self.server, self.pages, self.every = server, pages, every
+        self.server, self.pages, self.every, self.seldom = server, pages, every, seldom
         self.took: dict[str, list[float]] = {name: [] for name in pages}
         self.failed: list[str] = []
         self.rss = 0.0
@@ -164,8 +178,12 @@ class Watcher(threading.Thread):
         self.cookie = log_in.headers["set-cookie"].partition(";")[0]
 
     def run(self) -> None:
+        turn = 0
         while not self.ending.wait(self.every):
+            turn += 1
             for name, path in self.pages.items():
+                if turn % 3 and name in self.seldom:
+                    continue
                 began = time.monotonic()
                 try:
                     answer = self.server.request("GET", path, Cookie=self.cookie)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import resource
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from faults import database_of, stored
-from load import Watcher, behind_caddy, cpu, in_ms, post, rss, start_apart
+from load import Watcher, behind_caddy, cpu, in_ms, post, rss, start_apart, timed, timed_each_second
 
 import agent
 
@@ -116,7 +118,7 @@ def polled(folder: Path, seconds: float, rate: int) -> dict[str, Any]:
 
         async def fleet() -> list[tuple[int, float]]:
             end = time.monotonic() + seconds
-            return sum(await asyncio.gather(*(each_second(host, port, end) for host in hosts)), [])
+            return sum(await asyncio.gather(*(timed_each_second(host, port, end) for host in hosts)), [])
 
         pollers, players = start_apart(poll), start_apart(fleet)
         took, _ = players()
@@ -127,20 +129,6 @@ def polled(folder: Path, seconds: float, rate: int) -> dict[str, Any]:
                 "ingest ms p50/p99": in_ms(good), "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
-async def timed(asked: Any) -> tuple[int, float]:
-    began = time.monotonic()
-    status, _, _ = await asked
-    return status, time.monotonic() - began
-
-
-async def each_second(host: Any, port: int, end: float) -> list[tuple[int, float]]:
-    took = []
-    while time.monotonic() < end:
-        took.append(await timed(post(port, host.request(host.report(time.time())))))
-        await asyncio.sleep(1)
-    return took
-
-
 # --- scale ---
 
 
@@ -148,34 +136,16 @@ def pace(folder: Path, count: int, seconds: float, every: float = 30.0) -> dict[
     """`count` hosts at true pace for some time, behind Caddy; all are known before the time that is measured."""
     with behind_caddy(folder, count) as (server, caddy, port, hosts):
 
-        async def report(host: Any, first: float, begin: float, end: float) -> tuple[list[float], int]:
-            await asyncio.sleep(first)
-            took, again, sent = [], 0, 0
-            while time.monotonic() < end:
-                due = time.monotonic() + every
-                body = host.report(time.time())
-                while True:
-                    status, wait = await timed(post(port, host.request(body)))
-                    if status == 200:
-                        sent += 1
-                        if time.monotonic() > begin:
-                            took.append(wait)
-                        break
-                    again += 1
-                    if time.monotonic() > end + 60:
-                        return took, again
-                    await asyncio.sleep(1)
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-            return took, again
-
         async def fleet() -> Any:
             begin = time.monotonic() + every
             told = await asyncio.gather(*(
-                report(host, every * n / len(hosts), begin, begin + seconds) for n, host in enumerate(hosts)))
-            return sum((took for took, _ in told), []), sum(again for _, again in told), sum(host.seq for host in hosts)
+                report_each(host, port, every * n / len(hosts), every, begin + seconds) for n, host in enumerate(hosts)))
+            took = [wait for answers in told for status, at, wait in answers if status == 200 and at > begin]
+            statuses = Counter(status for answers in told for status, *_ in answers)
+            return took, statuses
 
         watcher = Watcher(server, {"page": "/", "search": "/api/v1/hosts?q=host0001", "metrics": "/metrics", "healthz": "/healthz"},
-                          every=2.0)  # fmt: skip
+                          every=5.0, seldom={"metrics"})  # fmt: skip
         assert server.process
         players = start_apart(fleet)
         time.sleep(every)
@@ -185,11 +155,28 @@ def pace(folder: Path, count: int, seconds: float, every: float = 30.0) -> dict[
         wall = time.monotonic() - began
         busy, caddy_busy = cpu(server.process.pid) - spent, cpu(caddy.pid) - caddy_spent
         told = watcher.told()
-        (took, again, sent), theirs = players()
+        (took, statuses), theirs = players()
         size = sum(os.path.getsize(database_of(server) + end) for end in ("", "-wal"))
         found = stored(database_of(server))
         return {"hosts": count, "reports/s": round(len(took) / wall, 1), "cpu": f"{busy / wall:.0%}", "caddy": f"{caddy_busy / wall:.0%}",
                 "players": f"{theirs / (wall + every):.0%}", "rss": round(max(watcher.rss, rss(server.process.pid))),
                 "disk": f"{size / max(1, len(found)) * count * 86400 / every / 2**30:.1f} GiB", "ingest": in_ms(took),
                 **{name: told[name] for name in ("page", "search", "metrics", "healthz")},
-                "lost": sent - len(set(found)), "tries": again, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+                "lost": max(0, statuses.pop(200, 0) - len(set(found))), "tries": dict(statuses) or 0, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+
+
+async def report_each(host: Any, port: int, first: float, every: float, end: float) -> list[tuple[int, float, float]]:
+    """A report each `every` seconds, as the agent sends it: status, time and seconds of each try."""
+    await asyncio.sleep(first)
+    told: list[tuple[int, float, float]] = []
+    while time.monotonic() < end:
+        due, backoff, body = time.monotonic() + every, agent.BACKOFF_FIRST, host.report(time.time())
+        while True:
+            status, wait = await timed(post(port, host.request(body)))
+            told.append((status, time.monotonic(), wait))
+            if status == 200 or time.monotonic() > end + 60:
+                break
+            await asyncio.sleep(backoff * (0.5 + random.random() / 2))
+            backoff = min(2 * backoff, agent.BACKOFF_LAST)
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+    return told

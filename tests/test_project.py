@@ -107,7 +107,8 @@ def test_no_file_names_a_package_registry():
 
 
 def test_no_test_steps_aside():
-    """Only a program that is not installed may leave a test out, through conftest's find_program; in CI nothing may."""
+    """Only a program that is not installed may leave a test out, through conftest's find_program, and in CI nothing may
+    but what the machine cannot do at all (skip_here)."""
     words = re.compile(r"pytest\.(skip|xfail|importorskip)\(|mark\.(skip|xfail)\b")
     for name in tracked_files():
         if name.startswith("tests/") and name.endswith(".py") and name != "tests/test_project.py":
