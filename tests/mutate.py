@@ -68,7 +68,7 @@ PARTS = {
              "test_server_ingest.py test_server_limits.py test_server_database.py"),
     ],
     "spool": [
-        Part(agent, "section:spool", "test_agent_spool.py test_agent_faults.py test_agent_mail.py test_agent_service.py test_agent_delivery.py"),
+        Part(agent, "section:spool", "test_agent_spool.py test_agent_mail.py test_agent_faults.py"),
     ],
     "rules": [
         Part(server, "Rule.level Rule.severity evaluate is_worse judge judge_rule forget_gone limits_for objects_of covers tell_stumble knows",
