@@ -93,6 +93,12 @@ JUDGED: dict[tuple[str, str], str] = {
     ("Spool._make_room", "self.bytes + size <= self.max_bytes: Lt"): "the same short cut",
     ("Spool._make_room", "True: the other in: for name, self.age in zip(names, ages_of(names, now), strict=True):"):
         "both are of the same length always",
+    ("on_disk", "return self.disk.call(what, lambda: method(self, *args, **named)): None"): "inside a decorator: done when the program is loaded",
+    ("Spool.open", "left out: self._save_losses()"): "writes what was read a moment before",
+    ("Spool._size", "0: one more in: return 0"): "of a file that is gone",
+    ("Spool._make_room", "self.age + clock_step(self.newest_at, now) if self.count else 0.0: always True"):
+        "the loop below finds how old each is; this says only whether to look",
+    ("Spool._make_room", "0.0: one more in: self.age = self.age + clock_step(self.newest_at, now) if self.count else 0.0"): "the same",
     ("Spool._make_room", "if lost:: always True"): "counts 0 lost ones, and writes what stands there already",
     ("Spool._remove", "if not os.path.lexists(os.path.join(self.folder, name)):: always False"): "what is gone cannot be removed again either",
 }

@@ -458,3 +458,25 @@ def test_since_when_reports_wait(tmp_path, put, since):
     push(spool, b"1", now=put)
     push(spool, b"2", now=NOW + 30)
     assert spool.waiting_since(NOW + 60) == since
+
+
+def test_many_reports_of_one_moment_are_not_old(tmp_path):
+    spool = new_spool(tmp_path, max_seconds=5)
+    push(spool, *[b"%d" % number for number in range(10)])
+    assert spool.count == len(bodies(spool)) == 10
+
+
+def test_a_refused_report_that_cannot_be_set_aside_is_counted_and_stands_in_nobodys_way(tmp_path, monkeypatch, capsys):
+    spool = new_spool(tmp_path)
+    push(spool, b"1", b"2")
+    real = agent.write_file
+
+    def full(path, *rest):
+        if path.startswith(spool.rejected):
+            raise OSError(agent.errno.ENOSPC, "No space left on device")
+        return real(path, *rest)
+
+    monkeypatch.setattr(agent, "write_file", full)
+    spool.reject(*spool.oldest(1)[0], "422")
+    assert bodies(spool) == [b"2"] and spool.dropped_total == 1
+    assert "nowhere" in capsys.readouterr().out
