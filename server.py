@@ -3625,7 +3625,7 @@ def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now:
 
 # What the sections below do with each report as it is taken, and once with all that is new of a request: inside the
 # transaction, in the order in which they stand in the file.
-EACH_REPORT: list[Callable[[Monitor, Database, HostState, dict[str, Any], Stamp], None]] = []
+EACH_REPORT: list[Callable[[Monitor, Database, HostState, dict[str, Any], Stamp, int], None]] = []  # int: its weight
 EACH_REQUEST: list[Callable[[Monitor, Database, HostState, set[str], float], object]] = []
 
 
@@ -3653,7 +3653,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         note_changes(db, state, report, stamp)
         changed.update(state.apply(report, stamp, weight))
         for follow in EACH_REPORT:
-            follow(monitor, db, state, report, stamp)
+            follow(monitor, db, state, report, stamp, weight)
         runs[run.id] = run
         accepted += 1
     if accepted:
@@ -6296,7 +6296,7 @@ def follow_report(monitor: Monitor, db: Database, state: HostState, report: Fiel
         judge_backlog(db, monitor.fleet, state, report, stamp)
 
 
-EACH_REPORT.append(follow_report)
+EACH_REPORT.append(lambda monitor, db, state, report, stamp, weight: follow_report(monitor, db, state, report, stamp))
 EACH_REQUEST.append(lambda monitor, db, state, changed, now: judge_host(db, monitor.fleet, state, now, changed))
 
 
@@ -7617,6 +7617,7 @@ ON_REQUEST = (6 * HOUR, DAY, 10 * DAY)  # made from hours when years are asked f
 POINTS_MOST = 2000
 RATE_MOST = HOUR  # a counter's values that are farther apart make no rate
 HISTORY_MEMORY = 16 << 20  # bytes of numbers not yet in chunks that are kept at hand
+FRESH_MOST, FRESH_WEIGHT = 16, 1 << 20  # reports, and bytes of them as weigh() has it, whose numbers may wait
 
 OBJECTS_MOST = 5000  # of one section of a report
 FIELDS_MOST = 300  # of one object
@@ -7726,10 +7727,12 @@ class History:
         self._ticks: dict[int, dict[int, Tick]] = {}  # host -> report -> its numbers
         self._parts: dict[int, dict[Parts, Parts]] = {}  # host -> what its last reports held: one copy for all alike
         self._parsed: dict[int, Tick] = {}  # what had to be read from the disk for somebody's question
+        self._fresh: list[tuple[int, int, Fields, float]] = []  # reports whose numbers are not taken out yet
+        self._fresh_weight = 0
         self._lock = threading.Lock()
 
-    def remember(self, host_id: int, report_id: int, report: Fields, received_at: float) -> None:
-        """A report has come; called by who writes it, one at a time."""
+    def remember(self, host_id: int, report_id: int, report: Fields, received_at: float, weight: int) -> None:
+        """A report has come; called by who writes it, one at a time. `weight`: see weigh()."""
         value = number(report.get("node"), "cpu_ratio")
         if value is not None:
             hours, hour = self.hours.setdefault(host_id, {}), int(min(report["time"], received_at)) // HOUR * HOUR
@@ -7737,19 +7740,30 @@ class History:
             if len(hours) > 100:
                 hours.clear()
             hours[hour] = total + value, count + 1
-        if self.bytes < HISTORY_MEMORY:
+        with self._lock:
+            if self.bytes < HISTORY_MEMORY:
+                self._fresh.append((host_id, report_id, report, received_at))
+                self._fresh_weight += weight
+                if len(self._fresh) >= FRESH_MOST or self._fresh_weight > FRESH_WEIGHT:
+                    self._take_in()
+
+    def _take_in(self) -> None:
+        """Take the numbers out of the fresh reports; several in a row cost half of what each costs by itself. Under
+        the lock."""
+        fresh, self._fresh, self._fresh_weight = self._fresh, [], 0
+        for host_id, report_id, report, received_at in fresh:
             tick = build_tick(report, received_at)
-            with self._lock:
-                same = self._parts.setdefault(host_id, {})
-                if len(same) > 10:
-                    same.clear()
-                tick = tick._replace(parts=same.setdefault(tick.parts, tick.parts))
-                self._ticks.setdefault(host_id, {})[report_id] = tick
-                self.bytes += tick_bytes(tick)
+            same = self._parts.setdefault(host_id, {})
+            if len(same) > 10:
+                same.clear()
+            tick = tick._replace(parts=same.setdefault(tick.parts, tick.parts))
+            self._ticks.setdefault(host_id, {})[report_id] = tick
+            self.bytes += tick_bytes(tick)
 
     def forget(self, host_id: int, report_ids: Iterable[int]) -> None:
         """Reports went into a chunk."""
         with self._lock:
+            self._take_in()
             ticks = self._ticks.get(host_id, {})
             for report_id in report_ids:
                 self._parsed.pop(report_id, None)
@@ -7759,6 +7773,7 @@ class History:
     def forget_hosts(self, but: Set[int]) -> None:
         """Hosts were removed: give back what is kept of all others than these."""
         with self._lock:
+            self._take_in()
             for host_id in (self._ticks.keys() | self._parts.keys() | self.hours.keys()) - but:
                 self.bytes -= sum(map(tick_bytes, self._ticks.pop(host_id, {}).values()))
                 self._parts.pop(host_id, None)
@@ -7767,10 +7782,13 @@ class History:
     def clear(self) -> None:
         with self._lock:
             self._ticks, self._parts, self._parsed, self.bytes = {}, {}, {}, 0
+            self._fresh, self._fresh_weight = [], 0
 
     def tail(self, db: Database, host_id: int, since: float = 0, until: float = math.inf, *,
              most: int | None = None, without: Set[int] = frozenset()) -> dict[int, Tick]:
         """Reports of a span of time that are in no chunk yet, oldest first."""
+        with self._lock:
+            self._take_in()
         known, ids = self._ticks.get(host_id, {}), tail_ids(db, host_id, since, until)
         ticks = {report_id: known.get(report_id) or self._parsed.get(report_id) or self._parse(db, report_id)
                  for report_id in islice((report_id for report_id in ids if report_id not in without), most)}
@@ -8758,8 +8776,8 @@ def list_expired(db: Database, now: float) -> list[int]:
     return found
 
 
-EACH_REPORT.append(lambda monitor, db, state, report, stamp: monitor.history.remember(
-    state.id, stamp.report_id, report, stamp.received_at))
+EACH_REPORT.append(lambda monitor, db, state, report, stamp, weight: monitor.history.remember(
+    state.id, stamp.report_id, report, stamp.received_at, weight))
 
 
 # --- remote: the same history, in and out of a VictoriaMetrics (HISTORY_URL=http…) ---

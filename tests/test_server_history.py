@@ -515,7 +515,7 @@ def test_a_true_value_is_one_whatever_the_rest_of_the_report_is(recorder):
 
 
 def test_a_removed_host_gives_back_its_memory(recorder):
-    recorder.take(*reports_of_a_time(20, START - 600))
+    recorder.take(*reports_of_a_time(50, START - 1500))
     assert recorder.monitor.history.bytes > 0 and recorder.monitor.history.hours
     recorder.monitor.store.write(lambda db: server.delete_host(db, "pve1", recorder.clock()))
     recorder.monitor.fleet.refresh(recorder.monitor.store.reader())
@@ -529,7 +529,7 @@ def test_taking_and_forgetting_at_once_counts_every_byte(recorder):
 
     def take(mine: list[int]) -> None:
         for number in mine:
-            history.remember(recorder.host, number, report, START)
+            history.remember(recorder.host, number, report, START, 1000)
             history.forget(recorder.host, [number])
 
     threads = [threading.Thread(target=take, args=(ids[nth::4],)) for nth in range(4)]
