@@ -45,9 +45,7 @@ apt_install() {
 
 install_test_programs() {
     local pair missing=""
-    for pair in $TEST_PROGRAMS; do
-        command -v "${pair%%:*}" >/dev/null || missing+=" ${pair#*:}"
-    done
+    for pair in $TEST_PROGRAMS; do command -v "${pair%%:*}" >/dev/null || missing+=" ${pair#*:}"; done
     if command -v dpkg-query >/dev/null; then
         for pair in $TEST_LIBRARIES; do
             dpkg-query -W -f '${Status}' "$pair" 2>/dev/null | grep -q ' installed$' || missing+=" $pair"
@@ -66,10 +64,8 @@ install_test_programs() {
 usable_python() {
     local candidate
     for candidate in ${PYTHON:-} python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            command -v "$candidate"
-            return 0
-        fi
+        "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+        command -v "$candidate" && return 0
     done
     return 1
 }
@@ -89,12 +85,9 @@ make_venv() {
     python=$(find_python)
     stamp="$("$python" -VV) $("$python" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$requirements")"
-    if [ "$(cat "$directory/made-from" 2>/dev/null)" = "$stamp" ] && "$directory/bin/python" -c '' 2>/dev/null; then
-        return 0
-    fi
+    [ "$(cat "$directory/made-from" 2>/dev/null)" = "$stamp" ] && "$directory/bin/python" -c '' 2>/dev/null && return 0
     say "Making a virtual environment in $directory ($("$python" -V))"
-    rm -rf "$directory"
-    mkdir -p "$(dirname "$directory")"
+    rm -rf "$directory" && mkdir -p "$(dirname "$directory")"
     "$python" -m venv "$directory"
     "$directory/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
         --require-hashes --only-binary=:all: -r "$requirements" \
@@ -121,9 +114,7 @@ command_test() {  # set up what the tests need and run all checks (more words go
     "$bin/ruff" check .
     "$bin/mypy" .
     # Two processes: the machine CI has is that wide. A selection of tests runs in one, with its output as it comes.
-    if [ $# -gt 0 ]; then
-        exec "$bin/python" -m pytest "$@"
-    fi
+    [ $# -eq 0 ] || exec "$bin/python" -m pytest "$@"
     exec "$bin/python" -m pytest -n 2 --dist worksteal
 }
 
@@ -135,6 +126,19 @@ command_soak() {  # the long proofs: faults, load, attacks: soak [--minutes N] [
 command_mutate() {  # how many small mistakes in what must not be wrong the tests see: mutate [--most N] [PART…]
     make_venv .venv requirements-dev.txt
     exec .venv/bin/python tests/mutate.py "$@"
+}
+
+ADVISORIES=https://api.osv.dev/v1/query
+
+command_audit() {  # ask the advisory database about the pinned packages (--if-reachable: not red where it cannot be asked)
+    if ! curl -fsS -m 10 -o /dev/null -d '{"package": {"name": "bottle", "ecosystem": "PyPI"}}' "$ADVISORIES" 2>/dev/null; then
+        [ "${1:-}" = --if-reachable ] || fail "audit: nothing was checked: $ADVISORIES gives no answer"
+        say "audit: NOT CHECKED, the pinned packages may have known holes: $ADVISORIES gives no answer"
+        return 0
+    fi
+    make_venv .build/audit packaging/requirements-audit.txt
+    .build/audit/bin/pip-audit --strict --vulnerability-service osv --disable-pip --require-hashes -r requirements.txt \
+        -r packaging/requirements-build.txt
 }
 
 # --- freeze: each program as one file, made in a Debian 12 root of its own ---
@@ -380,22 +384,6 @@ command_release() {  # make dist/proxmon-VERSION.tar.gz: binaries, units, docs, 
     mv "dist/$name.tar.gz.partial" "dist/$name.tar.gz"
     cp "$stage/NOTES.md" "dist/$name-NOTES.md"
     say "dist/$name.tar.gz ($(stat -c %s "dist/$name.tar.gz") bytes, sha256 $(sha256sum "dist/$name.tar.gz" | cut -d' ' -f1))"
-}
-
-# --- audit ---
-
-ADVISORIES=https://api.osv.dev/v1/query
-
-command_audit() {  # ask the advisory database about the pinned packages (--if-reachable: not red where it cannot be asked)
-    if ! curl -fsS -m 10 -o /dev/null -d '{"package": {"name": "bottle", "ecosystem": "PyPI"}}' "$ADVISORIES" 2>/dev/null; then
-        [ "${1:-}" = --if-reachable ] || fail "audit: nothing was checked: $ADVISORIES gives no answer"
-        say "audit: NOT CHECKED, the pinned packages may have known holes: $ADVISORIES gives no answer"
-        return 0
-    fi
-    [ -x .build/audit/bin/pip-audit ] || { "$(find_python)" -m venv .build/audit && .build/audit/bin/pip install -qq pip-audit; } \
-        || fail "pip could not install pip-audit"
-    .build/audit/bin/pip-audit --strict --vulnerability-service osv --disable-pip --require-hashes -r requirements.txt \
-        -r packaging/requirements-build.txt
 }
 
 # --- dispatch ---
