@@ -1758,12 +1758,24 @@ class AlertOwner:
         self.stumbled: dict[str, float] = {}  # when it was last logged that a rule cannot judge something here
         self.limits: tuple[Any, Fields] | None = None
         self.sections: dict[str, Section] = {}
+        self.made: dict[Callable[[Any], Any], tuple[bytes, Any]] = {}  # see made_of(); from which report
 
     def body(self, section: str, default: Any = None) -> Any:
         """The latest value of a section."""
         section_now = self.sections.get(section)
         value = None if section_now is None else section_now.body
         return default if value is None else value
+
+    def made_of(self, section: str, make: Callable[[Any], Any]) -> Any:
+        """`make(value)` of a section. Where the value has been let go it is made once for each that comes: to read
+        that again takes longer than all else that a list does."""
+        latest = self.sections.get(section, NOTHING)
+        if latest.report is None:
+            return make(latest.value)
+        kept = self.made.get(make)
+        if kept is None or kept[0] is not latest.report:
+            kept = self.made[make] = latest.report, make(latest.body)
+        return kept[1]
 
     def items(self, section: str) -> list[Fields]:
         """The objects of a section that is a list, or of a list inside a section: 'backups.guests'."""
@@ -9522,8 +9534,8 @@ def object_verdict(state: HostState, section: str, object: str, now: float) -> t
     return "ok", None
 
 
-def pick(fields: Row, columns: Iterable[str]) -> Row:
-    return {column: fields.get(column) for column in columns}
+def pick(fields: Row, columns: Sequence[str]) -> Row:
+    return dict(zip(columns, map(fields.get, columns)))
 
 
 HOST_COLUMNS = tuple("""
@@ -9625,14 +9637,15 @@ def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iter
     """A host's guests as the fleet's list shows them; what is told of their backups takes the fleet."""
     as_of = state.sections.get("guests", NOTHING).time
     covers = {cover.vmid: cover for cover in (known_coverage(state, fleet, now) or () if fleet else ())}
-    snapshots, pools = oldest_snapshots(state), grounds(state)
+    snapshots, pools = state.made_of("snapshots", oldest_snapshots), grounds(state)
+    muted = state.made_of("guests", no_backup_wanted)
     usual = None if state.alerts else object_verdict(state, "guests", "", now)  # the same for all, mostly
     for guest in state.body("guests", ()):
         verdict, reason = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)
         if verdict == "ok" and guest.get("status") in (None, "unknown"):
             verdict, reason = "unknown", "Proxmox does not say whether it runs."
         cover = covers.get(str(guest.get("vmid")))
-        word = cover and backup_word(cover, guest)
+        word = cover and backup_word(cover, muted)
         if verdict == "ok" and cover and word not in ("fresh", "due", "not wanted"):
             verdict, reason = backup_verdict(word or "", cover, now)
         own = number(guest, "as_of")  # pvestatd's time; a clock that is ahead makes nothing fresher than its report
@@ -9640,14 +9653,14 @@ def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iter
                "backup": word, "backup_at": cover and cover.newest_ok_at,
                "job": cover and {True: "yes", False: "none", None: None}[cover.covered],
                "oldest_snapshot_at": min((snapshots[dataset] for dataset in volumes_of(guest) if dataset in snapshots),
-                                         default=None),
+                                         default=None) if snapshots else None,
                "lives_on": "; ".join(lives_on(guest, pools)) or None,
                "as_of": as_of if own is None or as_of is None else min(own, as_of)}
 
 
-def oldest_snapshots(state: HostState) -> dict[str, float]:
+def oldest_snapshots(snapshots: Any) -> dict[str, float]:
     """By dataset, when the oldest of the snapshots was made that somebody made by hand in Proxmox."""
-    return {str(entry.get("dataset")): at for entry in dicts(state.body("snapshots"))
+    return {str(entry.get("dataset")): at for entry in dicts(snapshots)
             if text(entry, "class") == "pve" and (at := number(entry, "oldest_at")) is not None}
 
 
@@ -9655,12 +9668,17 @@ def oldest_snapshots(state: HostState) -> dict[str, float]:
 BACKUP_WORDS = ("late", "in no job", "none yet", "not known", "due", "fresh", "not wanted")
 
 
-def backup_word(cover: Coverage, guest: Row) -> str:
+def no_backup_wanted(guests: Any) -> frozenset[str]:
+    """The vmids of the guests that are tagged so."""
+    return frozenset(str(guest.get("vmid")) for guest in dicts(guests) if wants_no_backup(guest))
+
+
+def backup_word(cover: Coverage, muted: frozenset[str]) -> str:
     """Green is only what has a good backup that is in time: 'fresh', and 'due' while the next one is under way."""
     if cover.late_seconds is not None and cover.late_seconds > BACKUP_GRACE:
         return "late"
     if cover.covered is False:
-        return "not wanted" if wants_no_backup(guest) else "in no job"
+        return "not wanted" if cover.vmid in muted else "in no job"
     if cover.newest_ok_at is None:
         return "none yet" if cover.covered else "not known"
     return "due" if cover.late_seconds is not None and cover.late_seconds > 0 else "fresh"
@@ -9671,9 +9689,8 @@ def backups_state(state: HostState, fleet: Fleet, now: float) -> str | None:
     covers = known_coverage(state, fleet, now)
     if covers is None:
         return None
-    tagged = any(cover.covered is False for cover in covers)  # only of these the guests' own tags count
-    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())} if tagged else {}
-    words = [backup_word(cover, guests.get(cover.vmid, {})) for cover in covers]
+    muted = state.made_of("guests", no_backup_wanted)
+    words = [backup_word(cover, muted) for cover in covers]
     worst = min(words, key=BACKUP_WORDS.index, default="not wanted")
     return worst if worst in ("fresh", "not wanted") else f"{words.count(worst)} {worst}"
 
@@ -9769,10 +9786,10 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
         return
     known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
     alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
-    guests = {str(guest.get("vmid")): guest for guest in state.body("guests", ())}
+    muted = state.made_of("guests", no_backup_wanted)
     for cover in coverage(state, fleet, now):
         guest = known.get(int(cover.vmid), {})
-        word = backup_word(cover, guests.get(cover.vmid, {}))
+        word = backup_word(cover, muted)
         worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{cover.vmid}")
         verdict, reason = worst or "ok", message or None
         if verdict == "ok" and word not in ("fresh", "due"):
@@ -11179,9 +11196,9 @@ def number_holds(term: Term, row: Row, columns: list[str], now: float) -> bool:
 
 def matches(row: Row, word: str) -> bool:
     """Whether a word occurs in one of the row's texts or in its vmid."""
-    found = " ".join([value if isinstance(value, str) else to_cell(value) for key, value in row.items()
-                      if isinstance(value, (str, list)) or key == "vmid"]).lower()
-    return word in found
+    texts = [value for value in row.values() if type(value) is str]
+    texts += [to_cell(value) for value in row.values() if type(value) is list]
+    return word in " ".join([*texts, to_cell(row.get("vmid"))]).lower()
 
 
 def sort_rows(rows: Rows, by: str) -> Rows:
@@ -11256,10 +11273,14 @@ def render_metrics(monitor: Monitor, now: float) -> Iterator[str]:
         "host": "host", "severity": "severity"}, (Metric("alerts", "Alerts that fire."),))
     yield from object_metrics("proxmon_shared", count_alerts([fleet.shared]), {
         "object": "place", "severity": "severity"}, (Metric("alerts", "Alerts of clusters and sites that fire."),))
-    for resource in RESOURCES.values():
-        if resource.metrics:
-            rows = hosts if resource.name == "hosts" else rows_of_hosts(resource, fleet, states, now)[0]
-            yield from object_metrics(f"proxmon_{resource.one}", rows, resource.labels, resource.metrics)
+    measured = [resource for resource in RESOURCES.values() if resource.metrics]
+    samples: dict[str, Samples] = {resource.name: {} for resource in measured}
+    for state in states:  # host by host: what it sent is read again once
+        for resource in measured:
+            add_samples(samples[resource.name], rows_of_hosts(resource, fleet, [state], now)[0], resource.labels,
+                        resource.metrics)
+    for resource in measured:
+        yield from write_samples(f"proxmon_{resource.one}", samples.pop(resource.name), resource.metrics)
     yield from object_metrics("proxmon", [{"reports_total": monitor.reports_accepted}], {}, (
         Metric("reports_total", "Reports taken since the server started."),), kind="counter")
 
@@ -11277,11 +11298,23 @@ def count_alerts(owners: Iterable[Any]) -> Iterator[Row]:
 
 def object_metrics(prefix: str, rows: Iterable[Fields], labels: dict[str, str],
                    metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
-    """Metric families; of rows with the same labels the first counts, as Prometheus wants it."""
-    samples: dict[str, tuple[Any, ...]] = {}
+    """Metric families."""
+    samples: Samples = {}
+    add_samples(samples, rows, labels, metrics)
+    yield from write_samples(prefix, samples, metrics, kind=kind)
+
+
+Samples = dict[str, tuple[Any, ...]]  # by labels: the value of each metric
+
+
+def add_samples(samples: Samples, rows: Iterable[Fields], labels: dict[str, str], metrics: tuple[Metric, ...]) -> None:
+    """Of rows with the same labels the first counts, as Prometheus wants it."""
     for row in rows:
         shown = ",".join(f'{label}="{escape_label(to_cell(row.get(key)))}"' for label, key in labels.items())
         samples.setdefault(f"{{{shown}}}" if shown else "", tuple(metric.of(row) for metric in metrics))
+
+
+def write_samples(prefix: str, samples: Samples, metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
     for place, metric in enumerate(metrics):
         name = f"{prefix}_{metric.name}"
         yield f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
@@ -12206,12 +12239,14 @@ def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def find_next_due(call: Call) -> dict[str, Any] | None:
     """What will need somebody next, told while nothing does: a scrub that falls due."""
-    scrubs = []
-    for row in tab_rows(call, TABS["pools"])[0]:
-        limits = limits_of(call.fleet, "scrub-age", row["host"], f"pools/{row['name']}")
-        if row["last_scrub_at"] is not None and limits.enabled and limits.warn is not None:
-            scrubs.append({"at": row["last_scrub_at"] + limits.warn,
-                           "text": f"the scrub of {row['name']} on {row['host']} falls due"})
+    scrubs: list[dict[str, Any]] = []
+    for host in call.fleet.hosts.values():
+        for pool in host.items("pools"):
+            limits = limits_of(call.fleet, "scrub-age", host.name, f"pools/{pool['name']}")
+            ended = number(pool.get("last_scrub"), "ended_at")
+            if ended is not None and limits.enabled and limits.warn is not None:
+                scrubs.append({"at": ended + limits.warn,
+                               "text": f"the scrub of {pool['name']} on {host.name} falls due"})
     return min((due for due in scrubs if due["at"] > call.now), key=lambda due: due["at"], default=None)
 
 
@@ -12228,8 +12263,7 @@ def count_tabs(call: Call, terms: list[Term]) -> tuple[dict[str, int], str]:
     """How many rows each tab would show, without a search only what is cheap to count; and the tab to open: that in
     which something is called as what is searched, else the first with hits."""
     if terms:
-        hits = {name: list(find_rows(call, resource, tab_rows(call, resource)[0], terms))
-                for name, resource in TABS.items() if not resource.title}
+        hits = find_all(call, terms)
         called = [name for name, rows in hits.items() for row in rows if is_called(TABS[name], row, terms[0].value)]
         return ({name: len(rows) for name, rows in hits.items()},
                 next(chain(called, (name for name, rows in hits.items() if rows)), "hosts"))
@@ -12239,6 +12273,21 @@ def count_tabs(call: Call, terms: list[Term]) -> tuple[dict[str, int], str]:
             "storages": sum(len(state.body("storages", ())) for state in states), "alerts": firing,
             "pools": sum(len({pool["name"] for section in ("pools", "pool_states")
                               for pool in state.body(section, ())}) for state in states)}, "hosts"
+
+
+def find_all(call: Call, terms: list[Term]) -> dict[str, Rows]:
+    """What each tab has for a search. Host by host, as far as that goes: what a host sent is read again once then."""
+    tabs = [resource for resource in TABS.values() if not resource.title]
+    hits: dict[str, Rows] = {resource.name: [] for resource in tabs}
+    for state in call.fleet.sorted(call.now):
+        for resource in tabs:
+            if resource.of_host:
+                rows, _ = rows_of_hosts(resource, call.fleet, [state], call.now)
+                hits[resource.name] += find_rows(call, resource, rows, terms)
+    for resource in tabs:
+        if not resource.of_host:
+            hits[resource.name] += find_rows(call, resource, tab_rows(call, resource)[0], terms)
+    return hits
 
 
 def is_called(resource: Resource, row: Row, name: str) -> bool:

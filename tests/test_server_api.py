@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -33,6 +34,31 @@ def fleet(register, post, clock):
         report = build_report(name, pools=pools, pool_states=states)
         post(register(name, site=f"site{number}", tags=["prod"]), report, host=name)
     register("pve3")
+
+
+# --- how often what a host sent is read again ---
+
+
+def test_the_list_of_hosts_reads_no_report_again_and_a_search_each_once(register, post, admin, monkeypatch):
+    backups = {"jobs": [], "guests": []}
+    for number in range(5):
+        post(register(f"pve{number}"), build_report(f"pve{number}", backups=backups), host=f"pve{number}")
+    read: list[bytes] = []
+
+    def count(body: bytes) -> dict:
+        read.append(body)
+        return server.read_body(body)
+
+    monkeypatch.setattr(server, "reread", functools.lru_cache(1)(count))  # as in a large fleet: the next host's is another
+    first = admin.get("/api/v1/hosts").text
+    read.clear()
+    assert admin.get("/api/v1/hosts").text == first and not read
+    metrics = admin.get("/metrics").text
+    assert "proxmon_guest_" in metrics and "proxmon_backup_" in metrics and 0 < len(read) <= 5
+    admin.get("/api/v1/guests")
+    read.clear()
+    call = server.Call(admin.monitor, {"QUERY_STRING": ""}, {})
+    assert len(server.find_all(call, server.parse_terms("vm100"))["guests"]) == 5 and 0 < len(read) <= 5
 
 
 # --- backups and disks ---
