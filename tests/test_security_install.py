@@ -433,7 +433,8 @@ def test_a_broken_off_apt_leaves_no_policy_behind(tmp_path):
     (bin / "apt-get").chmod(0o755)
     text = (ROOT / "build.sh").read_text().replace("/usr/sbin/policy-rc.d", str(policy)).replace('main "$@"', "")
     process = subprocess.Popen(["bash", "-c", text + "\napt_install caddy"], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               env={"PATH": f"{bin}:{os.environ['PATH']}"}, start_new_session=True)  # fmt: skip
+                               env={"PATH": f"{bin}:{os.environ['PATH']}"}, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # who runs in the background ignores it
     deadline = time.monotonic() + 10
     while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -267,7 +267,7 @@ def test_answers_that_nobody_reads_keep_no_thread_from_others(target: Target) ->
         assert target.accepts()
         assert target.live.request("GET", "/metrics", Authorization=f"Bearer {other}").status == 200
         assert target.live.request("GET", "/metrics", Authorization=f"Bearer {reader}").status == 503
-        assert target.memory() - before < 60 << 20
+        assert target.memory() - before < 100 << 20  # 40 that are held whole would be 500 MB
     wait_for(lambda: target.live.request("GET", "/metrics", Authorization=f"Bearer {reader}").status == 200)
 
 

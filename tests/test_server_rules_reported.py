@@ -174,6 +174,8 @@ ELSEWHERE = {
     "copy-missing": "the whole fleet: test_server_answers.py",
     "pool-forecast": "days of history: test_server_rules.py", "space-forecast": "days of history: test_server_rules.py",
     "snapshot-missing": "test_server_answers.py", "scrub-slow": "test_server_answers.py",
+    "snapshot-unpruned": "test_server_answers.py", "snapshot-growth": "days of history: test_server_answers.py",
+    "pool-special": "test_rules_fire.py",
 }
 
 
