@@ -71,7 +71,7 @@ PARTS = {
         Part(agent, "section:spool", "test_agent_spool.py test_agent_mail.py test_agent_faults.py"),
     ],
     "rules": [
-        Part(server, "Rule.level Rule.severity evaluate is_worse judge judge_rule forget_gone limits_for objects_of covers tell_stumble knows",
+        Part(server, "Rule.level Rule.severity evaluate is_worse judge judge_rule forget_gone Layers.limits objects_of covers tell_stumble knows",
              "test_server_rules.py test_server_rules_apart.py test_server_alerting.py"),
     ],
     "routing": [

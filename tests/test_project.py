@@ -13,6 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import mutate
 import pytest
 
 import agent
@@ -31,6 +32,13 @@ def lines_of(name: str) -> list[str]:
 
 
 # --- entry points ---
+
+
+def test_what_is_mutated_is_there():
+    trees = {module: ast.parse(Path(module.__file__).read_text()) for module in (agent, server)}
+    for part in [part for parts in mutate.PARTS.values() for part in parts]:
+        names = list(mutate.names_in(part, trees[part.module]))
+        assert names and all(mutate.find_definition(trees[part.module], name) for name in names)
 
 
 @pytest.mark.parametrize("name", ["build.sh", ".ci/run"])
