@@ -85,6 +85,7 @@ Database = sqlite3.Connection
 SENT_LIMIT = 2 << 20  # bytes of one request as sent
 TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; beyond it the connection is closed
 HEAD_SECONDS, REQUEST_SECONDS = 20, 60  # that a request's head and all of it may take to come in
+CROWDED_SECONDS = 2  # that a connection may stand open without a request while places run short
 UNREAD_SECONDS = 60  # that an answer may wait to be read on
 UNREAD_LIMIT = 4 << 20  # bytes of an answer that are made before they are read
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
@@ -12814,23 +12815,22 @@ class HttpChannel(HTTPChannel):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sendbuf_len = min(self.sendbuf_len, 1 << 17)  # read from a file at once; the kernel's buffer is 2.5 MiB
-        if len(self.server.active_channels) > self.adj.connection_limit * 7 // 8:
-            self.take_place()
-
-    def take_place(self) -> None:
-        """End the oldest connection that has asked for nothing yet: waitress would take no more at its limit, and a
-        stranger who only opens connections could keep every host out."""
-        for channel in list(self.server.active_channels.values()):
-            if not (channel is self or channel.will_close or channel.requests or channel.total_outbufs_len):
-                channel.will_close = True
-                return
 
     def readable(self) -> bool:  # asked at each turn of the loop
-        request = self.request
-        if request is not None and time.monotonic() - request.began > (
-                REQUEST_SECONDS if request.headers_finished else HEAD_SECONDS):
+        if self.is_late():
             self.will_close = True
         return super().readable()
+
+    def is_late(self) -> bool:
+        """Whether a request takes too long to come in. Where places run short, who has asked for nothing for two
+        seconds gives his to who comes anew: at its limit waitress takes nobody, and a stranger who only opens
+        connections could keep every host out."""
+        crowded = len(self.server.active_channels) > self.adj.connection_limit * 7 // 8
+        if self.request is not None:
+            head = CROWDED_SECONDS if crowded else HEAD_SECONDS
+            return time.monotonic() - self.request.began > (REQUEST_SECONDS if self.request.headers_finished else head)
+        return crowded and not (self.requests or self.total_outbufs_len) \
+            and time.time() - self.last_activity > CROWDED_SECONDS
 
     def service(self) -> None:
         try:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import waitress.adjustments
@@ -327,7 +328,7 @@ def test_a_server_whose_log_nobody_reads_any_more_goes_on(tmp_path: Path) -> Non
 
 
 def test_who_only_opens_connections_keeps_nobody_out(target: Target) -> None:
-    """More than the server takes: the oldest that has asked for nothing gives its place."""
+    """More than the server takes: who has asked for nothing for a moment gives his place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -336,6 +337,7 @@ def test_who_only_opens_connections_keeps_nobody_out(target: Target) -> None:
                 held.append(direct(target))
                 if number % 2:  # one in two has begun a head
                     held[-1].send(b"G")
+            time.sleep(server.CROWDED_SECONDS)
             assert target.accepts()
             assert target.live.request("GET", "/login").status == 200
             held[0].settimeout(5)
@@ -350,6 +352,7 @@ def test_a_head_has_less_time_than_a_body(target: Target) -> None:
     channel = server.HttpChannel.__new__(server.HttpChannel)
     channel.request = server.HttpRequest(waitress.adjustments.Adjustments())
     channel.requests, channel.total_outbufs_len, channel.adj = [], 0, channel.request.adj
+    channel.server = SimpleNamespace(active_channels={})
     for finished, seconds, ends in ((False, 19, False), (False, 21, True), (True, 21, False), (True, 61, True)):
         channel.request.headers_finished, channel.request.began = finished, time.monotonic() - seconds
         channel.will_close = False
