@@ -65,7 +65,7 @@ PARTS = {
     ],
     "ingest": [
         Part(server, "section:ingest unpack check_reports check_report Store.write Store._commit Store._attempt",
-             "test_server_ingest.py test_server_limits.py test_server_database.py"),
+             "test_server_ingest.py test_server_limits.py test_server_database.py test_server_answers.py"),
     ],
     "spool": [
         Part(agent, "section:spool", "test_agent_spool.py test_agent_mail.py test_agent_faults.py"),

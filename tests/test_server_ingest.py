@@ -312,6 +312,21 @@ def test_a_signature_of_another_time_is_clock_skew(register, client, clock, offs
         assert answer.json()["server_time"] == clock()
 
 
+def test_a_token_that_is_rotated_while_a_report_is_being_read_takes_it_no_more(register, post, admin, monitor, monkeypatch):
+    """The signature was right when it was looked at; what counts is the token at the moment of writing."""
+    token, take = register("pve1"), monitor.room.take
+
+    def rotated(*words: Any, **more: Any) -> Any:
+        monkeypatch.setattr(monitor.room, "take", take)
+        assert admin.send("POST", "/api/v1/hosts/pve1/rotate-token").status == 200
+        return take(*words, **more)
+
+    monkeypatch.setattr(monitor.room, "take", rotated)
+    answer = post(token, build_report())
+    assert (answer.status, answer.code) == (401, "invalid_token")
+    assert admin.get("/api/v1/hosts/pve1").json()["sections"] == {}
+
+
 def test_a_rotated_token_is_refused_from_then_on(register, post, admin):
     old = register("pve1")
     answer = admin.send("POST", "/api/v1/hosts/pve1/rotate-token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 
@@ -22,6 +23,40 @@ def sim(tmp_path):
     simulation.host("pve1")
     yield simulation
     simulation.close()
+
+
+# --- the engine's small parts ---
+
+
+def test_an_alert_that_is_pending_has_not_fired_and_one_that_fires_did_so_then():
+    rule = server.RULE["pool-capacity"]
+    full = server.measured(0.87, "full")
+    pending = server.evaluate(rule, None, "pools/tank", full, 1000.0)
+    assert pending is not None and (pending.state, pending.fired_at) == ("pending", None)
+    later = 1000.0 + rule.hold
+    firing = server.evaluate(rule, pending, "pools/tank", full, later)
+    assert firing is not None and (firing.state, firing.fired_at, firing.since) == ("firing", later, 1000.0)
+    still = server.evaluate(rule, firing, "pools/tank", full, later + 60)
+    assert still is not None and still.fired_at == later
+
+
+@pytest.mark.parametrize(("among", "object", "covered"), [
+    ({"pools/tank"}, "pools/tank/raidz2-0/sda", True), ({"pools/tank"}, "pools/tank", True), ({"pools"}, "pools/tank/sda", True),
+    ({"pools/tank"}, "pools/tank2", False), ({"pools/tank/sda"}, "pools/tank", False), (set(), "pools", False), ({""}, "", True)])
+def test_what_an_object_is_part_of_covers_it(among: set[str], object: str, covered: bool):
+    assert server.covers(among, object) is covered
+
+
+def test_what_is_known_of_one_section_in_part_stays_so_beside_one_of_which_nothing_is(sim):
+    """Whole in one section, in part, nothing at all: what a rule over two sections goes by."""
+    send = {"pools": pool(), "disks": disk()}
+    sim.send("pve1", **send)
+    host, rule = sim.fleet.find("pve1"), dataclasses.replace(server.RULE["pool-state"], on=("disks", "datasets"))
+    assert server.knows(host, rule, sim.now) == "whole"
+    sim.wait(30)
+    sim.send("pve1", disks=disk(), errors={"disks": {"code": "failed", "message": "one of 18"}})
+    assert server.knows(host, rule, sim.now) == "partly"
+    assert server.knows(host, dataclasses.replace(rule, on=("datasets",)), sim.now) is None
 
 
 # --- a table of what is seen when, and the state of the alert after it ---
