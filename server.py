@@ -12825,12 +12825,13 @@ class HttpChannel(HTTPChannel):
         """Whether a request takes too long to come in. Where places run short, who has asked for nothing for two
         seconds gives his to who comes anew: at its limit waitress takes nobody, and a stranger who only opens
         connections could keep every host out."""
+        if self.requests:  # it is waiting for us: in a storm nearly all are
+            return False
         crowded = len(self.server.active_channels) > self.adj.connection_limit * 7 // 8
         if self.request is not None:
             head = CROWDED_SECONDS if crowded else HEAD_SECONDS
             return time.monotonic() - self.request.began > (REQUEST_SECONDS if self.request.headers_finished else head)
-        return crowded and not (self.requests or self.total_outbufs_len) \
-            and time.time() - self.last_activity > CROWDED_SECONDS
+        return crowded and not self.total_outbufs_len and time.time() - self.last_activity > CROWDED_SECONDS
 
     def service(self) -> None:
         try:
