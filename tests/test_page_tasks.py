@@ -211,7 +211,11 @@ def test_m_what_happened_last_night(operator):
     operator.click(operator.page.get_by_role("link", name="last night"))
     expect(operator.page).to_have_url(re.compile(r"since=\d+&until=\d+"))
     since, until = (float(parse_qs(urlsplit(operator.page.url).query)[name][0]) for name in ("since", "until"))
-    times = [float(age.get_attribute("data-unix")) for age in operator.page.locator(".list .c-time time").all()]
+    for _ in range(80):  # until the rows are those of the night, of which a fleet that was just made has none
+        times = operator.page.locator(".list .c-time time").evaluate_all("all => all.map((each) => Number(each.dataset.unix))")
+        if all(since <= at <= until for at in times):
+            break
+        operator.page.wait_for_timeout(100)
     assert all(since <= at <= until for at in times)
 
 
