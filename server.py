@@ -97,7 +97,7 @@ KEPT_LIMIT = 16 << 20  # bytes parsed of such sections that are kept in the late
 STRANGE_SECTIONS = 64  # of names that this version does not know, per host
 MEMBERS_LIMIT = 16  # of one gzip file
 UNDER_WAY = 8  # requests of one host at once: a quarter of the threads
-RUNS_BURST, RUNS_PER_SECOND = 1000, 1 / 300  # starts of one host's agent: each is a row for ever
+RUNS_BURST, RUNS_PER_SECOND = 1000, 1 / 300  # starts of one host's agent: each is a row for two years
 RUNS_AT_HAND = 10_000  # whose sequence numbers are in memory
 SPANS_LIMIT = 10_000  # of sequence numbers that have come, per run; a week in any order makes half as many
 SPANS_AT_HAND = 200_000  # in memory, over all runs
@@ -1759,7 +1759,7 @@ class AlertOwner:
         self.stumbled: dict[str, float] = {}  # when it was last logged that a rule cannot judge something here
         self.limits: tuple[Any, Fields] | None = None
         self.sections: dict[str, Section] = {}
-        self.made: dict[Callable[[Any], Any], tuple[bytes, Any]] = {}  # see made_of(); from which report
+        self.made: dict[tuple[str, Callable[[Any], Any]], tuple[bytes, Any]] = {}  # see made_of(); from which report
 
     def body(self, section: str, default: Any = None) -> Any:
         """The latest value of a section."""
@@ -1773,9 +1773,9 @@ class AlertOwner:
         latest = self.sections.get(section, NOTHING)
         if latest.report is None:
             return make(latest.value)
-        kept = self.made.get(make)
+        kept = self.made.get((section, make))
         if kept is None or kept[0] is not latest.report:
-            kept = self.made[make] = latest.report, make(latest.body)
+            kept = self.made[section, make] = latest.report, make(latest.body)
         return kept[1]
 
     def items(self, section: str) -> list[Fields]:
@@ -2178,6 +2178,14 @@ def number(fields: Any, key: str) -> float | None:
 def text(fields: Any, key: str) -> str | None:
     value = fields.get(key) if type(fields) is dict else None
     return value if type(value) is str else None
+
+
+def tags_of(guest: Fields) -> list[str]:
+    """A guest's tags, which PVE separates by ; , or blanks."""
+    tags = guest.get("tags")
+    if isinstance(tags, str):
+        return tags.replace(",", ";").replace(" ", ";").lower().split(";")
+    return [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -2593,10 +2601,9 @@ CRITICAL_TAGS = frozenset(("critical", "prod", "production"))
 
 def is_critical(host: HostState, guest: dict[str, Any]) -> bool:
     """Whom a guest serves is not in the data; a tag that says so, or HA, is the nearest to it."""
-    tags = {str(tag).lower() for tag in guest.get("tags") or ()} if isinstance(guest.get("tags"), list) else set()
     managed = {text(service, "id") for service in dicts((host.body("ha") or {}).get("services"))}
     name = f"{'ct' if guest.get('type') == 'lxc' else 'vm'}:{guest.get('vmid')}"
-    return bool(tags & CRITICAL_TAGS) or name in managed
+    return not CRITICAL_TAGS.isdisjoint(tags_of(guest)) or name in managed
 
 
 def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
@@ -3674,7 +3681,10 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
         for follow_up in EACH_REQUEST:
             follow_up(monitor, db, state, changed, now)
         state.let_go(bodies)
-    if len(monitor.runs) > RUNS_AT_HAND or sum(len(run.ranges) for run in monitor.runs.values()) > SPANS_AT_HAND:
+    # Few have so many gaps; only where one has are those of all runs counted.
+    gaps = any(len(run.ranges) > SPANS_AT_HAND // RUNS_AT_HAND for run in runs.values())
+    if len(monitor.runs) > RUNS_AT_HAND or (
+            gaps and sum(len(run.ranges) for run in monitor.runs.values()) > SPANS_AT_HAND):
         monitor.runs.clear()
     monitor.reports_accepted += accepted
     return accepted
@@ -5071,14 +5081,6 @@ def guest_disk_full(guest: Fields) -> Found:
         return None
     full = ratio(number(guest, "disk_used_bytes"), number(guest, "disk_max_bytes"))
     return measured(full, lambda: f"The root disk of container {called(guest)} is {full:.0%} full.")
-
-
-def tags_of(guest: Fields) -> list[str]:
-    """A guest's tags, which PVE separates by ; , or blanks."""
-    tags = guest.get("tags")
-    if isinstance(tags, str):
-        return tags.replace(",", ";").replace(" ", ";").lower().split(";")
-    return [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
 
 
 # Backups
@@ -7765,7 +7767,11 @@ class History:
         the lock."""
         fresh, self._fresh, self._fresh_weight = self._fresh, [], 0
         for host_id, report_id, report, received_at in fresh:
-            tick = build_tick(report, received_at)
+            try:
+                tick = build_tick(report, received_at)
+            except ODD as error:  # this report's: it must not cost the others of the group, nor who comes by
+                log_once(f"history: the numbers of report {report_id} cannot be taken out: {error!r}")
+                continue
             same = self._parts.setdefault(host_id, {})
             if len(same) > 10:
                 same.clear()
@@ -11263,23 +11269,26 @@ def to_text_cell(column: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else to_cell(value) or "-"
 
 
+IS_UP = Metric("up", "Whether the host reports.", lambda row: row["verdict"] not in ("offline", "stale", "unknown"))
+
+
 def render_metrics(monitor: Monitor, now: float) -> Iterator[str]:
     """Prometheus text; a value that is not known has no line."""
     fleet = monitor.fleet
-    states = fleet.sorted(now)
-    hosts, _ = rows_of_hosts(RESOURCES["hosts"], fleet, states, now)
-    yield from object_metrics("proxmon_host", hosts, {"host": "name", "site": "site"}, (
-        Metric("up", "Whether the host reports.", lambda row: row["verdict"] not in ("offline", "stale", "unknown")),))
     yield from object_metrics("proxmon_host", count_alerts(fleet.hosts.values()), {
         "host": "host", "severity": "severity"}, (Metric("alerts", "Alerts that fire."),))
     yield from object_metrics("proxmon_shared", count_alerts([fleet.shared]), {
         "object": "place", "severity": "severity"}, (Metric("alerts", "Alerts of clusters and sites that fire."),))
     measured = [resource for resource in RESOURCES.values() if resource.metrics]
     samples: dict[str, Samples] = {resource.name: {} for resource in measured}
-    for state in states:  # host by host: what it sent is read again once
+    up: Samples = {}
+    for state in fleet.sorted(now):  # host by host: what it sent is read again once
         for resource in measured:
-            add_samples(samples[resource.name], rows_of_hosts(resource, fleet, [state], now)[0], resource.labels,
-                        resource.metrics)
+            rows, _ = rows_of_hosts(resource, fleet, [state], now)
+            add_samples(samples[resource.name], rows, resource.labels, resource.metrics)
+            if resource.name == "hosts":
+                add_samples(up, rows, {"host": "name", "site": "site"}, (IS_UP,))
+    yield from write_samples("proxmon_host", up, (IS_UP,))
     for resource in measured:
         yield from write_samples(f"proxmon_{resource.one}", samples.pop(resource.name), resource.metrics)
     yield from object_metrics("proxmon", [{"reports_total": monitor.reports_accepted}], {}, (

@@ -509,6 +509,12 @@ def test_a_special_vdev_that_is_nearly_full(sim: Simulation, used: float | None,
     assert (server.pool_special(special(used)) is server.UNKNOWN) == (used is None)
 
 
+@pytest.mark.parametrize("tags", ["web;critical", "web, Critical", ["critical"]])
+def test_a_guest_is_critical_by_its_tags_however_they_come(sim: Simulation, tags: Any) -> None:
+    host = state(sim, guests=[guest(tags=tags), guest(vmid=105, tags="uncritical")])
+    assert [server.is_critical(host, row) for row in host.items("guests")] == [True, False]
+
+
 # chronicle: what a report tells beyond the one before
 
 
