@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Mutation score of what must not be wrong: ./build.sh mutate [--most N] [--jobs N] [PART…]
+"""Mutation score of what must not be wrong: ./build.sh mutate [--most N] [--seed N] [--jobs N] [PART…]
 
 Each function of a part is changed in one place at a time (another comparison, `or` for `and`, a number one more, a
 condition that always holds, a statement left out …), and a test has to fail. A runner of our own: mutmut and
@@ -266,8 +266,8 @@ class Marked(ast.NodeTransformer):
 class Session:
     """Collects the tests once; all else happens in forks of it, before any test has run in this process."""
 
-    def __init__(self, names: list[str], most: int, jobs: int):
-        self.names, self.most, self.jobs = names, most, jobs
+    def __init__(self, names: list[str], most: int, seed: int, jobs: int):
+        self.names, self.most, self.seed, self.jobs = names, most, seed, jobs
         self.items: list[Any] = []
         self.seconds: dict[int, float] = {}
         self.runs: dict[tuple[str, int], set[int]] = defaultdict(set)  # function and line -> tests
@@ -353,7 +353,7 @@ class Session:
                 for change in changes(function, find_definition(self.trees[part.module], function))]
         all_made = len(made)
         if len(made) > self.most:
-            made = random.Random(1).sample(made, self.most)  # the same ones each time
+            made = random.Random(self.seed).sample(made, self.most)
         waiting, left = list(made), []
         running: dict[int, tuple[Part, Change, list[int], Any, float]] = {}
         while waiting or running:
@@ -419,7 +419,7 @@ class Session:
             note = f"judged: {reason}" if reason else f"passed {tests} tests" if tests else "no test runs it"
             print(f"   survived: {part.module.__name__}.py:{change.line} {change.function}: {change.what} ({note})", flush=True)
         killed = count - len(left)
-        of = f"{count} changes" if count == all_made else f"{count} of {all_made} changes, drawn by seed 1,"
+        of = f"{count} changes" if count == all_made else f"{count} of {all_made} changes, drawn by seed {self.seed},"
         print(f"{name}: {killed} of {of} were seen, {killed / max(1, count):.1%}; of the other {len(left)}, {judged} are judged", flush=True)
         return killed, count - judged
 
@@ -428,6 +428,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./build.sh mutate", description="Mutation score of what must not be wrong.")
     parser.add_argument("part", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--most", type=int, default=10_000, metavar="N", help="changes of a part (default: all)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="which ones are drawn where that is not all (default: 1)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at once (default: 2)")
     options = parser.parse_args()
     if strange := set(options.part) - PARTS.keys():
@@ -435,7 +436,7 @@ def main() -> int:
     os.nice(19)
     names = options.part or list(PARTS)
     files = dict.fromkeys(file for name in names for part in PARTS[name] for file in part.tests.split())
-    session = Session(names, options.most, options.jobs)
+    session = Session(names, options.most, options.seed, options.jobs)
     code = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *(str(HERE / file) for file in files)], plugins=[session])
     return 0 if session.scores and code in (0, 5) and all(seen >= GOAL * count for seen, count in session.scores) else 1
 
