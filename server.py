@@ -9413,6 +9413,7 @@ def index_copies(monitor: Monitor, now: float, db: Database) -> None:
 
 
 FORECAST_SECONDS = HOUR  # a host's forecasts are made anew
+FORECAST_AGAIN = MINUTE  # but after the first ones: its backlog may just have been on its way
 
 
 def forecast_fleet(monitor: Monitor, now: float, db: Database, seconds: float = 0.2) -> None:
@@ -9424,7 +9425,7 @@ def forecast_fleet(monitor: Monitor, now: float, db: Database, seconds: float = 
             return
         if host.last_seen_at is None:
             continue  # its turn is when it has told of itself, not an hour later
-        host.forecast_at = now
+        host.forecast_at = now if host.forecasts is not None else now - FORECAST_SECONDS + FORECAST_AGAIN
         try:
             host.forecasts = forecast_host(monitor.keeper, db, host, min(now, host.last_seen_at or now))
         except Problem:

@@ -39,7 +39,8 @@ import agent  # noqa: E402
 MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
 BACKFILL_HOURS, BACKFILL_STEP = 2, 120  # what a new host's charts begin with
-BATCH = 100  # reports in one request
+BACKFILL_DAYS, WITH_DAYS = 4, 60  # and so long back how full each space was, for so many hosts: forecasts need 3 days
+BATCH = 250  # reports in one request
 
 FAST_SECTIONS = ("node", "cluster", "guests", "storages", "pool_states")
 MEDIUM_EVERY = 10  # fast ticks between two full reports
@@ -445,6 +446,8 @@ class PlayedHost:
         self.run_id = f"{self.dice.getrandbits(64):016x}{int(now):x}"
         self.seq = 0
         self.ticks = 0
+        self.growth = (0.0, 0.0008, 0.002, 0.0045)[number % 4]  # of a pool's size a day
+        self.with_days = number < WITH_DAYS
         self.rates: dict[str, float] = {}
         self.kept: list[dict[str, Any]] = []  # made while the host was cut off
         self.phase = ""
@@ -553,6 +556,7 @@ class PlayedHost:
                 pool.update(allocated_bytes=used, free_bytes=size - used)
                 if is_number(pool.get("capacity_ratio")):
                     pool["capacity_ratio"] = round(used / size, 4)
+        fill_up(self.sections, self.growth * seconds / DAY)
 
     def report(self, now: float) -> dict[str, Any]:
         """The next report: all sections when the medium tick is due or a fault changed, else the fast ones."""
@@ -584,7 +588,7 @@ class PlayedHost:
 
     def backfill(self, now: float) -> list[dict[str, Any]]:
         """Some hours of node and guests, oldest first, so that charts have something to show at once."""
-        reports = self.backfill_growth(now)
+        reports = self.backfill_days(now) if self.with_days else []
         self.moved = now - BACKFILL_HOURS * HOUR
         for at in range(int(self.moved), int(now), BACKFILL_STEP):
             self.move(at)
@@ -592,17 +596,29 @@ class PlayedHost:
             reports.append(self.wrap(copy.deepcopy(known), at, tick="fast", full=False))
         return reports
 
-
-    def backfill_growth(self, now: float) -> list[dict[str, Any]]:
-        """Days of a pool that fills up: a forecast needs to see some."""
-        if not any(trouble.rule == "pool-forecast" for trouble in self.troubles):
-            return []
+    def backfill_days(self, now: float) -> list[dict[str, Any]]:
+        """Days of pools, storages and datasets as they filled up: a forecast needs to see some."""
         reports = []
-        for at in range(int(now - troubles.GROWS_SINCE), int(now - BACKFILL_HOURS * HOUR), 2 * HOUR):
-            known = copy.deepcopy({name: self.sections[name] for name in ("pools", "datasets")})
-            troubles.lay_growth(known, self.started, at)
+        until = int(now - BACKFILL_HOURS * HOUR)
+        for at in (*range(until - BACKFILL_DAYS * DAY, until - DAY, 3 * HOUR), *range(until - DAY, until, HOUR)):
+            self._move_node(1)
+            known: dict[str, Any] = copy.deepcopy({name: self.sections[name] for name in ("pools", "storages", "datasets", "node")
+                                   if name in self.sections})  # fmt: skip
+            fill_up(known, -self.growth * (until - at) / DAY)
+            for trouble in self.troubles:
+                if trouble.rule == "pool-forecast":
+                    trouble.lay(known, self.started, at)
             reports.append(self.wrap(known, at, tick="slow", full=False))
         return reports
+
+
+def fill_up(sections: dict[str, Any], share: float) -> None:
+    """Let each pool take up so much more of its size; below 0: less."""
+    for pool in sections.get("pools") or ():
+        used, left = pool.get("usable_used_bytes"), pool.get("usable_available_bytes")
+        if is_number(used) and is_number(left):
+            moved = max(-used // 2, min(left // 2, int((used + left) * share)))
+            pool.update(usable_used_bytes=used + moved, usable_available_bytes=left - moved)
 
 
 def shift_as_of(sections: dict[str, Any], seconds: float) -> None:

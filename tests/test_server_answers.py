@@ -619,6 +619,18 @@ def test_two_days_are_too_few_to_say_when_it_is_full(sim: Simulation) -> None:
     assert (row["verdict"], row["reason"], row["days_until_full"], row["grew"]) == ("unknown", "unknown", None, None)
 
 
+def test_a_host_is_looked_at_again_soon_after_the_first_time(sim: Simulation) -> None:
+    """A backlog that came with its first report is not in the history yet when it is looked at."""
+    state(sim, pools=[{**pool(vdev("mirror", leaf("a"), leaf("b"))), "usable_used_bytes": GIB,
+                       "usable_available_bytes": GIB}])
+    looks = []
+    for _ in range(3):
+        server.forecast_fleet(sim.monitor, sim.now, sim.monitor.store.reader(), 9)
+        looks.append(sim.fleet.find("pve1").forecast_at + server.FORECAST_SECONDS - sim.now)
+        sim.now += looks[-1]
+    assert looks == [60, HOUR, HOUR]
+
+
 def test_a_host_that_fell_silent_is_as_full_as_it_was(sim: Simulation) -> None:
     (row,) = fills(sim, 5)
     sim.now += 20 * DAY
