@@ -215,7 +215,7 @@ def checked(given: Any, spec: Any, path: Path = ()) -> Any:
         raise Mistake(path, str(error)) from None
 
 
-def checked_table(given: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+def checked_table(given: Any, fields: Fields, path: Path) -> Fields:
     given, result = checked_value(given, dict, path=path), {}
     for name, spec in fields.items():
         key = name.removesuffix("?")
@@ -1782,7 +1782,7 @@ class AlertOwner:
         """The objects of a section that is a list, or of a list inside a section: 'backups.guests'."""
         name, _, part = section.partition(".")
         body = self.body(name)
-        return dicts(body.get(part) if part and isinstance(body, dict) else body)
+        return dicts(body if not part else body.get(part) if isinstance(body, dict) else None)
 
 
 class HostState(AlertOwner):
@@ -2309,7 +2309,7 @@ def is_unseen(host: HostState, section: str) -> bool:
     return latest.error is not None or (latest.status is None and not latest.absent)
 
 
-def unseen_row(host: HostState, columns: Iterable[str], *sections: str) -> Iterator[dict[str, Any]]:
+def unseen_row(host: HostState, columns: Iterable[str], *sections: str) -> Iterator[Fields]:
     """One row for what an answer cannot say of a host; nothing of one that has never reported."""
     unseen = [section for section in sections if is_unseen(host, section)]
     if unseen and host.stamp is not None:
@@ -2319,11 +2319,11 @@ def unseen_row(host: HostState, columns: Iterable[str], *sections: str) -> Itera
                "reason": f"could not be looked at: {', '.join(why)}"}
 
 
-def storages_of(host: HostState) -> dict[str, dict[str, Any]]:
-    return {str(storage.get("storage")): storage for storage in dicts(host.body("storages"))}
+def storages_of(host: HostState) -> dict[str, Fields]:
+    return {str(storage.get("storage")): storage for storage in host.items("storages")}
 
 
-def is_elsewhere(storage: dict[str, Any] | None, addresses: set[str]) -> bool | None:
+def is_elsewhere(storage: Fields | None, addresses: set[str]) -> bool | None:
     """Whether what lies on a storage survives a host of these addresses; None if the storage is not known."""
     if storage is None:
         return None
@@ -2335,12 +2335,12 @@ def is_elsewhere(storage: dict[str, Any] | None, addresses: set[str]) -> bool | 
 def own_addresses(host: HostState) -> set[str]:
     """The names and addresses by which a storage may point back at its own host."""
     node = (text(host.body("node"), "name") or host.name).lower()
-    members = dicts((host.body("cluster") or {}).get("members"))
+    members = host.items("cluster.members")
     own = {text(member, "address") for member in members if (text(member, "name") or "").lower() == node}
     return {"localhost", "127.0.0.1", "::1", node, host.name.lower()} | {address for address in own if address}
 
 
-def volumes_of(guest: dict[str, Any]) -> list[str]:
+def volumes_of(guest: Fields) -> list[str]:
     return [dataset for volume in dicts(guest.get("volumes")) if (dataset := text(volume, "dataset"))]
 
 
@@ -2359,7 +2359,7 @@ class SnapshotIndex:
         for known in self.by_series.values():
             known.sort()
 
-    def newest(self, host: HostState, own: list[dict[str, Any]]) -> Copy | None:
+    def newest(self, host: HostState, own: list[Fields]) -> Copy | None:
         """The newest copy on another host of a dataset of which `host` has these series. A snapshot that is no longer
         the newest here is known by name only: same volume and class, made while such were made here."""
         found = [Copy(at, "snapshot", name, True) for entry in own
@@ -2377,8 +2377,8 @@ class SnapshotIndex:
 
 def indexed_snapshots(host: HostState) -> Iterator[tuple[str | None, tuple[str, Any] | None, float]]:
     """Guid, (volume, class) and time of the newest of each series that may be a copy of another host's."""
-    guests = {str(guest.get("vmid")) for guest in dicts(host.body("guests"))}
-    for entry in dicts(host.body("snapshots")):
+    guests = {str(guest.get("vmid")) for guest in host.items("guests")}
+    for entry in host.items("snapshots"):
         at, volume = number(entry, "newest_at"), (text(entry, "dataset") or "").rpartition("/")[2]
         mine = GUEST_VOLUME.fullmatch(volume)
         if at is not None and volume:
@@ -2393,20 +2393,20 @@ class CopySources:
         self.node, self.addresses = text(host.body("node"), "name") or host.name, own_addresses(host)
         self.unseen = [section for section in ("backups", "snapshots") if is_unseen(host, section)]
         self.backups: dict[Any, Any] = {}
-        self.jobs: dict[Any, list[dict[str, Any]]] = {}
-        self.series: dict[Any, list[dict[str, Any]]] = {}
-        for run in dicts((host.body("backups") or {}).get("guests")):
+        self.jobs: dict[Any, list[Fields]] = {}
+        self.series: dict[Any, list[Fields]] = {}
+        for run in host.items("backups.guests"):
             self.backups[run.get("vmid")] = run.get("newest_ok")
-        for job in dicts(host.body("replication")):
+        for job in host.items("replication"):
             self.jobs.setdefault(job.get("vmid"), []).append(job)
-        for entry in dicts(host.body("snapshots")):
+        for entry in host.items("snapshots"):
             self.series.setdefault(entry.get("dataset"), []).append(entry)
 
-    def find(self, guest: dict[str, Any]) -> list[Copy | None]:
+    def find(self, guest: Fields) -> list[Copy | None]:
         """The newest copy of each kind; None for a backup whose storage is not known."""
         return [*self._backup(guest), *self._replicas(guest), *self._snapshots(guest)]
 
-    def _backup(self, guest: dict[str, Any]) -> Iterator[Copy | None]:
+    def _backup(self, guest: Fields) -> Iterator[Copy | None]:
         good, created = self.backups.get(guest.get("vmid")), number(guest, "created_at")
         ended, storage = number(good, "ended_at"), text(good, "storage") or ""
         if ended is None or (created is not None and ended < created):
@@ -2415,20 +2415,20 @@ class CopySources:
         if elsewhere is not False:
             yield Copy(ended - (number(good, "duration_seconds") or 0), "backup", storage, True) if elsewhere else None
 
-    def _replicas(self, guest: dict[str, Any]) -> Iterator[Copy]:
+    def _replicas(self, guest: Fields) -> Iterator[Copy]:
         for job in self.jobs.get(guest.get("vmid"), ()):
             synced, target = number(job, "last_sync_at"), text(job, "target")
             if synced and target not in (None, self.node):
                 yield Copy(synced, "replication", target or "?", True)
 
-    def _snapshots(self, guest: dict[str, Any]) -> Iterator[Copy]:
+    def _snapshots(self, guest: Fields) -> Iterator[Copy]:
         """The newest state of which every volume has a copy: the oldest of the volumes' newest copies."""
         newest = [self.index.newest(self.host, self.series.get(dataset, [])) for dataset in volumes_of(guest)]
         known = [copy for copy in newest if copy]
         if newest and len(known) == len(newest):
             yield min(known, key=lambda copy: copy.at)
 
-    def only_copy(self, guest: dict[str, Any]) -> str:
+    def only_copy(self, guest: Fields) -> str:
         """Why there is no copy: none at all, or one that burns with the host."""
         storage = text(self.backups.get(guest.get("vmid")), "storage")
         if not storage:
@@ -2442,15 +2442,15 @@ COPY_COLUMNS = ("host", "vmid", "name", "verdict", "reason", "lost_seconds", "co
                 "sure", "tags")
 
 
-def copy_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[dict[str, Any]]:
+def copy_rows(host: HostState, index: SnapshotIndex, now: float) -> Iterator[Fields]:
     """If this host burned now: for each guest what would be lost, and from which copy it would come back."""
     sources = CopySources(host, index)
-    for guest in dicts(host.body("guests")):
+    for guest in host.items("guests"):
         if not guest.get("template"):
             yield guest_copy(sources, guest, now)
 
 
-def guest_copy(sources: CopySources, guest: dict[str, Any], now: float) -> dict[str, Any]:
+def guest_copy(sources: CopySources, guest: Fields, now: float) -> Fields:
     found, unknown = sources.find(guest), sources.unseen
     best = max((copy for copy in found if copy), key=lambda copy: (copy.at, copy.sure), default=None)
     row = {"host": sources.host.name, "vmid": guest.get("vmid"), "name": text(guest, "name"),
@@ -2471,7 +2471,7 @@ def describe_copy(copy: Copy, now: float) -> str:
     return f"{format_duration(max(0.0, now - copy.at))} of work would be lost: {copy.kind} on {copy.where}{likely}"
 
 
-def sum_up_copies(rows: Sequence[dict[str, Any]]) -> str:
+def sum_up_copies(rows: Sequence[Fields]) -> str:
     bare, unknown = (sum(row["verdict"] == word for row in rows) for word in ("warning", "unknown"))
     return f"{bare} of {len(rows)} guests have no copy outside their own host" \
         + (f"; of {unknown} it is not known" if unknown else "") + "."
@@ -2480,7 +2480,7 @@ def sum_up_copies(rows: Sequence[dict[str, Any]]) -> str:
 # Margins: how many more disks each top-level vdev survives.
 
 
-def suspicions(disk: dict[str, Any] | None, leaf: dict[str, Any]) -> list[str]:
+def suspicions(disk: Fields | None, leaf: Fields) -> list[str]:
     """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev."""
     disk = disk or {}
     warning, pending = number(disk, "critical_warning"), number(disk, "pending_sectors")
@@ -2505,14 +2505,14 @@ class VdevMargin(NamedTuple):
     pool: str
     vdev: str
     margin: int
-    suspects: tuple[tuple[dict[str, Any], dict[str, Any] | None, list[str]], ...]  # (leaf, disk, reasons)
+    suspects: tuple[tuple[Fields, Fields | None, list[str]], ...]  # (leaf, disk, reasons)
 
     @property
     def with_suspects(self) -> int:
         return self.margin - len(self.suspects)
 
 
-def tolerance(vdev: dict[str, Any]) -> int:
+def tolerance(vdev: Fields) -> int:
     """Members a healthy vdev may lose: copies − 1 of a mirror, the parity of a raidz or draid, else none."""
     kind, children = text(vdev, "type") or "", dicts(vdev.get("children"))
     parity = re.match(r"(?:raidz|draid)(\d?)", kind) or re.match(r"(?:raidz|draid)(\d?)", text(vdev, "name") or "")
@@ -2521,13 +2521,13 @@ def tolerance(vdev: dict[str, Any]) -> int:
     return max(0, len(children) - 1) if kind in ("mirror", "replacing", "spare") else 0
 
 
-def is_whole(member: dict[str, Any]) -> bool:
+def is_whole(member: Fields) -> bool:
     """Whether a member counts as redundancy now: ONLINE, or a spare or replacement with a member that is."""
     children = dicts(member.get("children"))
     return any(is_whole(child) for child in children) if children else text(member, "state") == "ONLINE"
 
 
-def pool_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
+def pool_margins(host: HostState, pool: Fields) -> list[VdevMargin]:
     """Each top-level vdev that holds data (special and dedup too: their loss is the pool's loss)."""
     known = None if host.margins is None else host.margins.get(str(pool.get("name")))
     return make_margins(host, pool) if known is None else known
@@ -2536,13 +2536,13 @@ def pool_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
 def keep_margins(host: HostState) -> None:
     """Make the margins with the report that brought disks or pools: lists would have to read the disks again."""
     try:
-        host.margins = {str(pool.get("name")): make_margins(host, pool) for pool in dicts(host.body("pools"))}
+        host.margins = {str(pool.get("name")): make_margins(host, pool) for pool in host.items("pools")}
     except ODD:
         host.margins = None
 
 
-def make_margins(host: HostState, pool: dict[str, Any]) -> list[VdevMargin]:
-    disks = {str(disk.get("name")): disk for disk in dicts(host.body("disks"))}
+def make_margins(host: HostState, pool: Fields) -> list[VdevMargin]:
+    disks = {str(disk.get("name")): disk for disk in host.items("disks")}
     told = number(pool, "redundancy_margin")  # counts resilvering members as the agent sees them
     found = []
     for vdev in dicts(pool.get("vdevs")):
@@ -2565,16 +2565,16 @@ REPLACE_COLUMNS = ("host", "disk", "verdict", "reason", "serial", "model", "size
                    "margin", "margin_with_suspects", "guests", "power_on_hours")
 
 
-def replacement_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
+def replacement_rows(hosts: Iterable[HostState]) -> list[Fields]:
     """The disks to replace, over the fleet, in order: least margin left first, then the more suspect, the older."""
     rows = [row for _, row in of_each(hosts, "replacements", host_replacements)]
     return sorted(rows, key=lambda row: (row["verdict"] == "unknown", row["margin_with_suspects"] or 0,
                                          -row["reason"].count(";"), -(row["power_on_hours"] or 0)))
 
 
-def host_replacements(host: HostState) -> Iterator[dict[str, Any]]:
+def host_replacements(host: HostState) -> Iterator[Fields]:
     yield from unseen_row(host, REPLACE_COLUMNS, "disks", "pools")
-    for pool in dicts(host.body("pools")):
+    for pool in host.items("pools"):
         margins = pool_margins(host, pool)
         guests = len(guests_on(host, str(pool.get("name")))) if any(vdev.suspects for vdev in margins) else 0
         for vdev in margins:
@@ -2591,22 +2591,22 @@ def host_replacements(host: HostState) -> Iterator[dict[str, Any]]:
 # Blast radius: disk → vdev → pool → storage → guests → whom they serve.
 
 
-def guests_on(host: HostState, pool: str) -> list[dict[str, Any]]:
-    return [guest for guest in dicts(host.body("guests")) if not guest.get("template")
+def guests_on(host: HostState, pool: str) -> list[Fields]:
+    return [guest for guest in host.items("guests") if not guest.get("template")
             and any(dataset.partition("/")[0] == pool for dataset in volumes_of(guest))]
 
 
 CRITICAL_TAGS = frozenset(("critical", "prod", "production"))
 
 
-def is_critical(host: HostState, guest: dict[str, Any]) -> bool:
+def is_critical(host: HostState, guest: Fields) -> bool:
     """Whom a guest serves is not in the data; a tag that says so, or HA, is the nearest to it."""
-    managed = {text(service, "id") for service in dicts((host.body("ha") or {}).get("services"))}
+    managed = {text(service, "id") for service in host.items("ha.services")}
     name = f"{'ct' if guest.get('type') == 'lxc' else 'vm'}:{guest.get('vmid')}"
     return not CRITICAL_TAGS.isdisjoint(tags_of(guest)) or name in managed
 
 
-def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
+def blast_radius(host: HostState, object: str) -> Fields | None:
     """What depends on a pool, a disk or a storage: {pool, vdev, margin, guests, critical, sentence}; None for else."""
     kind, _, name = object.partition("/")
     if kind in ("pools", "disks"):
@@ -2614,7 +2614,7 @@ def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
         in_pool, vdev = find_top(host, member, pool_name) if member else (pool_name, None)
         return describe_blast(host, in_pool or pool_name or "", vdev)
     if kind == "storages":
-        guests = [guest for guest in dicts(host.body("guests"))
+        guests = [guest for guest in host.items("guests")
                   if any(volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
         return {"pool": None, "vdev": None, "margin": None, **count_guests_hit(host, guests, name)}
     return None
@@ -2622,7 +2622,7 @@ def blast_radius(host: HostState, object: str) -> dict[str, Any] | None:
 
 def find_top(host: HostState, member: str, of_pool: str | None) -> tuple[str | None, str | None]:
     """The pool and the top-level vdev that a disk or a vdev is part of."""
-    for pool in dicts(host.body("pools")):
+    for pool in host.items("pools"):
         for vdev in dicts(pool.get("vdevs")):
             if of_pool in (None, pool.get("name")) and any(
                     member in (leaf.get("disk"), leaf.get("name")) for leaf in walk_vdevs([vdev])):
@@ -2639,8 +2639,8 @@ def at_stake(host: Any, object: str | None) -> str | None:
     return found["sentence"] or None if found else None
 
 
-def describe_blast(host: HostState, name: str, vdev: str | None) -> dict[str, Any] | None:
-    pool = next((pool for pool in dicts(host.body("pools")) if pool.get("name") == name), None)
+def describe_blast(host: HostState, name: str, vdev: str | None) -> Fields | None:
+    pool = next((pool for pool in host.items("pools") if pool.get("name") == name), None)
     if pool is None:
         return None
     margins = [margin for margin in pool_margins(host, pool) if vdev in (None, margin.vdev)]
@@ -2648,8 +2648,8 @@ def describe_blast(host: HostState, name: str, vdev: str | None) -> dict[str, An
     return {"pool": name, "vdev": vdev, "margin": margin, **count_guests_hit(host, guests_on(host, name), name, margin)}
 
 
-def count_guests_hit(host: HostState, guests: list[dict[str, Any]], place: str,
-                     margin: int | None = None) -> dict[str, Any]:
+def count_guests_hit(host: HostState, guests: list[Fields], place: str,
+                     margin: int | None = None) -> Fields:
     critical = sum(is_critical(host, guest) for guest in guests)
     parts = [] if margin is None else [may_fail(margin)]
     if guests:
@@ -2667,7 +2667,7 @@ def may_fail(margin: int) -> str:
 def grounds(host: HostState) -> dict[str, str]:
     """Each pool of a host as its guests see it: 'lives on tank (raidz2, 1 more disk may fail), sdf is suspect'."""
     told = {}
-    for pool in dicts(host.body("pools")):
+    for pool in host.items("pools"):
         margins, name = pool_margins(host, pool), str(pool.get("name"))
         suspects = [str(leaf.get("disk") or leaf.get("name")) for vdev in margins for leaf, _, _ in vdev.suspects]
         left = [may_fail(min(vdev.margin for vdev in margins))] if margins else []
@@ -2676,7 +2676,7 @@ def grounds(host: HostState) -> dict[str, str]:
     return told
 
 
-def lives_on(guest: dict[str, Any], told: dict[str, str]) -> list[str]:
+def lives_on(guest: Fields, told: dict[str, str]) -> list[str]:
     """For a guest: each pool it lives on, in a sentence; `told` as grounds() gives it."""
     return [told.get(name) or f"lives on {name}, of which nothing is known"
             for name in dict.fromkeys(dataset.partition("/")[0] for dataset in volumes_of(guest))]
@@ -2693,7 +2693,7 @@ CLOCKS = ("chrony.service", "systemd-timesyncd.service", "ntpsec.service")
 def is_off(host: HostState, name: str) -> bool:
     """Whether a unit is installed and does not run."""
     return any(text(unit, "unit") == name and text(unit, "load") == "loaded"
-               and text(unit, "active") in ("inactive", "failed") for unit in dicts(host.body("services")))
+               and text(unit, "active") in ("inactive", "failed") for unit in host.items("services"))
 
 
 def safeguard(host: HostState, name: str) -> Any:
@@ -2706,7 +2706,7 @@ def says_no(host: HostState, name: str) -> bool:
 
 
 def has_zfs(host: HostState) -> bool:
-    return bool(dicts(host.body("pools")))
+    return bool(host.items("pools"))
 
 
 def lacks_subscription(host: HostState) -> bool:
@@ -2717,13 +2717,13 @@ def lacks_subscription(host: HostState) -> bool:
 
 def lacks_trim(host: HostState) -> bool:
     """Whether a pool with an SSD has autotrim off, and no timer trims it."""
-    off = {text(pool, "name") for pool in dicts(host.body("pool_settings")) if pool.get("autotrim") is False}
+    off = {text(pool, "name") for pool in host.items("pool_settings") if pool.get("autotrim") is False}
     return says_no(host, "trim_scheduled") and any(
-        text(disk, "pool") in off and disk.get("kind") in ("ssd", "nvme") for disk in dicts(host.body("disks")))
+        text(disk, "pool") in off and disk.get("kind") in ("ssd", "nvme") for disk in host.items("disks"))
 
 
 def lacks_clock(host: HostState) -> bool:
-    states = [text(unit, "active") for unit in dicts(host.body("services")) if unit.get("unit") in CLOCKS]
+    states = [text(unit, "active") for unit in host.items("services") if unit.get("unit") in CLOCKS]
     return bool(states) and "active" not in states
 
 
@@ -2750,7 +2750,7 @@ BLIND_SPOTS: tuple[tuple[str, Callable[[HostState], Any], str, str], ...] = (
      "add the Debian security suite to /etc/apt/sources.list.d/debian.sources"),
     ("enterprise-source", lacks_subscription, "the enterprise repository is on without a subscription: apt-get update "
      "fails, no updates are seen", "disable pve-enterprise or enter a subscription; enable pve-no-subscription"),
-    ("fencing", lambda host: dicts((host.body("ha") or {}).get("services")) and is_off(host, "watchdog-mux.service"),
+    ("fencing", lambda host: host.items("ha.services") and is_off(host, "watchdog-mux.service"),
      "HA guests, but watchdog-mux does not run: this node cannot fence itself", "systemctl start watchdog-mux"),
     ("clock-source", lacks_clock, "no daemon sets the clock", "systemctl enable --now chrony"),
 )
@@ -2768,8 +2768,8 @@ def silent_failures(host: HostState, vmids: Set[Any] | None = None) -> Iterator[
 def empty_jobs(host: HostState, vmids: Set[Any] | None) -> Iterator[tuple[str, str, str]]:
     """Enabled backup jobs that name guests of which none exists on any node of the cluster."""
     if host.body("cluster") is None:
-        vmids = {guest.get("vmid") for guest in dicts(host.body("guests"))}
-    for job in dicts((host.body("backups") or {}).get("jobs")):
+        vmids = {guest.get("vmid") for guest in host.items("guests")}
+    for job in host.items("backups.jobs"):
         chosen = job.get("guests")
         if vmids and job.get("enabled") and isinstance(chosen, list) and not text(job, "pool") \
                 and vmids.isdisjoint(map(to_vmid, chosen)):
@@ -2779,13 +2779,13 @@ def empty_jobs(host: HostState, vmids: Set[Any] | None) -> Iterator[tuple[str, s
 
 def vmids_of_cluster(fleet: Fleet, host: HostState) -> set[Any] | None:
     """The guests of all nodes of a host's cluster; None where not all of them report here."""
-    members, hosts = dicts((host.body("cluster") or {}).get("members")), fleet.cluster_of(host)
+    members, hosts = host.items("cluster.members"), fleet.cluster_of(host)
     if len(hosts) < max(2, len(members)) or any(is_unseen(mate, "guests") for mate in hosts):
         return None
-    return {guest.get("vmid") for mate in hosts for guest in dicts(mate.body("guests"))}
+    return {guest.get("vmid") for mate in hosts for guest in mate.items("guests")}
 
 
-def blindspot_rows(fleet: Fleet, host: HostState) -> Iterator[dict[str, Any]]:
+def blindspot_rows(fleet: Fleet, host: HostState) -> Iterator[Fields]:
     for what, why, todo in silent_failures(host, vmids_of_cluster(fleet, host)):
         yield {"host": host.name, "what": what, "verdict": "warning" if what in GRAVE_SPOTS else "info", "reason": why,
                "todo": todo}
@@ -2820,7 +2820,7 @@ def read_fact(field: str, host: HostState) -> str | None:
     return ", ".join(sorted(told)) or None
 
 
-def apart_from_itself(host: HostState) -> Iterator[dict[str, Any]]:
+def apart_from_itself(host: HostState) -> Iterator[Fields]:
     """ZFS's module and its tools are of two releases: it was upgraded and not restarted."""
     module, tools = (text(host.body("versions"), f"zfs_{part}") for part in ("module", "userland"))
     if module and tools and release_of(module) != release_of(tools):
@@ -2833,7 +2833,7 @@ def release_of(version: str) -> str:
     return found[0] if found else version
 
 
-def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[dict[str, Any]]:
+def drift_rows(hosts: Sequence[HostState], most: int = 200) -> list[Fields]:
     """Per fact that at least two thirds of the hosts share: who differs. Rows of DRIFT_COLUMNS."""
     rows = [row for _, row in of_each(hosts, "drift", apart_from_itself)]
     for fact, field in DRIFT_FACTS.items():
@@ -2854,17 +2854,17 @@ TRAP_COLUMNS = ("host", "object", "trap", "bytes", "reason")
 BLINDSPOT_COLUMNS = ("host", "what", "verdict", "reason", "todo")
 
 
-def cohort_rows(hosts: Iterable[HostState]) -> list[dict[str, Any]]:
+def cohort_rows(hosts: Iterable[HostState]) -> list[Fields]:
     """Disks of one model and firmware: how many, how worn per year of power-on, how many are suspect, and where."""
-    cohorts: dict[tuple[str, str], list[tuple[HostState, dict[str, Any]]]] = {}
-    for host, disk in of_each(hosts, "disks", lambda state: dicts(state.body("disks"))):
+    cohorts: dict[tuple[str, str], list[tuple[HostState, Fields]]] = {}
+    for host, disk in of_each(hosts, "disks", lambda state: state.items("disks")):
         if model := text(disk, "model"):
             cohorts.setdefault((model, text(disk, "firmware") or ""), []).append((host, disk))
     return sorted((describe_cohort(key, members) for key, members in cohorts.items()),
                   key=lambda row: (-row["suspect"], -(row["wear_per_year_ratio"] or 0)))
 
 
-def describe_cohort(key: tuple[str, str], members: list[tuple[HostState, dict[str, Any]]]) -> dict[str, Any]:
+def describe_cohort(key: tuple[str, str], members: list[tuple[HostState, Fields]]) -> Fields:
     yearly = sorted(wear * 8766 / hours for _, disk in members
                     if (wear := number(disk, "wear_ratio")) is not None and (hours := number(disk, "power_on_hours")))
     suspect = [disk for _, disk in members if suspicions(disk, {})]
@@ -2888,11 +2888,11 @@ def padding_ratio(block: int, ashift: int, width: int, parity: int) -> float:
     return max(0.0, 1 - block / told)
 
 
-def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
+def space_traps(host: HostState) -> Iterator[Fields]:
     """{host, object, trap, bytes, reason}: what takes space that nobody expects it to take."""
-    settings = {pool.get("name"): pool for pool in dicts(host.body("pool_settings"))}
-    datasets = {dataset.get("name"): dataset for dataset in dicts(host.body("datasets"))}
-    for pool in dicts(host.body("pools")):
+    settings = {pool.get("name"): pool for pool in host.items("pool_settings")}
+    datasets = {dataset.get("name"): dataset for dataset in host.items("datasets")}
+    for pool in host.items("pools"):
         yield from raidz_padding(host, pool, settings.get(pool.get("name"), {}))
         yield from special_full(host, pool)
     for dataset in datasets.values():
@@ -2904,7 +2904,7 @@ def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
             most = number(datasets.get(origin.partition("@")[0]), "used_by_snapshots_bytes")
             yield trap(host, dataset, "clone", most, f"holds {origin}, which cannot be destroyed"
                        + ("" if most is None else "; told is what all snapshots there hold, at most that is its part"))
-    for guest in dicts(host.body("guests")):
+    for guest in host.items("guests"):
         for volume in dicts(guest.get("unused")):
             name = text(volume, "dataset") or f"{text(volume, 'storage')}:{text(volume, 'name')}"
             yield trap(host, {"name": name}, "unused", number(datasets.get(name), "used_bytes"),
@@ -2915,12 +2915,12 @@ def space_traps(host: HostState) -> Iterator[dict[str, Any]]:
 GIB = 1 << 30
 
 
-def trap(host: HostState, dataset: dict[str, Any], kind: str, bytes: float | None, reason: str) -> dict[str, Any]:
+def trap(host: HostState, dataset: Fields, kind: str, bytes: float | None, reason: str) -> Fields:
     return {"host": host.name, "object": f"datasets/{dataset.get('name')}", "trap": kind, "bytes": bytes,
             "reason": reason}
 
 
-def raidz_padding(host: HostState, pool: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def raidz_padding(host: HostState, pool: Fields, settings: Fields) -> Iterator[Fields]:
     ashift, name = number(settings, "ashift"), text(pool, "name") or ""
     blocks = {volume.get("name"): number(volume, "block_bytes") for volume in dicts(settings.get("volumes"))}
     raidz = [(len(dicts(vdev.get("children"))), tolerance(vdev)) for vdev in dicts(pool.get("vdevs"))
@@ -2928,7 +2928,7 @@ def raidz_padding(host: HostState, pool: dict[str, Any], settings: dict[str, Any
     if ashift is None or not raidz:
         return
     width, parity = max(raidz)
-    for dataset in dicts(host.body("datasets")):
+    for dataset in host.items("datasets"):
         block, used = blocks.get(dataset.get("name")), number(dataset, "used_by_dataset_bytes")
         if (text(dataset, "name") or "").partition("/")[0] != name or not block or not used or width <= parity:
             continue
@@ -2938,13 +2938,13 @@ def raidz_padding(host: HostState, pool: dict[str, Any], settings: dict[str, Any
                        f"{int(block) >> 10}K on raidz{parity} of {width} disks with {1 << int(ashift)}-byte sectors")
 
 
-def sum_up_traps(rows: Sequence[dict[str, Any]]) -> str:
+def sum_up_traps(rows: Sequence[Fields]) -> str:
     known = [row["bytes"] for row in rows if row["bytes"] and row["trap"] not in ("special", "clone")]
     unknown = sum(row["bytes"] is None for row in rows)
     return f"They take {format_bytes(sum(known))}" + (f"; of {unknown} it is not known" if unknown else "") + "."
 
 
-def special_full(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def special_full(host: HostState, pool: Fields) -> Iterator[Fields]:
     for vdev in dicts(pool.get("vdevs")):
         share = ratio(number(vdev, "allocated_bytes"), number(vdev, "size_bytes"))
         if text(vdev, "class") == "special" and share is not None and share > SPECIAL_FULL:
@@ -2956,11 +2956,11 @@ def special_full(host: HostState, pool: dict[str, Any]) -> Iterator[dict[str, An
 SPECIAL_FULL = 0.75  # zfs_special_class_metadata_reserve_pct is 25: beyond it only metadata go there (zfs(4))
 
 
-def volumes_without_guest(host: HostState) -> Iterator[dict[str, Any]]:
-    guests = {guest.get("vmid") for guest in dicts(host.body("guests"))}
+def volumes_without_guest(host: HostState) -> Iterator[Fields]:
+    guests = {guest.get("vmid") for guest in host.items("guests")}
     if host.body("guests") is None or host.body("cluster") is not None:
         return  # of a cluster the volume may belong to a guest of another node (replication)
-    for dataset in dicts(host.body("datasets")):
+    for dataset in host.items("datasets"):
         if isinstance(dataset.get("vmid"), int) and dataset["vmid"] not in guests:
             yield trap(host, dataset, "orphan", number(dataset, "used_bytes"), f"there is no guest {dataset['vmid']}")
 
@@ -2968,7 +2968,7 @@ def volumes_without_guest(host: HostState) -> Iterator[dict[str, Any]]:
 # Snapshots: their rhythm, who has none, who never lets go
 
 
-def snapshot_class(snapshots: dict[str, Any]) -> str | None:
+def snapshot_class(snapshots: Fields) -> str | None:
     """The class of snapshots, None where no interval can be held to: made by hand, or by who knows what."""
     name = text(snapshots, "class") or "other"
     return None if name in ("pve", "other") or name.startswith("__replicate") else name
@@ -2980,10 +2980,10 @@ NEIGHBOURS = 4  # so many datasets of one parent, and three of four that have a 
 def missing_snapshots(host: HostState) -> dict[str, list[str]]:
     """By dataset, the classes of at most a day's rhythm that its neighbours (guests' disks, or datasets of the same
     parent) have and it has not. Nothing where a pool could not be asked."""
-    entries = dicts(host.body("snapshots"))
+    entries = host.items("snapshots")
     dark = {(text(entry, "dataset") or "").partition("/")[0] for entry in entries if entry.get("unknown_reason")}
     families: dict[tuple[str, bool], list[str]] = {}
-    for dataset in dicts(host.body("datasets")):
+    for dataset in host.items("datasets"):
         name = text(dataset, "name") or ""
         parent, _, last = name.rpartition("/")
         if parent and name.partition("/")[0] not in dark and not UNSNAPPED.search(last):
@@ -3014,12 +3014,12 @@ UNPRUNED = 200  # snapshots of a series, of which none in between is gone
 UNPRUNED_AGE = 60 * DAY  # and the first of which is so old: no usual plan keeps hours or days for longer
 
 
-def series_rows(host: HostState, now: float) -> Iterator[dict[str, Any]]:
+def series_rows(host: HostState, now: float) -> Iterator[Fields]:
     """Each series of snapshots (dataset and class) with the rhythm that it has shown, and each that is missing. What a
     class holds is known exactly where a dataset has no other; else at least what its snapshots hold each for itself,
     and at most what all snapshots of the dataset hold."""
-    held = {dataset.get("name"): number(dataset, "used_by_snapshots_bytes") for dataset in dicts(host.body("datasets"))}
-    entries = [entry for entry in dicts(host.body("snapshots")) if entry.get("count")]
+    held = {dataset.get("name"): number(dataset, "used_by_snapshots_bytes") for dataset in host.items("datasets")}
+    entries = [entry for entry in host.items("snapshots") if entry.get("count")]
     series = Counter(text(entry, "dataset") for entry in entries)
     for entry in entries:
         name = text(entry, "dataset") or ""
@@ -3034,7 +3034,7 @@ def series_rows(host: HostState, now: float) -> Iterator[dict[str, Any]]:
     yield from unseen_row(host, SERIES_COLUMNS, "snapshots")
 
 
-def describe_series(host: HostState, entry: dict[str, Any]) -> tuple[str, str | None]:
+def describe_series(host: HostState, entry: Fields) -> tuple[str, str | None]:
     """Late, as the rule has it; never pruned; or as regular as ever."""
     kind, rhythm = snapshot_class(entry), number(entry, "interval_seconds")
     late = host.alerts.get(("snapshot-age", f"snapshots/{entry.get('dataset')}@{kind}"))
@@ -3048,7 +3048,7 @@ def describe_series(host: HostState, entry: dict[str, Any]) -> tuple[str, str | 
     return "ok", f"one each {format_duration(rhythm)}" if rhythm else None
 
 
-def unpruned_span(entry: dict[str, Any]) -> float | None:
+def unpruned_span(entry: Fields) -> float | None:
     """The time over which a series has lost none of its snapshots, if nobody seems to prune it."""
     count, rhythm = number(entry, "count") or 0, number(entry, "interval_seconds")
     newest, oldest = number(entry, "newest_at"), number(entry, "oldest_at")
@@ -3081,7 +3081,7 @@ class SlowMember(NamedTuple):
     usual: float
 
 
-def slow_member(pool: dict[str, Any]) -> SlowMember | None:
+def slow_member(pool: Fields) -> SlowMember | None:
     """The slowest to read of those that are slower than the median of the others beside them."""
     found = []
     for vdev in dicts(pool.get("vdevs")):
@@ -3094,7 +3094,7 @@ def slow_member(pool: dict[str, Any]) -> SlowMember | None:
     return max(found, key=lambda member: member.wait, default=None)
 
 
-def describe_slow_member(pool: dict[str, Any]) -> str:
+def describe_slow_member(pool: Fields) -> str:
     """'; sdf answers after 48 ms, the others of its vdev after 9 ms', or the disk that had slow I/Os; else ''."""
     if slow := slow_member(pool):
         return f"; {slow.disk} answers after {slow.wait * 1000:.3g} ms, the others of its vdev after " \
@@ -3136,10 +3136,10 @@ SCRUB_COLUMNS = ("host", "pool", "verdict", "reason", "ended_at", "duration_seco
                  "repaired_before", "errors", "scheduled", "slow_disk")
 
 
-def scrub_rows(host: HostState) -> Iterator[dict[str, Any]]:
+def scrub_rows(host: HostState) -> Iterator[Fields]:
     """Each pool's last scrub against those before it, and the disk that is slower than those beside it."""
     scheduled = (host.body("safeguards") or {}).get("scrub_scheduled")
-    for pool in dicts(host.body("pools")):
+    for pool in host.items("pools"):
         name, last = str(pool.get("name")), pool.get("last_scrub")
         scrubs, slow = known_scrubs(host, name), slow_member(pool)
         usual = usual_scrub(scrubs)
@@ -3243,7 +3243,7 @@ class GrownSpace(NamedTuple):
     bytes: float
 
 
-def what_grew(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[GrownSpace] | None:
+def what_grew(before: dict[str, Fields], after: dict[str, Fields]) -> list[GrownSpace] | None:
     """What made a pool grow, the most first, from {dataset: {"used_bytes": …, "used_by_snapshots_bytes": …}} of two
     times. A dataset that was not there before grew by all it has. None: nothing is known of one of the two times."""
     if not before or not after:
@@ -3265,7 +3265,7 @@ def what_grew(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]
 GUEST_VOLUME = re.compile(r"(?:base|subvol|basevol|vm)-([0-9]+)-.+")
 
 
-def pool_space(pool: dict[str, Any]) -> tuple[float | None, float | None]:
+def pool_space(pool: Fields) -> tuple[float | None, float | None]:
     """Used and free bytes, as users mean them (RAIDZ parity not counted) where that is known."""
     used, free = number(pool, "usable_used_bytes"), number(pool, "usable_available_bytes")
     if used is None or free is None:
@@ -3285,17 +3285,17 @@ class Space(NamedTuple):
 
 def spaces_of(host: HostState) -> Iterator[Space]:
     """Pools, storages that lie on none (thin pools too), datasets with a quota, and the root file system."""
-    for pool in dicts(host.body("pools")):
+    for pool in host.items("pools"):
         name, (used, free) = pool.get("name"), pool_space(pool)
         field = "allocated" if None in (number(pool, f"usable_{key}_bytes") for key in ("used", "available")) \
             else "usable_used"
         if used is not None and free is not None:
             yield Space(f"pools/{name}", f"Pool {name}", f"pools/{name}.{field}_bytes", used, free)
-    for storage in dicts(host.body("storages")):
+    for storage in host.items("storages"):
         name, used, total = storage.get("storage"), number(storage, "used_bytes"), number(storage, "total_bytes")
         if used is not None and total and not text(storage, "dataset"):
             yield Space(f"storages/{name}", f"Storage {name}", f"storages/{name}.used_bytes", used, total - used)
-    for dataset in dicts(host.body("datasets")):
+    for dataset in host.items("datasets"):
         name = dataset.get("name")
         for field, limit in (("used_bytes", "quota_bytes"), ("referenced_bytes", "refquota_bytes")):
             used, most = number(dataset, field), number(dataset, limit)
@@ -3314,7 +3314,7 @@ class Filling(NamedTuple):
     as_of: float
     grown: list[GrownSpace] | None = None
     grown_days: float = 0.0
-    wins: list[dict[str, Any]] | None = None
+    wins: list[Fields] | None = None
 
 
 def describe_filling(filling: Filling) -> str:
@@ -3336,14 +3336,14 @@ GROWN_MOST = 10  # of a pool's datasets are told
 OLD_SNAPSHOT = 7 * DAY  # made by hand and older than this: probably forgotten
 
 
-def winnings(host: HostState, pool: str, now: float) -> list[dict[str, Any]]:
+def winnings(host: HostState, pool: str, now: float) -> list[Fields]:
     """{what, object, bytes, reason}: what could be won of a pool, the most first. Where other snapshots of a dataset
     are kept too, those made by hand hold less than what is told."""
-    datasets = {str(dataset.get("name")): dataset for dataset in dicts(host.body("datasets"))}
-    kinds = Counter(text(entry, "dataset") for entry in dicts(host.body("snapshots")))
+    datasets = {str(dataset.get("name")): dataset for dataset in host.items("datasets")}
+    kinds = Counter(text(entry, "dataset") for entry in host.items("snapshots"))
     found = [{"what": found["trap"], **{key: found[key] for key in ("object", "bytes", "reason")}}
              for found in space_traps(host) if found["trap"] in ("orphan", "refreservation", "unused")]
-    for entry in dicts(host.body("snapshots")):
+    for entry in host.items("snapshots"):
         name, oldest = text(entry, "dataset") or "", number(entry, "oldest_at")
         held = number(datasets.get(name), "used_by_snapshots_bytes")
         if text(entry, "class") == "pve" and held and oldest is not None and now - oldest > OLD_SNAPSHOT:
@@ -3364,7 +3364,7 @@ FORECAST_COLUMNS = ("host", "object", "verdict", "reason", "days_until_full", "d
                     "available_bytes", "daily_growth_bytes", "known_days", "grew", "wins", "as_of")
 
 
-def forecast_rows(host: HostState) -> Iterator[dict[str, Any]]:
+def forecast_rows(host: HostState) -> Iterator[Fields]:
     for object, filling in (host.forecasts or {}).items():
         forecast, space = filling.forecast, filling.space
         alerts = [alert.severity for rule in ("pool-forecast", "space-forecast")
@@ -3379,7 +3379,7 @@ def forecast_rows(host: HostState) -> Iterator[dict[str, Any]]:
                "as_of": filling.as_of}
 
 
-def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
+def own_space(datasets: dict[str, Fields]) -> dict[str, tuple[float, float | None]]:
     """Bytes that each dataset uses without its children, and those of its snapshots in it, if they are known."""
     used = {name: bytes for name, space in datasets.items() if (bytes := number(space, "used_bytes")) is not None}
     own = dict(used)
@@ -3399,7 +3399,7 @@ def own_space(datasets: dict[str, dict[str, Any]]) -> dict[str, tuple[float, flo
 Change = tuple[float, str, str, str]  # at, kind, object, message
 
 
-def chronicle(host: HostState, report: dict[str, Any], now: float, *, newest: bool = True) -> Iterator[Change]:
+def chronicle(host: HostState, report: Fields, now: float, *, newest: bool = True) -> Iterator[Change]:
     """What a report tells beyond the one before it; called before it is applied."""
     at = min(number(report, "time") or now, now)
     yield from ended_tasks(report.get("tasks"), now)
@@ -3422,7 +3422,7 @@ def ended_tasks(tasks: Any, now: float) -> Iterator[Change]:
             yield min(ended, now), "task", f"guests/{task['vmid']}" if task.get("vmid") else "", describe_task(task)
 
 
-def describe_task(task: dict[str, Any]) -> str:
+def describe_task(task: Fields) -> str:
     result = text(task, "status") or text(task, "result") or "unknown"
     of = f" of {task['vmid']}" if task.get("vmid") else ""
     return f"Task {text(task, 'type') or '?'}{of} by {text(task, 'user') or '?'}: {result}"[:500]
@@ -3566,7 +3566,7 @@ class Room:
 class Request(NamedTuple):
     """What one request brought, checked; not on the disk yet."""
 
-    reports: list[dict[str, Any]]
+    reports: list[Fields]
     body: bytes | None  # as it can be kept for its one report
     weight: int  # see weigh()
 
@@ -3645,11 +3645,11 @@ def keep(monitor: Monitor, host: HostState, nonce: bytes, request: Request, now:
 
 # What the sections below do with each report as it is taken, and once with all that is new of a request: inside the
 # transaction, in the order in which they stand in the file.
-EACH_REPORT: list[Callable[[Monitor, Database, HostState, dict[str, Any], Stamp, int], None]] = []  # int: its weight
+EACH_REPORT: list[Callable[[Monitor, Database, HostState, Fields, Stamp, int], None]] = []  # int: its weight
 EACH_REQUEST: list[Callable[[Monitor, Database, HostState, set[str], float], object]] = []
 
 
-def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]], kept: bytes | None, now: float,
+def insert_reports(monitor: Monitor, host_id: int, reports: list[Fields], kept: bytes | None, now: float,
                    db: Database, weight: int = 0) -> int:
     """Write what is new of a batch and all that follows from it; gives back how many were new. Inside a write.
     `kept`: the body of one report as it came, and `weight` its weight, see weigh()."""
@@ -3690,7 +3690,7 @@ def insert_reports(monitor: Monitor, host_id: int, reports: list[dict[str, Any]]
     return accepted
 
 
-def note_changes(db: Database, state: HostState, report: dict[str, Any], stamp: Stamp) -> None:
+def note_changes(db: Database, state: HostState, report: Fields, stamp: Stamp) -> None:
     """Write down what a report tells beyond what is known, before it is known."""
     newest = stamp.newer_than(state.stamp)
     for _, (at, kind, object, message) in of_each(
@@ -3717,7 +3717,7 @@ def find_run(monitor: Monitor, db: Database, state: HostState, run_id: str, now:
     return run
 
 
-def fills_a_gap(monitor: Monitor, db: Database, host_id: int, run: Run, report: dict[str, Any],
+def fills_a_gap(monitor: Monitor, db: Database, host_id: int, run: Run, report: Fields,
                 at: float) -> bool:
     """Whether a number that seems to have come is new after all: where only the count of gaps is known, what is kept
     of the reports of that time tells. What is older than is kept is taken: rather a point anew than a report lost."""
@@ -9455,7 +9455,7 @@ def days_left(filling: Filling) -> float:
 
 
 def explain_filling(keeper: Keeper, db: Database, host: HostState, filling: Filling, pool: str) -> Filling:
-    after = {str(dataset.get("name")): dataset for dataset in dicts(host.body("datasets"))
+    after = {str(dataset.get("name")): dataset for dataset in host.items("datasets")
              if str(dataset.get("name")).partition("/")[0] == pool}
     span = min(7.0, filling.forecast.known_days if filling.forecast else 0.0)
     grown = what_grew(keeper.past_space(db, host.id, after, filling.as_of - span * DAY), after) if after else None
@@ -9586,7 +9586,7 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
 def own_address(state: HostState) -> str | None:
     """The address by which its cluster knows a host."""
     own = text(state.body("node"), "name") or state.name
-    members = dicts((state.body("cluster") or {}).get("members"))
+    members = state.items("cluster.members")
     return next((text(member, "address") for member in members if member.get("name") == own), None)
 
 
@@ -11473,7 +11473,7 @@ def card_events(call: Call, host: str | None, *objects: str) -> Rows:
                         if not objects or is_of_object(event["object"] or "", objects)), CARD_EVENTS))
 
 
-def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] | None:
+def silence_of(call: Call, state: Any, alert: Fields) -> Fields | None:
     """The silence that covers an alert; of several the one that ends last."""
     known = state.alerts.get((alert.get("rule"), alert["object"] or ""))
     covering = [one for one in call.fleet.silences
@@ -11481,7 +11481,7 @@ def silence_of(call: Call, state: Any, alert: dict[str, Any]) -> dict[str, Any] 
     return max(covering, key=lambda one: one["until"], default=None)
 
 
-def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def root_cause(problem: Fields, shown: dict[Any, Fields]) -> Fields:
     """The alert at the top of the chain of causes, as far as that is shown; the alert itself if it has none, or if
     the chain is a circle."""
     top, passed = problem, {problem["id"]}
@@ -11493,7 +11493,7 @@ def root_cause(problem: dict[str, Any], shown: dict[Any, dict[str, Any]]) -> dic
     return top
 
 
-def alert_url(alert: dict[str, Any], url: Callable[..., str]) -> str:
+def alert_url(alert: Fields, url: Callable[..., str]) -> str:
     """The link to what an alert is about: the card of its guest, pool, disk or cluster, else its section of the
     host's card."""
     kind, _, rest = (alert["object"] or "").partition("/")
@@ -11589,7 +11589,7 @@ def belongs_to(alert: Row, id: str, parts: tuple[str, ...]) -> bool:
 
 
 def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
-    guest = next((guest for guest in dicts(state.body("guests")) if str(guest.get("vmid")) == vmid), None)
+    guest = next((guest for guest in state.items("guests") if str(guest.get("vmid")) == vmid), None)
     if guest is None:
         return None
     object = f"guests/{vmid}"
@@ -11607,10 +11607,10 @@ def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
         "unused": [{"name": text(volume, "name"), **guest_volume(state, volume)}
                    for volume in dicts(guest.get("unused"))],
         "backup": next((found for found in card_rows(call, state, "backups") if str(found["vmid"]) == vmid), None),
-        "jobs": [job for job in dicts((state.body("backups") or {}).get("jobs")) if names_guest(job, guest)],
+        "jobs": [job for job in state.items("backups.jobs") if names_guest(job, guest)],
         "snapshots": [series for series in series_rows(state, call.now) if series["dataset"] in datasets],
-        "replication": [job for job in dicts(state.body("replication")) if str(job.get("vmid")) == vmid],
-        "tasks": newest_tasks(task for task in dicts(state.body("tasks")) if str(task.get("vmid")) == vmid),
+        "replication": [job for job in state.items("replication") if str(job.get("vmid")) == vmid],
+        "tasks": newest_tasks(task for task in state.items("tasks") if str(task.get("vmid")) == vmid),
         "events": card_events(call, state.name, object)}
 
 
@@ -11634,9 +11634,9 @@ def newest_tasks(tasks: Iterable[Row]) -> Rows:
 def guest_volume(state: HostState, volume: Row) -> Row:
     """A guest's volume, with what its dataset takes and the disks that it lies on in the end."""
     name = text(volume, "dataset")
-    dataset = next((found for found in dicts(state.body("datasets")) if found.get("name") == name), {})
+    dataset = next((found for found in state.items("datasets") if found.get("name") == name), {})
     pool = name.partition("/")[0] if name else None
-    body = next((found for found in dicts(state.body("pools")) if found.get("name") == pool), {})
+    body = next((found for found in state.items("pools") if found.get("name") == pool), {})
     leaves = [leaf for leaf in walk_vdevs(dicts(body.get("vdevs"))) if not dicts(leaf.get("children"))]
     return {**pick(volume, ("storage", "dataset", "size_bytes")), "pool": pool,
             "used_bytes": number(dataset, "used_bytes"),
@@ -11652,7 +11652,7 @@ def pool_card(call: Call, state: HostState, name: str) -> Row | None:
     if row is None:
         return None
     object = f"pools/{name}"
-    body = next((pool for pool in dicts(state.body("pools")) if pool.get("name") == name), {})
+    body = next((pool for pool in state.items("pools") if pool.get("name") == name), {})
     here = {guest.get("vmid") for guest in guests_on(state, name)}
     radius = blast_radius(state, object)
     filling = next((found for found in forecast_rows(state) if found["object"] == object), None)
@@ -11664,7 +11664,7 @@ def pool_card(call: Call, state: HostState, name: str) -> Row | None:
         "scrub": next((found for found in scrub_rows(state) if found["pool"] == name), None),
         "margins": pool_margins(state, body), "guests": [
             guest for guest in card_rows(call, state, "guests") if guest["vmid"] in here],
-        "datasets": sorted((dataset for dataset in dicts(state.body("datasets"))
+        "datasets": sorted((dataset for dataset in state.items("datasets")
                             if str(dataset.get("name")).partition("/")[0] == name),
                            key=lambda dataset: -(number(dataset, "used_bytes") or 0)),
         "storages": [storage for storage in card_rows(call, state, "storages")
@@ -11691,7 +11691,7 @@ class Place(NamedTuple):
 def disk_place(state: HostState, names: Iterable[Any]) -> Place | None:
     """The vdev whose member goes by one of these names."""
     wanted = {str(name) for name in names if name}
-    for pool in dicts(state.body("pools")):
+    for pool in state.items("pools"):
         for vdev in dicts(pool.get("vdevs")):
             for leaf in walk_vdevs([vdev]):
                 own = {str(leaf.get(field)) for field in ("disk", "name", "path") if leaf.get(field)}
@@ -11702,7 +11702,7 @@ def disk_place(state: HostState, names: Iterable[Any]) -> Place | None:
 
 def disk_card(call: Call, state: HostState, name: str) -> Row | None:
     """A disk by serial, by-id, wwn or kernel name; or what is left of it in a pool by the name it has there."""
-    disk = next((disk for field in ("serial", "by_id", "wwn", "name") for disk in dicts(state.body("disks"))
+    disk = next((disk for field in ("serial", "by_id", "wwn", "name") for disk in state.items("disks")
                  if disk.get(field) and str(disk[field]) == name), None)
     place = disk_place(state, [disk.get("name")] if disk else [name])
     if disk is None and place is None:
@@ -11725,7 +11725,7 @@ def disk_card(call: Call, state: HostState, name: str) -> Row | None:
 
 
 def vdev_margin(state: HostState, place: Place | None) -> VdevMargin | None:
-    pools = [pool for pool in dicts(state.body("pools")) if place and pool.get("name") == place.pool]
+    pools = [pool for pool in state.items("pools") if place and pool.get("name") == place.pool]
     return next((margin for pool in pools for margin in pool_margins(state, pool)
                  if place and margin.vdev == str(place.vdev.get("name"))), None)
 
@@ -11772,10 +11772,10 @@ def storage_card(call: Call, state: HostState, name: str) -> Row | None:
         "pool": next((pool for pool in card_rows(call, state, "pools")
                       if pool["name"] == str(row["dataset"] or "").partition("/")[0]), None),
         "guests": [guest for guest in card_rows(call, state, "guests") if guest["vmid"] in {
-            found.get("vmid") for found in dicts(state.body("guests"))
+            found.get("vmid") for found in state.items("guests")
             if any(volume.get("storage") == name for volume in dicts(found.get("volumes")))}],
         "backups": [backup for backup in card_rows(call, state, "backups") if backup["storage"] == name],
-        "jobs": [job for job in dicts((state.body("backups") or {}).get("jobs")) if job.get("storage") == name],
+        "jobs": [job for job in state.items("backups.jobs") if job.get("storage") == name],
         "elsewhere": [other for host in others for other in storage_rows(host, call.now) if other["storage"] == name],
         "events": card_events(call, state.name, object)}
 
@@ -11803,9 +11803,9 @@ def cluster_card(call: Call, name: str) -> Row:
                       f"{with_quorum} of {len(states)} monitored nodes say that the cluster is quorate."],
         "alerts": alerts, "watching": watched(call.fleet.shared, object), "views": views,
         "services": [(state.name, service) for state in states
-                     for service in dicts((state.body("ha") or {}).get("services"))
+                     for service in state.items("ha.services")
                      if service.get("node") in (text(state.body("node"), "name") or state.name, None)],
-        "replication": [{"host": state.name, **job} for state in states for job in dicts(state.body("replication"))],
+        "replication": [{"host": state.name, **job} for state in states for job in state.items("replication")],
         "ceph": [(state.name, state.body("ceph")) for state in states if isinstance(state.body("ceph"), dict)],
         "events": card_events(call, None, object)}
 
@@ -11854,10 +11854,10 @@ def thing_of(problem: Row, state: HostState | None) -> tuple[Any, ...]:
         return host, kind, name.partition("/")[0]
     if kind != "disks":
         return host, kind, name
-    for pool in dicts(state.body("pools")):
+    for pool in state.items("pools"):
         if any(text(leaf, "disk") == name for leaf in walk_vdevs(pool.get("vdevs"))):
             return host, "pools", pool.get("name")
-    disk = next((disk for disk in dicts(state.body("disks")) if disk.get("name") == name), {})
+    disk = next((disk for disk in state.items("disks") if disk.get("name") == name), {})
     return host, kind, text(disk, "serial") or name
 
 
@@ -11915,7 +11915,7 @@ def commands_for(problem: Row, state: HostState) -> list[str]:
     if kind == "disks":
         return disk_commands(state, name)
     if kind == "guests":
-        guest = next((guest for guest in dicts(state.body("guests")) if str(guest.get("vmid")) == name), {})
+        guest = next((guest for guest in state.items("guests") if str(guest.get("vmid")) == name), {})
         tool = "pct" if guest.get("type") == "lxc" else "qm"
         start = [f"{tool} start {quoted}"] if problem.get("rule") == "guest-down" else []
         return [f"{tool} status {quoted} --verbose", *start]
@@ -11927,7 +11927,7 @@ def commands_for(problem: Row, state: HostState) -> list[str]:
 def disk_commands(state: HostState, name: str) -> list[str]:
     """Look at the disk, and replace it in its pool."""
     found = [f"smartctl -a /dev/{shlex.quote(name)}"]
-    for pool in dicts(state.body("pools")):
+    for pool in state.items("pools"):
         for leaf in walk_vdevs(pool.get("vdevs")):
             if text(leaf, "disk") == name and str(leaf.get("name")).isprintable():
                 old, into = shlex.quote(str(leaf.get("name"))), shlex.quote(str(pool.get("name")))
@@ -12004,7 +12004,7 @@ def changed_pieces(call: Call, body: bytes) -> Answer:
     return html(PIECE.sub(mark, body), headers={"ETag": tag})
 
 
-def build_page(call: Call, *, managing: bool, fragment: bool) -> dict[str, Any]:
+def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
     view = "problems" if query.get("tab") == "problems" else "list"
@@ -12199,7 +12199,7 @@ def page_offset(asked: str, total: int) -> int:
     return offset // PAGE_LIMIT * PAGE_LIMIT if offset < total else 0
 
 
-def describe_posture(overview: dict[str, Any], alerts: Rows) -> tuple[str, str]:
+def describe_posture(overview: Fields, alerts: Rows) -> tuple[str, str]:
     """The fleet in one word, the worst that nobody has acknowledged, and in one sentence."""
     hosts, problems = overview["hosts"], overview["problems"]
     if not hosts["total"]:
@@ -12238,7 +12238,7 @@ def group_problems(call: Call, alerts: Iterable[Row], most: int) -> Rows:
     return [describe_problem(problem, hosts.get(problem["host"])) for problem in folded[:most]] + folded[most:]
 
 
-def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
+def channel_shown(row: Fields) -> Fields:
     """A channel's row with `look` and `word`: whether what is to be told arrives."""
     if row["last_error"] and (row["last_error_at"] or 0) > (row["last_sent_at"] or 0):
         return {**row, "look": "critical", "word": "failing"}
@@ -12248,9 +12248,9 @@ def channel_shown(row: dict[str, Any]) -> dict[str, Any]:
         **row, "look": "unknown", "word": "not tried"}
 
 
-def find_next_due(call: Call) -> dict[str, Any] | None:
+def find_next_due(call: Call) -> Fields | None:
     """What will need somebody next, told while nothing does: a scrub that falls due."""
-    scrubs: list[dict[str, Any]] = []
+    scrubs: list[Fields] = []
     for host in call.fleet.hosts.values():
         for pool in host.items("pools"):
             limits = limits_of(call.fleet, "scrub-age", host.name, f"pools/{pool['name']}")
@@ -12320,7 +12320,7 @@ def known(value: Any) -> Any:
     return value if is_number(value) else None
 
 
-def fields(body: Any) -> dict[str, Any]:
+def fields(body: Any) -> Fields:
     return body if isinstance(body, dict) else {}
 
 
@@ -12400,7 +12400,7 @@ def spark_points(values: Any, width: int = 72, height: int = 18) -> list[str]:
     return [" ".join(line) for line in lines if line]
 
 
-def why_unknown(host: dict[str, Any], section: str) -> str:
+def why_unknown(host: Fields, section: str) -> str:
     """Why a value is not there: absent, error, no data yet and stale are four different things."""
     if section in host["errors"]:
         error = host["errors"][section]
@@ -12624,7 +12624,7 @@ def check_csrf(call: Call) -> None:
         raise Problem("forbidden", "the page's CSRF token is missing or old: load the page again")
 
 
-def respond(monitor: Monitor, one: Route, environ: dict[str, Any], params: dict[str, str]) -> Answer:
+def respond(monitor: Monitor, one: Route, environ: Fields, params: dict[str, str]) -> Answer:
     """Run a route for a request; every refusal comes back as an answer."""
     try:
         call = Call(monitor, environ, params, fresh=one.auth != "host")
@@ -12693,7 +12693,7 @@ def build_app(monitor: Monitor) -> Callable[..., Iterable[bytes]]:
         app.route(one.path, one.method, partial(handle_route, monitor, one), skip=True)
     app.default_error_handler = handle_http_error
 
-    def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def serve(environ: Fields, start_response: Callable[..., Any]) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             return start_response(status, [*headers, *extra], exc_info)
 
