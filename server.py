@@ -3881,8 +3881,9 @@ def evaluate(rule: Rule, alert: Alert | None, object: str, reading: Reading | No
     """The next state of an alert, pure: none -> pending -> firing -> resolved. Unknown changes nothing."""
     severity = None if reading is None else rule.severity(reading, alert)
     if severity is None or reading is None:
-        over = alert is not None and alert.state == "firing"
-        return alert.changed(state="resolved", resolved_at=now) if alert and over else None
+        if alert is None or alert.state != "firing":
+            return None
+        return alert.changed(state="resolved", resolved_at=now)
     if severity == UNKNOWN.severity:
         return alert
     message = reading.message if isinstance(reading.message, str) else reading.message()
@@ -3933,9 +3934,8 @@ def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes
         if found:
             alerts = dict(host.alerts)
             for old, new in found:
-                alert = new or old
-                if alert is not None:
-                    alerts.pop((rule.name, alert.object), None)
+                if old is not None:
+                    alerts.pop((rule.name, old.object), None)
                 if new is not None and new.state != "resolved":
                     alerts[rule.name, new.object] = new
             host.alerts = alerts
@@ -3967,7 +3967,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
                 about = object if reading.object is None else reading.object
                 said.add(about)
                 own, old = fleet.layers.limits(host, limits, about) if layered else limits, open_alerts.get(about)
-                if about in changes or (old is None and own.severity(reading) in NOTHING_OPENS):
+                if about in changes:
                     continue
                 new = evaluate(own, old, about, reading if own.enabled else None, now)
                 if new is not old:
@@ -3975,8 +3975,6 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
         except ODD as error:  # a report can hold anything: it costs this object, and no other
             said.add(object)
             tell_stumble(host, rule, object, error, now)
-            if not object:
-                return list(changes.values())
     ended: Changes = []
     if open_alerts or rule.tidy:
         looked_at = {object for object, _ in objects}
@@ -3992,9 +3990,6 @@ def forget_gone(host: Any, rule: Rule, looked_at: set[str]) -> None:
     for key in host.memory.rules.get(rule.name, {}).keys() - looked_at:
         if not covers(looked_at, key):
             host.memory.drop(rule.name, key)
-
-
-NOTHING_OPENS = (None, UNKNOWN.severity)
 
 
 def objects_of(host: Any, rule: Rule) -> list[tuple[str, Any]]:

@@ -354,7 +354,7 @@ class Session:
         all_made = len(made)
         if len(made) > self.most:
             made = random.Random(self.seed).sample(made, self.most)
-        waiting, left = list(made), []
+        waiting, left = list(made), list[bool]()
         running: dict[int, tuple[Part, Change, list[int], Any, float]] = {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
@@ -369,7 +369,7 @@ class Session:
                 part, change, tests, result, _ = running.pop(pid)
                 seen = Path(result.name).read_text()
                 if seen == "survived":
-                    left.append((part, change, len(tests)))
+                    left.append(self.tell_survivor(part, change, len(tests)))
                 elif seen:
                     self.kills[change.function][int(seen)] += 1
         return self.tell(name, left, len(made), all_made)
@@ -411,14 +411,15 @@ class Session:
             self.end(pid)
         return over
 
-    def tell(self, name: str, left: list[tuple[Part, Change, int]], count: int, all_made: int) -> tuple[int, int]:
-        judged = 0
-        for part, change, tests in sorted(left, key=lambda found: (found[0].module.__name__, found[1].line)):
-            reason = JUDGED.get((change.function, change.what))
-            judged += reason is not None
-            note = f"judged: {reason}" if reason else f"passed {tests} tests" if tests else "no test runs it"
-            print(f"   survived: {part.module.__name__}.py:{change.line} {change.function}: {change.what} ({note})", flush=True)
-        killed = count - len(left)
+    def tell_survivor(self, part: Part, change: Change, tests: int) -> bool:
+        """Print it as soon as it is known; gives back whether it is judged."""
+        reason = JUDGED.get((change.function, change.what))
+        note = f"judged: {reason}" if reason else f"passed {tests} tests" if tests else "no test runs it"
+        print(f"   survived: {part.module.__name__}.py:{change.line} {change.function}: {change.what} ({note})", flush=True)
+        return reason is not None
+
+    def tell(self, name: str, left: list[bool], count: int, all_made: int) -> tuple[int, int]:
+        killed, judged = count - len(left), sum(left)
         of = f"{count} changes" if count == all_made else f"{count} of {all_made} changes, drawn by seed {self.seed},"
         print(f"{name}: {killed} of {of} were seen, {killed / max(1, count):.1%}; of the other {len(left)}, {judged} are judged", flush=True)
         return killed, count - judged

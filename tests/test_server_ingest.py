@@ -132,6 +132,7 @@ BROKEN = [  # what is wrong, body, status, code, pointer
     ("1e999", raw('"cpu_ratio":0.25', '"cpu_ratio":1e999'), 422, "invalid_report", "/node/cpu_ratio"),
     ("an integer of 5,000 digits", raw('"cpu_count":8', '"cpu_count":' + "9" * 5000), 400, "invalid_json", None),
     ("an integer of 100 digits", with_node(cpu_count=10**100), 422, "invalid_report", "/node/cpu_count"),
+    ("an endless number where a later version has a section", broken(later=10**100), 422, "invalid_report", "/later"),
     ("100,000 brackets", NESTED, 400, "invalid_json", None),
     ("50 brackets", with_node(deep=json.loads("[" * 50 + "]" * 50)), 422, "invalid_report", None),
     ("a number", b"42", 422, "invalid_report", ""),

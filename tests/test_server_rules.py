@@ -59,6 +59,98 @@ def test_what_is_known_of_one_section_in_part_stays_so_beside_one_of_which_nothi
     assert server.knows(host, dataclasses.replace(rule, on=("datasets",)), sim.now) is None
 
 
+def limits(**fields):
+    return dataclasses.replace(server.RULE["pool-capacity"], hold=0.0, hold_crit=0.0, **fields)
+
+
+# Fires from 0.80 and 0.90 on; what is reached holds until it has come 0.03 to the good side of its threshold.
+@pytest.mark.parametrize(("value", "reached", "level"), [
+    (0.7999, None, None), (0.80, None, "warning"), (0.8999, None, "warning"), (0.90, None, "critical"), (5.0, None, "critical"),
+    (0.7701, "warning", "warning"), (0.77, "warning", None), (0.7699, "warning", None), (0.8999, "warning", "warning"),
+    (0.90, "warning", "critical"), (0.8701, "critical", "critical"), (0.87, "critical", "warning"), (0.7701, "critical", "warning"),
+    (0.77, "critical", None)])
+def test_a_level_is_reached_at_its_threshold_and_left_at_its_margin(value: float, reached: str | None, level: str | None):
+    assert limits(warn=0.80, crit=0.90, clear_by=0.03).level(value, reached) == level
+    assert limits(warn=-0.80, crit=-0.90, clear_by=0.03, low=True).level(-value - 1e-12, reached) == level
+    assert limits(warn=80.0, crit=90.0, clear_by=3.0).level(value * 100, reached) == level
+
+
+@pytest.mark.parametrize(("value", "reached", "level"), [
+    (0.8, "warning", "warning"), (0.79, "warning", None), (0.9, "critical", "critical"), (0.89, "critical", "warning")])
+def test_a_level_without_a_margin_is_left_where_it_is_reached(value: float, reached: str | None, level: str | None):
+    assert limits(warn=0.80, crit=0.90, clear_by=0.0).level(value, reached) == level
+
+
+def test_a_level_that_has_no_threshold_is_never_reached():
+    assert limits(warn=None, crit=0.9).level(0.89, None) is None
+    assert limits(warn=0.8, crit=None).level(1e9, None) == "warning"
+    assert limits(warn=None, crit=0.9, clear_by=0.03).level(0.88, "critical") == "critical"
+
+
+def test_where_low_numbers_are_bad_the_threshold_itself_is_well():
+    assert [limits(warn=14, crit=3, low=True).level(value, None) for value in (14, 13.9, 3, 2.9)] == [None, "warning", "warning", "critical"]
+
+
+LOOKS = {  # value and state, severity at each minute; 'unknown' is a look that saw nothing
+    "a warning after its hold": [(0.85, "pending warning"), (0.85, "pending warning"), (0.85, "pending warning"), (0.85, "firing warning")],
+    "one look in between that is well": [(0.85, "pending warning"), (0.85, "pending warning"), (0.5, None), (0.85, "pending warning"),
+                                         (0.85, "pending warning"), (0.85, "pending warning"), (0.85, "firing warning")],
+    "before it fires there is no margin": [(0.85, "pending warning"), (0.79, None)],
+    "unknown in between": [(0.85, "pending warning"), ("unknown", "pending warning"), ("unknown", "pending warning"), (0.85, "firing warning")],
+    "unknown first": [("unknown", None), (0.85, "pending warning")],
+    "unknown does not end": [(0.85, "pending warning")] * 3 + [(0.85, "firing warning"), ("unknown", "firing warning"), (0.78, "firing warning"),
+                             (0.77, "resolved warning")],
+    "critical has a hold of its own": [(0.95, "pending critical")] * 3 + [(0.95, "firing warning"), (0.95, "firing warning"), (0.95, "firing critical")],
+    "it has to be critical for as long": [(0.85, "pending warning")] * 3 + [(0.95, "firing warning")] * 5 + [(0.95, "firing critical")],
+    "within the margin it goes on": [(0.85, "pending warning")] * 3 + [(0.95, "firing warning"), (0.88, "firing warning"), (0.88, "firing warning"),
+                                     (0.88, "firing warning"), (0.88, "firing warning"), (0.88, "firing critical"), (0.86, "firing warning")],
+    "beyond the margin it starts anew": [(0.95, "pending critical")] * 3 + [(0.95, "firing warning"), (0.86, "firing warning")]
+                                        + [(0.95, "firing warning")] * 5 + [(0.95, "firing critical")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("looks", LOOKS.values(), ids=LOOKS)
+def test_an_alert_goes_through_its_states(looks: list):
+    rule, alert, at = dataclasses.replace(limits(warn=0.8, crit=0.9, clear_by=0.03), hold=180.0, hold_crit=300.0), None, 1000.0
+    began = fired = None
+    for value, expected in looks:
+        before, reading = alert, server.UNKNOWN if value == "unknown" else server.measured(value, lambda: "full")
+        alert = server.evaluate(rule, alert, "pools/tank", reading, at)
+        assert (None if alert is None else f"{alert.state} {alert.severity}") == expected
+        began = None if alert is None else began or at
+        fired = fired or (at if alert is not None and alert.state == "firing" else None)
+        assert alert is None or (alert.since, alert.fired_at) == (began, fired)
+        assert alert is before or alert is None or alert.resolved_at == (at if alert.state == "resolved" else None)
+        at += 60
+
+
+def test_a_word_counts_at_once_where_no_threshold_says_what_a_warning_is():
+    rule = dataclasses.replace(server.RULE["pool-state"], hold=60.0, hold_crit=60.0)
+    alert = server.evaluate(rule, None, "pools/tank", server.warning("degraded"), 0.0)
+    alert = server.evaluate(rule, alert, "pools/tank", server.critical("worse"), 60.0)
+    assert alert is not None and (alert.state, alert.severity, alert.message) == ("firing", "critical", "worse")
+
+
+@pytest.mark.parametrize(("worse", "severity", "value", "ended"), [
+    (0, "warning", 99, False), (0, "critical", 5, True), (0, "info", 5, False), (1, "warning", 5.5, True), (1, "warning", 4.5, False),
+    (1, "warning", 5, False), (-1, "warning", 4.5, True), (-1, "warning", 5.5, False), (1, "warning", None, False), (1, "critical", None, True)])
+def test_an_acknowledgement_ends_when_it_gets_worse(worse: int, severity: str, value: float | None, ended: bool):
+    rule = dataclasses.replace(server.RULE["pool-state"], worse=worse, hold=0.0, hold_crit=0.0)
+    known = server.Alert(rule.name, "pools/tank", "warning", "", 5, 0.0, "firing", fired_at=0.0, acknowledged_at=1.0, acknowledged_by="ann",
+                         acknowledged_severity="warning", acknowledged_value=5, told={"mail": ("warning", 1.0)})  # fmt: skip
+    new = server.evaluate(rule, known, "pools/tank", server.Reading(severity, "", value), 2.0)
+    assert new is not None and new.acknowledged_by == (None if ended else "ann")
+    assert new.told == ({"mail": ("", 1.0)} if ended else {"mail": ("warning", 1.0)})
+
+
+def test_two_objects_that_a_rule_stumbles_over_are_one_line(sim, capsys):
+    odd = [{"name": name, "data_errors": 2, "damaged_files": 5} for name in ("a", "b", "tank")]
+    for minute, lines in ((0, 1), (1, 0), (59, 0), (60, 1), (61, 0)):
+        sim.now = START + minute * MINUTE
+        sim.send("pve1", pools=odd)
+        assert capsys.readouterr().out.count("pool-data-errors cannot judge pools/") == lines, minute
+
+
 # --- a table of what is seen when, and the state of the alert after it ---
 
 
