@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import multiprocessing
 import os
 import random
 import re
-import subprocess
+import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from conftest import PASSWORD, LiveServer, build_guest, build_pool, build_report, find_program, free_port
-from faults import until
+from beside import Caddy
+from conftest import PASSWORD, LiveServer, build_guest, build_pool, build_report
 
 import agent
 import server as monitor
@@ -52,7 +54,7 @@ class Host:
 
     def request(self, body: bytes) -> bytes:
         packed = agent.pack(body)
-        head = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Encoding": "gzip", "Connection": "close",
+        head = {"Host": "localhost", "Content-Type": "application/json", "Content-Encoding": "gzip", "Connection": "close",
                 "Content-Length": str(len(packed)), **agent.webhook_headers(self.key, packed, int(time.time()))}  # fmt: skip
         lines = [f"POST /api/v1/hosts/{self.name}/reports HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + packed
@@ -72,50 +74,56 @@ def register(server: LiveServer, count: int) -> list[Host]:
 
 
 @contextmanager
-def behind_caddy(folder: Path, count: int, **env: str) -> Iterator[tuple[LiveServer, subprocess.Popen[bytes], int, list[Host]]]:
-    """Server, Caddy, Caddy's port (plain HTTP: the handshakes of played agents would cost the players' core), hosts."""
-    server, port = LiveServer(folder, TRUSTED_PROXY="127.0.0.1", **env), free_port()
+def behind_caddy(folder: Path, count: int, **env: str) -> Iterator[tuple[LiveServer, Caddy, Doorway, list[Host]]]:
+    """Server, Caddy with TLS as agents meet it, the way to it, hosts."""
+    server = LiveServer(folder, TRUSTED_PROXY="127.0.0.1", **env)
     hosts = register(server, count)
     server.start()
-    text = (Path(__file__).resolve().parent.parent / "Caddyfile.example").read_text()
-    text = text.replace("monitor.example.com {", f"http://127.0.0.1:{port} {{").replace("127.0.0.1:4000", f"127.0.0.1:{server.port}")
-    text = text.replace("/var/log/caddy/monitor.log", str(folder / "caddy-access.log")).replace("{\n", "{\n\tadmin off\n", 1)
-    (folder / "Caddyfile").write_text(text)
-    home = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    with open(folder / "caddy.log", "wb") as log:
-        argv = [find_program("caddy"), "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
-        caddy = subprocess.Popen(argv, env=home, stdout=log, stderr=log)
-    direct = server.url
+    caddy = Caddy(folder, server.port)
     try:
-        server.url = f"http://127.0.0.1:{port}"
-        until(lambda: answers(server), 20, (folder / "caddy.log").read_text()[-500:])
-        yield server, caddy, port, hosts
+        caddy.wait()
+        yield server, caddy, Doorway(caddy), hosts
     finally:
-        caddy.terminate()
-        caddy.wait(10)
-        server.url = direct
+        caddy.process.terminate()
+        caddy.process.wait(10)
         server.stop()
 
 
-def answers(server: LiveServer) -> bool:
-    with suppress(OSError):
-        return server.request("GET", "/healthz").status == 200
-    return False
+class Doorway:
+    """How played hosts and browsers reach Caddy: a whole TLS handshake for each request, as agents do it."""
+
+    def __init__(self, caddy: Caddy):
+        self.port = caddy.port
+        self.context = ssl.create_default_context(cafile=str(caddy.root))
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context, server_hostname="localhost")
+
+
+def refusals(caddy: Caddy) -> dict[str, int]:
+    """What Caddy said of requests that it could not bring to the server, addresses left out."""
+    said = Counter[str]()
+    with open(caddy.folder / "caddy.log") as log:
+        for line in log:
+            if '"logger":"http.log.error"' in line:
+                entry = json.loads(line)
+                said[f"{entry.get('status', '')} {re.sub(r'[0-9.]+:[0-9]+', '…', entry['msg'])}"] += 1
+    return dict(said)
 
 
 # --- requests ---
 
 
-async def post(port: int, request: bytes) -> tuple[int, float, bytes]:
+async def post(door: Doorway, request: bytes) -> tuple[int, float, bytes]:
     """Status, Retry-After and body of an answer; status 0 when there was none."""
     try:
         async with asyncio.timeout(agent.ANSWER_TIMEOUT):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await door.open()
             try:
                 writer.write(request)
                 answer = await reader.read()
             finally:
-                writer.close()
+                writer.transport.abort()
     except (OSError, TimeoutError):
         return 0, 0.0, b""
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -129,10 +137,10 @@ async def timed(asked: Awaitable[tuple[int, float, bytes]]) -> tuple[int, float]
     return status, time.monotonic() - began
 
 
-async def timed_each_second(host: Host, port: int, end: float) -> list[tuple[int, float]]:
+async def timed_each_second(host: Host, door: Doorway, end: float) -> list[tuple[int, float]]:
     took = []
     while time.monotonic() < end:
-        took.append(await timed(post(port, host.request(host.report(time.time())))))
+        took.append(await timed(post(door, host.request(host.report(time.time())))))
         await asyncio.sleep(1)
     return took
 
@@ -166,9 +174,9 @@ def start_apart(work: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], tu
 class Watcher(threading.Thread):
     """Asks pages every so many seconds (`seldom`: each third time), keeps how long each took, and the server's most memory."""
 
-    def __init__(self, server: LiveServer, pages: dict[str, str], every: float = 0.5, seldom: Set[str] = frozenset()):
+    def __init__(self, server: LiveServer, caddy: Caddy, pages: dict[str, str], every: float = 0.5, seldom: Set[str] = frozenset()):
         super().__init__(daemon=True)
-        self.server, self.pages, self.every, self.seldom = server, pages, every, seldom
+        self.server, self.caddy, self.pages, self.every, self.seldom = server, caddy, pages, every, seldom
         self.took: dict[str, list[float]] = {name: [] for name in pages}
         self.failed: list[str] = []
         self.rss = 0.0
@@ -186,11 +194,10 @@ class Watcher(threading.Thread):
                     continue
                 began = time.monotonic()
                 try:
-                    answer = self.server.request("GET", path, Cookie=self.cookie)
-                    if answer.status not in (200, 503):
-                        self.failed.append(f"{name}: {answer.status}")
+                    self.caddy.get(path, Cookie=self.cookie)
                 except OSError as error:
-                    self.failed.append(f"{name}: {error}")
+                    if getattr(error, "code", 0) != 503:
+                        self.failed.append(f"{name}: {error}")
                 self.took[name].append(time.monotonic() - began)
             assert self.server.process
             self.rss = max(self.rss, rss(self.server.process.pid))

@@ -15,7 +15,7 @@ from typing import Any
 
 from conftest import LiveAgent, build_guest, build_report
 from faults import complaints, database_of, stored, until
-from load import Watcher, behind_caddy, in_ms, start_apart, timed_each_second
+from load import Doorway, Watcher, behind_caddy, in_ms, start_apart, timed_each_second
 
 import agent
 
@@ -42,18 +42,19 @@ def fill_spool(state: Path, host: str, count: int) -> None:
 
 
 def backlog(folder: Path, count: int, most: float) -> dict[str, Any]:
-    with behind_caddy(folder, 20) as (server, _, port, hosts):
+    with behind_caddy(folder, 20) as (server, caddy, door, hosts):
         token = server.register("week")
-        probe = LiveAgent(folder, server, token, host="week", fast=5)  # server.url is Caddy's here
+        probe = LiveAgent(folder, server, token, host="week", fast=5)
+        probe.config.write_text(f'ca_file = "{caddy.root}"\n{probe.config.read_text().replace(server.url, caddy.url)}')
         fill_spool(probe.state, "week", count)
-        watcher = Watcher(server, {"page": "/", "healthz": "/healthz"})
-        alone = start_apart(lambda: fleet(hosts, port, 20))
+        watcher = Watcher(server, caddy, {"page": "/", "healthz": "/healthz"})
+        alone = start_apart(lambda: fleet(hosts, door, 20))
         calm, _ = alone()
         for host in hosts:
             host.seq += 100  # those of the process apart
         began = time.monotonic()
         probe.start()
-        beside = start_apart(lambda: fleet(hosts, port, 40))
+        beside = start_apart(lambda: fleet(hosts, door, 40))
         watcher.start()
         busy, _ = beside()
         until(lambda: not any((probe.state / "spool").iterdir()), most * 3, "the spool is empty")
@@ -73,6 +74,6 @@ def backlog(folder: Path, count: int, most: float) -> dict[str, Any]:
                 "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
-async def fleet(hosts: list[Any], port: int, seconds: float) -> list[tuple[int, float]]:
+async def fleet(hosts: list[Any], door: Doorway, seconds: float) -> list[tuple[int, float]]:
     end = time.monotonic() + seconds
-    return sum(await asyncio.gather(*(timed_each_second(host, port, end) for host in hosts)), [])
+    return sum(await asyncio.gather(*(timed_each_second(host, door, end) for host in hosts)), [])

@@ -22,7 +22,7 @@ from typing import Any
 from beside import Victoria
 from conftest import LiveServer
 from faults import complaints, database_of, until
-from load import behind_caddy, in_ms, start_apart, timed_each_second
+from load import Doorway, behind_caddy, in_ms, start_apart, timed_each_second
 
 import server as monitor
 
@@ -88,14 +88,14 @@ def play(folder: Path, seconds: float) -> bool:
         store.start()
         wire = SlowWire(store.port)
         try:
-            with behind_caddy(folder, 20, HISTORY_URL=wire.url) as (server, _, port, hosts):
-                return faults(server, port, hosts, store, wire, disk, seconds)
+            with behind_caddy(folder, 20, HISTORY_URL=wire.url) as (server, _, door, hosts):
+                return faults(server, door, hosts, store, wire, disk, seconds)
         finally:
             wire.door.close()
             store.stop(signal.SIGKILL)
 
 
-def faults(server: LiveServer, port: int, hosts: list[Any], store: Victoria, wire: SlowWire, disk: Path, seconds: float) -> bool:
+def faults(server: LiveServer, door: Doorway, hosts: list[Any], store: Victoria, wire: SlowWire, disk: Path, seconds: float) -> bool:
     filler = disk / "filler"
 
     def restart() -> None:
@@ -118,7 +118,7 @@ def faults(server: LiveServer, port: int, hosts: list[Any], store: Victoria, wir
     acknowledged: dict[str, set[int]] = {host.name: set() for host in hosts}
     for name, fault, mend in played:
         fault()
-        players = start_apart(lambda: fleet(hosts, port, seconds))
+        players = start_apart(lambda: fleet(hosts, door, seconds))
         told, _ = players()
         for host in hosts:  # those of the process apart
             host.seq = told[host.name][-1][0]
@@ -152,8 +152,8 @@ def fill(path: Path) -> None:
             handle.write(bytes(1 << 16))
 
 
-async def fleet(hosts: list[Any], port: int, seconds: float) -> dict[str, list[tuple[int, int, float]]]:
+async def fleet(hosts: list[Any], door: Doorway, seconds: float) -> dict[str, list[tuple[int, int, float]]]:
     """By host: number, status, seconds."""
     end, before = time.monotonic() + seconds, {host.name: host.seq for host in hosts}
-    told = await asyncio.gather(*(timed_each_second(host, port, end) for host in hosts))
+    told = await asyncio.gather(*(timed_each_second(host, door, end) for host in hosts))
     return {host.name: [(before[host.name] + n, *each) for n, each in enumerate(took, 1)] for host, took in zip(hosts, told)}
