@@ -607,14 +607,14 @@ class Write:
 
     def __init__(self, work: Callable[[Database], Any], urgent: bool):
         self.work, self.urgent = work, urgent
-        self.done = False
+        self.woken = threading.Event()  # it is done, or has the lead now
         self.value: Any = None
         self.error: Exception | None = Problem("busy", "the server is stopping", headers={"Retry-After": "5"})
 
 
 class Store:
-    """The database of a running server. Who writes waits for his turn; whoever has it commits for all that wait by
-    then, so that they share one flush to the disk. Every thread reads for itself.
+    """The database of a running server. The first who writes has the lead: he commits for all that wait by then, so
+    that they share one flush to the disk, and hands the lead to the next. Every thread reads for itself.
 
     `on_failure` is called when a write or the commit failed: what was derived in memory is then ahead of the disk.
     """
@@ -628,7 +628,8 @@ class Store:
         self.closed = False
         self._flushes, self._counted_at = float(FLUSHES_SAVED), time.monotonic()
         self._waiting: deque[Write] = deque()
-        self._turn = threading.Lock()
+        self._leader: Write | None = None
+        self._guard, self._turn = threading.Lock(), threading.Lock()  # of the two above; of the connection
         self._local = threading.local()
 
     @property
@@ -646,14 +647,31 @@ class Store:
         """Run `work(db)` in the next transaction, wait until it is on the disk, give back what it returned. What
         `work` raises is raised here, and a `Problem` (storage_full, busy) when the commit fails."""
         write = Write(work, urgent)
-        self._waiting.append(write)
-        with self._turn:
-            if not write.done and not self.closed:
-                self._linger(write)
-                self._commit([self._waiting.popleft() for _ in range(len(self._waiting))])
+        with self._guard:
+            self._waiting.append(write)
+            self._leader = self._leader or write
+            leads = self._leader is write
+        if leads or (write.woken.wait() and self._leader is write):
+            self._lead(write)
         if write.error is not None:
             raise write.error
         return write.value
+
+    def _lead(self, first: Write) -> None:
+        """Write for all that wait. Those who are done go on at once, while the next leader waits for company."""
+        group: list[Write] = []
+        try:
+            with self._turn:
+                if not self.closed:
+                    self._linger(first)
+                group = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                if not self.closed:
+                    self._commit(group)
+        finally:
+            with self._guard:
+                heir = self._leader = self._waiting[0] if self._waiting else None
+            for write in [heir, *group] if heir else group:
+                write.woken.set()
 
     def close(self) -> None:
         """Finish what is being written; who still waits is told that the server is stopping."""
@@ -688,8 +706,6 @@ class Store:
                 write.error = store_problem(error)
             self._failed(error)
         finally:
-            for write in group:
-                write.done = True
             self.writing_since = None
 
     def _ask_disk(self) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,26 @@ def test_a_rush_of_urgent_writes_leaves_no_debt_for_reports(config, monitor, mon
     began = time.monotonic()
     store.write(lambda db: server.set_meta(db, "report", 1), urgent=False)
     assert time.monotonic() - began < 1
+    store.close()
+
+
+def test_who_is_done_does_not_wait_for_the_company_of_the_next(monitor, monkeypatch):
+    monkeypatch.setattr(server, "FLUSHES_SAVED", 0)
+    monkeypatch.setattr(server, "FLUSHES_PER_SECOND", 0.01)
+    monkeypatch.setattr(server, "COMPANY", 3)
+    store = server.Store(monitor.config.database_path)
+
+    def write(times):
+        for _ in range(times):
+            store.write(lambda db: None, urgent=False)
+
+    with ThreadPoolExecutor(5) as senders:
+        again = senders.submit(write, 2)  # has the lead, and is back before others have heard that they are done
+        for done in [senders.submit(write, 1) for _ in range(2)]:
+            done.result(timeout=20)
+        assert not again.done()
+        for done in [again, *(senders.submit(write, 1) for _ in range(2))]:
+            done.result(timeout=20)
     store.close()
 
 
