@@ -2062,7 +2062,8 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
     return known(
         type=device.get("type"), protocol=device.get("protocol"), **parse_identity(smart),
         passed=to_bool(dig(smart, "smart_status", "passed")),
-        temperature_celsius=parse_temperature(smart, attributes), power_on_hours=parse_hours(smart),
+        failing_attributes=list_failing(smart) or None, temperature_celsius=parse_temperature(smart, attributes),
+        temperature_limit_celsius=parse_trip(smart), power_on_hours=parse_hours(smart),
         **parse_wear(smart, attributes), **parse_damage(smart, attributes), selftest=parse_selftest(smart, now),
     )
 
@@ -2104,9 +2105,20 @@ def parse_attributes(smart: dict[str, Any]) -> Attributes:
     table = {}
     for row in map(as_dict, as_list(dig(smart, "ata_smart_attributes", "table"))):
         words = re.match(r"\d{1,18}(?![\dx])", str(dig(row, "raw", "string") or ""))
-        raw = int(words[0]) if words else None
-        table[str(row.get("name"))] = to_count(row.get("value")), None if raw in ALL_ONES else raw
+        raw, value, packed = int(words[0]) if words else None, to_count(row.get("value")), dig(row, "raw", "value")
+        if row.get("id") == 230 and row.get("name") == "Media_Wearout_Indicator":
+            # Western Digital stands still here or counts up; the second byte of the raw number is the percentage used:
+            # 0x25060d282506 is 37 % [list smartmontools-support 2021-March/000652, zbx-smartctl issue 148].
+            raw, value = None, None if to_count(packed) is None else 100 - (int(packed) >> 8) % 256
+        table[str(row.get("name"))] = value, None if raw in ALL_ONES else raw
     return table
+
+
+def list_failing(smart: dict[str, Any]) -> list[str]:
+    """Attributes that foretell failure and stand at their threshold now. Disks may call themselves well with that, and
+    those of old age or heat, or that stood there once, foretell nothing [smartctl(8), WHEN_FAILED]."""
+    rows = map(as_dict, as_list(dig(smart, "ata_smart_attributes", "table")))
+    return [str(row.get("name")) for row in rows if row.get("when_failed") == "now" and dig(row, "flags", "prefailure")]
 
 
 def parse_temperature(smart: dict[str, Any], attributes: Attributes) -> int | None:
@@ -2115,6 +2127,12 @@ def parse_temperature(smart: dict[str, Any], attributes: Attributes) -> int | No
     told = [to_number(dig(smart, "temperature", "current")), to_number(dig(smart, NVME_LOG, "temperature"))]
     told += [attributes.get(name, (None, None))[1] for name in names]
     return next((int(celsius) for celsius in told if celsius and -40 <= celsius <= 150), None)
+
+
+def parse_trip(smart: dict[str, Any]) -> int | None:
+    """Where the disk itself warns of heat (SAS); some say 0 or 25, which nobody can mean."""
+    limit = to_count(dig(smart, "temperature", "drive_trip"))
+    return limit if limit is not None and 45 <= limit <= 100 else None
 
 
 def parse_wear(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
@@ -2161,24 +2179,43 @@ def parse_damage(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any
 
 
 def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
-    """The newest self-test that came to an end: whether it passed, and when, by the hours the disk had run then."""
+    """The newest self-test that came to an end: whether it passed, and when, by the hours the disk had run then. One
+    that failed counts on until an extended one has passed, as smartctl has it: a short one does not read the disk."""
     ata, hours = as_dict(smart.get("ata_smart_self_test_log")), parse_hours(smart)
     rows = as_list(dig(ata.get("standard") or ata.get("extended"), "table"))
     rows += as_list(dig(smart, "nvme_self_test_log", "table"))
     rows += [smart[name] for name in (f"scsi_self_test_{number}" for number in range(20)) if name in smart]
+    newest: dict[str, Any] | None = None
     for row in map(as_dict, rows):
-        nvme, scsi = to_count(dig(row, "self_test_result", "value")), to_count(dig(row, "result", "value"))
-        passed = to_bool(dig(row, "status", "passed"))
-        if nvme == 0 or scsi == 0 or nvme in NVME_FAILED or scsi in SCSI_FAILED:
-            passed = not (nvme or scsi)
-        at = to_count(row.get("lifetime_hours", row.get("power_on_hours", dig(row, "power_on_time", "hours"))))
-        if passed is None:
+        passed = selftest_passed(row)
+        if passed is None or (newest and passed and not is_extended(row)):
             continue
-        if hours is None or at is None or at > hours:
-            return {"passed": passed}
-        at += (hours - at) // 0x10000 * 0x10000 if "lifetime_hours" in row else 0  # ATA keeps the lowest 16 bits
-        return {"passed": passed, "ended_at": int(now) - (hours - at) * 3600}
-    return None
+        if newest is None or not passed:
+            newest = known(passed=passed, ended_at=selftest_end(row, hours, now))
+        if not passed or is_extended(row):
+            break
+    return newest
+
+
+def selftest_passed(row: dict[str, Any]) -> bool | None:
+    nvme, scsi = to_count(dig(row, "self_test_result", "value")), to_count(dig(row, "result", "value"))
+    if nvme == 0 or scsi == 0 or nvme in NVME_FAILED or scsi in SCSI_FAILED:
+        return not (nvme or scsi)
+    return to_bool(dig(row, "status", "passed"))
+
+
+def is_extended(row: dict[str, Any]) -> bool:
+    """By the word, as ATA, NVMe and SCSI number the kinds in different ways ("Extended offline", "Background long")."""
+    kinds = (dig(row, name, "string") for name in ("type", "self_test_code", "code"))
+    return any(word in str(kind) for kind in kinds for word in ("Extended", "long"))
+
+
+def selftest_end(row: dict[str, Any], hours: int | None, now: float) -> int | None:
+    at = to_count(row.get("lifetime_hours", row.get("power_on_hours", dig(row, "power_on_time", "hours"))))
+    if hours is None or at is None or at > hours:
+        return None
+    at += (hours - at) // 0x10000 * 0x10000 if "lifetime_hours" in row else 0  # ATA keeps the lowest 16 bits
+    return int(now) - (hours - at) * 3600
 
 
 # Safeguards: what should speak up when something fails.

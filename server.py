@@ -2500,19 +2500,34 @@ def suspicions(disk: Fields | None, leaf: Fields) -> list[str]:
     """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev."""
     disk = disk or {}
     warning, pending = number(disk, "critical_warning"), number(disk, "pending_sectors")
-    wear, spare, least = number(disk, "wear_ratio"), number(disk, "spare_ratio"), number(disk, "spare_threshold_ratio")
+    wear, failing = number(disk, "wear_ratio"), disk.get("failing_attributes")
     errors = sum_known(number(leaf, key) for key in VDEV_COUNTERS)
     test = disk.get("selftest")
     reasons = [
-        (disk.get("passed") is False, "SMART: failing"),
-        (bool(warning), f"critical warning 0x{int(warning or 0):02x}"),
-        (spare is not None and least is not None and spare < least, "spare blocks used up"),
+        (is_failing(disk), "SMART: failing"),
+        (bool(failing), f"SMART: {failing} at the threshold"),
+        (bool(warning) and warning != HOT_ONLY, f"critical warning 0x{int(warning or 0):02x}"),
+        (lacks_spare(disk), "spare blocks used up"),
         (wear is not None and wear >= 1, f"{wear or 0:.0%} worn"),
         (bool(pending), f"{int(pending or 0)} pending sectors"),
         (isinstance(test, dict) and test.get("passed") is False, "self-test failed"),
         (bool(errors), f"{int(errors or 0)} I/O errors in ZFS"),
     ]
     return [reason for holds, reason in reasons if holds]
+
+
+HOT_ONLY = 0x02  # of critical_warning: the temperature, and nothing else
+
+
+def is_failing(disk: dict[str, Any]) -> bool:
+    """What SMART says of the whole. smartctl calls an NVMe failed for any bit of critical_warning, heat too."""
+    return disk.get("passed") is False and number(disk, "critical_warning") != HOT_ONLY
+
+
+def lacks_spare(disk: dict[str, Any]) -> bool:
+    """Whether its spare is down to its own limit; a limit of 0 says that it does not tell."""
+    spare, least = number(disk, "spare_ratio"), number(disk, "spare_threshold_ratio")
+    return spare is not None and bool(least) and spare <= (least or 0)
 
 
 class VdevMargin(NamedTuple):
@@ -4660,10 +4675,12 @@ def disk_troubles(disk: Fields) -> list[str]:
     """What a disk itself says of its end, all of it: these are signs of one cause."""
     bits, worn, spare, least = (number(disk, key) for key in ("critical_warning", "wear_ratio", "spare_ratio",
                                                               "spare_threshold_ratio"))
+    failing = disk.get("failing_attributes") or ()
     words = [word for bit, word in NVME_WARNINGS.items() if int(bits or 0) & bit]
     return [*(["critical warning: " + ", ".join(words or [f"0x{int(bits):02x}"])] if bits else []),
-            *([f"{percent(spare)} of its spare left, its own limit is {percent(least)}"]
-              if spare is not None and least is not None and spare <= least else []),
+            *([f"{percent(spare or 0)} of its spare left, its own limit is {percent(least or 0)}"]
+              if lacks_spare(disk) else []),
+            *([f"{', '.join(map(str, failing))} at the threshold of failure"] if failing else []),
             *([f"{percent(worn)} of its rated life used"] if worn is not None and worn >= 0.80 else []),
             *(["its last self-test failed"] if selftest_passed(disk) is False else [])]
 
@@ -4677,7 +4694,7 @@ def selftest_passed(disk: Fields) -> bool | None:
       why="The disk itself expects to fail.",
       todo="Replace it: zpool replace POOL OLD NEW.")
 def smart_failed(disk: Fields) -> Found:
-    if disk.get("passed") is not False:
+    if not is_failing(disk) and not disk.get("failing_attributes"):
         return UNKNOWN if disk.get("passed") is None else None
     return critical("; ".join([f"{disk_called(disk)} is failing (SMART)", *disk_troubles(disk)]) + ".")
 
@@ -4689,19 +4706,19 @@ def smart_warning(disk: Fields) -> Found:
     bits = number(disk, "critical_warning")
     if not bits:
         return UNKNOWN if bits is None and disk.get("kind") == "nvme" else None
-    if disk.get("passed") is False:
+    if is_failing(disk):
         return UNKNOWN  # told by smart-failed
-    return (warning if bits == 0x02 else critical)(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", bits)
+    return (warning if bits == HOT_ONLY else critical)(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", bits)
 
 
 @rule("selftest-failed", each="disks", data_risk=True, always=True,
       why="The disk could not read itself: what lies there may be lost.",
-      todo="smartctl -l selftest; scrub the pool; replace the disk. Over with the next test that passes.")
+      todo="smartctl -l selftest; scrub the pool; replace the disk. Over with the next extended test that passes.")
 def selftest(disk: Fields) -> Found:
     passed = selftest_passed(disk)
     if passed:
         return None
-    known = passed is not None and disk.get("passed") is not False
+    known = passed is not None and not is_failing(disk)
     return warning(f"{disk_called(disk)}: its last self-test failed.") if known else UNKNOWN
 
 
@@ -4817,19 +4834,23 @@ HOT = {"hdd": (55.0, 60.0), "ssd": (65.0, 70.0), "nvme": (75.0, 80.0)}
       why="Heat shortens a disk's life and makes it throttle.",
       todo="Look at fans, filters and airflow.")
 def disk_temperature(disk: Fields) -> Found:
-    degrees = number(disk, "temperature_celsius")
+    """By kind; a disk's own limit goes before that, but for no more than 10 °C above it."""
+    degrees, own = number(disk, "temperature_celsius"), number(disk, "temperature_limit_celsius")
+    warn, crit = HOT.get(text(disk, "kind") or "", HOT["ssd"])
+    if own is not None:
+        warn, crit = min(own - 5, warn + 10), min(own, crit + 10)
     return measured(degrees, lambda: f"{disk_called(disk)} is {degrees:.0f} °C hot.",
-                    limits=HOT.get(text(disk, "kind") or "", HOT["ssd"]))
+                    limits=(warn, crit))
 
 
 @rule("disk-wear", each="disks", warn=0.80, crit=0.95, always=True,
       why="Flash that is used up fails, often at once.",
       todo="Replace it; in a mirror not both at the same time.")
 def disk_wear(disk: Fields) -> Found:
-    worn, spare, least = (number(disk, key) for key in ("wear_ratio", "spare_ratio", "spare_threshold_ratio"))
-    if disk.get("passed") is False or number(disk, "critical_warning"):
+    worn = number(disk, "wear_ratio")
+    if is_failing(disk) or number(disk, "critical_warning") not in (None, 0, HOT_ONLY):
         return UNKNOWN  # told there, with all facts
-    if spare is not None and least is not None and spare <= least:
+    if lacks_spare(disk):
         return critical(f"{disk_called(disk)}: {'; '.join(disk_troubles(disk))}.", worn)
     return measured(worn, lambda: f"{disk_called(disk)} has used {worn:.0%} of its rated life.")
 

@@ -708,6 +708,65 @@ def test_chrony_of_13_and_14_fields_is_counted_from_the_end() -> None:
         assert agent.parse_chrony_tracking(f"{head},{tail}\n")["offset_seconds"] == 0.000123456
 
 
+def smart(**fields: Any) -> dict[str, Any]:
+    return agent.parse_smart(json.dumps({"smartctl": {"exit_status": 0}, "smart_status": {"passed": True}, **fields}), 1795305600.0)
+
+
+def attribute(number: int, name: str, value: int, raw: int, **fields: Any) -> dict[str, Any]:
+    row = {"id": number, "name": name, "value": value, "raw": {"value": raw, "string": hex(raw)}, **fields}
+    return {"ata_smart_attributes": {"table": [row]}}
+
+
+@pytest.mark.parametrize(
+    "raw, value, used",
+    [
+        (0x25060D282506, 100, 0.37),  # the value stands still: listi.jpberlin.de smartmontools-support 2021-March/000652
+        (0x010F005A010F, 1, 0.01),  # the value counts up: https://github.com/v-zhuravlev/zbx-smartctl/issues/148
+        (0x610314006103, 97, 0.97),
+    ],
+)
+def test_wear_of_western_digital_is_in_the_raw_value(raw: int, value: int, used: float) -> None:
+    assert smart(**attribute(230, "Media_Wearout_Indicator", value, raw))["wear_ratio"] == used
+    assert smart(**attribute(233, "Media_Wearout_Indicator", 4, raw))["wear_ratio"] == 0.96  # Intel counts down
+
+
+@pytest.mark.parametrize(
+    "prefailure, when_failed, failing",
+    [  # https://github.com/AnalogJ/scrutiny/issues/195, https://github.com/henrygd/beszel/issues/2298
+        (True, "now", ["Reallocated_Sector_Ct"]), (True, "past", None), (False, "now", None), (True, "", None),
+    ],
+)
+def test_an_attribute_at_its_threshold_counts_where_it_foretells_failure(
+    prefailure: bool, when_failed: str, failing: list[str] | None
+) -> None:
+    row = attribute(5, "Reallocated_Sector_Ct", 1, 3560, when_failed=when_failed, flags={"prefailure": prefailure})
+    assert smart(**row).get("failing_attributes") == failing
+
+
+SHORT, EXTENDED = {"string": "Short offline"}, {"string": "Extended offline"}
+
+
+@pytest.mark.parametrize(
+    "tests, passed, hours",
+    [  # "failed self-tests are outdated by newer successful extended offline self-test": smartctl's word for the third
+        ([(SHORT, True, 99), (EXTENDED, False, 90)], False, 10),
+        ([(SHORT, True, 99), (SHORT, True, 98), (EXTENDED, True, 95), (EXTENDED, False, 90)], True, 1),
+        ([(EXTENDED, True, 99), (SHORT, False, 90)], True, 1),
+        ([(EXTENDED, None, 99), (SHORT, False, 90), (SHORT, True, 80)], False, 10),  # aborted: no outcome
+        ([(SHORT, True, 99)], True, 1),
+    ],
+)
+def test_a_short_self_test_takes_back_no_failure(tests: list[Any], passed: bool, hours: int) -> None:
+    table = [{"type": kind, "status": {"passed": outcome}, "lifetime_hours": at} for kind, outcome, at in tests]
+    told = smart(power_on_time={"hours": 100}, ata_smart_self_test_log={"standard": {"table": table}})
+    assert told["selftest"] == {"passed": passed, "ended_at": 1795305600 - hours * 3600}
+
+
+@pytest.mark.parametrize("trip, limit", [(85, 85), (25, None), (0, None), (None, None)])  # Napsty/check_smart issue 82
+def test_a_limit_of_heat_that_nobody_can_mean_is_none(trip: int | None, limit: int | None) -> None:
+    assert smart(temperature={"current": 30, "drive_trip": trip}).get("temperature_limit_celsius") == limit
+
+
 # fuzz: garbage is SourceError or unknown, and whatever comes out is JSON
 
 TEXT_PARSERS: list[Callable[[str], Any]] = [

@@ -336,6 +336,16 @@ LIVES = [
     ("disk-wear", "disks", [(0, disk(wear_ratio=.79), N), (30, disk(wear_ratio=.80), W), (60, disk(), W),
                             (90, disk(wear_ratio=.95), C), (120, disk(wear_ratio=0, serial="S2"), N)]),
     ("disk-wear", "disks", [(0, disk(wear_ratio=.1, spare_ratio=.1, spare_threshold_ratio=.1), C)]),
+    ("disk-wear", "disks", [(0, disk(spare_ratio=0, spare_threshold_ratio=0), N)]),  # it does not tell
+    ("smart-failed", "disks", [(0, disk(passed=False, critical_warning=2, kind="nvme"), N),  # only hot: smart-warning
+                               (30, disk(passed=False, critical_warning=3, kind="nvme"), C)]),
+    ("smart-warning", "disks", [(0, disk(passed=False, critical_warning=2, kind="nvme"), W)]),
+    ("smart-failed", "disks", [(0, disk(failing_attributes=["Reallocated_Sector_Ct"]), C), (30, disk(), N)]),
+    ("disk-temperature", "disks", [(0, disk(temperature_celsius=61, temperature_limit_celsius=85, kind="hdd"), N),
+                                   (30, disk(temperature_celsius=66, temperature_limit_celsius=85, kind="hdd"), P),
+                                   (60, disk(temperature_celsius=66, temperature_limit_celsius=85, kind="hdd"), W)]),
+    ("disk-temperature", "disks", [(0, disk(temperature_celsius=61, temperature_limit_celsius=60), P),
+                                   (30, disk(temperature_celsius=61, temperature_limit_celsius=60), C)]),
     ("cpu", "node", [(0, node(cpu_ratio=.95), P), (29, node(cpu_ratio=.95), P), (30, node(cpu_ratio=.95), W),
                      (31, node(), W), (32, node(cpu_ratio=.81), W), (33, node(cpu_ratio=.8), N)]),
     ("memory", "node", [(0, node(memory_free_ratio=.09), P), (9, node(memory_free_ratio=.09), P),
