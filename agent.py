@@ -818,6 +818,7 @@ def log_once(topic: str, text: str) -> None:
 
 # --- parsers: text to values, pure ---
 
+NUMBER_LIMIT = 1 << 64  # what the server takes
 COUNTER_LIMIT = 1 << 63  # ZFS and QEMU print some negative counters as unsigned: from here on a value is unknown
 MONTHS = {name: number for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
 SIZE_UNITS = {unit: 1024**power for power, unit in enumerate("BKMGTPEZ")}
@@ -834,7 +835,7 @@ def is_whole(text: str) -> bool:
 
 
 def to_number(value: Any) -> int | float | None:
-    """A number from JSON or text; None for `U`, `-`, empty, infinite and anything else that is not one."""
+    """A number from JSON or text; None for `U`, `-`, empty, beyond 64 bit and anything else that is not one."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -842,7 +843,12 @@ def to_number(value: Any) -> int | float | None:
             value = int(value) if is_whole(value) else float(value)
         except ValueError:
             return None
-    return value if isinstance(value, (int, float)) and -1e300 < value < 1e300 else None
+    return value if isinstance(value, (int, float)) and -NUMBER_LIMIT < value < NUMBER_LIMIT else None
+
+
+def to_word(value: Any) -> str | None:
+    """A text from JSON; None for all else, for which the server would refuse the whole report."""
+    return value if isinstance(value, str) else None
 
 
 def to_count(value: Any) -> int | None:
@@ -1272,7 +1278,7 @@ def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, An
                 vdevs[-1].setdefault("reason", "resilvering")
     files = [file for file in as_list(pool.get("errlist")) if isinstance(file, str)]
     return known(
-        name=name, guid=to_guid(pool.get("pool_guid")), state=pool.get("state"),
+        name=name, guid=to_guid(pool.get("pool_guid")), state=to_word(pool.get("state")),
         status_text=squeeze(pool.get("status")), action_text=squeeze(pool.get("action")),
         data_errors=to_count(pool.get("error_count")), damaged_files=files or None,
         scan=parse_json_scan(stats, rebuilds, now), expansion=None if state == "none" else known(**fields), vdevs=vdevs,
@@ -2055,12 +2061,12 @@ def parse_smart(text: str, now: float) -> dict[str, Any]:
     messages = [str(dig(message, "string")) for message in as_list(run.get("messages"))]
     device = as_dict(smart.get("device"))
     if any(" mode, exit(" in message for message in messages) or (exit_status == 3 and "smart_status" not in smart):
-        return known(asleep=True, type=device.get("type"))
+        return known(asleep=True, type=to_word(device.get("type")))
     if exit_status & 3 and "smart_status" not in smart and "model_name" not in smart:
         raise SourceError("failed", f"smartctl: {'; '.join(messages)[:200] or f'exit status {exit_status}'}")
     attributes = parse_attributes(smart)
     return known(
-        type=device.get("type"), protocol=device.get("protocol"), **parse_identity(smart),
+        type=to_word(device.get("type")), protocol=to_word(device.get("protocol")), **parse_identity(smart),
         passed=to_bool(dig(smart, "smart_status", "passed")),
         failing_attributes=list_failing(smart) or None, temperature_celsius=parse_temperature(smart, attributes),
         temperature_limit_celsius=parse_trip(smart), power_on_hours=parse_hours(smart),
@@ -2658,7 +2664,7 @@ def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
         online = to_flag(dig(node, "online")) if "online" in as_dict(node) else None
         if online and quorate is False and name != members.get("nodename"):
             online = None  # where its own corosync has died, pmxcfs goes on saying what it knew last
-        nodes.append(known(name=name, online=online, address=as_dict(node).get("ip")))
+        nodes.append(known(name=name, online=online, address=to_word(dig(node, "ip"))))
     votes = read_votes(probe, memory, {node["name"]: node.get("online") for node in nodes}, quorate)
     return {**known(name=cluster.get("name"), quorate=quorate), **votes, "members": nodes}
 
@@ -2934,7 +2940,7 @@ def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float
         columns = "vg_name,lv_name,data_percent,metadata_percent"
         argv = ("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", columns)
         report = attempt(parse_object, attempt(probe.run, *argv, default="{}"), "lvs", default={})
-        volumes = [as_dict(volume) for part in as_list(report.get("report")) for volume in as_list(part.get("lv"))]
+        volumes = [as_dict(volume) for part in as_list(report.get("report")) for volume in as_list(dig(part, "lv"))]
         names = [f"{volume.get('vg_name')}/{volume.get('lv_name')}" for volume in volumes]
         return known(**{name: to_ratio(volume.get("metadata_percent")) for name, volume in zip(names, volumes)})
 
@@ -3646,13 +3652,15 @@ def collect_ha(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
         path = f"/etc/pve/nodes/{node_name(probe)}/lrm_status"
         lrm = parse_object(optional(probe.read, path, default="{}"), "lrm_status")
     return known(
-        manager="active" if writes else "dead" if services else "idle", master=status.get("master_node"),
+        manager="active" if writes else "dead" if services else "idle", master=to_word(status.get("master_node")),
         manager_as_of=stamp,
-        disarm=known(mode=dig(status, "disarm", "mode"), state=dig(status, "disarm", "state")) or None,
-        nodes=[known(name=name, state=state) for name, state in sorted(as_dict(status.get("node_status")).items())],
-        services=[known(id=name, node=dig(service, "node"), state=dig(service, "state"))
+        disarm=known(**{word: to_word(dig(status, "disarm", word)) for word in ("mode", "state")}) or None,
+        nodes=[known(name=name, state=to_word(state))
+               for name, state in sorted(as_dict(status.get("node_status")).items())],
+        services=[known(id=name, **{word: to_word(dig(service, word)) for word in ("node", "state")})
                   for name, service in sorted(services.items())],
-        lrm=known(state=lrm.get("state"), mode=lrm.get("mode"), as_of=to_count(lrm.get("timestamp"))) or None,
+        lrm=known(state=to_word(lrm.get("state")), mode=to_word(lrm.get("mode")),
+                  as_of=to_count(lrm.get("timestamp"))) or None,
     )  # fmt: skip
 
 

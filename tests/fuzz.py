@@ -474,6 +474,12 @@ class DamagedProbe(RecordedProbe):
     def run(self, *argv: str, limit: float = 10.0, ok: tuple[int, ...] | None = (0,)) -> str:
         return self.damaged(super().run(*argv, limit=limit, ok=ok))
 
+    def _find(self, path: str) -> Path:
+        try:
+            return super()._find(path)
+        except OSError as error:  # a name that no file system takes; the real probe says so too
+            raise agent.source_error(error, path) from None
+
     def damaged(self, text: str) -> str:
         chance = self.dice.random()
         if chance < 0.6:
@@ -497,7 +503,7 @@ def feed_collector(dice: random.Random, world: World) -> None:
         fault = errors.get(name, {}).get("detail", "")
         if "fault in the agent" in fault:
             raise Fault(f"{name} of {probe.path.name}: {fault}")
-        json.dumps([sections, memories])
+        memories = json.loads(json.dumps([sections, memories]))[1]
 
 
 AGENT_TOML = ('server_url = "https://m.example"\ntoken = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="\nhost_id = "pve1"\nca_file = "/etc/ca"\n'

@@ -153,6 +153,16 @@ def test_a_type_that_does_not_fit_any_more_is_given_up() -> None:
     assert by(agent.collect_disks(probe, memory), "name", "sda")["serial"] == "A"
 
 
+@pytest.mark.parametrize("kind", [7, ["sat"], {}, True])
+def test_a_type_that_is_no_word_is_not_asked_with(kind: Any) -> None:
+    memory: dict[str, Any] = {}
+    probe = BentProbe()
+    probe.add("sda", {"": {**ata("A"), "device": {"type": kind}}})
+    for _ in range(2):
+        assert by(agent.collect_disks(probe, memory), "name", "sda")["serial"] == "A"
+    assert probe.asked and not [words for words in probe.asked if "-d" in words]
+
+
 def test_a_slow_smartctl_leaves_a_disk_its_identity() -> None:
     # https://github.com/prometheus-community/smartctl_exporter/issues/309
     memory: dict[str, Any] = {}
@@ -453,6 +463,13 @@ def test_metadata_of_a_thin_pool_is_told_and_asked_for_every_ten_minutes_at_most
     assert len([words for kind, words in probe.calls if kind == "run"]) == 1  # what hangs is not asked at each tick
 
 
+@pytest.mark.parametrize("said", ['{"report": ["x"]}', '{"report": [{"lv": "x"}]}', '{"report": {}}', "[]", "no JSON"])
+def test_what_lvs_says_besides_costs_no_storage(said: str) -> None:
+    probe = FakeProbe("suspended-pool")
+    probe.answers["lvs"] = said
+    assert "metadata_used_ratio" not in by(agent.collect_storages(probe, {}), "storage", "local-lvm")
+
+
 def test_members_that_a_node_without_corosync_names_are_not_known_to_be_there() -> None:
     """pmxcfs goes on saying what it knew when its corosync died, but for quorate 0 [pve-cluster src/pmxcfs/status.c]."""
     probe = FakeProbe("cluster-ha")
@@ -597,6 +614,24 @@ def test_ha_that_was_disarmed_and_nodes_that_are_fenced_are_told() -> None:
 
 def section(host: str, name: str) -> Any:
     return agent.COLLECTORS[name].function(FakeProbe(host), {})
+
+
+@pytest.mark.parametrize("odd", [7, True, [], {"a": 1}, ["x"]])
+def test_words_of_the_cluster_that_are_none_are_unknown(odd: Any) -> None:
+    """The server refuses a report with an object where it has a word, and all that is in it."""
+    probe = FakeProbe("cluster-ha")
+    status = json.loads(probe.read("/etc/pve/ha/manager_status"))
+    status |= {"master_node": odd, "node_status": dict.fromkeys(status["node_status"], odd), "disarm": {"mode": odd, "state": "x"}}
+    status["service_status"] = {name: {**service, "state": odd} for name, service in status["service_status"].items()}
+    probe.texts["/etc/pve/ha/manager_status"] = json.dumps(status)
+    told = agent.collect_ha(probe, {})
+    assert "master" not in told and told["disarm"] == {"state": "x"}
+    assert all(node.keys() == {"name"} for node in told["nodes"]) and all(service.keys() == {"id", "node"} for service in told["services"])
+    members = json.loads(probe.read("/etc/pve/.members"))
+    members["nodelist"] = {name: {**node, "ip": odd} for name, node in members["nodelist"].items()}
+    probe = FakeProbe("cluster-ha")
+    probe.texts["/etc/pve/.members"] = json.dumps(members)
+    assert not [member for member in agent.collect_cluster(probe, {})["members"] if "address" in member]
 
 
 def test_mail_that_waits_is_as_old_as_its_arrival_not_as_its_next_try() -> None:

@@ -537,6 +537,69 @@ def test_a_change_is_told(sim: Simulation, before: Any, after: Any, kind: str, w
     assert [entry[0] for entry in told] == [kind] and word in told[0][1]
 
 
+def scrub_of(ended: float | None, **fields: Any) -> dict[str, Any]:
+    return {"name": "tank", "guid": "1", "last_scrub": {"ended_at": ended, **fields}}
+
+
+TOLD = {  # what stood there, what comes 60 s before it is taken, and each change: seconds from then, kind, object, words
+    "a host that started says when": (
+        {"node": {"boot_id": "a"}}, {"node": {"boot_id": "b", "uptime_seconds": 100, "kernel": "6.14"}},
+        [(-160, "reboot", "", "Host started, kernel 6.14")]),
+    "one that does not say for how long it runs": (
+        {"node": {"boot_id": "a"}}, {"node": {"boot_id": "b"}}, [(-60, "reboot", "", "Host started, kernel ?")]),
+    "the same boot": ({"node": {"boot_id": "a"}}, {"node": {"boot_id": "a", "uptime_seconds": 100}}, []),
+    "a boot that is told for the first time": ({"node": {"name": "x"}}, {"node": {"boot_id": "b"}}, []),
+    "a boot that is told no more": ({"node": {"boot_id": "a"}}, {"node": {"name": "x"}}, []),
+    "versions, of which one is new and one gone": (
+        {"versions": {"pve": "8.4", "qemu": "9", "zfs_module": "2.2", "storage_cfg_digest": "a"}},
+        {"versions": {"pve": "9.1", "qemu": "9", "zfs_userland": "2.3", "storage_cfg_digest": "b"}},
+        [(-60, "update", "", "pve 8.4 → 9.1"), (-60, "config", "", "storage.cfg changed")]),
+    "a module, by its name in words": ({"versions": {"zfs_module": "2.2"}}, {"versions": {"zfs_module": "2.3"}},
+                                       [(-60, "update", "", "zfs module 2.2 → 2.3")]),
+    "a digest that is told for the first time": ({"versions": {"pve": "9"}}, {"versions": {"storage_cfg_digest": "b"}}, []),
+    "tasks: one that runs is no news and hides none behind it": (
+        {}, {"tasks": [{"type": "vzdump", "vmid": "104"}, {"type": "qmstart", "vmid": "104", "user": "a@pam", "ended_at": START - 500, "result": "OK"},
+                       {"ended_at": START + 5000}, {"type": "aptupdate", "ended_at": START - 1, "status": "exit code 1", "user": "b@pam"}]},
+        [(-560, "task", "guests/104", "Task qmstart of 104 by a@pam: OK"), (0, "task", "", "Task ? by ?: unknown"),
+         (-61, "task", "", "Task aptupdate by b@pam: exit code 1")]),
+    "a scrub with what it took and mended": (
+        {"pools": [scrub_of(START - 9000)]}, {"pools": [scrub_of(START - 100, duration_seconds=7200, repaired_bytes=512)]},
+        [(-160, "scrub", "pools/tank", "Scrub of tank ended after 2 h, 512 bytes repaired")]),
+    "a scrub of which nothing more is known, in the future": (
+        {"pools": [scrub_of(None)]}, {"pools": [scrub_of(START + 9999, repaired_bytes=0)]}, [(0, "scrub", "pools/tank", "Scrub of tank ended")]),
+    "the same scrub, one without an end, one of a pool that was not there": (
+        {"pools": [scrub_of(START - 9000), {**scrub_of(1.0), "guid": "2"}]},
+        {"pools": [scrub_of(START - 9000), {**scrub_of(None), "guid": "2"}, {**scrub_of(START), "guid": "3"}]}, []),
+    "guests that come, change and go": (
+        {"guests": [guest(), guest(105), guest(106), guest(107, status="unknown")]},
+        {"guests": [guest(status="stopped"), guest(105, status=None), guest(107), guest(108)]},
+        [(-60, "guest", "guests/104", "Guest 104 vm104: running → stopped"), (-60, "guest", "guests/108", "Guest 108 vm108 appeared"),
+         (-60, "guest", "guests/106", "Guest 106 is gone from this host")]),
+    "guests that are all as they were": ({"guests": [guest()]}, {"guests": [guest(cpu_ratio=0.5)]}, []),
+    "settings, in the future, and those of a guest that was not there": (
+        {"guests": [guest()]}, {"guests": [guest(config_changed=["cores"], config_changed_at=START + 9999), guest(105, config_changed_at=START)]},
+        [(-60, "guest", "guests/105", "Guest 105 vm105 appeared"), (0, "config", "guests/104", "Configuration of guest 104 vm104 changed: cores")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "told"), TOLD.values(), ids=TOLD)
+def test_changes_are_told_with_their_time_and_object(sim: Simulation, before: Any, after: Any, told: Any) -> None:
+    host, taken = state(sim, **{"guests": None, **before}), START + 60
+    changes = list(server.chronicle(host, {"time": START, **after}, taken))
+    assert [(round(at - taken), *rest) for at, *rest in changes] == told
+
+
+def test_a_report_from_a_clock_that_is_ahead_changed_things_when_it_came(sim: Simulation) -> None:
+    host = state(sim, node={"boot_id": "a"})
+    assert [at for at, *_ in server.chronicle(host, {"time": START + 500, "node": {"boot_id": "b"}}, START + 60)] == [START + 60]
+
+
+@pytest.mark.parametrize(("status", "severity"), [("OK", None), ("unknown", None), ("job errors", "warning"), ("not OK either", "warning")])
+def test_a_task_that_failed_is_a_warning_on_the_time_line(sim: Simulation, status: str, severity: str | None) -> None:
+    state(sim, tasks=[{"upid": "U", "type": "vzdump", "ended_at": START - 5, "status": status}])
+    assert [(row["severity"], row["object"]) for row in sim.events("task")] == [(severity, None)]
+
+
 def test_changed_settings_of_a_guest_are_told_once_with_their_names(sim: Simulation) -> None:
     before = {"guests": [guest()]}
     changed = guest(config_changed=["cores", "memory"], config_changed_at=START)

@@ -34,6 +34,16 @@ def test_a_gzip_file_of_several_members_is_one_report(register, post):
     assert post(register("pve1"), members, Content_Encoding="gzip").json()["accepted"] == 1
 
 
+@pytest.mark.parametrize("pack", [lambda text: text, zipped, lambda text: zipped(text[:40]) + zipped(text[40:])], ids=["plain", "zipped", "in two"])
+def test_what_is_exactly_as_long_as_it_may_be_is_taken(pack):
+    text, encoding = b"x" * 100, "" if pack(b"x") == b"x" else "gzip"
+    assert server.unpack(pack(text), encoding, 100) == text
+    for most in (99, 50, 39, 0):
+        with pytest.raises(server.Problem, match="more than") as refused:
+            server.unpack(pack(text), encoding, most)
+        assert refused.value.code == "too_large"
+
+
 def test_a_report_of_several_members_is_read_again_from_the_disk(register, post, admin, monitor):
     body = encode(build_report())
     members = gzip.compress(body[:500]) + gzip.compress(body[500:])
@@ -191,6 +201,19 @@ def test_of_forgotten_gaps_none_is_lost_and_none_is_doubled(register, post, stor
     monitor.keeper.settle(clock())
     keys = monitor.keeper.keys(store.reader(), 1, 0, clock())
     assert sorted(key[2] for key in keys) == list(range(1, 201))
+
+
+@pytest.mark.parametrize(("limit", "most"), [("RUNS_AT_HAND", 3), ("SPANS_AT_HAND", 30)])
+def test_only_so_many_runs_and_gaps_are_at_hand_and_none_is_forgotten(register, post, monitor, monkeypatch, limit, most):
+    monkeypatch.setattr(server, limit, most)
+    token = register("pve1")
+    batches = [[build_report(run_id=f"run-{run}", seq=2 * n, guests=None, pools=None) for n in range(1, 8)] for run in range(9)]
+    for batch in batches:
+        assert post(token, batch).json()["accepted"] == 7
+        held = len(monitor.runs) if limit == "RUNS_AT_HAND" else sum(len(run.ranges) for run in monitor.runs.values())
+        assert held <= most
+    for batch in batches:
+        assert post(token, batch).json()["duplicates"] == 7
 
 
 def test_ranges_read_as_they_are_written():
