@@ -58,7 +58,7 @@ import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import accumulate, chain, compress, islice
@@ -1198,6 +1198,7 @@ def delete_user(db: Database, name: str, now: float) -> None:
     """Nobody logs in by this name any more; the sessions end."""
     row = required_user(db, name)
     db.execute("DELETE FROM user WHERE name = :name", {"name": row["name"]})
+    db.execute("DELETE FROM meta WHERE key = :key", {"key": f"looked/{row['name']}"})
     insert_event(db, now, "user-removed", f"User {row['name']} removed")
     end_sessions(db, now, user=row["name"])
 
@@ -5592,8 +5593,28 @@ def section_failing(failure: Fields) -> Found:
     """A section of which nothing could be had in 3 of its ticks in a row."""
     if failure["count"] < 3:
         return UNKNOWN
-    reason = str(failure.get("detail") or failure.get("code"))[:200]
-    return warning(f"The agent cannot collect '{failure['name']}': {reason}", failure["count"])
+    name = failure["name"].replace("_", " ")
+    return warning(f"The agent cannot collect the {name}: {failure_words(failure)}.", failure["count"])
+
+
+# Why a section could not be had, by the code that the agent gives, in words that need no command line.
+FAILURES = {"timeout": "no answer in time", "denied": "permission denied", "missing": "a tool that it needs is missing",
+            "failed": "a command fails", "garbage": "an answer that it does not understand",
+            "stuck": "an earlier command still hangs", "too_large": "too much to take in",
+            "unavailable": "it cannot be asked now"}
+
+
+def failure_words(error: Fields) -> str:
+    code = str(error.get("code") or "unknown")
+    return FAILURES.get(code, code.replace("_", " ")[:40])
+
+
+def todo_of(state: Any, rule: str, object: str | None) -> str:
+    """What to do about an alert; of a section that could not be had also what the agent was told."""
+    told = RULE[rule].todo if rule in RULE else ""
+    kind, _, name = (object or "").partition("/")
+    error = state.sections.get(name, NOTHING).error if kind == "sections" and isinstance(state, HostState) else None
+    return f"{told} It was told: {str(error['detail'])[:300]}" if error and error.get("detail") else told
 
 
 @rule("spool-dropped", on=AGENT, accept=accepts("spool-dropped", counter=True),
@@ -6757,7 +6778,8 @@ def notification_body(fleet: Fleet, state: Any, alert: Alert, kind: str, now: fl
                   site=site, object=alert.object or None, value=alert.value, since=alert.since,
                   children=followers, at_stake=None if kind == "resolved" else at_stake(state, alert.object))
     return told if rule is None else told | {
-        "why": rule.why, "todo": rule.todo, "threshold": threshold_text(fleet.layers.limits(state, rule, alert.object))}
+        "why": rule.why, "todo": todo_of(state, alert.rule, alert.object),
+        "threshold": threshold_text(fleet.layers.limits(state, rule, alert.object))}
 
 
 def notice(kind: str, severity: str, message: str, link: str, now: float, **fields: Any) -> Fields:
@@ -9257,6 +9279,7 @@ class Monitor:
         self.room = Room()
         self.reports_accepted = 0
         self.streams: list[tuple[str, str | None]] = []  # who is being sent one: see streamed()
+        self.looks: dict[str, tuple[float, float, float]] = {}  # by user: see note_look()
         self.fragments: dict[str, dict[bytes, int]] = {}  # what pages have shown, by ETag: see changed_pieces()
         self.store = Store(config.database_path, self.reload)
         self.store.write(self._start)
@@ -9578,11 +9601,20 @@ def pick(fields: Row, columns: Sequence[str]) -> Row:
     return dict(zip(columns, map(fields.get, columns)))
 
 
+PLACES = ("host", "site", "cluster", "tag")  # by which any list can be narrowed to some hosts
+
+
+def cluster_of(state: HostState) -> str:
+    """The cluster that a host is in, in lower case; '' for none."""
+    return (text(state.body("cluster"), "name") or "").lower()
+
+
 HOST_COLUMNS = tuple("""
     name verdict reason site tags note maintenance_until address last_seen_at pve_version agent_version cluster
     pools_total pools_worst_state pools_max_capacity_ratio days_until_full guests_running guests_total cpu_ratio
     memory_free_ratio io_pressure_ratio root_used_ratio load1 uptime_seconds storages_inactive disks_suspect
-    backups_worst backups_state updates_pending updates_security reboot_needed kernel clock_offset_seconds
+    backups_worst backups_state updates_pending updates_security apt_lists_at reboot_needed kernel kernel_next
+    zfs_userland zfs_module clock_offset_seconds
     alerts_critical alerts_warning watching""".split())
 
 
@@ -9607,7 +9639,11 @@ def host_row(fleet: Fleet, state: HostState, now: float) -> Row:
         "storages_inactive": count_inactive(state), "disks_suspect": count_suspect(state),
         "backups_worst": worst_backup(state, fleet, now), "backups_state": backups_state(state, fleet, now),
         "updates_pending": number(state.body("updates"), "pending"),
-        "updates_security": number(state.body("updates"), "security"), "kernel": text(node, "kernel"),
+        "updates_security": number(state.body("updates"), "security"),
+        "apt_lists_at": number(state.body("updates"), "as_of"),
+        "kernel": text(node, "kernel"), "kernel_next": text(node, "kernel_next"),
+        "zfs_userland": text(state.body("versions"), "zfs_userland"),
+        "zfs_module": text(state.body("versions"), "zfs_module"),
         "reboot_needed": node.get("reboot_needed") if isinstance(node.get("reboot_needed"), bool) else None,
         "clock_offset_seconds": state.clock_ahead or number(state.agent, "clock_offset"),
         "alerts_critical": firing.count("critical"), "alerts_warning": firing.count("warning"),
@@ -9933,13 +9969,13 @@ def list_alerts(db: Database, state: str = "firing", *, limit: int = LIST_MOST) 
 
 
 def asked_alerts(call: Call) -> Iterator[Row]:
-    """The alerts of the hosts asked for, and with `site` or `tag` those of their clusters and sites."""
+    """The alerts of the hosts asked for, and without `host` those of their clusters and sites too."""
     wanted, states = call.query.get("state", "firing"), call.states()
     if wanted not in ("firing", "pending", "resolved", "all"):
         raise Problem("invalid_request", "state: firing, pending, resolved or all", parameter="state")
     places = {"sites", *(f"sites/{state.site}".lower() for state in states if state.site)}  # sites: across them all
-    places |= {f"clusters/{text(state.body('cluster'), 'name')}".lower() for state in states}
-    everything = not call.query.keys() & {"host", "site", "tag"}
+    places |= {f"clusters/{cluster_of(state)}" for state in states}
+    everything = not call.query.keys() & {*PLACES}
     hosts = {state.name for state in states}
 
     def meant(row: Row) -> bool:
@@ -9954,7 +9990,7 @@ def asked_alerts(call: Call) -> Iterator[Row]:
 
 def asked_events(call: Call) -> Iterator[Row]:
     """What changed since then, newest first, of the hosts asked for."""
-    everything = not call.query.keys() & {"host", "site", "tag"}
+    everything = not call.query.keys() & {*PLACES}
     hosts = {state.name for state in call.states()}
     until = call.number("until", 0) if "until" in call.query else None
     events = each_event(call.db, since=call.number("since", 0), until=until, kind=call.query.get("kind"))
@@ -10071,7 +10107,7 @@ class Resource(NamedTuple):
     of_hosts: Callable[[Fleet, list[HostState], float], Iterable[Row]] | None = None  # or those of some hosts together
     of_fleet: Callable[[Any], Iterable[Row]] | None = None  # or all that a Call asks for
     auth: str = "read"
-    queries: tuple[str, ...] = ("host", "site", "tag")  # parameters with a meaning of their own
+    queries: tuple[str, ...] = PLACES  # parameters with a meaning of their own
     words: dict[str, tuple[str, ...]] = {}  # of the search box: the columns meant, the first that is known
     labels: dict[str, str] = {}  # of the metrics: label -> column
     metrics: tuple[Metric, ...] = ()
@@ -10106,7 +10142,7 @@ class Resource(NamedTuple):
 
 
 ACRONYMS = {"pve": "PVE", "cpu": "CPU", "io": "IO", "ha": "HA", "vmid": "VMID", "crc": "CRC", "id": "ID",
-            "guid": "GUID", "ram": "RAM"}
+            "guid": "GUID", "ram": "RAM", "zfs": "ZFS", "os": "OS", "load1": "Load (1 min)", "next": "installed"}
 
 
 def column_label(column: str) -> str:
@@ -10127,7 +10163,8 @@ RESOURCES = {resource.name: resource for resource in (
                "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",), "io": ("io_pressure_ratio",),
                "root": ("root_used_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
                "load": ("load1",), "security": ("updates_security",), "reboot": ("reboot_needed",),
-               "seen": ("last_seen_at",), "backup": ("backups_state",), "agent": ("agent_version",)},
+               "seen": ("last_seen_at",), "apt": ("apt_lists_at",), "zfs": ("zfs_module",),
+               "backup": ("backups_state",), "agent": ("agent_version",)},
         labels={"host": "name"},
         metrics=(
             Metric("cpu_ratio", "CPU in use, 0-1."),
@@ -10316,7 +10353,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Hosts", "hosts", "c-text opt-2"))),
     Resource(
         "alerts", "Alerts, worst first: ?state=firing (default), pending, resolved or all.", ALERT_COLUMNS,
-        of_fleet=asked_alerts, queries=("state", "host", "site", "tag"),
+        of_fleet=asked_alerts, queries=("state", *PLACES),
         words={"name": ("object",)},
         heads=(("Severity", "severity", "c-state"), ("Problem", "message", "c-name"), ("Host", "host", "c-host"),
                ("Object", "object", "clip opt-2"), ("Since", "-since", "c-num"),
@@ -10325,7 +10362,7 @@ RESOURCES = {resource.name: resource for resource in (
         "events",
         "What changed, newest first: ?since=unix time, ?kind=audit for all that people, tokens and commands did.",
         ("id", "at", "kind", "host", "object", "message", "by", "address", "severity"),
-        of_fleet=asked_events, queries=("since", "until", "kind", "host", "site", "tag"), tab="Timeline",
+        of_fleet=asked_events, queries=("since", "until", "kind", *PLACES), tab="Timeline",
         words={"name": ("object",)},
         heads=(("When", "-at", "c-time"), ("What", "message", "c-name"), ("Severity", "severity", "c-text opt-2"),
                ("Kind", "kind", "c-text"),
@@ -10461,11 +10498,12 @@ class Call:
         return self.monitor.config.https or (proxied and self.header("x-forwarded-proto").lower() == "https")
 
     def states(self) -> list[HostState]:
-        """The hosts the filters `host`, `site` and `tag` leave, worst first."""
-        wanted = {key: self.query[key].lower() for key in ("host", "site", "tag") if key in self.query}
+        """The hosts that the filters in PLACES leave, worst first."""
+        wanted = {key: self.query[key].lower() for key in PLACES if key in self.query}
         return [state for state in self.fleet.sorted(self.now)
                 if wanted.get("host", state.name.lower()) == state.name.lower()
                 and wanted.get("site", (state.site or "").lower()) == (state.site or "").lower()
+                and ("cluster" not in wanted or wanted["cluster"] == cluster_of(state))
                 and ("tag" not in wanted or wanted["tag"] in (tag.lower() for tag in state.tags))]
 
     def number(self, key: str, default: float) -> float:
@@ -11156,7 +11194,9 @@ def filter_rows(resource: Resource, rows: Iterable[Row], query: dict[str, str]) 
 # one of a resource's own, one of these, or a column; the first of its columns that a row has is meant. Ratios are
 # written as percent.
 WORDS = {"tag": ("tags",), "state": ("verdict", "severity", "state", "status")}
-KNOWN_WORDS = {"site", *WORDS, *(word for listed in RESOURCES.values() for word in (*listed.words, *listed.columns))}
+OF_HOSTS = {  # words of every list, that are told by the host of a row
+    "site": lambda state: (state.site or "").lower(), "cluster": cluster_of}
+KNOWN_WORDS = {*OF_HOSTS, *WORDS, *(word for listed in RESOURCES.values() for word in (*listed.words, *listed.columns))}
 
 
 class Term(NamedTuple):
@@ -11194,8 +11234,10 @@ def term_holds(call: Call, resource: Resource, term: Term, row: Row) -> bool:
     if term.operator == "":
         return matches(row, term.value)
     host = call.fleet.names.get((row.get("host") or row.get("name") or "").lower())
-    if term.field == "site":
-        return term.value in ((host and host.site) or "").lower()
+    if term.field in OF_HOSTS:
+        place, _, name = (row.get("object") or "").lower().partition("/")  # of what a cluster or a site shares
+        shared = name.partition("/")[0] if place == f"{term.field}s" else ""
+        return term.value in (OF_HOSTS[term.field](host) if host else shared)
     if term.field == "tag" and host and term.value in (tag.lower() for tag in host.tags):
         return True
     columns = [column for column in resource.words.get(term.field) or WORDS.get(term.field) or (term.field,)
@@ -11474,10 +11516,9 @@ def card_alerts(call: Call, owner: Any, *objects: str, state: str = "firing") ->
             if not objects or is_of_object(row["object"] or "", objects)]
     for row in rows:
         radius = blast_radius(owner, row["object"] or "") if isinstance(owner, HostState) else None
-        rule = RULE.get(row["rule"])
         row.update(silence=silence_of(call, owner, row), site=getattr(owner, "site", None),
                    tags=getattr(owner, "tags", []), blast=radius and radius["sentence"], children=[],
-                   todo=rule and rule.todo, before=changes_before(call, owner, row))
+                   todo=todo_of(owner, row["rule"], row["object"]), before=changes_before(call, owner, row))
     shown = {row["id"]: row for row in rows}
     tops: Rows = []
     for row in rows:
@@ -11928,6 +11969,8 @@ def fold_by(rows: Rows, fold: str, least: int, key: Callable[[Row], Any]) -> Row
 def describe_problem(problem: Row, state: HostState | None) -> Row:
     """What a line adds to its alert: what hangs on it, what it means, and what to type."""
     told = at_stake(state, problem["object"])
+    if told:  # the message of a pool says itself how many may fail
+        told = "; ".join(part for part in told.split("; ") if part not in problem["message"]) or None
     if state and problem.get("rule") == "host-offline":
         told = f"{state.guest_counts[0]} guests ran on it" if state.guest_counts[0] else None
     return {**problem, "hit": told, "means": CONSEQUENCES[consequence(problem)][0],
@@ -12058,6 +12101,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
     problems = [alert for alert in alerts if alert["severity"] != "info"]  # the tab has those as well
     unseen = sum(not alert["acknowledged"] for alert in problems)
     card, heads = open_card(call), list_heads(resource, query.get("cols", ""))
+    looked = note_look(call) if call.kind == "session" else 0.0
     return {
         "version": VERSION, "now": call.now, "fragment": fragment, "admin": call.admin, "role": call.role,
         "user": call.actor, "kiosk": call.kind == "kiosk",
@@ -12074,8 +12118,9 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
         "tiles": fleet_tiles(everything) if view in ("home", "problems", "kiosk") else [],
         "about": about_answer(resource, rows),
         "not_words": not_words(query.get("q", ""), resource) if view == "list" else [],
-        "facets": facets(tab, everything), "night": last_night(call.now) if tab == "events" else None,
+        "facets": facets(tab, everything, rows, call.now), "night": last_night(call.now) if tab == "events" else None,
         "span": [unix_time(query.get(name, "")) for name in ("since", "until")] if tab == "events" else [None, None],
+        "looked": looked, "news": find_news(call, looked) if tab != "events" else None,
         "next_due": None if unseen else find_next_due(call),
         "card": card, "host": card and card["host"],
         "admin_hosts": tab_rows(call, TABS["hosts"])[0] if managing else None,
@@ -12084,6 +12129,33 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
         "silences": active_silences(call.db, call.now),
         "install": install_commands(call.monitor.config, "pve-host-01"), "waiting": waiting_hosts(call),
     }
+
+
+AWAY = 5 * MINUTE  # who had no page before him for so long looks anew, and what happened meanwhile is new to him
+
+
+def note_look(call: Call) -> float:
+    """When this user last looked before the present look, on whatever browser; 0 for the first look ever. Kept in the
+    database every few minutes, and when a look begins."""
+    looks, name = call.monitor.looks, call.actor or ""
+    if name not in looks:
+        seen, looked = json.loads(get_meta(call.db, f"looked/{name}") or "[0, 0]")
+        looks[name] = seen, looked, 0.0
+    seen, looked, kept = looks[name]
+    if call.now - seen > AWAY:
+        looked, kept = seen, 0.0
+    if call.now - kept > AWAY / 2:
+        kept, value = call.now, json.dumps([call.now, looked])
+        with suppress(Problem):  # a full disk keeps nobody from looking
+            call.monitor.store.write(lambda db: set_meta(db, f"looked/{name}", value), urgent=False)
+    looks[name] = call.now, looked, kept
+    return looked
+
+
+def find_news(call: Call, looked: float) -> Row | None:
+    """How much has happened since: {count, since}."""
+    count = call.db.execute("SELECT count(*) FROM event WHERE at > :at", {"at": looked}).fetchone()[0] if looked else 0
+    return {"count": count, "since": int(looked)} if count else None
 
 
 def list_heads(resource: Resource, asked: str) -> list[Head]:
@@ -12133,24 +12205,55 @@ def fleet_tiles(hosts: Rows) -> list[tuple[str, Rows]]:
     return sorted(groups.items(), key=lambda group: (not group[0], group[0].lower()))
 
 
-FACETS = {  # what operators ask every week, in the words of the search
-    "hosts": (("needs a reboot", "reboot:yes"), ("security updates", "security>0"), ("full within 30 d", "full<30")),
-    "guests": (("no backup in 24 h", "backup>24h"), ("in no job", "job:none"),
-               ("snapshots over 30 d", "snapshots>30d")),
-    "pools": (("full within 30 d", "full<30"), ("over 80%", "used>80"), ("no scrub in 35 d", "scrub>35d")),
-    "backups": (("no backup in 24 h", "backup>24h"), ("in no job", "job:none")),
-    "disks": (("worn over 80%", "wear>80"), ("over 50 °C", "temp>50")),
-    "events": (("last hour", "at<1h"), ("last 24 h", "at<24h"), ("critical", "state:critical")),
+DAYS_WITHOUT = {"none yet", "in no job"}  # whoever has no backup has had none for any time
+
+
+def older(column: str, seconds: float) -> Callable[[Row, float], bool]:
+    """Whether a time of a row is longer ago; what is not known is not."""
+    return lambda row, now: is_number(row[column]) and now - row[column] > seconds
+
+
+def above(column: str, limit: float) -> Callable[[Row, float], bool]:
+    return lambda row, now: is_number(row[column]) and row[column] > limit
+
+
+def full_soon(row: Row, now: float) -> bool:
+    return is_number(row["days_until_full"]) and row["days_until_full"] < 30
+
+
+# What operators ask every week: the words to show, those of the search, and whether a row is meant (the search itself
+# would cost too much for all rows of each page).
+FACETS: dict[str, tuple[tuple[str, str, Callable[[Row, float], bool]], ...]] = {
+    "hosts": (("needs a reboot", "reboot:yes", lambda row, now: row["reboot_needed"] is True),
+              ("security updates", "security>0", above("updates_security", 0)),
+              ("full within 30 d", "full<30", full_soon)),
+    "guests": (("no backup in 24 h", "backup>24h",
+                lambda row, now: row["backup"] in DAYS_WITHOUT or older("backup_at", DAY)(row, now)),
+               ("in no job", "job:none", lambda row, now: row["job"] == "none"),
+               ("snapshots over 30 d", "snapshots>30d", older("oldest_snapshot_at", 30 * DAY))),
+    "pools": (("full within 30 d", "full<30", full_soon),
+              ("over 80%", "used>80", above("capacity_ratio", 0.8)),
+              ("no scrub in 35 d", "scrub>35d", older("last_scrub_at", 35 * DAY))),
+    "backups": (("no backup in 24 h", "backup>24h",
+                 lambda row, now: row["state"] in DAYS_WITHOUT or older("newest_ok_at", DAY)(row, now)),
+                ("in no job", "job:none", lambda row, now: row["covered"] is False)),
+    "disks": (("worn over 80%", "wear>80", above("wear_ratio", 0.8)),
+              ("over 50 °C", "temp>50", above("temperature_celsius", 50))),
+    "events": (("last hour", "at<1h", lambda row, now: now - row["at"] < HOUR),
+               ("last 24 h", "at<24h", lambda row, now: now - row["at"] < DAY),
+               ("critical", "state:critical", lambda row, now: row["severity"] == "critical")),
 }
 
 
-def facets(tab: str, rows: Rows) -> list[tuple[str, str]]:
-    """Questions of a list: the words to show and the words to search. A kernel is old if a host has a newer one."""
-    asked = list(FACETS.get(tab, ()))
-    kernels = {row["kernel"] for row in rows if row.get("kernel")} if tab == "hosts" else set()
+def facets(tab: str, everything: Rows, rows: Rows, now: float) -> list[tuple[str, str, int]]:
+    """Questions of a list: the words to show, the words to search, and how many of the rows that are shown they leave.
+    A kernel is old if a host of the fleet has a newer one."""
+    asked = [(label, words, sum(meant(row, now) for row in rows)) for label, words, meant in FACETS.get(tab, ())]
+    kernels = {row["kernel"] for row in everything if row.get("kernel")} if tab == "hosts" else set()
     newest = max(kernels, key=lambda name: [int(part) for part in re.findall(r"\d{1,9}", name)], default="")
     if len(kernels) > 1 and re.fullmatch(r"[\w.+~-]+", newest):
-        asked.append(("old kernel", f"-kernel:{newest} kernel:."))
+        old = sum(bool(row["kernel"]) and newest not in row["kernel"] for row in rows)
+        asked.append(("old kernel", f"-kernel:{newest} kernel:.", old))
     return asked
 
 
@@ -12162,7 +12265,7 @@ def not_words(query: str, resource: Resource) -> list[str]:
         term = parse_term(word.replace('"', ""))
         if field and not term.operator:
             said.append(f"“{word}” is no filter here and is looked for as text; ? shows the words.")
-        elif term.field and term.field not in ("site", *WORDS, *resource.words, *resource.columns):
+        elif term.field and term.field not in (*OF_HOSTS, *WORDS, *resource.words, *resource.columns):
             said.append(f"{resource.name} have no “{term.field}”; ? shows the words.")
     return said
 
@@ -12257,7 +12360,8 @@ def group_problems(call: Call, alerts: Iterable[Row], most: int) -> Rows:
     for alert in alerts:
         state = hosts.get(alert["host"])
         rule = RULE.get(alert.get("rule", ""))
-        shown[alert["id"]] = {"why": rule and rule.why, "todo": rule and rule.todo, **alert,
+        shown[alert["id"]] = {"why": rule and rule.why, **alert,
+                              "todo": todo_of(state, alert.get("rule", ""), alert["object"]),
                               "silence": silence_of(call, state or call.fleet.shared, alert),
                               "site": state.site if state else None, "tags": state.tags if state else [],
                               "href": alert_url(alert, url), "children": []}
@@ -12436,7 +12540,7 @@ def why_unknown(host: Fields, section: str) -> str:
     """Why a value is not there: absent, error, no data yet and stale are four different things."""
     if section in host["errors"]:
         error = host["errors"][section]
-        return f"could not look: {error.get('code')}: {error.get('detail')}"
+        return f"could not look: {failure_words(error)}"
     if section in host["absent"]:
         return f"{section}: does not apply on this host"
     if section not in host["sections"]:
@@ -12453,9 +12557,11 @@ def can_accept(rule: str) -> bool:
     return rule in RULE and RULE[rule].accept is not None
 
 
-PAGE_FUNCTIONS = {one.__name__: one for one in (
-    can_accept, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number, show_duration, show_age,
-    show_time, count_of, show_cell, some_heads, is_time, is_numeric, look, anchor, spark_points, why_unknown)}
+PARTS = ("mark", "badge", "age", "bar", "dash", "cell", "table", "reason")  # what parts.html defines
+PAGE_FUNCTIONS: dict[str, Any] = {"PARTS": PARTS} | {one.__name__: one for one in (
+    can_accept, failure_words, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number,
+    show_duration, show_age, show_time, count_of, show_cell, some_heads, is_time, is_numeric, look, anchor,
+    spark_points, why_unknown)}
 
 
 class Template(bottle.SimpleTemplate):

@@ -1,5 +1,5 @@
 // The page's one script. The page works without it (links and forms); with it, it is live, and navigates in place.
-//   theme -> formats -> ages -> morph -> loading -> live -> looked -> navigation -> columns -> keyboard -> administration -> cards -> charts
+//   theme -> formats -> ages -> morph -> loading -> live -> night -> navigation -> columns -> keyboard -> administration -> cards -> charts
 //     -> problems -> acting -> onboarding -> alerting
 "use strict";
 (() => {
@@ -176,7 +176,6 @@
 
   function settle(before) {
     document.title = $("#main").dataset.title || "proxmon";
-    markNew();
     settleCard(before);
   }
 
@@ -233,7 +232,6 @@
   async function beat() {
     clearTimeout(timer);
     if (document.hidden) { say("Paused", "paused"); return; }
-    noteLook();
     const overview = wall() ? "" : await glance();      // half a kB; the page itself when that is news, else every 10 s
     if (overview === null) lost();
     else if (!overview || overview !== news || Date.now() - loadedAt >= REFRESH_MS) { await load(here()); news = overview; } else found();
@@ -251,33 +249,8 @@
     } catch { return null; }
   }
 
-  // --- looked: what has happened since this browser last had the page before somebody ---
-  const AWAY = 300;      // seconds out of sight that make a new look
-  const looked = () => Number(kept("looked"));
-
-  function noteLook() {
-    const last = Number(kept("seen")), away = last && now() - last > AWAY;
-    if (away) keep("looked", last);
-    keep("seen", Math.floor(now()));
-    if (away || !noteLook.begun) tellNews();
-    noteLook.begun = true;
-  }
-
-  async function tellNews() {
-    const since = looked(), place = $("#news");
-    const found = since && kept("told") !== String(since) && await getJson(`/api/v1/events?since=${since}&limit=0`);
-    if (!place) return;
-    place.hidden = !found || !found.total;
-    if (found) place.replaceChildren(node("a", { href: `/?tab=events&since=${since}`, "data-news": "" }, `${countOf(found.total, "event")} since you last looked`), ` ${showDuration(now() - since)} ago`);
-  }
-
-  function newsRead() { keep("told", looked()); $("#news").hidden = true; }
-
-  function markNew() {
-    for (const time of $$(".list-events .c-time time")) time.closest("tr").classList.toggle("is-new", looked() > 0 && Number(time.dataset.unix) > looked());
-  }
-
-  // Last night by the reader's own clock: from eight in the evening to eight in the morning.
+  // --- night: the timeline by the reader's own clock ---
+  // Last night: from eight in the evening to eight in the morning.
   function lastNight(link) {
     const url = new URL(link.href), morning = new Date(now() * 1000).setHours(8, 0, 0, 0) / 1000;
     url.searchParams.set("since", morning - 43200);
@@ -1143,7 +1116,6 @@
     closeColumns(event);
     if (on("#theme")) nextTheme();
     else if ((button = on("[data-night]"))) { lastNight(button); followLink(event); }
-    else if (on("[data-news]")) { newsRead(); followLink(event); }
     else if ((button = on("[data-usual]"))) { keep(`columns-${button.dataset.usual}`, ""); followLink(event); }
     else if ((button = on("[data-copy]"))) copy(button);
     else if ((button = on("[data-copy-link]"))) copyLink(button);
@@ -1196,7 +1168,6 @@
     addEventListener("beforeprint", () => { for (const fold of $$("#drawer .fold")) fold.open = true; });
     addEventListener("popstate", () => { showSearch(); load(here(), { force: true }); });
     $("#search").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => search(true), TYPING_MS); });
-    noteLook();
     if (withColumns(location.href) !== location.href) go(location.href, { replace: true });
   }
 

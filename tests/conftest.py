@@ -241,9 +241,9 @@ class Client:
         given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
         return self.request(method, path, b"" if body is None else json.dumps(body).encode(), given)
 
-    def log_in(self, password: str = PASSWORD) -> Response:
+    def log_in(self, password: str = PASSWORD, **fields: str) -> Response:
         """Post the form; from then on this client has the session's cookie and its CSRF token."""
-        form = urllib.parse.urlencode({"password": password}).encode()
+        form = urllib.parse.urlencode({"password": password, **fields}).encode()
         answer = self.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
         if answer.status == 303:
             cookie = answer.headers["set-cookie"].partition(";")[0]

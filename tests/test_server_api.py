@@ -263,6 +263,37 @@ def test_guests_are_found_by_filter_and_search(fleet, admin, query, count):
     assert len(items(admin.get(f"/api/v1/guests{query}"))) == count
 
 
+def test_every_list_is_narrowed_to_a_cluster_by_filter_and_search(register, post, admin, monitor, store):
+    for name, cluster in (("a1", "Lab"), ("a2", "lab2"), ("a3", None)):
+        more = {"cluster": {"name": cluster, "quorate": False, "members": []}} if cluster else {}
+        post(register(name), build_report(name, **more), host=name)
+    for seconds in (0, 60, 120, 180):
+        store.write(lambda db, at=START + seconds: server.judge_shared(db, monitor.fleet, at))
+    for listed in ("hosts", "guests", "pools", "disks", "copies", "drift"):
+        for query in ("cluster=lab", "q=cluster:lab%20-cluster:lab2"):
+            answer = admin.get(f"/api/v1/{listed}?{query}")
+            assert {row.get("host") or row["name"] for row in items(answer)} <= {"a1"}, listed
+    assert [row["name"] for row in items(admin.get("/api/v1/hosts?cluster=LAB"))] == ["a1"]
+    assert len(items(admin.get("/api/v1/guests?q=cluster:lab"))) == 2 * len(items(admin.get("/api/v1/guests?host=a1")))
+    assert items(admin.get("/api/v1/hosts?cluster=nope")) == []
+    objects = {row["object"] for row in items(admin.get("/api/v1/alerts?q=cluster:lab2"))}
+    assert objects == {row["object"] for row in items(admin.get("/api/v1/alerts?cluster=lab2"))} == {"clusters/lab2"}
+
+
+def test_the_row_of_a_host_tells_what_is_installed_and_how_old_that_knowledge_is(register, post, admin):
+    node = {"kernel": "6.14.8-2-pve", "kernel_next": "6.14.11-4-pve", "reboot_needed": True}
+    versions = {"zfs_userland": "2.3.4-pve1", "zfs_module": "2.3.3-pve1"}
+    post(register("a1"), build_report("a1", node=node, versions=versions,
+                                            updates={"pending": 3, "as_of": START - 9 * 86400}),
+         host="a1")
+    post(register("a2"), build_report("a2", node={"kernel": "6.14.11-4-pve"}), host="a2")
+    (row,) = items(admin.get("/api/v1/hosts?q=apt%3E7d"))
+    assert row["name"] == "a1" and row["apt_lists_at"] == START - 9 * 86400
+    assert [row["kernel_next"], row["zfs_userland"], row["zfs_module"]] == ["6.14.11-4-pve", "2.3.4-pve1", "2.3.3-pve1"]
+    (other,) = items(admin.get("/api/v1/hosts?q=-zfs:2"))
+    assert other["name"] == "a2" and other["zfs_module"] is None and other["apt_lists_at"] is None
+
+
 def test_the_rows_have_the_columns_of_the_contract(fleet, admin):
     columns = {
         "guests": "host vmid type name status verdict template lock tags cpu_count cpu_ratio memory_used_bytes "

@@ -9,7 +9,7 @@ import urllib.parse
 from html.parser import HTMLParser
 
 import pytest
-from conftest import START, build_disk, build_guest, build_pool, build_report, build_storage
+from conftest import START, Client, build_disk, build_guest, build_pool, build_report, build_storage
 
 import server
 
@@ -64,6 +64,55 @@ def shown(browser, query: str) -> list[str]:
     page = browser.get("/?" + query)
     assert page.status == 200
     return re.findall(r'<a class="row-link"[^>]*>([^<]*)</a>', page.text)
+
+
+# --- what is new to whom ---
+
+
+def test_what_has_happened_since_a_user_looked_is_told_on_any_browser(browser, register, post, clock, store):
+    post(register("pve1"), build_report("pve1"))
+    assert "you last looked" not in browser.get("/").text  # nobody looks for the first time at news
+    looked = clock()
+    clock.advance(200)
+    assert "you last looked" not in browser.get("/").text
+    clock.advance(600)
+    store.write(lambda db: server.insert_event(db, clock() - 60, "test", "it rained", host="pve1"))
+    assert re.search(">1 event since you last looked", browser.get("/").text)
+    other = Client(browser.monitor)
+    assert other.log_in().status == 303
+    link = re.search(r'id="news"><a href="([^"]*)"', other.get("/").text)[1].replace("&amp;", "&")
+    assert f"since={int(looked + 200)}" in link
+    page = other.get(link).text
+    assert re.findall(r'<tr class="row [^"]*is-new" data-key="events/[^"]*"', page) and "you last looked" not in page
+    browser.monitor.looks.clear()  # as after a restart
+    assert "since you last looked" in browser.get("/").text
+    store.write(lambda db: server.insert_user(db, "eve", "viewer", server.hash_password("long enough"), clock()))
+    eve = Client(browser.monitor)
+    assert eve.log_in("long enough", user="eve").status == 303
+    assert "you last looked" not in eve.get("/").text  # she never did
+
+
+def test_the_count_of_each_question_is_that_of_what_it_finds(browser, register, post, clock):
+    now, nothing = clock(), {"jobs": [], "guests": []}
+    job = {"id": "j", "enabled": True, "guests": [100], "schedule": "daily", "storage": "pbs"}
+    runs = [{"vmid": 100, "newest_ok": {"ended_at": now - 3 * 86400}}, {"vmid": 102, "newest_ok": {"ended_at": now - 60}}]
+    post(register("pve1"), build_report("pve1", node={"kernel": "6.8.12-9-pve", "reboot_needed": True},
+         updates={"pending": 3, "security": 1}, pools=[build_pool(capacity_ratio=.9, last_scrub={"ended_at": now - 9e6})],
+         guests=[build_guest(number) for number in (100, 101, 102)], backups={"jobs": [job], "guests": runs},
+         disks=[build_disk("sda", wear_ratio=.9, temperature_celsius=60), build_disk("sdb")]))
+    post(register("pve2"), build_report("pve2", node={"kernel": "6.14.8-2-pve", "reboot_needed": False},
+                                        backups=nothing), host="pve2")
+    found = {}
+    for tab in server.FACETS:
+        page = browser.get(f"/?tab={tab}").text
+        chips = re.findall(r'<a class="chip facet" href="([^"]*)"(?! data-night)[^>]*>([^<]*?)\s*<span class="chip-count">([^<]*)<', page)
+        assert len(chips) == len(server.FACETS[tab]) + (tab == "hosts")
+        for link, label, count in chips:
+            listed = browser.get(link.replace("&amp;", "&")).text
+            assert len(re.findall('<tr class="row ', listed)) == int(count), (tab, label)
+            found[tab, label] = int(count)
+    assert found["guests", "in no job"] == found["backups", "in no job"] >= 2 and found["hosts", "old kernel"] == 1
+    assert {0} < set(found.values()), found
 
 
 # --- who may see it ---
@@ -200,7 +249,7 @@ def test_the_drawer_tells_absent_error_and_no_data_apart(browser, register, post
     errors = {"storages": {"code": "timeout", "detail": "pvesm hung"}}
     post(register("pve1"), build_report(storages=None, errors=errors))
     page = browser.get("/?host=PVE1").text
-    assert "could not be collected (timeout: pvesm hung)" in page
+    assert 'title="timeout: pvesm hung">could not be collected: no answer in time' in page
     assert "does not apply on this host" in page
     assert re.search(r'<span class="dash" title="[^"]+">–</span>', page)
 
@@ -423,7 +472,7 @@ def test_a_hostile_name_becomes_no_command(monitor, register, post):
     assert {command for top in told for command in top["commands"]} == {"zpool status -v 'a;reboot'"}
 
 
-@pytest.mark.parametrize("words", [words for asked in server.FACETS.values() for _, words in asked])
+@pytest.mark.parametrize("words", [words for asked in server.FACETS.values() for _, words, _ in asked])
 def test_each_question_of_every_week_is_answered_in_whatever_list_it_is_put(browser, two_hosts, words):
     for tab in server.TABS:
         assert browser.get(f"/?tab={tab}&q={urllib.parse.quote(words)}").status == 200, tab
