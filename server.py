@@ -3558,23 +3558,21 @@ class Room:
         self.reports = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
         self.runs = RateLimiter(RUNS_BURST, RUNS_PER_SECOND)
         self._large, self._lock = threading.Lock(), threading.Lock()
-        self._hosts: dict[int, int] = {}
+        self._under_way: Counter[int] = Counter()
 
     @contextmanager
     def of_host(self, host_id: int) -> Iterator[None]:
         """So many requests of one host at once: else one would keep all threads from the others."""
         with self._lock:
-            if self._hosts.get(host_id, 0) >= UNDER_WAY:
+            if self._under_way[host_id] >= UNDER_WAY:
                 raise Problem("rate_limited", f"{UNDER_WAY} requests of this host are under way",
                               headers={"Retry-After": "2"})
-            self._hosts[host_id] = self._hosts.get(host_id, 0) + 1
+            self._under_way[host_id] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._hosts[host_id] -= 1
-                if not self._hosts[host_id]:
-                    del self._hosts[host_id]
+                self._under_way[host_id] -= 1
 
     @contextmanager
     def for_large(self) -> Iterator[None]:

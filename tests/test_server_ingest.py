@@ -49,6 +49,40 @@ def test_a_batch_counts_what_is_new_and_what_is_known(register, post, store):
     assert stored_reports(store) == 5
 
 
+def test_what_is_known_already_writes_nothing(register, post, store, admin):
+    token = register("pve1")
+    batch = [build_report(seq=1), build_report(seq=2)]
+    assert post(token, batch).json()["accepted"] == 2
+    before, seen = store.db.total_changes, admin.get("/api/v1/hosts/pve1").json()
+    assert post(token, batch).json()["duplicates"] == 2
+    assert store.db.total_changes == before and admin.get("/api/v1/hosts/pve1").json() == seen
+
+
+@pytest.mark.parametrize("zip", [False, True])
+def test_a_large_request_is_read_again_with_the_larger_limit_and_no_other_is(register, post, store, monkeypatch, zip):
+    read, limits = server.read_request_body, []
+    monkeypatch.setattr(server, "read_request_body", lambda *words: (limits.append(words[-1]), read(*words))[1])
+    monkeypatch.setattr(server, "LARGE", 5000)
+    token = register("pve1")
+    assert post(token, build_report(later="x" * 5000), zip=zip).status == 200 and stored_reports(store) == 1
+    assert limits == [5000, server.UNPACKED_LIMIT]
+    assert post(token, build_report(seq=2), zip=zip).status == 200
+    assert post(token, broken(seq=-1), zip=zip).code == "invalid_report"
+    assert limits[2:] == [5000, 5000]
+
+
+def test_a_fault_of_ours_is_a_500_that_names_no_reason_and_one_line_in_the_log(register, post, store, monkeypatch, capsys):
+    token = register("pve1")
+    monkeypatch.setattr(server, "note_changes", lambda *_: [][0])
+    answer = post(token, build_report())
+    assert (answer.status, answer.code, answer.json()["status"]) == (500, "internal", 500)
+    assert answer.headers["content-type"] == "application/problem+json" and "index" not in answer.text
+    said = [line for line in capsys.readouterr().out.splitlines() if "IndexError" in line]
+    assert len(said) == 1 and "insert_reports" in said[0]
+    monkeypatch.undo()
+    assert post(token, build_report()).json()["accepted"] == 1  # the sender kept it
+
+
 def test_the_same_report_twice_in_a_batch_counts_once(register, post, store):
     answer = post(register("pve1"), [build_report(), build_report()]).json()
     assert (answer["accepted"], answer["duplicates"]) == (1, 1)
@@ -194,11 +228,12 @@ def test_exactly_2_mib_are_not_too_large(register, post):
     assert post(register("pve1"), body + b" " * (2 * MIB - len(body))).status == 200
 
 
+MANY_MEMBERS = gzip.compress(b" ") * 100 + gzip.compress(encode(build_report()))
 BROKEN_GZIP = [
     ("cut off", gzip.compress(encode(build_report()))[:-9], 400, "invalid_json"),
     ("no gzip at all", encode(build_report()), 400, "invalid_json"),
     ("a damaged checksum", gzip.compress(encode(build_report()))[:-8] + b"\0" * 8, 400, "invalid_json"),
-    ("many members", gzip.compress(b" ") * 100 + gzip.compress(encode(build_report())), 400, "invalid_json"),
+    ("many members", MANY_MEMBERS, 400, "invalid_json"),
     ("something behind it", gzip.compress(encode(build_report())) + b"more", 400, "invalid_json"),
     ("zlib instead of gzip", zlib.compress(encode(build_report())), 400, "invalid_json"),
     ("nothing", b"", 400, "invalid_json"),
@@ -209,6 +244,7 @@ BROKEN_GZIP = [
 def test_broken_gzip_gets_its_named_error(register, post, body, status, code):
     answer = post(register("pve1"), body, Content_Encoding="gzip")
     assert (answer.status, answer.code) == (status, code)
+    assert ("is not gzip" in answer.text) == (len(body) not in (0, len(MANY_MEMBERS)))
 
 
 def test_a_gzip_bomb_ends_at_32_mib(register, post):
@@ -326,6 +362,29 @@ def test_a_token_that_is_rotated_while_a_report_is_being_read_takes_it_no_more(r
     answer = post(token, build_report())
     assert (answer.status, answer.code) == (401, "invalid_token")
     assert admin.get("/api/v1/hosts/pve1").json()["sections"] == {}
+
+
+def test_a_token_that_another_process_rotates_meanwhile_takes_no_report(register, post, admin, monitor, config, monkeypatch):
+    token, take = register("pve1"), monitor.room.take
+
+    def rotated(*words: Any, **more: Any) -> Any:
+        monkeypatch.setattr(monitor.room, "take", take)
+        db = server.open_database(config)
+        with server.transaction(db):
+            server.rotate_nonce(db, "pve1", START)
+        db.close()
+        return take(*words, **more)
+
+    monkeypatch.setattr(monitor.room, "take", rotated)
+    assert post(token, build_report()).code == "invalid_token"
+    assert admin.get("/api/v1/hosts/pve1").json()["sections"] == {}
+
+
+def test_a_report_of_a_host_that_is_removed_meanwhile_is_of_an_unknown_one(register, monitor, store):
+    register("pve1")
+    with pytest.raises(server.Problem) as refused:
+        store.write(lambda db: server.insert_reports(monitor, 999, [build_report()], None, START, db))
+    assert refused.value.code == "unknown_host" and stored_reports(store) == 0
 
 
 def test_a_rotated_token_is_refused_from_then_on(register, post, admin):

@@ -34,7 +34,8 @@ def test_a_gzip_file_of_several_members_is_one_report(register, post):
     assert post(register("pve1"), members, Content_Encoding="gzip").json()["accepted"] == 1
 
 
-@pytest.mark.parametrize("pack", [lambda text: text, zipped, lambda text: zipped(text[:40]) + zipped(text[40:])], ids=["plain", "zipped", "in two"])
+@pytest.mark.parametrize("pack", [lambda text: text, zipped, lambda text: zipped(text[:40]) + zipped(text[40:]),
+                                  lambda text: zipped(text) + zipped(b"")], ids=["plain", "zipped", "in two", "with an empty one"])
 def test_what_is_exactly_as_long_as_it_may_be_is_taken(pack):
     text, encoding = b"x" * 100, "" if pack(b"x") == b"x" else "gzip"
     assert server.unpack(pack(text), encoding, 100) == text
