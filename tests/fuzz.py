@@ -540,10 +540,10 @@ def feed_answer(dice: random.Random, world: World) -> None:
     agent.retry_after(answer), agent.server_time(answer), agent.describe_answer(answer, "pve1")
 
 
-FEEDERS: dict[str, tuple[Callable[[random.Random, World], None], int]] = {  # with its share of the long run: some 1 ms each on average
-    "reports": (feed_report, 20), "signatures": (feed_signature, 40), "bodies": (feed_body, 20), "api": (feed_api, 50), "page": (feed_page, 5),
-    "lists": (feed_lists, 10), "wire": (feed_wire, 20), "answers": (feed_answer, 40),
-    "settings": (feed_environment, 30), "commands": (feed_server_command, 5), "parsers": (feed_parser, 120), "collectors": (feed_collector, 30),
+FEEDERS: dict[str, tuple[Callable[[random.Random, World], None], int]] = {  # with its share of the long run
+    "reports": (feed_report, 20), "signatures": (feed_signature, 60), "bodies": (feed_body, 20), "api": (feed_api, 50), "page": (feed_page, 5),
+    "lists": (feed_lists, 6), "wire": (feed_wire, 20), "answers": (feed_answer, 100),
+    "settings": (feed_environment, 60), "commands": (feed_server_command, 4), "parsers": (feed_parser, 300), "collectors": (feed_collector, 30),
     "agent's settings": (feed_agent_config, 20),
 }  # fmt: skip
 
