@@ -211,6 +211,23 @@ def test_what_rules_remember_of_a_guest_goes_with_it(sim):  # noqa: F811
     assert not any(memory.keys(rule) for rule in ("guest-down", "backup-overdue", "backup-failed"))
 
 
+def test_what_rules_remember_stays_while_nobody_can_tell_whether_it_is_gone(sim):  # noqa: F811
+    one, other = (pool(name=name, vdevs=[{"name": "sda", "state": "ONLINE", "checksum_errors": 5}]) for name in ("tank", "data"))
+
+    def remembered() -> set[str]:
+        return {key.split("/")[1] for key in sim.fleet.find("pve1").memory.keys("vdev-errors")}
+
+    sim.send("pve1", pools=one + other)
+    for step in ({"pools": one, "errors": {"pools": {"code": "failed", "detail": "data: no answer"}}}, {"node": node()},
+                 {"errors": {"pools": {"code": "timeout"}}}, {"pools": one + other}):
+        sim.now += 60
+        sim.send("pve1", **step)
+        assert remembered() == {"tank", "data"}, step
+    sim.now += 60
+    sim.send("pve1", pools=one)
+    assert remembered() == {"tank"}
+
+
 def test_a_page_writes_nothing_that_rules_remember(sim):  # noqa: F811
     jobs = [{"id": "daily", "enabled": True, "schedule": "21:00", "guests": "all"}]
     sim.send("pve1", guests=guest(), pools=pool(usable_used_bytes=1, usable_available_bytes=1), disks=disk(),
