@@ -40,6 +40,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 CYCLE = 40 * MINUTE  # after this the faults come again
 BACKFILL_HOURS, BACKFILL_STEP = 2, 120  # what a new host's charts begin with
 BACKFILL_DAYS, WITH_DAYS = 4, 60  # and so long back how full each space was, for so many hosts: forecasts need 3 days
+CURVES_STEP, WITH_CURVES = 240, 24  # for so many hosts the node's curves of two days, without a gap
 BATCH = 250  # reports in one request
 
 FAST_SECTIONS = ("node", "cluster", "guests", "storages", "pool_states")
@@ -447,7 +448,7 @@ class PlayedHost:
         self.seq = 0
         self.ticks = 0
         self.growth = (0.0, 0.0008, 0.002, 0.0045)[number % 4]  # of a pool's size a day
-        self.with_days = number < WITH_DAYS
+        self.with_days, self.with_curves = number < WITH_DAYS, number < WITH_CURVES
         self.rates: dict[str, float] = {}
         self.kept: list[dict[str, Any]] = []  # made while the host was cut off
         self.phase = ""
@@ -543,19 +544,13 @@ class PlayedHost:
             guest.update(status="stopped", uptime_seconds=None, cpu_ratio=None, memory_used_bytes=None)
 
     def _move_pools(self, seconds: float) -> None:
-        """Capacity creeps up by some percent a week; a scrub or resilver under way gets on."""
+        """Capacity creeps up by some percent a week, if at all; a scrub or resilver under way gets on."""
         for pool in self.sections.get("pools") or ():
             scan = pool.get("scan") or {}
             left, done = scan.get("remaining_seconds"), scan.get("progress_ratio")
             if scan.get("state") == "scanning" and left and done is not None:
                 scan["progress_ratio"] = min(0.999, done + (1 - done) * min(1.0, seconds / left))
                 scan["remaining_seconds"] = max(60, left - int(seconds))
-            size, used = pool.get("size_bytes"), pool.get("allocated_bytes")
-            if size and is_number(used) and used / size < 0.97:
-                used += int(size * 0.03 * seconds / (7 * DAY) * self.dice.uniform(0, 2))
-                pool.update(allocated_bytes=used, free_bytes=size - used)
-                if is_number(pool.get("capacity_ratio")):
-                    pool["capacity_ratio"] = round(used / size, 4)
         fill_up(self.sections, self.growth * seconds / DAY)
 
     def report(self, now: float) -> dict[str, Any]:
@@ -600,10 +595,11 @@ class PlayedHost:
         """Days of pools, storages and datasets as they filled up: a forecast needs to see some."""
         reports = []
         until = int(now - BACKFILL_HOURS * HOUR)
-        for at in (*range(until - BACKFILL_DAYS * DAY, until - DAY, 3 * HOUR), *range(until - DAY, until, HOUR)):
-            self._move_node(1)
-            known: dict[str, Any] = copy.deepcopy({name: self.sections[name] for name in ("pools", "storages", "datasets", "node")
-                                   if name in self.sections})  # fmt: skip
+        for at in range(until - BACKFILL_DAYS * DAY, until, 3 * HOUR):
+            names = [name for name in ("pools", "storages", "datasets", "node") if name in self.sections]
+            known: dict[str, Any] = copy.deepcopy({name: self.sections[name] for name in names})
+            known["storages"] = [storage for storage in known.get("storages") or () if storage.get("active")]
+            heal_pools(known)
             fill_up(known, -self.growth * (until - at) / DAY)
             for trouble in self.troubles:
                 if trouble.rule == "pool-forecast":
@@ -611,14 +607,29 @@ class PlayedHost:
             reports.append(self.wrap(known, at, tick="slow", full=False))
         return reports
 
+    def curves(self, now: float) -> list[dict[str, Any]]:
+        """Two days of the node."""
+        reports, node = [], copy.deepcopy(self.sections["node"])
+        for at in range(int(now - 2 * DAY), int(now - BACKFILL_HOURS * HOUR), CURVES_STEP):
+            self._move_node(CURVES_STEP / 60)
+            shown = copy.deepcopy(self.sections["node"])
+            if is_number(shown.get("uptime_seconds")):
+                shown["uptime_seconds"] = max(60, node["uptime_seconds"] - (now - at))
+            reports.append(self.wrap({"node": shown}, at, tick="fast", full=False))
+        self.sections["node"] = node
+        return reports
+
 
 def fill_up(sections: dict[str, Any], share: float) -> None:
     """Let each pool take up so much more of its size; below 0: less."""
     for pool in sections.get("pools") or ():
-        used, left = pool.get("usable_used_bytes"), pool.get("usable_available_bytes")
-        if is_number(used) and is_number(left):
-            moved = max(-used // 2, min(left // 2, int((used + left) * share)))
-            pool.update(usable_used_bytes=used + moved, usable_available_bytes=left - moved)
+        for parts in (("usable_used_bytes", "usable_available_bytes"), ("allocated_bytes", "free_bytes")):
+            used, left = (pool.get(part) for part in parts)
+            if is_number(used) and is_number(left):
+                moved = max(-used // 2, min(left // 2, int((used + left) * share)))
+                pool.update({parts[0]: used + moved, parts[1]: left - moved})
+        if is_number(pool.get("capacity_ratio")) and pool.get("size_bytes"):
+            pool["capacity_ratio"] = round(pool["allocated_bytes"] / pool["size_bytes"], 4)
 
 
 def shift_as_of(sections: dict[str, Any], seconds: float) -> None:
@@ -669,6 +680,9 @@ class Sender(threading.Thread):
         for host in self.hosts:
             if not self.stop.is_set():
                 self.attempt(host, self.first_reports(host))
+        for host in self.hosts:
+            if not self.stop.is_set() and host.name in self.new and host.with_curves:
+                self.attempt(host, host.curves(host.started))
         start = time.monotonic()
         due = [(start + self.interval * (n + 1) / len(self.hosts), n) for n in range(len(self.hosts))]
         heapq.heapify(due)

@@ -40,7 +40,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     hosts = [PlayedHost(n, recording_of(n, usual, troubled), tokens[host_name(n)], now, 1) for n in range(20)]
     sender = Sender(hosts, options, new, None)  # type: ignore[arg-type]
     for number, host in enumerate(hosts):
-        host.kept = host.backfill_growth(now) if number == FILLS_UP else []
+        host.kept = host.backfill_days(now) if number == FILLS_UP else []
         sender.post(host, [*host.kept, host.report(now)])
     yield running
     running.stop()

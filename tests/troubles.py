@@ -68,7 +68,8 @@ def lay_growth(sections: Sections, began: float, now: float) -> None:
     pool = dicts(sections, "pools")[0]
     most, grown = pool["size_bytes"], (now - began + GROWS_SINCE) / DAY * 0.05
     used = int(most * min(0.79, 0.5 + grown))
-    pool.update(usable_used_bytes=used, usable_available_bytes=most - used)
+    pool.update(usable_used_bytes=used, usable_available_bytes=most - used, allocated_bytes=used, free_bytes=most - used,
+                capacity_ratio=round(used / most, 4))
     volumes = [item for item in dicts(sections, "datasets") if item.get("type") == "volume"]
     for volume in volumes[:1]:
         held = int(most * grown * 0.8)
