@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -69,6 +70,7 @@ STDERR_LIMIT = 4 * KIB
 STDIN_LIMIT = 16 * KIB  # fits a pipe, so that writing it never waits
 READ_DEADLINE = 2.0  # seconds for one read of what may block: all but what the kernel has in memory
 LANE_DEADLINE = 10.0  # the same in a lane's thread, which keeps nobody waiting: a busy disk may take its time
+AHEAD_DEADLINE = 0.5  # the same for all that is read ahead; what is not had by then is asked for by itself
 MEMORY_PATHS = ("/proc/", "/sys/", "/dev/", "/run/")  # file systems that answer from the kernel's memory
 HWMON_PATH = "/sys/class/hwmon/"  # but not these: some drivers ask the device, an NVMe by its admin queue
 KILL_GRACE = 1.0  # seconds a killed child gets to be gone before it counts as stuck (state D)
@@ -106,7 +108,7 @@ IDLE_SECONDS = 3600.0
 KEEP_SECONDS = 1.0  # a report without an answer for so long goes to disk
 CLOCK_TOLERANCE = 30.0  # seconds; `check` complains above it
 
-LOOK_SECONDS = 4.0  # between two looks; the contract allows 5, and the report needs a moment too
+LOOK_SECONDS = 4.5  # between two looks; the contract allows 5, and the report needs a moment too
 URGENT_SECONDS = 1.5  # how long a change of a pool's state waits for the pool in full
 FLUSH_SECONDS = 5.0  # how long finished sections wait for the rest of their round
 MAIL_LOOK_SECONDS = 60.0  # between two looks whether root has to be told that nobody takes the reports
@@ -484,6 +486,8 @@ class Probe:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self._programs: dict[str, str] = {}
+        self.asked: dict[tuple[str, str], Callable[[], Any]] = {}  # by the loop since the last round, and may block
+        self.answers: dict[tuple[str, str], Any] = {}  # to that, had ahead
 
     # files
 
@@ -495,7 +499,7 @@ class Probe:
 
     def read_line(self, path: str, limit: int = READ_LIMIT) -> str:
         """Only the first line, without its end (/run/pve/metrics may be tens of MB long)."""
-        return self._open_door("read", path, lambda: to_text(read_bytes(path, limit, until=b"\n")))
+        return self._open_door("line", path, lambda: to_text(read_bytes(path, limit, until=b"\n")))
 
     def list_dir(self, path: str) -> list[str]:
         """The names in a directory, sorted; a missing one is an error, not an empty list."""
@@ -540,7 +544,7 @@ class Probe:
         began, size, outcome = time.monotonic(), 0, "ok"
         try:
             worker = self.worker_of(kind, path)
-            result = self._in_time(worker, path, job) if worker else job()
+            result = self._guarded(worker, kind, path, job) if worker else job()
             size = len(result) if isinstance(result, (str, list)) else 0
             return result
         except (OSError, SourceError) as error:
@@ -550,9 +554,36 @@ class Probe:
         finally:
             self._note(kind, path, began, size, outcome)
 
-    def _in_time(self, worker: Worker, what: str, job: Callable[[], Any]) -> Any:
-        in_lane = threading.current_thread().name in TICKS
-        return worker.call(what, job, LANE_DEADLINE if in_lane else self.deadline)
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """A round of the loop: what the last one asked of paths that may block is read by one thread beforehand, as
+        waking one for each costs more than reading. Where that takes long, the rest is asked for one by one."""
+        jobs, self.asked = self.asked, {}
+        answers: dict[tuple[str, str], Any] = {}
+
+        def work() -> None:
+            for key, job in jobs.items():
+                try:
+                    answers[key] = job()
+                except Exception as error:  # raised again where it is asked for
+                    answers[key] = error
+
+        with contextlib.suppress(SourceError):
+            self.worker("ahead").call("ahead", work, AHEAD_DEADLINE)
+        self.answers = answers.copy()
+        try:
+            yield
+        finally:
+            self.answers = {}
+
+    def _guarded(self, worker: Worker, kind: str, path: str, job: Callable[[], Any]) -> Any:
+        if threading.current_thread().name in TICKS:
+            return worker.call(path, job, LANE_DEADLINE)
+        self.asked[kind, path] = job
+        answer = self.answers.pop((kind, path), None)
+        if isinstance(answer, Exception):
+            raise answer
+        return worker.call(path, job) if answer is None else answer
 
     # commands
 
@@ -602,7 +633,8 @@ class Probe:
             return child
 
         try:
-            child: subprocess.Popen[bytes] = self._in_time(self.worker("exec"), argv[0], start)
+            limit = LANE_DEADLINE if threading.current_thread().name in TICKS else self.deadline
+            child: subprocess.Popen[bytes] = self.worker("exec").call(argv[0], start, limit)
             return child
         except OSError as error:
             self._programs.pop(argv[0], None)  # it may have moved with an upgrade
@@ -2867,15 +2899,17 @@ def check_guests_age(probe: ProbeLike, guests: list[dict[str, Any]]) -> None:
             guest["status"] = "running"
 
 
-def find_running(probe: ProbeLike, *, trusted: str = "") -> set[int]:
-    """vmids with a process in their control group (cgroup v2): what runs right now, whatever pvestatd says. Groups with
-    a `trusted` ending are taken as they are listed."""
-    running = set()
+def find_running(probe: ProbeLike, seen: dict[str, bool] | None = None) -> set[int]:
+    """vmids with a process in their control group (cgroup v2): what runs right now, whatever pvestatd says. Groups in
+    `seen` are believed, and so are scopes, which systemd removes with their last process."""
+    running, seen = set(), {} if seen is None else seen
     for folder in GUEST_GROUPS:
         for entry in attempt(probe.list_dir, folder, default=[]):
-            found, events = GUEST_GROUP.match(entry), f"{folder}/{entry}/cgroup.events"
-            is_listed = trusted and entry.endswith(trusted)
-            if found and (is_listed or "populated 0" not in attempt(probe.read, events, default="")):
+            found, path = GUEST_GROUP.match(entry), f"{folder}/{entry}"
+            if found and path not in seen:
+                events = "" if entry.endswith(".scope") else attempt(probe.read, f"{path}/cgroup.events", default="")
+                seen[path] = "populated 0" not in events
+            if found and seen[path]:
                 running.add(int(found[1]))
     return running
 
@@ -4985,10 +5019,12 @@ def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
         pool["name"]: known_pools.get(pool["name"]) if pool.get("state") == "TRANSITIONING" else pool.get("state")
         for pool in attempt(lambda: read_pool_states(probe, memory, guids=False), default=())
     }
-    guests = find_running(probe, trusted=".scope")  # systemd removes a scope's group with its last process
+    inside = read_word(probe, f"{GUEST_GROUPS[1]}/cgroup.stat")  # counts the groups below: some go with a container
+    groups = seen["groups"] if seen.get("inside") == inside else {}
+    guests = find_running(probe, groups)
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole
-    return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks}
+    return {"memory": memory, "pools": pools, "guests": guests, "tasks": tasks, "groups": groups, "inside": inside}
 
 
 class GuestChanges:
@@ -5123,6 +5159,7 @@ class Agent:
     def serve(self) -> None:
         """Until told to stop."""
         threading.Thread(target=self.sender.serve, name="sender", daemon=True).start()
+        gc.freeze()  # what there is now stays: not to be looked through again and again
         while not self.stopping:
             try:
                 wait = self.turn(self.probe.monotonic())
@@ -5162,9 +5199,12 @@ class Agent:
         if not self.next_at:
             self._begin(now)
         if now >= self.next_at[FAST]:
-            self._look(now)
+            self.seen.pop("inside", None)  # containers are looked at anew
+            with self.probe.ahead():
+                self._look(now)
+                collected = self._collect(names_of(FAST))
             self._advance(FAST, now)
-            self._report(FAST, self._collect(names_of(FAST)))
+            self._report(FAST, collected)
         elif now >= self.next_look:
             self._look(now)
         self._run_lanes(now)

@@ -119,6 +119,37 @@ def test_a_read_that_may_block_has_a_deadline_and_is_not_started_twice(call, pat
     assert disk.asked == [path]
 
 
+def test_a_round_reads_ahead_what_the_last_one_asked_for_and_keeps_nothing_for_later(probe, tmp_path, monkeypatch):
+    file, gone = tmp_path / "f", str(tmp_path / "gone")
+    started = []
+    monkeypatch.setattr(agent.Worker, "call", lambda worker, what, job, deadline=0.0: started.append(worker.name) or job())
+    rounds = []
+    for text in ("first", "second", "third"):
+        file.write_text(text)
+        started.clear()
+        with probe.ahead():
+            rounds.append((probe.read(str(file)), failure(probe.stat, gone).code, list(started)))
+    file.write_text("later")
+    assert [words[:2] for words in rounds] == [(text, "missing") for text in ("first", "second", "third")]
+    assert [words[2] for words in rounds] == [["ahead", "disk", "disk"], ["ahead"], ["ahead"]]
+    assert probe.read(str(file)) == "later"
+
+
+def test_what_hangs_while_it_is_read_ahead_costs_its_own_values_alone(hanging, tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "AHEAD_DEADLINE", 0.1)
+    (tmp_path / "f").write_text("well")
+    sick = "/sys/class/hwmon/hwmon3/temp1_input"
+    probe = agent.Probe(deadline=0.1)
+    codes = []
+    for number in range(3):
+        if number == 1:
+            hanging(sick)
+        with probe.ahead():
+            codes.append(failure(probe.read, sick).code)
+            assert probe.read(str(tmp_path / "f")) == "well"
+    assert codes == ["missing", "timeout", "stuck"]
+
+
 def test_size_of_the_root_file_system_has_a_deadline(hanging):
     probe = agent.Probe(deadline=0.1)
     hanging("/")
