@@ -1271,7 +1271,7 @@ JSON_CLASSES = {"dedup": "dedup", "special": "special", "logs": "log", "l2cache"
 # What `zpool status` says for vdev_aux [openzfs cmd/zpool/zpool_main.c, print_status_config].
 VDEV_REASONS = {
     "OPEN_FAILED": "cannot open", "BAD_GUID_SUM": "missing device", "NO_REPLICAS": "insufficient replicas",
-    "VERSION_NEWER": "newer version", "UNSUP_FEAT": "unsupported feature(s)",
+    "VERSION_NEWER": "newer version", "UNSUP_FEAT": "unsupported features",
     "ASHIFT_TOO_BIG": "unsupported minimum blocksize", "SPARED": "currently in use", "ERR_EXCEEDED": "too many errors",
     "IO_FAILURE": "experienced I/O failures", "BAD_LOG": "bad intent log", "EXTERNAL": "external device fault",
     "SPLIT_POOL": "split into new pool", "ACTIVE": "currently in use", "CHILDREN_OFFLINE": "all children offline",
@@ -5212,7 +5212,7 @@ class Agent:
         waiting = self.sender.keep()
         self.root_mail.turn(now)
         self._beat(now)
-        due = min(*self.next_at.values(), self.next_look, self.next_beat)
+        due = min(*self.next_at.values(), self.next_look)  # a beat has time until then
         due = min(due, now + KEEP_SECONDS) if waiting else due
         due = min(due, self.held_until) if self.held else due
         return max(0.0, due - self.probe.monotonic())
