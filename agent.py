@@ -49,6 +49,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Fields = dict[str, Any]  # an object of JSON, or a row of the report: values by name
 
 # --- constants: version, paths, limits, exit codes ---
 
@@ -197,7 +198,7 @@ def load_config(path: str) -> Config:
     return config
 
 
-def read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: str) -> Fields:
     try:
         with open(path, "rb") as handle:
             return tomllib.loads(handle.read(MIB).decode("utf-8"))
@@ -209,7 +210,7 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(path, "", f"not TOML: {error}") from None
 
 
-def check_settings(path: str, table: str, settings: dict[str, Any]) -> None:
+def check_settings(path: str, table: str, settings: Fields) -> None:
     """Refuse unknown keys, wrong types and numbers out of range, table by table."""
     known = SETTINGS[table]
     value: Any
@@ -265,7 +266,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def find_token(path: str, settings: dict[str, Any], warnings: list[str]) -> tuple[str, str]:
+def find_token(path: str, settings: Fields, warnings: list[str]) -> tuple[str, str]:
     """The key that named it and the token: token, token_file, or systemd's credential of the name `token`."""
     credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
     if "token" in settings and "token_file" in settings:
@@ -856,7 +857,7 @@ MONTHS = {name: number for number, name in enumerate("Jan Feb Mar Apr May Jun Ju
 SIZE_UNITS = {unit: 1024**power for power, unit in enumerate("BKMGTPEZ")}
 
 
-def known(**fields: Any) -> dict[str, Any]:
+def known(**fields: Any) -> Fields:
     """The fields that have a value. What is not known is left out, never 0."""
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -945,7 +946,7 @@ def parse_json(text: str, what: str) -> Any:
         raise SourceError("garbage", f"{what}: not JSON ({error}); begins with {text[:20]!a}") from None
 
 
-def parse_object(text: str, what: str) -> dict[str, Any]:
+def parse_object(text: str, what: str) -> Fields:
     """A JSON object, or SourceError('garbage')."""
     value = parse_json(text, what)
     if not isinstance(value, dict):
@@ -953,7 +954,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     return value
 
 
-def as_dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> Fields:
     return value if isinstance(value, dict) else {}
 
 
@@ -1078,7 +1079,7 @@ def parse_rrd(text: str) -> dict[str, dict[str, dict[str, str]]]:
     return found
 
 
-def parse_metrics(line: str) -> dict[str, dict[str, Any]]:
+def parse_metrics(line: str) -> dict[str, Fields]:
     """The newest snapshot of /run/pve/metrics: {part: {"timestamp": t, "data": {…}}} of those parts that are usable."""
     parts = {}
     for name, part in parse_object(line, "/run/pve/metrics").items():
@@ -1172,7 +1173,7 @@ def parse_ha_states(text: str) -> dict[str, str]:
     return {sid: state for sid, service in services.items() if isinstance(state := dig(service, "state"), str)}
 
 
-def parse_guest_config(text: str) -> dict[str, Any]:
+def parse_guest_config(text: str) -> Fields:
     """A guest's configuration: what the report needs of it. Snapshots and pending changes come after the first `[`."""
     values: dict[str, str] = {}
     for line in text.splitlines():
@@ -1192,7 +1193,7 @@ def parse_guest_config(text: str) -> dict[str, Any]:
     )
 
 
-def parse_volume(key: str, value: str, kinds: tuple[str, ...] = DISK_KEYS) -> dict[str, Any] | None:
+def parse_volume(key: str, value: str, kinds: tuple[str, ...] = DISK_KEYS) -> Fields | None:
     """`scsi0: local-zfs:vm-100-disk-0,size=32G` as name, storage, volume, size, and whether a backup takes it along;
     None for CD drives and host paths. Mount points of containers are left out of it unless they say backup=1."""
     kind = key.rstrip("0123456789")
@@ -1283,7 +1284,7 @@ WORST_LAST = "ONLINE AVAIL INUSE DEGRADED OFFLINE CLOSED UNKNOWN REMOVED UNAVAIL
 FAST_ENOUGH = 10 * 1024 * 1024  # bytes/s; zpool estimates no end below it
 
 
-def parse_zpool_status_json(text: str, now: float) -> dict[str, dict[str, Any]]:
+def parse_zpool_status_json(text: str, now: float) -> dict[str, Fields]:
     """`zpool status -j --json-int -P`: the same as parse_zpool_status gives, by pool name."""
     pools = parse_object(text, "zpool status -j").get("pools")
     if not isinstance(pools, dict):
@@ -1291,7 +1292,7 @@ def parse_zpool_status_json(text: str, now: float) -> dict[str, dict[str, Any]]:
     return {name: parse_json_pool(name, pool, now) for name, pool in pools.items() if isinstance(pool, dict)}
 
 
-def parse_json_pool(name: str, pool: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_json_pool(name: str, pool: Fields, now: float) -> Fields:
     stats = as_dict(pool.get("scan_stats"))
     resilvering = stats.get("function") == "RESILVER" and stats.get("state") == "SCANNING"
     rebuilds = as_dict(stats.get("rebuild_stats") or pool.get("rebuild_stats"))
@@ -1328,7 +1329,7 @@ def squeeze(text: Any) -> str | None:
     return " ".join(text.split()) or None if isinstance(text, str) else None
 
 
-def parse_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering: bool) -> dict[str, Any]:
+def parse_json_vdev(name: str, vdev: Fields, label: str, *, resilvering: bool) -> Fields:
     children = [
         parse_json_vdev(child_name, as_dict(child), label, resilvering=resilvering)
         for child_name, child in as_dict(vdev.get("vdevs")).items()
@@ -1352,7 +1353,7 @@ def parse_json_vdev(name: str, vdev: dict[str, Any], label: str, *, resilvering:
     )
 
 
-def note_rebuild(vdev: dict[str, Any]) -> bool:
+def note_rebuild(vdev: Fields) -> bool:
     """Of a sequential rebuild JSON says in which top-level vdev it runs, not which disk it fills: the last one of a
     group that replaces another; False where there is no such group."""
     children = vdev.get("children", [])
@@ -1363,7 +1364,7 @@ def note_rebuild(vdev: dict[str, Any]) -> bool:
     return any(noted)
 
 
-def worst_state(children: list[dict[str, Any]]) -> str:
+def worst_state(children: list[Fields]) -> str:
     """For draid vdevs, whose JSON may lack a state (openzfs issue 18431): DEGRADED as soon as a child is not well."""
     states = [child["state"] for child in children]
     if not states:
@@ -1373,9 +1374,9 @@ def worst_state(children: list[dict[str, Any]]) -> str:
 
 
 def build_vdev(
-    *, name: str, kind: str, label: str, state: str, path: str | None, counters: dict[str, Any], reason: str | None,
-    children: list[dict[str, Any]],
-) -> dict[str, Any]:
+    *, name: str, kind: str, label: str, state: str, path: str | None, counters: Fields, reason: str | None,
+    children: list[Fields],
+) -> Fields:
     """One vdev as the report has it. Raid levels are part of the name only (`raidz2-0`): the type gets them."""
     group = name.split("-")[0].split(":")[0]
     if kind in ("", "raidz", "draid") and group.startswith(("raidz", "draid")) and (children or kind != ""):
@@ -1390,7 +1391,7 @@ def build_vdev(
     )
 
 
-def guess_vdev_type(name: str, path: str | None, children: list[dict[str, Any]]) -> str:
+def guess_vdev_type(name: str, path: str | None, children: list[Fields]) -> str:
     """The text form has no types: groups by the beginning of their name, disks by their path."""
     prefix = name.rpartition("-")[0] or name
     if children:
@@ -1410,7 +1411,7 @@ def short_vdev_name(name: str) -> str:
     return next(filter(None, whole.groups())) if whole else short
 
 
-def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_json_scan(stats: Fields, rebuilds: Fields, now: float) -> Fields:
     """The scan under way or the last one. Sequential rebuilds are kept beside it: an active or later one counts."""
     scan = dict(NO_SCAN)
     if stats.get("function") in ("SCRUB", "RESILVER") and str(stats.get("state")) in SCAN_STATES:
@@ -1420,14 +1421,14 @@ def parse_json_scan(stats: dict[str, Any], rebuilds: dict[str, Any], now: float)
     return scan
 
 
-def later_scan(scan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def later_scan(scan: Fields, other: Fields) -> Fields:
     """Which of two scans to show: what still runs, else what ended last."""
     if scan["state"] == "none" or "scanning" in (scan["state"], other["state"]):
         return other if other["state"] == "scanning" or scan["state"] == "none" else scan
     return other if other.get("ended_at", 0) > scan.get("ended_at", 0) else scan
 
 
-def scan_fields(stats: dict[str, Any], state: str, done: int | None, total: int | None) -> dict[str, Any]:
+def scan_fields(stats: Fields, state: str, done: int | None, total: int | None) -> Fields:
     """State, times and progress, which scrub, resilver, rebuild and expansion tell alike."""
     running = state == "scanning"
     ratio = round(min(1.0, done / total), 4) if running and done is not None and total else None
@@ -1436,7 +1437,7 @@ def scan_fields(stats: dict[str, Any], state: str, done: int | None, total: int 
     return {"state": state, "started_at": started, "ended_at": ended, "progress_ratio": ratio}
 
 
-def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
+def parse_scan_stats(stats: Fields, now: float) -> Fields:
     state = SCAN_STATES[stats["state"]]
     issued, examine = to_count(stats.get("issued")), to_count(stats.get("to_examine"))
     total = None if examine is None else examine - (to_count(stats.get("skipped")) or 0)
@@ -1454,7 +1455,7 @@ def parse_scan_stats(stats: dict[str, Any], now: float) -> dict[str, Any]:
     )
 
 
-def remaining_seconds(stats: dict[str, Any], issued: int | None, total: int | None, now: float) -> int | None:
+def remaining_seconds(stats: Fields, issued: int | None, total: int | None, now: float) -> int | None:
     """As zpool estimates it: bytes left over the speed of this pass; unknown while that is below 10 MiB/s."""
     done, began = to_count(stats.get("issued_bytes_per_scan")), to_count(stats.get("pass_start"))
     if not done or not began or issued is None or total is None:
@@ -1464,7 +1465,7 @@ def remaining_seconds(stats: dict[str, Any], issued: int | None, total: int | No
     return int(max(0, total - issued) / speed) if speed >= FAST_ENOUGH else None
 
 
-def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
+def parse_rebuild(rebuild: Fields) -> Fields:
     """A sequential rebuild (`zpool attach -s`, and always draid) told like a resilver."""
     state = {"ACTIVE": "scanning", "COMPLETE": "finished", "CANCELED": "canceled"}.get(str(rebuild.get("state")))
     if state is None:
@@ -1478,9 +1479,9 @@ def parse_rebuild(rebuild: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def parse_zpool_status(text: str) -> dict[str, dict[str, Any]]:
+def parse_zpool_status(text: str) -> dict[str, Fields]:
     """`zpool status -p -P -s` as text (OpenZFS 2.2 and older have no JSON: every PVE 8 host), by pool name."""
-    pools: dict[str, dict[str, Any]] = {}
+    pools: dict[str, Fields] = {}
     for block in split_status_blocks(text):
         name = block["pool"][0]
         if name:
@@ -1508,7 +1509,7 @@ def split_status_blocks(text: str) -> list[dict[str, list[str]]]:
     return blocks
 
 
-def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
+def parse_text_pool(name: str, block: dict[str, list[str]]) -> Fields:
     texts = {key: squeeze(" ".join(lines)) for key, lines in block.items()}
     errors, *files = block.get("errors", [""])
     count = 0 if errors.startswith("No known data errors") else to_count(find_text(r"^(\d+) data errors,", errors))
@@ -1521,7 +1522,7 @@ def parse_text_pool(name: str, block: dict[str, list[str]]) -> dict[str, Any]:
     )
 
 
-def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
+def parse_text_vdevs(lines: list[str]) -> list[Fields]:
     """The `config:` table: depth is two blanks a level, sections of other classes start at depth 0 without a state."""
     head = next((number for number, line in enumerate(lines) if line.split()[:2] == ["NAME", "STATE"]), len(lines) - 1)
     counters = [VDEV_COUNTERS.get(word, word) for word in lines[head].split()[2:]] if lines else []
@@ -1541,7 +1542,7 @@ def parse_text_vdevs(lines: list[str]) -> list[dict[str, Any]]:
     return nest_vdev_rows(rows[1:])  # the first row is the pool itself
 
 
-def nest_vdev_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def nest_vdev_rows(rows: list[Fields]) -> list[Fields]:
     """The rows of the table as a tree of vdevs."""
     vdevs = []
     while rows:
@@ -1553,7 +1554,7 @@ def nest_vdev_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return vdevs
 
 
-def build_text_vdev(row: dict[str, Any], children: list[dict[str, Any]]) -> dict[str, Any]:
+def build_text_vdev(row: Fields, children: list[Fields]) -> Fields:
     name, notes = row["name"], row["notes"]
     path = name if name.startswith("/") else None
     words, _, brackets = notes.partition("(")
@@ -1570,7 +1571,7 @@ def build_text_vdev(row: dict[str, Any], children: list[dict[str, Any]]) -> dict
     )
 
 
-def parse_text_scan(lines: list[str]) -> dict[str, Any]:
+def parse_text_scan(lines: list[str]) -> Fields:
     """One or several scan texts (a scrub, and one for each rebuilt draid vdev), each with its continuation lines."""
     scan = dict(NO_SCAN)
     for text in re.split(r"\n(?!\t)", "\n".join(lines)):
@@ -1578,7 +1579,7 @@ def parse_text_scan(lines: list[str]) -> dict[str, Any]:
     return scan
 
 
-def parse_scan_text(text: str) -> dict[str, Any]:
+def parse_scan_text(text: str) -> Fields:
     function = find_text(r"^(scrub|resilver)", text)
     done = re.fullmatch(r"\w+ (?:repaired )?(?:\(\S+\) )?(\S+) in (.+) with (\d+) errors on (.+)", text)
     if not function:
@@ -1603,7 +1604,7 @@ def parse_scan_text(text: str) -> dict[str, Any]:
     )
 
 
-def parse_text_expansion(text: str) -> dict[str, Any] | None:
+def parse_text_expansion(text: str) -> Fields | None:
     """`expansion of raidz1-0 in progress since …` with a line of figures, or `expanded raidz1-0 … on …`."""
     if " in progress since " in text:
         started, progress = parse_ctime(find_text(f" since {SCAN_DATE}", text)), find_text(r"([\d.]+)% done", text)
@@ -1627,7 +1628,7 @@ def parse_columns(text: str, columns: list[str]) -> list[dict[str, str | None]]:
     return rows
 
 
-def pool_layout(vdevs: list[dict[str, Any]]) -> str:
+def pool_layout(vdevs: list[Fields]) -> str:
     """`mirror ×2`, `raidz2`, `draid2`, `stripe`; mixed ones joined by ` + `."""
     counts: dict[str, int] = {}
     for vdev in vdevs:
@@ -1638,7 +1639,7 @@ def pool_layout(vdevs: list[dict[str, Any]]) -> str:
     return " + ".join(f"{kind} ×{n}" if n > 1 and kind != "stripe" else kind for kind, n in counts.items())
 
 
-def redundancy_margin(vdevs: list[dict[str, Any]]) -> int | None:
+def redundancy_margin(vdevs: list[Fields]) -> int | None:
     """How many more disks may fail, in the worst case, before data is lost; −1: a top-level vdev has lost data already.
 
     Log, cache and spare vdevs hold no data of the pool's own that would be missed.
@@ -1652,7 +1653,7 @@ def redundancy_margin(vdevs: list[dict[str, Any]]) -> int | None:
     return min(margins, default=None)
 
 
-def failures_to_lose(vdev: dict[str, Any], *, trust_resilvering: bool) -> int:
+def failures_to_lose(vdev: Fields, *, trust_resilvering: bool) -> int:
     """How many disks have to fail until this vdev has lost data; 0: it has."""
     children = vdev.get("children", [])
     if not children:
@@ -1680,7 +1681,7 @@ UNKNOWN_END = "unexpected status"  # the only one that Proxmox itself does not j
 CONSOLES = ("vncproxy", "vncshell", "spiceproxy", "spiceshell", "termproxy")  # being cut off is how they end
 
 
-def parse_upid(upid: str) -> dict[str, Any] | None:
+def parse_upid(upid: str) -> Fields | None:
     """`UPID:node:pid:pstart:start:type:id:user:`, pid, pstart and start in hex."""
     parts = upid.split(":")
     if len(parts) < 9 or parts[0] != "UPID":
@@ -1699,7 +1700,7 @@ def from_hex(text: str) -> int | None:
         return None
 
 
-def parse_task_line(line: str) -> dict[str, Any] | None:
+def parse_task_line(line: str) -> Fields | None:
     """A line of tasks/index: `UPID endhex status`; None when it is torn or something else."""
     upid, _, rest = line.partition(" ")
     end, _, status = rest.partition(" ")
@@ -1719,14 +1720,14 @@ def task_result(status: str, kind: str) -> str:
     return "unknown" if status in ("", UNKNOWN_END) or kind in CONSOLES else "error"
 
 
-def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
+def parse_vzdump_log(text: str) -> tuple[str | None, list[Fields]]:
     """The storage and the runs of a vzdump log, of a job of one guest or of several.
 
     Only these lines keep their wording between versions. The mark is the first word, or in /var/log/vzdump the first
     one behind the date. `finished` is the host's local time as text; `ok` stays None for a run without an end.
     """
     storage = None
-    runs: list[dict[str, Any]] = []
+    runs: list[Fields] = []
     for found in filter(None, map(VZDUMP_LINE.match, text.splitlines())):
         message, words = found[1], found[1].split()
         if message.startswith("starting new backup job:") and "--storage" in words[:-1]:
@@ -1742,7 +1743,7 @@ def parse_vzdump_log(text: str) -> tuple[str | None, list[dict[str, Any]]]:
     return storage, runs
 
 
-def parse_vzdump_line(run: dict[str, Any], message: str, words: list[str]) -> None:
+def parse_vzdump_line(run: Fields, message: str, words: list[str]) -> None:
     if message.startswith(f"Finished Backup of VM {run['vmid']} "):
         run.update(known(ok=True, duration_seconds=to_seconds(message.rpartition("(")[2].rstrip(")"))))
     elif message.startswith(("Backup finished at ", "Failed at ")):
@@ -1885,7 +1886,7 @@ def replace_wall(at: datetime, fields: list[int], place: int, value: int) -> dat
     return midnight + timedelta(days=rest[0] - 1, hours=rest[1], minutes=rest[2], seconds=rest[3])
 
 
-def due_fields(text: str, now: float) -> dict[str, Any]:
+def due_fields(text: str, now: float) -> Fields:
     """What the report says of a schedule: when it is due next, and when it was due last."""
     return known(next_run_at=next_event(text, now), due_times=list_due_times(text, now) or None)
 
@@ -1935,7 +1936,7 @@ SNAPSHOT_TOOLS = (  # names by tool, and the class that its series get
 )
 
 
-def parse_datasets(text: str) -> list[dict[str, Any]]:
+def parse_datasets(text: str) -> list[Fields]:
     """`zfs list -Hp -t filesystem,volume -o …`; the type is zfs's word, not guessed from the name."""
     datasets = []
     for row in parse_columns(text, DATASET_COLUMNS):
@@ -1989,7 +1990,7 @@ def parse_blocks(text: str) -> list[dict[str, str]]:
     return [block for block in blocks if block]
 
 
-def parse_chrony_tracking(text: str) -> dict[str, Any]:
+def parse_chrony_tracking(text: str) -> Fields:
     """`chronyc -c -n tracking`: 13 or 14 fields by version, so counted from the end."""
     fields = text.strip().split(",")
     offset = to_number(fields[-10]) if len(fields) >= 13 else None
@@ -2002,7 +2003,7 @@ def parse_chrony_tracking(text: str) -> dict[str, Any]:
     return known(source="chrony", synchronised=True, offset_seconds=abs(offset), stratum=stratum)
 
 
-def parse_certificate(text: str) -> dict[str, Any]:
+def parse_certificate(text: str) -> Fields:
     """`openssl x509 -noout -dates -subject -issuer`."""
     values = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
     dates = (values.get(key, "").removesuffix(" GMT") for key in ("notBefore", "notAfter"))
@@ -2026,7 +2027,7 @@ def parse_queue_times(text: str) -> list[int]:
     return [int(time_record[1]) for time_record in found if time_record]
 
 
-def parse_subscription(text: str) -> dict[str, Any]:
+def parse_subscription(text: str) -> Fields:
     """/etc/subscription: the key, a checksum, then base64 of what the shop said. Key and server id stay here."""
     lines = text.split()
     if not lines:
@@ -2043,7 +2044,7 @@ def parse_subscription(text: str) -> dict[str, Any]:
     return known(status=status.lower() if isinstance(status, str) else None, level=level, next_due_at=due_at)
 
 
-def parse_ceph_status(text: str) -> dict[str, Any]:
+def parse_ceph_status(text: str) -> Fields:
     """`ceph -s --format json`: health, and its checks by name."""
     health = as_dict(parse_object(text, "ceph -s").get("health"))
     if not isinstance(health.get("status"), str):
@@ -2082,7 +2083,7 @@ NVME_LOG = "nvme_smart_health_information_log"
 NVME_FAILED, SCSI_FAILED = (5, 6, 7), (3, 4, 5, 6, 7)  # results of self-tests; others were not ended, or still run
 
 
-def parse_smart(text: str, now: float) -> dict[str, Any]:
+def parse_smart(text: str, now: float) -> Fields:
     """`smartctl -j` of an ATA, NVMe or SAS disk as fields of the report. `asleep` and `type` are for the collector.
 
     What a disk cannot have measured is unknown: reserved values, all bits set, two fields that contradict each other.
@@ -2116,12 +2117,12 @@ def to_share(percent: Any, most: int = 100) -> float | None:
     return None if number is None or number > most else round(number / 100, 6)
 
 
-def parse_hours(smart: dict[str, Any]) -> int | None:
+def parse_hours(smart: Fields) -> int | None:
     hours = to_count(dig(smart, "power_on_time", "hours"))
     return hours if hours is not None and hours <= MOST_HOURS else None
 
 
-def parse_identity(smart: dict[str, Any]) -> dict[str, Any]:
+def parse_identity(smart: Fields) -> Fields:
     naa, oui, number = (to_count(dig(smart, "wwn", part)) for part in ("naa", "oui", "id"))
     name = None if naa is None or oui is None or number is None else f"0x{naa:x}{oui:06x}{number:09x}"
     return known(
@@ -2133,12 +2134,12 @@ def parse_identity(smart: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def first_text(values: dict[str, Any], *names: str) -> str | None:
+def first_text(values: Fields, *names: str) -> str | None:
     texts = (values[name].strip() for name in names if isinstance(values.get(name), str))
     return next((text for text in texts if text), None)
 
 
-def parse_attributes(smart: dict[str, Any]) -> Attributes:
+def parse_attributes(smart: Fields) -> Attributes:
     """(normalized, raw) by name. A raw value packs several counters: the first number of its text is meant."""
     table = {}
     for row in map(as_dict, as_list(dig(smart, "ata_smart_attributes", "table"))):
@@ -2152,14 +2153,14 @@ def parse_attributes(smart: dict[str, Any]) -> Attributes:
     return table
 
 
-def list_failing(smart: dict[str, Any]) -> list[str]:
+def list_failing(smart: Fields) -> list[str]:
     """Attributes that foretell failure and stand at their threshold now. Disks may call themselves well with that, and
     those of old age or heat, or that stood there once, foretell nothing [smartctl(8), WHEN_FAILED]."""
     rows = map(as_dict, as_list(dig(smart, "ata_smart_attributes", "table")))
     return [str(row.get("name")) for row in rows if row.get("when_failed") == "now" and dig(row, "flags", "prefailure")]
 
 
-def parse_temperature(smart: dict[str, Any], attributes: Attributes) -> int | None:
+def parse_temperature(smart: Fields, attributes: Attributes) -> int | None:
     """0 is what disks say that do not measure it, and no disk works beyond 150 °C."""
     names = ("Temperature_Celsius", "Airflow_Temperature_Cel", "Temperature_Internal", "Temperature_Case")
     told = [to_number(dig(smart, "temperature", "current")), to_number(dig(smart, NVME_LOG, "temperature"))]
@@ -2167,13 +2168,13 @@ def parse_temperature(smart: dict[str, Any], attributes: Attributes) -> int | No
     return next((int(celsius) for celsius in told if celsius and -40 <= celsius <= 150), None)
 
 
-def parse_trip(smart: dict[str, Any]) -> int | None:
+def parse_trip(smart: Fields) -> int | None:
     """Where the disk itself warns of heat (SAS); some say 0 or 25, which nobody can mean."""
     limit = to_count(dig(smart, "temperature", "drive_trip"))
     return limit if limit is not None and 45 <= limit <= 100 else None
 
 
-def parse_wear(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
+def parse_wear(smart: Fields, attributes: Attributes) -> Fields:
     """wear_ratio is what is used up (it may exceed 1), whatever way round the disk says it."""
     log, spare = as_dict(smart.get(NVME_LOG)), as_dict(smart.get("spare_available"))
     # smartctl 7.5 has the first one, for all kinds
@@ -2200,7 +2201,7 @@ def parse_life(attributes: Attributes) -> float | None:
     return None
 
 
-def parse_damage(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
+def parse_damage(smart: Fields, attributes: Attributes) -> Fields:
     log = as_dict(smart.get(NVME_LOG))
     damage: dict[str, int | None] = {}
     for field, names in DAMAGE_ATTRIBUTES.items():
@@ -2216,14 +2217,14 @@ def parse_damage(smart: dict[str, Any], attributes: Attributes) -> dict[str, Any
     return known(**damage, media_errors=to_count(log.get("media_errors")))
 
 
-def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
+def parse_selftest(smart: Fields, now: float) -> Fields | None:
     """The newest self-test that came to an end: whether it passed, and when, by the hours the disk had run then. One
     that failed counts on until an extended one has passed, as smartctl has it: a short one does not read the disk."""
     ata, hours = as_dict(smart.get("ata_smart_self_test_log")), parse_hours(smart)
     rows = as_list(dig(ata.get("standard") or ata.get("extended"), "table"))
     rows += as_list(dig(smart, "nvme_self_test_log", "table"))
     rows += [smart[name] for name in (f"scsi_self_test_{number}" for number in range(20)) if name in smart]
-    newest: dict[str, Any] | None = None
+    newest: Fields | None = None
     for row in map(as_dict, rows):
         passed = selftest_passed(row)
         if passed is None or (newest and passed and not is_extended(row)):
@@ -2235,20 +2236,20 @@ def parse_selftest(smart: dict[str, Any], now: float) -> dict[str, Any] | None:
     return newest
 
 
-def selftest_passed(row: dict[str, Any]) -> bool | None:
+def selftest_passed(row: Fields) -> bool | None:
     nvme, scsi = to_count(dig(row, "self_test_result", "value")), to_count(dig(row, "result", "value"))
     if nvme == 0 or scsi == 0 or nvme in NVME_FAILED or scsi in SCSI_FAILED:
         return not (nvme or scsi)
     return to_bool(dig(row, "status", "passed"))
 
 
-def is_extended(row: dict[str, Any]) -> bool:
+def is_extended(row: Fields) -> bool:
     """By the word, as ATA, NVMe and SCSI number the kinds in different ways ("Extended offline", "Background long")."""
     kinds = (dig(row, name, "string") for name in ("type", "self_test_code", "code"))
     return any(word in str(kind) for kind in kinds for word in ("Extended", "long"))
 
 
-def selftest_end(row: dict[str, Any], hours: int | None, now: float) -> int | None:
+def selftest_end(row: Fields, hours: int | None, now: float) -> int | None:
     at = to_count(row.get("lifetime_hours", row.get("power_on_hours", dig(row, "power_on_time", "hours"))))
     if hours is None or at is None or at > hours:
         return None
@@ -2277,7 +2278,7 @@ def parse_root_mail(text: str) -> bool:
     return False
 
 
-def parse_notifications(text: str) -> dict[str, Any]:
+def parse_notifications(text: str) -> Fields:
     """notifications.cfg: how many targets are on, and which matchers that are on lead to none of them."""
     sections: dict[tuple[str, str], dict[str, list[str]]] = {}
     current: dict[str, list[str]] = {}
@@ -2331,7 +2332,7 @@ class Collector(NamedTuple):
 
     name: str
     tick: str
-    function: Callable[[Any, dict[str, Any]], Any]
+    function: Callable[[Any, Fields], Any]
     lock: threading.Lock
 
 
@@ -2350,7 +2351,7 @@ def collector(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def collect(probe: ProbeLike, memory: dict[str, Any]) -> Any:
+        def collect(probe: ProbeLike, memory: Fields) -> Any:
             for need in needs:
                 need(probe)
             return function(probe, memory)
@@ -2377,7 +2378,7 @@ def shared(probe: ProbeLike, name: str, read: Callable[[Any], Any]) -> Any:
     now = probe.monotonic()
     if getattr(SHARED, "probe", None) is not probe or not 0 <= now - SHARED.since < 1:
         SHARED.probe, SHARED.since, SHARED.values = probe, now, {}
-    values: dict[str, Any] = SHARED.values
+    values: Fields = SHARED.values
     if name not in values:
         try:
             values[name] = read(probe)
@@ -2389,7 +2390,7 @@ def shared(probe: ProbeLike, name: str, read: Callable[[Any], Any]) -> Any:
 
 
 def remember(
-    probe: ProbeLike, memory: dict[str, Any], name: str, read: Callable[[], Any], *, key: Any = None,
+    probe: ProbeLike, memory: Fields, name: str, read: Callable[[], Any], *, key: Any = None,
     seconds: float = RECHECK_SECONDS,
 ) -> Any:
     """`read()`, repeated only after so long or when `key` (of JSON values) is another one."""
@@ -2410,7 +2411,7 @@ def attempt(read: Callable[..., Any], *args: Any, default: Any = None) -> Any:
         return default
 
 
-def unknown_because(error: SourceError) -> dict[str, Any]:
+def unknown_because(error: SourceError) -> Fields:
     """For the row of an object that could not be asked: it alone is dark, and says why."""
     return {"unknown_reason": f"{error.code}: {error.detail}"[:DETAIL_LIMIT]}
 
@@ -2449,7 +2450,7 @@ def require_pve(probe: ProbeLike) -> None:
         raise Absent("no Proxmox VE here")
 
 
-def read_version_file(probe: ProbeLike) -> dict[str, Any]:
+def read_version_file(probe: ProbeLike) -> Fields:
     """/etc/pve/.version: a counter per file. Without it pmxcfs is not mounted, and /etc/pve is an empty directory."""
     text = optional(probe.read, "/etc/pve/.version")
     if text is None:
@@ -2457,7 +2458,7 @@ def read_version_file(probe: ProbeLike) -> dict[str, Any]:
     return parse_object(text, "/etc/pve/.version")
 
 
-def read_members(probe: ProbeLike) -> dict[str, Any]:
+def read_members(probe: ProbeLike) -> Fields:
     """/etc/pve/.members: who is in the cluster, and which of them is this node."""
     return parse_object(probe.read("/etc/pve/.members"), "/etc/pve/.members")
 
@@ -2470,7 +2471,7 @@ def require_cluster(probe: ProbeLike) -> None:
         raise Absent("a stand-alone node")
 
 
-def fresh_part(probe: ProbeLike, name: str) -> tuple[dict[str, Any] | None, float | None]:
+def fresh_part(probe: ProbeLike, name: str) -> tuple[Fields | None, float | None]:
     """A part of pvestatd's newest snapshot and its time, (None, None) when it is missing there."""
     snapshot = attempt(shared, probe, "metrics", lambda probe: parse_metrics(probe.read_line(METRICS)), default={})
     part = snapshot.get(name)
@@ -2490,7 +2491,7 @@ NO_DISK = re.compile(r"(zd|loop|dm-|md|sr|fd|z?ram|nbd|rbd|drbd)\d|nvme\d+c\d+n\
 
 
 @collector("node", tick=FAST, needs=[require("/proc/sys/kernel", "no /proc here")])
-def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_node(probe: ProbeLike, memory: Fields) -> Fields:
     """CPU, memory, load, pressure, network, disks and temperatures of the host, from /proc and /sys."""
     boot_id = probe.read("/proc/sys/kernel/random/boot_id").strip()
     kernel = probe.read("/proc/sys/kernel/osrelease").strip()
@@ -2509,7 +2510,7 @@ def collect_node(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def read_load(probe: ProbeLike) -> dict[str, Any]:
+def read_load(probe: ProbeLike) -> Fields:
     load = probe.read("/proc/loadavg").split()
     uptime = probe.read("/proc/uptime").split()
     if len(load) < 3 or not uptime:
@@ -2518,7 +2519,7 @@ def read_load(probe: ProbeLike) -> dict[str, Any]:
     return known(load1=load1, load5=load5, load15=load15, uptime_seconds=to_count(uptime[0]))
 
 
-def read_cpu(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def read_cpu(probe: ProbeLike, memory: Fields) -> Fields:
     """Shares since the last sample of this boot; before there is one, what pvestatd measured."""
     jiffies, count = parse_cpu_times(probe.read("/proc/stat"))
     before, memory["jiffies"] = memory.get("jiffies"), jiffies
@@ -2530,7 +2531,7 @@ def read_cpu(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     return {"cpu_count": count or None, **ratios}
 
 
-def read_memory(probe: ProbeLike) -> dict[str, Any]:
+def read_memory(probe: ProbeLike) -> Fields:
     """MemAvailable does not contain the ARC, though ZFS gives up all above its minimum: memory_free_ratio adds that."""
     sizes = parse_meminfo(probe.read("/proc/meminfo"))
     arc = parse_kstat(attempt(probe.read, f"{ZFS_KSTAT}/arcstats", default=""))
@@ -2550,7 +2551,7 @@ def read_memory(probe: ProbeLike) -> dict[str, Any]:
     )
 
 
-def read_pressure(probe: ProbeLike) -> dict[str, Any]:
+def read_pressure(probe: ProbeLike) -> Fields:
     """PSI; without it (psi=0) the files are absent or unreadable."""
     ratios = {}
     for kind, names in PRESSURES.items():
@@ -2559,14 +2560,14 @@ def read_pressure(probe: ProbeLike) -> dict[str, Any]:
     return ratios
 
 
-def read_root(probe: ProbeLike) -> dict[str, Any]:
+def read_root(probe: ProbeLike) -> Fields:
     """The root file system; used + available < total, as root keeps a reserve."""
     root = probe.statvfs("/")
     blocks = {"total": root.f_blocks, "used": root.f_blocks - root.f_bfree, "available": root.f_bavail}
     return {f"root_{name}_bytes": count * root.f_frsize for name, count in blocks.items()}
 
 
-def read_versions(probe: ProbeLike, memory: dict[str, Any], kernel: str) -> dict[str, Any]:
+def read_versions(probe: ProbeLike, memory: Fields, kernel: str) -> Fields:
     version = remember(probe, memory, "pve_version", lambda: parse_pve_version(attempt(probe.read, PVECFG, default="")))
     following = remember(probe, memory, "kernel_next", lambda: read_next_kernel(probe, kernel), key=kernel)
     reboot = None if following is None else following != kernel
@@ -2586,7 +2587,7 @@ def read_next_kernel(probe: ProbeLike, kernel: str) -> str | None:
     return max((name for name in releases if name.rpartition("-")[2] == flavour), key=version_key, default=None)
 
 
-def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def read_interfaces(probe: ProbeLike, memory: Fields) -> Fields:
     """Physical ones have a device; bridges, bonds, VLANs, taps and veths would count the same bytes again."""
     counters = parse_net_dev(probe.read("/proc/net/dev"))
 
@@ -2606,7 +2607,7 @@ def read_interfaces(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     return {"interfaces": interfaces, **totals}
 
 
-def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def read_block_devices(probe: ProbeLike, memory: Fields) -> Fields:
     """Whole disks: no partitions, and nothing that lies on other disks."""
     rows = parse_diskstats(probe.read("/proc/diskstats"))
     counters = {name: row for name, row in rows.items() if not NO_DISK.match(name)}
@@ -2625,7 +2626,7 @@ def read_block_devices(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
 COLDEST, HOTTEST = -60, 125  # °C that a sensor may measure; chips tell others where none is connected
 
 
-def read_temperatures(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def read_temperatures(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """hwmon sensors. Read errors are normal for some. Their numbers change at boot: told by name and device."""
     sensors = remember(probe, memory, "sensors", lambda: find_sensors(probe))
     temperatures = []
@@ -2669,7 +2670,7 @@ def node_name(probe: ProbeLike) -> str:
 
 
 def read_pve_config(
-    probe: ProbeLike, memory: dict[str, Any], name: str, parse: Callable[[str], Any], *, path: str = "",
+    probe: ProbeLike, memory: Fields, name: str, parse: Callable[[str], Any], *, path: str = "",
     default: Any = None,
 ) -> Any:
     """A file below /etc/pve, read again only when its counter (or the start of pmxcfs) in .version has changed."""
@@ -2683,7 +2684,7 @@ def read_pve_config(
 
 
 @collector("cluster", tick=FAST, needs=[require_pve])
-def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_cluster(probe: ProbeLike, memory: Fields) -> Fields:
     """Name, quorum and members. Membership is what .members says, not the directories under /etc/pve/nodes."""
     shared(probe, "version", read_version_file)
     members = shared(probe, "members", read_members)
@@ -2701,9 +2702,7 @@ def collect_cluster(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     return {**known(name=cluster.get("name"), quorate=quorate), **votes, "members": nodes}
 
 
-def read_votes(
-    probe: ProbeLike, memory: dict[str, Any], online: dict[str, bool | None], quorate: bool | None
-) -> dict[str, Any]:
+def read_votes(probe: ProbeLike, memory: Fields, online: dict[str, bool | None], quorate: bool | None) -> Fields:
     """From corosync.conf and who is online; where that cannot tell (quorum device, changed expectation): corosync."""
     text = attempt(probe.read, "/etc/corosync/corosync.conf") or attempt(probe.read, "/etc/pve/corosync.conf")
     if not text:
@@ -2716,7 +2715,7 @@ def read_votes(
     return remember(probe, memory, "votes", lambda: run_quorumtool(probe), key=[online, quorate])
 
 
-def run_quorumtool(probe: ProbeLike) -> dict[str, Any]:
+def run_quorumtool(probe: ProbeLike) -> Fields:
     """At most every ten minutes or on a change, as this runs on a fast tick; its exit code says nothing."""
     try:
         return parse_quorumtool(probe.run("corosync-quorumtool", "-siH", limit=3.0, ok=None))
@@ -2741,7 +2740,7 @@ def read_rrd(probe: ProbeLike) -> dict[str, dict[str, dict[str, str]]]:
 
 
 @collector("guests", tick=FAST, needs=[require_pve])
-def collect_guests(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_guests(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Every VM and container of this node: pvestatd's snapshot, else .rrd; configuration only when it changed."""
     sources = {kind: fresh_part(probe, kind) for kind in ("qemu", "lxc")}
     try:
@@ -2793,13 +2792,13 @@ def read_busy_guests(probe: ProbeLike) -> set[int | None]:
     return busy
 
 
-def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_guest_configs(probe: ProbeLike, memory: Fields) -> dict[str, Fields]:
     """Configuration by vmid of the guests that .vmlist places here; each file is read when its version moved."""
     node = node_name(probe)
     start = shared(probe, "version", read_version_file).get("starttime")
     listing = read_pve_config(probe, memory, "vmlist", parse_vmlist, path=".vmlist", default={})
     before = as_dict(memory.get("guest_configs"))
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, Fields] = {}
     for vmid, (home, kind, version) in listing.items():
         if home == node:
             config = as_dict(before.get(vmid))
@@ -2817,7 +2816,7 @@ def read_guest_configs(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, di
     return configs
 
 
-def note_change(before: dict[str, Any], config: dict[str, Any], now: float) -> dict[str, Any]:
+def note_change(before: Fields, config: Fields, now: float) -> Fields:
     """Which settings of a guest changed last, and when that was seen; not what tasks write, which tell of it."""
     old, new = as_dict(before.get("settings")), config.get("settings", {})
     changed = sorted(name for name in {*old, *new} - {"lock", "parent"} if old.get(name) != new.get(name))
@@ -2827,8 +2826,8 @@ def note_change(before: dict[str, Any], config: dict[str, Any], now: float) -> d
 
 
 def choose_guest(
-    probe: ProbeLike, vmid: str, source: tuple[dict[str, Any] | None, float | None], line: dict[str, str] | None
-) -> tuple[dict[str, Any], float | None]:
+    probe: ProbeLike, vmid: str, source: tuple[Fields | None, float | None], line: dict[str, str] | None
+) -> tuple[Fields, float | None]:
     """The guest's raw values and their time: the snapshot while it is fresh, else the newer of snapshot and .rrd."""
     guests, stamp = source
     raw = as_dict((guests or {}).get(vmid))
@@ -2838,7 +2837,7 @@ def choose_guest(
     return raw, stamp if raw else None
 
 
-def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+def build_guest(vmid: str, config: Fields, raw: Fields) -> Fields:
     """One guest from pvestatd's values (of either source; they share their names) and its configuration."""
     kind = config["type"]
     status = str(raw.get("qmpstatus") or raw.get("status") or "unknown")
@@ -2867,7 +2866,7 @@ def build_guest(vmid: str, config: dict[str, Any], raw: dict[str, Any]) -> dict[
     return guest
 
 
-def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) -> list[dict[str, Any]] | None:
+def build_volumes(given: list[Fields] | None, datasets: dict[str, str]) -> list[Fields] | None:
     """Where the guest's disks lie: storage, and the dataset for those on a zfspool storage."""
     volumes = []
     for volume in given or ():
@@ -2879,7 +2878,7 @@ def build_volumes(given: list[dict[str, Any]] | None, datasets: dict[str, str]) 
     return None if given is None else volumes
 
 
-def check_guests_age(probe: ProbeLike, guests: list[dict[str, Any]]) -> None:
+def check_guests_age(probe: ProbeLike, guests: list[Fields]) -> None:
     """Old values are told as such; of those above two minutes, and of guests that pvestatd says nothing of, the status
     is what the control groups say."""
     now = probe.now()
@@ -2921,7 +2920,7 @@ SHARED_TYPES = ("nfs", "cifs", "pbs", "rbd", "cephfs", "iscsi", "iscsidirect", "
 
 
 @collector("storages", tick=FAST, needs=[require_pve])
-def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_storages(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Every PVE storage of this node, inactive and disabled ones too, but not those limited to other nodes."""
     metrics, stamp = fresh_part(probe, "storage")
     try:
@@ -2956,7 +2955,7 @@ def collect_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
     return storages
 
 
-def read_storages(probe: ProbeLike, memory: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+def read_storages(probe: ProbeLike, memory: Fields) -> list[tuple[str, str, dict[str, str]]]:
     """storage.cfg, in memory as JSON has it: lists for tuples."""
     sections = read_pve_config(probe, memory, "storage.cfg", parse_storages, default=parse_storages(""))
     return [(kind, name, values) for kind, name, values in sections]
@@ -2967,7 +2966,7 @@ def is_here(values: dict[str, str], node: str) -> bool:
     return not values.get("nodes") or node in split_list(values["nodes"])
 
 
-def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float]:
+def read_thin_pools(probe: ProbeLike, memory: Fields) -> dict[str, float]:
     """How full the metadata of each LVM thin pool is, by vg/pool; every ten minutes, as this is a fast tick."""
 
     def ask() -> dict[str, float]:
@@ -2981,7 +2980,7 @@ def read_thin_pools(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, float
     return remember(probe, memory, "thin_pools", ask)
 
 
-def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of: float | None) -> dict[str, Any]:
+def build_storage(name: str, storage: Fields, dataset: str | None, as_of: float | None) -> Fields:
     """A storage as the report has it. What is not active, or has no size of its own (iSCSI), is told with zeroes that
     nobody has measured."""
     active = to_flag(storage["active"]) if storage.get("active") is not None else None
@@ -2997,7 +2996,7 @@ def build_storage(name: str, storage: dict[str, Any], dataset: str | None, as_of
 
 def read_rrd_storage(
     probe: ProbeLike, rrd: dict[str, dict[str, dict[str, str]]], kind: str, name: str, values: dict[str, str]
-) -> tuple[dict[str, Any], float | None]:
+) -> tuple[Fields, float | None]:
     """The values that pvestatd's snapshot would have, and their time, from .rrd: there a storage has a line only while
     it is active. What is free is not in it: used and free are less than the total where root has a reserve."""
     node = node_name(probe)
@@ -3024,7 +3023,7 @@ TASK_INDEX = f"{TASKS_FOLDER}/index"
 TASKS_PER_REPORT = 2000
 
 
-def follow_tasks(probe: ProbeLike, place: dict[str, Any], *, from_start: bool) -> list[str]:
+def follow_tasks(probe: ProbeLike, place: Fields, *, from_start: bool) -> list[str]:
     """The complete lines of the task index since `place`, by inode and offset; after a rotation index.1 first.
 
     At first, all there is or nothing. The text before the offset is compared too: an inode may be used again.
@@ -3052,11 +3051,11 @@ def follow_tasks(probe: ProbeLike, place: dict[str, Any], *, from_start: bool) -
     return lines + keep_place(place, [attempt(probe.stat, TASK_INDEX, default=stat).st_ino, mark[1]], text, 0)
 
 
-def is_continued(text: str, place: dict[str, Any]) -> bool:
+def is_continued(text: str, place: Fields) -> bool:
     return len(text) >= place["offset"] and text[: place["offset"]].endswith(place.get("tail", ""))
 
 
-def keep_place(place: dict[str, Any], mark: list[int], text: str, offset: int) -> list[str]:
+def keep_place(place: Fields, mark: list[int], text: str, offset: int) -> list[str]:
     """Note how far the text was read (a torn last line is left for the next time); the lines from `offset` on."""
     end = text.rfind("\n") + 1
     lines = text[offset:end].splitlines()
@@ -3068,7 +3067,7 @@ def keep_place(place: dict[str, Any], mark: list[int], text: str, offset: int) -
 
 
 @collector("tasks", tick=FAST, needs=[require_pve])
-def collect_tasks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]] | None:
+def collect_tasks(probe: ProbeLike, memory: Fields) -> list[Fields] | None:
     """Tasks that ended since the last report. What ended before the agent's first start is not news."""
     since = memory["since"] = min(int(probe.now()), memory.get("since", int(probe.now())))  # a clock set back since
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=False)
@@ -3085,7 +3084,7 @@ IO_COLUMNS = "name alloc free reads writes read_bytes write_bytes read_total wri
 FEW_ERRORS = 200  # `zpool status -v` costs the kernel more than 20 s for some 900 of them, unkillably
 
 
-def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = True) -> list[dict[str, Any]]:
+def read_pool_states(probe: ProbeLike, memory: Fields, *, guids: bool = True) -> list[Fields]:
     """Name, guid and state of each imported pool from the kernel's files: they answer when zpool hangs.
 
     `$import` (from 2.3 on with thread and pool behind it) is no pool: `zpool import` looks at one under that name
@@ -3110,13 +3109,13 @@ def read_pool_states(probe: ProbeLike, memory: dict[str, Any], *, guids: bool = 
 
 
 @collector("pool_states", tick=FAST, needs=[require_zfs])
-def collect_pool_states(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_pool_states(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """State of each pool; never runs a command."""
     return read_pool_states(probe, memory)
 
 
 @collector("pools", tick=MEDIUM, needs=[require_zfs])
-def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_pools(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Each pool in full, one pool per command. A suspended one is told from the kernel's files alone, one that does
     not answer with the reason."""
     pools = []
@@ -3135,7 +3134,7 @@ def collect_pools(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
     return pools
 
 
-def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def read_pool(probe: ProbeLike, memory: Fields, found: Fields) -> Fields:
     name = found["name"]
     status = read_pool_status(probe, memory, name)
     guid = found.get("guid") or status.get("guid") or ""
@@ -3151,7 +3150,7 @@ def read_pool(probe: ProbeLike, memory: dict[str, Any], found: dict[str, Any]) -
     }
 
 
-def read_pool_status(probe: ProbeLike, memory: dict[str, Any], name: str) -> dict[str, Any]:
+def read_pool_status(probe: ProbeLike, memory: Fields, name: str) -> Fields:
     """JSON where the tools have it (2.3 on), else text; by what comes back, as module and tools may differ."""
     if version_key(attempt(probe.read, "/sys/module/zfs/version", default="9"))[:2] >= [2, 3]:
         try:
@@ -3169,7 +3168,7 @@ def read_pool_status(probe: ProbeLike, memory: dict[str, Any], name: str) -> dic
     return pools[name]
 
 
-def note_guids(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dict[str, Any]]) -> None:
+def note_guids(probe: ProbeLike, memory: Fields, name: str, vdevs: list[Fields]) -> None:
     """The text form shows either names or guids: the guids are asked for once, as long as the names stay."""
     rows = list_vdevs(vdevs)
     names = [row.get("path", row["name"]) for row in rows]
@@ -3183,11 +3182,11 @@ def note_guids(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[
             row.update(known(guid=to_guid(guid)))
 
 
-def note_io(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dict[str, Any]]) -> None:
+def note_io(probe: ProbeLike, memory: Fields, name: str, vdevs: list[Fields]) -> None:
     """Space of the top-level vdevs, and how long each disk took for an answer, on average since the import: asked for
     every half hour. Nanoseconds and bytes with -p, no space for what is below [openzfs cmd/zpool/zpool_main.c,
     print_vdev_stats]."""
-    def ask() -> dict[str, Any]:
+    def ask() -> Fields:
         text = attempt(probe.run, "zpool", "iostat", "-HPlpv", name, default="")
         return {row.pop("name"): row for row in attempt(parse_columns, text, IO_COLUMNS, default=[])}
     rows = remember(probe, memory.setdefault("io", {}), name, ask, seconds=1800)
@@ -3201,19 +3200,19 @@ def note_io(probe: ProbeLike, memory: dict[str, Any], name: str, vdevs: list[dic
             vdev.update(known(**{f"{way}_wait_seconds": round(wait / 1e9, 6) if wait else None}))
 
 
-def list_vdevs(vdevs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def list_vdevs(vdevs: list[Fields]) -> list[Fields]:
     """A tree of vdevs as a list, each before its children."""
     return [row for vdev in vdevs for row in (vdev, *list_vdevs(vdev.get("children", [])))]
 
 
-def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
+def read_pool_space(probe: ProbeLike, name: str) -> Fields:
     """Raw space of the pool (raidz counts parity), and what its root dataset leaves users."""
 
     def ask(columns: list[str], *argv: str) -> dict[str, str | None]:
         rows = parse_columns(probe.run(*argv, name, limit=ZFS_LIMIT), columns)
         return next((row for row in rows if row["name"] == name), {})
 
-    space: dict[str, Any] = {}
+    space: Fields = {}
     try:
         row = ask(POOL_COLUMNS, "zpool", "list", "-Hp", "-o", ",".join(POOL_COLUMNS))
         space = known(
@@ -3232,7 +3231,7 @@ def read_pool_space(probe: ProbeLike, name: str) -> dict[str, Any]:
 
 
 def read_damaged_files(
-    probe: ProbeLike, memory: dict[str, Any], name: str, guid: str, status: dict[str, Any]
+    probe: ProbeLike, memory: Fields, name: str, guid: str, status: Fields
 ) -> dict[str, list[str]]:
     """The first 20 damaged files, asked for only when the number of errors is another one, and small."""
     count = status.get("data_errors")
@@ -3253,7 +3252,7 @@ def read_damaged_files(
     return {"damaged_files": kept["files"]} if kept["files"] else {}
 
 
-def keep_scrub(memory: dict[str, Any], guid: str, scan: dict[str, Any]) -> dict[str, Any]:
+def keep_scrub(memory: Fields, guid: str, scan: Fields) -> Fields:
     """The last finished scrub: a resilver, or a scrub that is canceled, overwrites it in ZFS."""
     scrubs = memory.setdefault("scrubs", {})
     if scan["function"] == "scrub" and scan["state"] == "finished" and "ended_at" in scan:
@@ -3263,7 +3262,7 @@ def keep_scrub(memory: dict[str, Any], guid: str, scan: dict[str, Any]) -> dict[
     return known(last_scrub=scrubs.get(guid))
 
 
-def place_disks(probe: ProbeLike, pool: str, vdevs: list[dict[str, Any]]) -> None:
+def place_disks(probe: ProbeLike, pool: str, vdevs: list[Fields]) -> None:
     """Name the disk of each leaf, as `disks` names it, and keep for `disks` where in which pool it is. A pool that does
     not answer keeps the places that it had."""
     places: dict[str, dict[str, str]] = {}
@@ -3301,7 +3300,7 @@ HELD_MOST = 2000  # snapshots of a pool; `used` makes ZFS open each of them
 
 
 def ask_pools(
-    probe: ProbeLike, memory: dict[str, Any], ask: Callable[[str], list[Any]], tell: Callable[[str], dict[str, Any]]
+    probe: ProbeLike, memory: Fields, ask: Callable[[str], list[Any]], tell: Callable[[str], Fields]
 ) -> list[Any]:
     """What `ask` gives for each pool, one pool per command; for one without an answer the row that `tell` makes of its
     name, with the reason. Without any answer there is no section.
@@ -3325,7 +3324,7 @@ def ask_pools(
 
 
 @collector("datasets", tick=MEDIUM, needs=[require_zfs])
-def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_datasets(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Filesystems and volumes of each pool."""
     argv = ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(DATASET_COLUMNS))
     return ask_pools(
@@ -3335,12 +3334,12 @@ def collect_datasets(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
 
 
 @collector("pool_settings", tick=SLOW, needs=[require_zfs])
-def collect_pool_settings(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_pool_settings(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """What was once chosen for a pool and costs ever after: sector size, compression, sync, volumes' block sizes."""
     return ask_pools(probe, memory, lambda pool: [read_pool_settings(probe, pool)], lambda pool: {"name": pool})
 
 
-def read_pool_settings(probe: ProbeLike, pool: str) -> dict[str, Any]:
+def read_pool_settings(probe: ProbeLike, pool: str) -> Fields:
     def ask(*words: str) -> dict[str, str]:
         return parse_tab_pairs(probe.run(*words, pool, limit=ZFS_LIMIT))
 
@@ -3358,12 +3357,12 @@ def read_pool_settings(probe: ProbeLike, pool: str) -> dict[str, Any]:
 
 
 @collector("snapshots", tick=SLOW, needs=[require_zfs])
-def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_snapshots(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Snapshots per dataset and class: one cheap listing per pool, times only for guids that are new."""
     before = as_dict(memory.get("created"))
     kept: dict[str, int] = {}
 
-    def ask(pool: str) -> list[dict[str, Any]]:
+    def ask(pool: str) -> list[Fields]:
         groups = group_snapshots(probe, pool)
         created = read_creations(probe, pool, groups, before)
         kept.update(created)
@@ -3383,7 +3382,7 @@ def collect_snapshots(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str
     return sets
 
 
-def note_arrival(row: dict[str, Any], arrivals: dict[str, Any], now: float) -> list[Any]:
+def note_arrival(row: Fields, arrivals: Fields, now: float) -> list[Any]:
     """When a snapshot came here, which on a replication target has little to do with when it was made: the newest
     one's guid, and when the last newest ones were first seen. The first one that we see may have been here for long."""
     guid, times = arrivals.get(f"{row['dataset']}@{row['class']}", [row["newest_guid"], []])
@@ -3431,7 +3430,7 @@ def read_creations(
     return created
 
 
-def read_held(probe: ProbeLike, memory: dict[str, Any], pool: str, count: int) -> dict[str, int]:
+def read_held(probe: ProbeLike, memory: Fields, pool: str, count: int) -> dict[str, int]:
     """Bytes by dataset@class, asked for every six hours: the sum of what each snapshot alone holds, so at least what
     would be free without the class. What several hold together belongs to none [openzfs man/man7/zfsprops.7, used]."""
     def add_up() -> dict[str, int]:
@@ -3447,9 +3446,7 @@ def read_held(probe: ProbeLike, memory: dict[str, Any], pool: str, count: int) -
     return dict(remember(probe, memory.setdefault("held", {}), pool, add_up, seconds=6 * 3600)) if few else {}
 
 
-def build_snapshot_set(
-    dataset: str, label: str, found: list[tuple[str, str]], created: dict[str, int]
-) -> dict[str, Any]:
+def build_snapshot_set(dataset: str, label: str, found: list[tuple[str, str]], created: dict[str, int]) -> Fields:
     times = [created[guid] for _, guid in found[-LAST_SNAPSHOTS - 1 :] if guid in created]
     intervals = sorted(later - earlier for earlier, later in zip(times, times[1:]))
     name, guid = found[-1]
@@ -3468,9 +3465,9 @@ LONGEST_BACKUP = DAY // 2
 
 
 @collector("backups", tick=MEDIUM, needs=[require_pve, read_version_file])
-def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_backups(probe: ProbeLike, memory: Fields) -> Fields:
     """Backup jobs, and the newest good and failed run of each guest: task logs, vzdump's logs, local dump folders."""
-    guests: dict[str, dict[str, Any]] = memory.setdefault("guests", {})
+    guests: dict[str, Fields] = memory.setdefault("guests", {})
     for part in (read_task_backups, read_vzdump_logs, read_dump_folders):
         with part_of(probe, "backups"):
             part(probe, memory, guests)
@@ -3483,7 +3480,7 @@ def collect_backups(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_backup_jobs(probe: ProbeLike) -> list[dict[str, Any]]:
+def read_backup_jobs(probe: ProbeLike) -> list[Fields]:
     """The jobs of jobs.cfg, and those that older releases left in vzdump.cron, with the guests each selects."""
     sections = parse_sections(optional(probe.read, "/etc/pve/jobs.cfg", default=""))
     jobs = [(name, values) for kind, name, values in sections if kind == "vzdump"]
@@ -3498,7 +3495,7 @@ def read_backup_jobs(probe: ProbeLike) -> list[dict[str, Any]]:
 
 def build_backup_job(
     probe: ProbeLike, name: str, values: dict[str, str], pools: dict[str, set[int]] | None
-) -> dict[str, Any]:
+) -> Fields:
     """A pool goes before a list of guests, and that before "all"; only with that does `exclude` count
     [pve-manager PVE/VZDump.pm get_included_guests]."""
     enabled, schedule = flag_of(values, "enabled", default=True), values.get("schedule", "")
@@ -3514,9 +3511,9 @@ def build_backup_job(
     )
 
 
-def read_job_state(probe: ProbeLike, name: str) -> dict[str, Any]:
+def read_job_state(probe: ProbeLike, name: str) -> Fields:
     """What this node last made of the job (OK, an error, or created, starting, started), and when that began."""
-    state: dict[str, Any] = {}
+    state: Fields = {}
     if "/" not in name:
         with part_of(probe, "backups"):
             text = optional(probe.read, f"/var/lib/pve-manager/jobs/vzdump-{name}.json", default="{}")
@@ -3526,7 +3523,7 @@ def read_job_state(probe: ProbeLike, name: str) -> dict[str, Any]:
     return known(last_state=told[:500] if isinstance(told, str) else None, last_run_at=began)
 
 
-def read_task_backups(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+def read_task_backups(probe: ProbeLike, memory: Fields, guests: dict[str, Fields]) -> None:
     """Backup tasks that ended since the last time. A job of several guests names them in its log only."""
     lines = follow_tasks(probe, memory.setdefault("place", {}), from_start=True)
     tasks = [task for task in map(parse_task_line, lines) if task and task["type"] == "vzdump"]
@@ -3546,7 +3543,7 @@ def read_task_backups(probe: ProbeLike, memory: dict[str, Any], guests: dict[str
             note_backup(guests, run, end, storage)
 
 
-def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: int, storage: str | None) -> None:
+def note_backup(guests: dict[str, Fields], run: Fields, ended: int, storage: str | None) -> None:
     """Keep the run when it is the newest good, or the newest failed one of its guest."""
     if run["ok"] is None:
         return  # not finished, or killed: that is no outcome
@@ -3564,7 +3561,7 @@ def note_backup(guests: dict[str, dict[str, Any]], run: dict[str, Any], ended: i
         kept[name] = known(ended_at=ended, error=run.get("error"))
 
 
-def read_vzdump_logs(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+def read_vzdump_logs(probe: ProbeLike, memory: Fields, guests: dict[str, Fields]) -> None:
     """/var/log/vzdump: the last run of each guest on this node, for those whose task log is gone."""
     seen = memory.setdefault("logs", {})
     for name in optional(probe.list_dir, "/var/log/vzdump", default=[]):
@@ -3582,7 +3579,7 @@ def read_vzdump_logs(probe: ProbeLike, memory: dict[str, Any], guests: dict[str,
         seen[name] = [stat.st_mtime, stat.st_size]
 
 
-def read_dump_folders(probe: ProbeLike, memory: dict[str, Any], guests: dict[str, dict[str, Any]]) -> None:
+def read_dump_folders(probe: ProbeLike, memory: Fields, guests: dict[str, Fields]) -> None:
     """Archives in the dump folders of local storages, listed by a process that can be left behind if it hangs."""
     node = node_name(probe)
     for kind, storage, values in parse_storages(optional(probe.read, "/etc/pve/storage.cfg", default="")):
@@ -3612,7 +3609,7 @@ def is_safe_to_list(probe: ProbeLike, folder: str) -> bool:
     return best[2] != "zfs" or read_word(probe, f"{ZFS_KSTAT}/{pool}/state") != "SUSPENDED"
 
 
-def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str) -> None:
+def note_archives(guests: dict[str, Fields], storage: str, listing: str) -> None:
     """The newest archive of each guest: its size for the run that is known, or a run nobody has told of.
 
     Its name says when it was begun; the file's time is its end, unless it was copied or touched since.
@@ -3637,11 +3634,11 @@ def note_archives(guests: dict[str, dict[str, Any]], storage: str, listing: str)
 
 
 @collector("replication", tick=MEDIUM, needs=[require_cluster])
-def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_replication(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Replication jobs of the guests on this node. A state file that cannot be read makes the state unknown."""
     node, listing = node_name(probe), parse_vmlist(probe.read("/etc/pve/.vmlist"))
-    states: dict[str, Any] = {}
-    dark: dict[str, Any] = {}
+    states: Fields = {}
+    dark: Fields = {}
     try:
         text = optional(probe.read, "/var/lib/pve-manager/pve-replication-state.json", default="{}")
         states = parse_object(text, "replication state")
@@ -3656,9 +3653,7 @@ def collect_replication(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[s
     return jobs
 
 
-def build_replication(
-    name: str, vmid: str, values: dict[str, str], state: dict[str, Any], now: float
-) -> dict[str, Any]:
+def build_replication(name: str, vmid: str, values: dict[str, str], state: Fields, now: float) -> Fields:
     error, schedule, enabled = state.get("error"), values.get("schedule", "*/15"), not flag_of(values, "disable")
     last_sync, last_try = (to_count(state.get(name)) or None for name in ("last_sync", "last_try"))  # 0: never
     return known(
@@ -3670,7 +3665,7 @@ def build_replication(
 
 
 @collector("ha", tick=MEDIUM, needs=[require_cluster])
-def collect_ha(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_ha(probe: ProbeLike, memory: Fields) -> Fields:
     """HA's manager, services and this node's LRM, from the files they keep.
 
     A manager with nothing to manage stops writing: idle. Else it writes every 10 s, and silence is its death.
@@ -3681,7 +3676,7 @@ def collect_ha(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
     status = parse_object(text, "ha/manager_status")
     stamp, services = to_count(status.get("timestamp")), as_dict(status.get("service_status"))
     writes = stamp is not None and abs(probe.now() - stamp) <= DEAD_SECONDS
-    lrm: dict[str, Any] = {}
+    lrm: Fields = {}
     with part_of(probe, "ha"):
         path = f"/etc/pve/nodes/{node_name(probe)}/lrm_status"
         lrm = parse_object(optional(probe.read, path, default="{}"), "lrm_status")
@@ -3712,7 +3707,7 @@ UNIT_FIELDS = {
 
 
 @collector("services", tick=MEDIUM, needs=[require_systemd])
-def collect_services(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_services(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """PVE's, ZFS's and time services, in one call; those that are not installed are no fault and left out."""
     text = probe.run("systemctl", "show", "-p", ",".join(UNIT_FIELDS), *[f"{unit}.service" for unit in UNITS], ok=None)
     blocks = parse_blocks(text)
@@ -3728,14 +3723,14 @@ def collect_services(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str,
 
 
 @collector("failed_units", tick=MEDIUM, needs=[require_systemd])
-def collect_failed_units(probe: ProbeLike, memory: dict[str, Any]) -> list[str]:
+def collect_failed_units(probe: ProbeLike, memory: Fields) -> list[str]:
     """All units of the system that have failed."""
     text = probe.run("systemctl", "list-units", "--failed", "--plain", "--no-legend")
     return [line.split()[0] for line in text.splitlines() if line.split()]
 
 
 @collector("time_sync", tick=MEDIUM)
-def collect_time_sync(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_time_sync(probe: ProbeLike, memory: Fields) -> Fields:
     """chrony's word; without chrony the kernel's flag, which every daemon sets, but no offset."""
     try:
         return parse_chrony_tracking(probe.run("chronyc", "-c", "-n", "tracking"))
@@ -3765,7 +3760,7 @@ BRIDGE_WORDS = ("Unknown USB bridge", "specify device type", "unsupported field 
 
 
 @collector("disks", tick=SLOW, needs=[require("/sys/block", "no /sys here")])
-def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_disks(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Identity, SMART and place in a pool of every disk, one after the other; a sleeping disk is not woken.
 
     What is kept of a disk (its type for smartctl, its last values) goes by its identity, never by its letter.
@@ -3773,7 +3768,7 @@ def collect_disks(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, An
     links = attempt(read_disk_links, probe, default={})
     boot_id = read_word(probe, "/proc/sys/kernel/random/boot_id")
     before, kept = as_dict(memory.get("smart")), {}
-    disks: list[dict[str, Any]] = []
+    disks: list[Fields] = []
     for name in probe.list_dir("/sys/block"):
         if is_disk(probe, name):
             disk = read_sysfs_disk(probe, name, links.get(name, []))
@@ -3818,7 +3813,7 @@ def read_disk_links(probe: ProbeLike) -> dict[str, list[str]]:
     return {target: [link for _, _, link in sorted(ranked)] for target, ranked in found.items()}
 
 
-def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> dict[str, Any]:
+def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> Fields:
     """What the kernel says of a disk, without asking the disk. `listed`: it is there, whatever smartctl says."""
     base = f"/sys/block/{name}"
     sectors, spinning, model, serial, firmware = (
@@ -3833,7 +3828,7 @@ def read_sysfs_disk(probe: ProbeLike, name: str, links: list[str]) -> dict[str, 
     )
 
 
-def disk_key(disk: dict[str, Any], boot_id: str) -> str:
+def disk_key(disk: Fields, boot_id: str) -> str:
     """By what to remember a disk: what moves with it. Where nothing is known of that, the letter, for this boot."""
     for field in ("by_id", "wwn", "serial"):
         if disk.get(field):
@@ -3841,7 +3836,7 @@ def disk_key(disk: dict[str, Any], boot_id: str) -> str:
     return f"{disk['name']} {disk.get('model')} {disk.get('size_bytes')} {boot_id}"
 
 
-def add_disk(disks: list[dict[str, Any]], disk: dict[str, Any]) -> None:
+def add_disk(disks: list[Fields], disk: Fields) -> None:
     """One row for a disk, however many ways lead to it: two ports, multipath, or a RAID controller beside. Serials of
     USB bridges are not unique, so a disk counts as the same only with its wwn or its model too."""
     for other in disks:
@@ -3852,7 +3847,7 @@ def add_disk(disks: list[dict[str, Any]], disk: dict[str, Any]) -> None:
     disks.append(disk)
 
 
-def read_smart(probe: ProbeLike, device: str, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_smart(probe: ProbeLike, device: str, before: Fields) -> tuple[Fields, Fields]:
     """SMART values, and what to keep of them. Asleep: the last ones, with their time. Without an answer: who it is, and
     why no more is known."""
     values, now = as_dict(before.get("values")), int(probe.now())
@@ -3869,7 +3864,7 @@ def read_smart(probe: ProbeLike, device: str, before: dict[str, Any]) -> tuple[d
     return {**smart, "standby": False}, {"type": smart.get("type"), "at": now, "values": values}
 
 
-def ask_smartctl(probe: ProbeLike, device: str, kind: str | None, now: int) -> dict[str, Any]:
+def ask_smartctl(probe: ProbeLike, device: str, kind: str | None, now: int) -> Fields:
     """-n standby,3: do not wake it, and tell sleep (3) from failure (2). A known type spares the detection, which wakes
     some disks too; where it does not fit any more, or a bridge is not known, the next way is tried once."""
     argv = ["smartctl", "-j", "-i", "-H", "-A"]
@@ -3891,7 +3886,7 @@ def ask_smartctl(probe: ProbeLike, device: str, kind: str | None, now: int) -> d
         raise told from None
 
 
-def read_raid_disks(probe: ProbeLike, before: dict[str, Any], kept: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def read_raid_disks(probe: ProbeLike, before: Fields, kept: Fields) -> Iterator[Fields]:
     """Disks behind a RAID controller, whose volume has no SMART: smartctl knows how to reach them."""
     scan = attempt(probe.run, "smartctl", "--scan", "-j", default="{}")
     for device in as_list(attempt(parse_object, scan, "smartctl --scan", default={}).get("devices")):
@@ -3914,7 +3909,7 @@ QUEUE_LOOKS = 200  # so many of the oldest files are looked into
 
 
 @collector("mail_queue", tick=SLOW)
-def collect_mail_queue(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_mail_queue(probe: ProbeLike, memory: Fields) -> Fields:
     """How many messages wait in Postfix's folders, and since when the oldest: the host's own warnings go that way."""
     if not probe.exists(POSTFIX):
         raise Absent("no Postfix here")
@@ -3930,7 +3925,7 @@ def collect_mail_queue(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
 
 
 @collector("updates", tick=SLOW, needs=[require_pve])
-def collect_updates(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_updates(probe: ProbeLike, memory: Fields) -> Fields:
     """Pending updates as PVE's daily job listed them; where dpkg's state is newer, without those done since."""
     written = probe.stat(PKGUPDATES).st_mtime
     updates = parse_json(probe.read(PKGUPDATES), PKGUPDATES)
@@ -3960,7 +3955,7 @@ def read_packages(probe: ProbeLike, *names: str) -> dict[str, str]:
 
 
 @collector("certificates", tick=SLOW, needs=[require_pve, read_version_file])
-def collect_certificates(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_certificates(probe: ProbeLike, memory: Fields) -> list[Fields]:
     """Who they are for, who signed, until when. Never the certificate itself."""
     node = node_name(probe)
     config = attempt(probe.read, f"/etc/pve/nodes/{node}/config", default="")
@@ -3980,13 +3975,13 @@ def collect_certificates(probe: ProbeLike, memory: dict[str, Any]) -> list[dict[
 
 
 @collector("subscription", tick=SLOW, needs=[require_pve])
-def collect_subscription(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_subscription(probe: ProbeLike, memory: Fields) -> Fields:
     """Status, level and due date; the key and the server's id are not sent."""
     return parse_subscription(optional(probe.read, "/etc/subscription", default=""))
 
 
 @collector("versions", tick=SLOW)
-def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_versions(probe: ProbeLike, memory: Fields) -> Fields:
     """What runs here. The module and the tools of ZFS differ after an upgrade without a reboot; a digest is enough to
     see that storage.cfg is not the same on all hosts."""
     packages: dict[str, str] = {}
@@ -4006,10 +4001,10 @@ def collect_versions(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]
 
 
 @collector("safeguards", tick=SLOW)
-def collect_safeguards(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_safeguards(probe: ProbeLike, memory: Fields) -> Fields:
     """What should speak up when something fails: mails, timers, sources of updates. A part that is not there is left
     out: no ZFS, no zed."""
-    found: dict[str, Any] = {}
+    found: Fields = {}
     for read in (read_zed_mail, read_zfs_timers, read_pve_mail, read_apt_sources):
         with part_of(probe, "safeguards"):
             found.update(read(probe))
@@ -4018,13 +4013,13 @@ def collect_safeguards(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, An
     return found
 
 
-def read_zed_mail(probe: ProbeLike) -> dict[str, Any]:
+def read_zed_mail(probe: ProbeLike) -> Fields:
     """ZED mails only if ZED_EMAIL_ADDR is set; its own zed.rc says root (openzfs, cmd/zed/zed.d/zed.rc)."""
     text = optional(probe.read, "/etc/zfs/zed.d/zed.rc")
     return {} if text is None else {"zed_mail": bool(parse_shell_setting(text, "ZED_EMAIL_ADDR"))}
 
 
-def read_zfs_timers(probe: ProbeLike) -> dict[str, Any]:
+def read_zfs_timers(probe: ProbeLike) -> Fields:
     """Scrub and trim come from Debian's /etc/cron.d/zfsutils-linux, or from timers a person has enabled."""
     if not probe.exists("/sys/module/zfs"):
         return {}
@@ -4035,7 +4030,7 @@ def read_zfs_timers(probe: ProbeLike) -> dict[str, Any]:
     return {f"{task}_scheduled": f"zfs-linux/{task}" in text for task in ("scrub", "trim")}
 
 
-def read_pve_mail(probe: ProbeLike) -> dict[str, Any]:
+def read_pve_mail(probe: ProbeLike) -> Fields:
     """Where Proxmox's own notifications go."""
     if not probe.exists(PVECFG):
         return {}
@@ -4045,7 +4040,7 @@ def read_pve_mail(probe: ProbeLike) -> dict[str, Any]:
     return {**mail, **parse_notifications(notifications)}
 
 
-def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
+def read_apt_sources(probe: ProbeLike) -> Fields:
     folder = "/etc/apt/sources.list.d"
     names = optional(probe.list_dir, folder, default=[])
     paths = ["/etc/apt/sources.list", *(f"{folder}/{name}" for name in names if name.endswith((".list", ".sources")))]
@@ -4055,7 +4050,7 @@ def read_apt_sources(probe: ProbeLike) -> dict[str, Any]:
 
 
 @collector("ceph", tick=SLOW, needs=[require_pve, read_version_file, require("/etc/pve/ceph.conf", "no ceph.conf")])
-def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
+def collect_ceph(probe: ProbeLike, memory: Fields) -> Fields:
     """Health and its checks; only where Ceph is set up."""
     if attempt(probe.find, "ceph") is None:
         raise Absent("a node of the cluster without Ceph")
@@ -4065,7 +4060,7 @@ def collect_ceph(probe: ProbeLike, memory: dict[str, Any]) -> dict[str, Any]:
 # --- report: run what is due, keep sections and errors apart, wrap with host, tick, time and sequence ---
 
 HEADER_KEYS = {"version", "host_id", "tick", "time", "run_id", "seq", "agent", "absent", "errors"}
-Gathered = tuple[dict[str, Any], list[str], dict[str, dict[str, str]]]  # sections, absent, errors
+Gathered = tuple[Fields, list[str], dict[str, dict[str, str]]]  # sections, absent, errors
 
 
 def names_of(*ticks: str) -> list[str]:
@@ -4073,9 +4068,9 @@ def names_of(*ticks: str) -> list[str]:
     return [name for name, collector in COLLECTORS.items() if collector.tick in ticks]
 
 
-def collect(probe: ProbeLike, memories: dict[str, dict[str, Any]], names: Iterable[str]) -> Gathered:
+def collect(probe: ProbeLike, memories: dict[str, Fields], names: Iterable[str]) -> Gathered:
     """Sections, absent, errors of these collectors. One that fails costs only its own section."""
-    sections: dict[str, Any] = {}
+    sections: Fields = {}
     absent: list[str] = []
     errors: dict[str, dict[str, str]] = {}
     for name in names:
@@ -4122,7 +4117,7 @@ class Reporter:
         self.seq = 0
 
     def build_report(self, tick: str, now: float, gathered: Gathered, *, spooled: int = 0, dropped: int = 0,
-                     clock_offset: float | None = None) -> dict[str, Any]:  # fmt: skip
+                     clock_offset: float | None = None) -> Fields:  # fmt: skip
         """A report as the contract has it. `spooled` reports wait on disk, `dropped` were lost since it was last told;
         `clock_offset` is server minus host in seconds, null before the first answer."""
         sections, absent, errors = gathered
@@ -4130,7 +4125,7 @@ class Reporter:
         spent = round(sum(os.times()[:4]), 3)  # user and system time, the agent's own and that of its commands
         agent = {"version": VERSION, "started": round(self.started, 3), "spooled": spooled, "dropped": dropped,
                  "clock_offset": clock_offset, "cpu_seconds": spent, "rss_bytes": rss_bytes()}  # fmt: skip
-        head: dict[str, Any] = {"version": 1, "host_id": self.host_id, "tick": tick, "time": round(now, 3)}
+        head: Fields = {"version": 1, "host_id": self.host_id, "tick": tick, "time": round(now, 3)}
         head |= {"run_id": self.run_id, "seq": self.seq, "agent": agent}
         return {**head, **sections, "absent": absent, "errors": errors}
 
@@ -4142,7 +4137,7 @@ def rss_bytes() -> int | None:
         return None
 
 
-def encode_report(report: dict[str, Any]) -> bytes:
+def encode_report(report: Fields) -> bytes:
     """The report as JSON. A section that cannot be sent becomes an error of its own."""
     try:
         body = to_json(report)
@@ -4219,7 +4214,7 @@ class Memories:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.values: dict[str, dict[str, Any]] = {}
+        self.values: dict[str, Fields] = {}
         self.saved: dict[str, bytes] = {}
         self.saved_at: dict[str, float] = {}
 
@@ -4251,7 +4246,7 @@ class Memories:
             self.saved[name], self.saved_at[name] = text, now
 
 
-def load_memories(folder: str) -> dict[str, dict[str, Any]]:
+def load_memories(folder: str) -> dict[str, Fields]:
     """What the collectors remember, by section; `once` reads it too, and leaves it as it is."""
     memories = {}
     for file in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
@@ -4568,7 +4563,7 @@ class Answer(NamedTuple):
     headers: dict[str, str]
     body: bytes
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         """The JSON object in the body; empty when there is none."""
         return dict(attempt(parse_object, to_text(self.body), "the answer", default={}))
 
@@ -4949,7 +4944,7 @@ class Notifier:
 class Collected(NamedTuple):
     """Sections, absent, errors, and the memories to be saved with them."""
 
-    sections: dict[str, Any]
+    sections: Fields
     absent: list[str]
     errors: dict[str, dict[str, str]]
     memories: dict[str, bytes]
@@ -5010,7 +5005,7 @@ class Lane:
             self.wake()
 
 
-def look(probe: ProbeLike, seen: dict[str, Any]) -> dict[str, Any]:
+def look(probe: ProbeLike, seen: Fields) -> Fields:
     """The state of pools and guests as cheaply as it can be had: a few small files and listings, no process. What was
     `seen` by the last look holds where nothing can be read now."""
     memory, known_pools = seen.get("memory", {}), seen.get("pools", {})
@@ -5148,7 +5143,7 @@ class Agent:
         self.urgent_again = False
         self.held: Collected | None = None  # pool_states that wait a moment for the pools in full
         self.held_until = 0.0
-        self.seen: dict[str, Any] = {}
+        self.seen: Fields = {}
         self.guest_changes = GuestChanges()
         self.next_at: dict[str, float] = {}
         self.second_at: dict[str, float] = {}  # of each tick the first moment after the start
