@@ -64,7 +64,7 @@ PARTS = {
         Part(agent, "judge code_of server_time retry_after Answer.fields", "test_agent_answers.py test_agent_delivery.py"),
     ],
     "ingest": [
-        Part(server, "section:ingest unpack check_reports check_report Store.write Store._commit Store._attempt",
+        Part(server, "section:ingest unpack check_reports check_report Store.write Store._lead Store._commit Store._attempt",
              "test_server_ingest.py test_server_limits.py test_server_database.py test_server_answers.py"),
     ],
     "spool": [
@@ -110,6 +110,10 @@ JUDGED: dict[tuple[str, str], str] = {
     ("insert_reports", "len(monitor.runs) > RUNS_AT_HAND: GtE"): "what is not at hand is read again",
     ("insert_reports", "if len(monitor.runs) > RUNS_AT_HAND or (gaps and sum((len(run.ranges) for run in monitor.r: always True"):
         "what is not at hand is read again",
+    ("insert_reports", "sum((len(run.ranges) for run in monitor.runs.values())) > SPANS_AT_HAND: GtE"): "what is not at hand is read again",
+    ("unpack", "most + 1 - len(text): Add"): "what is too much is seen all the same, after at most twice as much",
+    ("keep", "if strange:: always True"): "of no new runs none are counted",
+    ("ingest", "20: one more in: reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))"): "what a refused request costs, by estimate",
     ("is_worse", "(alert.value - alert.acknowledged_value) * rule.worse: FloorDiv"): "1 and -1 divide as they multiply",
     ("judge", "if found:: always True"): "a short cut: of no changes nothing is made",
     ("judge_rule", "if rule.field and (not open_alerts) and (not layered):: always False"): "a short cut: evaluate() opens nothing for what is well",

@@ -594,6 +594,11 @@ def test_a_report_from_a_clock_that_is_ahead_changed_things_when_it_came(sim: Si
     assert [at for at, *_ in server.chronicle(host, {"time": START + 500, "node": {"boot_id": "b"}}, START + 60)] == [START + 60]
 
 
+def test_a_long_result_of_a_task_is_cut(sim: Simulation) -> None:
+    (change,) = server.ended_tasks([{"type": "vzdump", "ended_at": START, "status": "x" * 9999}], START)
+    assert len(change[3]) == 500 and change[3].startswith("Task vzdump by ?: xxx")
+
+
 @pytest.mark.parametrize(("status", "severity"), [("OK", None), ("unknown", None), ("job errors", "warning"), ("not OK either", "warning")])
 def test_a_task_that_failed_is_a_warning_on_the_time_line(sim: Simulation, status: str, severity: str | None) -> None:
     state(sim, tasks=[{"upid": "U", "type": "vzdump", "ended_at": START - 5, "status": status}])

@@ -200,6 +200,25 @@ def test_a_write_that_breaks_a_rule_of_the_database_fails_alone(store, sql):
     assert told == ["1"]  # memory is built again at once, from what is left
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("error", "times"), [(server.Problem("busy", "x"), 0), (server.Failure("x"), 0), (KeyError("x"), 1)])
+def test_only_a_fault_in_a_write_makes_memory_anew(store, error, times, alone):
+    told = []
+    store.on_failure = lambda: told.append(1)
+
+    def fail(db: sqlite3.Connection) -> None:
+        server.set_meta(db, "half", 1)
+        raise error
+
+    if alone:
+        with pytest.raises(type(error)):
+            store.write(fail)
+    else:
+        _, caught, _ = write_together(store, lambda db: None, fail, lambda db: server.set_meta(db, "whole", 1))
+        assert caught is error and server.get_meta(store.reader(), "whole") == "1"
+    assert len(told) == times and server.get_meta(store.reader(), "half") is None
+
+
 class Closed(io.StringIO):
     """A log on a full disk, or a pipe whose other end is gone."""
 

@@ -40,13 +40,13 @@ def test_a_zipped_report_is_signed_over_the_bytes_as_sent(register, post):
     assert post(register("pve1"), build_report(), zip=True).json()["accepted"] == 1
 
 
-def test_a_batch_counts_what_is_new_and_what_is_known(register, post, store):
+def test_a_batch_counts_what_is_new_and_what_is_known(register, post, store, monitor):
     token = register("pve1")
     reports = [build_report(seq=n, at=START - 100 + n) for n in range(1, 6)]
     assert post(token, reports[:3]).json()["accepted"] == 3
     answer = post(token, reports).json()
     assert (answer["accepted"], answer["duplicates"]) == (2, 3)
-    assert stored_reports(store) == 5
+    assert stored_reports(store) == monitor.reports_accepted == 5
 
 
 def test_what_is_known_already_writes_nothing(register, post, store, admin):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,26 @@ def test_one_host_has_so_many_requests_under_way_and_others_theirs(monitor, regi
     assert sorted(codes) == [("pve1", 200)] * server.UNDER_WAY + [("pve1", 429), ("pve2", 200)]
 
 
+def test_a_large_request_has_its_turn_or_comes_again(register, post, monitor, monkeypatch, store):
+    monkeypatch.setattr(server, "LARGE", 1000)
+    monkeypatch.setattr(server, "LARGE_SECONDS", 0.01)
+    token = register("pve1")
+    with monitor.room.for_large():
+        answer = post(token, build_report())
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "busy", "5")
+    assert [post(token, build_report(seq=seq)).status for seq in (1, 2)] == [200, 200]  # the turn was given back
+
+
+def test_who_has_to_wait_is_told_how_long_for_all_that_he_asks():
+    host, limiter = SimpleNamespace(id=1), server.RateLimiter(10, 0.5)
+    server.Room.take(limiter, host, 10, START)
+    for amount, ask, seconds in ((1, 0, 2), (5, 0, 10), (5, 5, 10), (5, 20, 40), (3, 1, 6)):
+        with pytest.raises(server.Problem) as refused:
+            server.Room.take(limiter, host, amount, START, ask=ask)
+        assert (refused.value.code, refused.value.headers["Retry-After"]) == ("rate_limited", str(seconds))
+    server.Room.take(limiter, host, 5, START + 10)
+
+
 # --- the latest state ---
 
 
@@ -172,6 +193,7 @@ def test_gaps_in_the_sequence_do_not_grow_without_end(register, post, store, clo
     assert post(token, small).json()["accepted"] == 100
     ranges = server.parse_ranges(store.reader().execute("SELECT ranges FROM run").fetchone()[0])
     assert len(ranges) == 20 and ranges[-1] == [200, 200]
+    assert ranges[0] == [2, 162, 80] and ranges[1] == [164, 164]  # the oldest are those that are known by their count
     assert post(token, build_report(seq=199)).json()["accepted"] == 1
 
 
