@@ -131,6 +131,19 @@ def test_a_word_counts_at_once_where_no_threshold_says_what_a_warning_is():
     assert alert is not None and (alert.state, alert.severity, alert.message) == ("firing", "critical", "worse")
 
 
+@pytest.mark.parametrize(("warn", "crit", "severity"), [(None, 0.9, "critical"), (0.8, None, "warning"), (0.8, 0.9, "warning")])
+def test_what_is_critical_for_a_moment_is_a_warning_where_there_is_one(warn: float | None, crit: float | None, severity: str):
+    rule = dataclasses.replace(limits(warn=warn, crit=crit), hold_crit=300.0)
+    alert = server.evaluate(rule, None, "pools/tank", server.measured(0.95, "full"), 0.0)
+    assert alert is not None and (alert.state, alert.severity) == ("firing", severity)
+
+
+def test_of_an_object_that_is_named_twice_the_first_counts(sim):
+    sim.send("pve1", pools=[{"name": "tank", "data_errors": 2}, {"name": "tank", "data_errors": 9}])
+    alert, = sim.alerts("pool-data-errors")
+    assert alert["value"] == 2
+
+
 @pytest.mark.parametrize(("worse", "severity", "value", "ended"), [
     (0, "warning", 99, False), (0, "critical", 5, True), (0, "info", 5, False), (1, "warning", 5.5, True), (1, "warning", 4.5, False),
     (1, "warning", 5, False), (-1, "warning", 4.5, True), (-1, "warning", 5.5, False), (1, "warning", None, False), (1, "critical", None, True)])
