@@ -31,6 +31,7 @@ import http.client
 import io
 import ipaddress
 import json
+import marshal
 import math
 import os
 import pwd
@@ -1815,6 +1816,7 @@ class HostState(AlertOwner):
         self.agent: Fields = {}
         self.guest_counts: tuple[int | None, int | None, int] = None, None, 0  # running, real ones, all
         self.guest_words: dict[int, str | None] = {}  # status by vmid: what the next report is held against
+        self.no_backup: Set[str] = frozenset()  # the vmids of the guests that are tagged so
         self.settings_changed: dict[int, float] = {}  # by vmid, as far as guests tell of it
         self.stamp: Stamp | None = None  # of the newest report
         self.clock_ahead: float | None = None
@@ -1830,6 +1832,7 @@ class HostState(AlertOwner):
         self.runs: dict[int, tuple[float, float]] = {}  # of its agent: first and last time
         self.twice_at: float | None = None  # when two agents were last seen under its name
         self.past: tuple[HostState, float] | None = None  # a state for late reports, and when it was last used
+        self.rows: dict[str, KeptRows] = {}  # by list; see host_rows()
         self.set_record(record)
 
     def set_record(self, record: sqlite3.Row) -> None:
@@ -1873,6 +1876,7 @@ class HostState(AlertOwner):
             guests = self.body("guests")
             self.guest_counts, self.guest_words = count_guests(guests), guest_words(guests)
             self.settings_changed.update(settings_changed(guests))
+            self.no_backup = frozenset(str(guest["vmid"]) for guest in dicts(guests) if wants_no_backup(guest))
         if stamp.newer_than(self.stamp):
             self.stamp, self.agent = stamp, report.get("agent") or {}
             ahead = report["time"] - stamp.received_at
@@ -1962,6 +1966,16 @@ OBJECT_NAMES: dict[str, Callable[[Fields], Any]] = {
     "snapshots": lambda kind: f"{kind['dataset']}@{text(kind, 'class') or 'other'}",
     "services": service_name, "certificates": lambda cert: cert.get("file"), "backups.jobs": lambda job: job.get("id"),
 }
+
+
+class KeptRows(NamedTuple):
+    """A host's rows of a list: what they were made of, from and until when they are so, and the rows as marshal has
+    them: 25 kB a host for all lists, of which nearly nobody looks at any, and whoever reads them has his own."""
+
+    read: tuple[Any, ...]
+    since: float
+    until: float
+    packed: bytes
 
 
 class Shared(AlertOwner):
@@ -2205,6 +2219,10 @@ def tags_of(guest: Fields) -> list[str]:
     return [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
 
 
+def wants_no_backup(guest: Fields) -> bool:
+    return not {"no-backup", "nobackup"}.isdisjoint(tags_of(guest))
+
+
 def ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
@@ -2269,10 +2287,22 @@ def storage_used_ratio(storage: Fields) -> float | None:
 
 def format_duration(seconds: float) -> str:
     """'41 s', '7 min', '3 h', '12 d'"""
-    for size, unit in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
-        if seconds >= 2 * size or (unit == "min" and seconds >= size):
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
+    size, unit = duration_unit(seconds)
+    return f"{int(seconds // size)} {unit}"
+
+
+def duration_unit(seconds: float) -> tuple[int, str]:
+    """In what a duration is told: the unit's size, and its sign."""
+    if seconds < 2 * HOUR:
+        return (MINUTE, "min") if seconds >= MINUTE else (1, "s")
+    return (HOUR, "h") if seconds < 2 * DAY else (DAY, "d")
+
+
+def next_age(since: float, now: float, unit: int = 0) -> float:
+    """When the time since then is next told by another number, in format_duration's unit or in another."""
+    age = max(0.0, now - since)
+    size = unit or duration_unit(age)[0]
+    return max(since, now) - age % size + size
 
 
 def format_bytes(size: float) -> str:
@@ -5339,16 +5369,11 @@ def backup_excludes(guest: Fields, host: HostState) -> Found:
       todo="Add them to a job, or tag them no-backup.")
 def backup_missing(backups: Fields, host: HostState, fleet: Fleet, now: float) -> Found:
     """Guests in no enabled job, in one list; a guest tagged no-backup is meant to have none."""
-    muted = {str(guest["vmid"]) for guest in host.items("guests") if wants_no_backup(guest)}
     bare = [f"{guest.vmid} ({guest.name})" for guest in coverage(host, fleet, now)
-            if guest.covered is False and guest.vmid not in muted
+            if guest.covered is False and guest.vmid not in host.no_backup
             and (guest.newest_ok_at is None or now - guest.newest_ok_at > 8 * DAY)]
     many = count_of(len(bare), "guest is", "guests are")
     return warning(f"{many} in no backup job: {some_of(bare, 10)}.", len(bare)) if bare else None
-
-
-def wants_no_backup(guest: Fields) -> bool:
-    return not {"no-backup", "nobackup"}.isdisjoint(tags_of(guest))
 
 
 # Answers that are a danger: see the section answers
@@ -9665,7 +9690,7 @@ def watching(fleet: Fleet, state: HostState, object: str, now: float) -> str | N
     worst = min(pending, key=lambda alert: (SEVERITIES.index(alert.severity), alert.since))
     hold = fleet.layers.limits(state, RULE[worst.rule]).hold
     more = f" (+{len(pending) - 1} more)" if len(pending) > 1 else ""
-    return f"{worst.message} ({int((now - worst.since) // MINUTE)} of {int(hold // MINUTE)} min){more}"
+    return f"{worst.message} ({int(max(0, now - worst.since) // MINUTE)} of {int(hold // MINUTE)} min){more}"
 
 
 POOL_STATES = ("SUSPENDED", "UNAVAIL", "FAULTED", "REMOVED", "OFFLINE", "DEGRADED", "UNKNOWN", "ONLINE")  # worst first
@@ -9712,14 +9737,13 @@ def guest_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iter
     as_of = state.sections.get("guests", NOTHING).time
     covers = {cover.vmid: cover for cover in (known_coverage(state, fleet, now) or () if fleet else ())}
     snapshots, pools = state.made_of("snapshots", oldest_snapshots), grounds(state)
-    muted = state.made_of("guests", no_backup_wanted)
     usual = None if state.alerts else object_verdict(state, "guests", "", now)  # the same for all, mostly
     for guest in state.body("guests", ()):
         verdict, reason = usual or object_verdict(state, "guests", str(guest.get("vmid")), now)
         if verdict == "ok" and guest.get("status") in (None, "unknown"):
             verdict, reason = "unknown", "Proxmox does not say whether it runs."
         cover = covers.get(str(guest.get("vmid")))
-        word = cover and backup_word(cover, muted)
+        word = cover and backup_word(cover, state.no_backup)
         if verdict == "ok" and cover and word not in ("fresh", "due", "not wanted"):
             verdict, reason = backup_verdict(word or "", cover, now)
         own = number(guest, "as_of")  # pvestatd's time; a clock that is ahead makes nothing fresher than its report
@@ -9742,17 +9766,12 @@ def oldest_snapshots(snapshots: Any) -> dict[str, float]:
 BACKUP_WORDS = ("late", "in no job", "none yet", "not known", "due", "fresh", "not wanted")
 
 
-def no_backup_wanted(guests: Any) -> frozenset[str]:
-    """The vmids of the guests that are tagged so."""
-    return frozenset(str(guest.get("vmid")) for guest in dicts(guests) if wants_no_backup(guest))
-
-
-def backup_word(cover: Coverage, muted: frozenset[str]) -> str:
+def backup_word(cover: Coverage, no_backup: Set[str]) -> str:
     """Green is only what has a good backup that is in time: 'fresh', and 'due' while the next one is under way."""
     if cover.late_seconds is not None and cover.late_seconds > BACKUP_GRACE:
         return "late"
     if cover.covered is False:
-        return "not wanted" if cover.vmid in muted else "in no job"
+        return "not wanted" if cover.vmid in no_backup else "in no job"
     if cover.newest_ok_at is None:
         return "none yet" if cover.covered else "not known"
     return "due" if cover.late_seconds is not None and cover.late_seconds > 0 else "fresh"
@@ -9763,8 +9782,7 @@ def backups_state(state: HostState, fleet: Fleet, now: float) -> str | None:
     covers = known_coverage(state, fleet, now)
     if covers is None:
         return None
-    muted = state.made_of("guests", no_backup_wanted)
-    words = [backup_word(cover, muted) for cover in covers]
+    words = [backup_word(cover, state.no_backup) for cover in covers]
     worst = min(words, key=BACKUP_WORDS.index, default="not wanted")
     return worst if worst in ("fresh", "not wanted") else f"{words.count(worst)} {worst}"
 
@@ -9860,10 +9878,9 @@ def backup_rows(state: HostState, fleet: Fleet, now: float) -> Iterator[Row]:
         return
     known = {guest.get("vmid"): guest for guest in dicts(body.get("guests")) if is_number(guest.get("vmid"))}
     alerts = [alert for (rule, _), alert in state.alerts.items() if rule.startswith("backup-")]
-    muted = state.made_of("guests", no_backup_wanted)
     for cover in coverage(state, fleet, now):
         guest = known.get(int(cover.vmid), {})
-        word = backup_word(cover, muted)
+        word = backup_word(cover, state.no_backup)
         worst, message = worst_alert(alert for alert in alerts if alert.object == f"guests/{cover.vmid}")
         verdict, reason = worst or "ok", message or None
         if verdict == "ok" and word not in ("fresh", "due"):
@@ -10079,9 +10096,6 @@ class Metric(NamedTuple):
     help: str
     value: Callable[[Row], Any] | None = None
 
-    def of(self, row: Row) -> Any:
-        return row[self.name] if self.value is None else self.value(row)
-
 
 class Head(NamedTuple):
     """A column of a list on the page: `sort` is the column with its first direction."""
@@ -10102,6 +10116,7 @@ class Resource(NamedTuple):
     summary: str
     columns: tuple[str, ...]
     of_host: Callable[[Fleet, HostState, float], Iterable[Row]] | None = None  # the rows of one host
+    reads: tuple[str, ...] = ()  # the sections that those are made of; 'backups' stands for the coverage too
     of_hosts: Callable[[Fleet, list[HostState], float], Iterable[Row]] | None = None  # or those of some hosts together
     of_fleet: Callable[[Any], Iterable[Row]] | None = None  # or all that a Call asks for
     auth: str = "read"
@@ -10157,6 +10172,7 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "hosts", "Every host, worst first.", HOST_COLUMNS,
         of_host=lambda fleet, state, now: [host_row(fleet, state, now)],
+        reads=("node", "cluster", "updates", "storages", "pools", "pool_states", "disks", "backups"),
         words={"host": ("name",), "version": ("pve_version",), "pool": ("pools_max_capacity_ratio",),
                "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",), "io": ("io_pressure_ratio",),
                "root": ("root_used_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
@@ -10183,6 +10199,7 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "guests", "Every guest of the fleet.", GUEST_COLUMNS,
         of_host=lambda fleet, state, now: guest_rows(state, now, fleet),
+        reads=("guests", "snapshots", "pools", "backups"),
         words={"cpu": ("cpu_ratio",), "backup": ("backup", "backup_at"), "snapshots": ("oldest_snapshot_at",)},
         labels={"host": "host", "vmid": "vmid", "name": "name"},
         metrics=(
@@ -10198,7 +10215,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("As of", "-as_of", "c-num opt-3"))),
     Resource(
         "pools", "Every ZFS pool of the fleet.", POOL_COLUMNS,
-        of_host=lambda fleet, state, now: pool_rows(state, now),
+        of_host=lambda fleet, state, now: pool_rows(state, now), reads=("pools", "pool_states"),
         words={"pool": ("capacity_ratio", "name"), "used": ("capacity_ratio",), "frag": ("fragmentation_ratio",),
                "margin": ("margin_with_suspects", "redundancy_margin"), "scrub": ("last_scrub_at",),
                "full": ("days_until_full",)},
@@ -10222,7 +10239,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Last scrub", "last_scrub_at", "c-num opt-3"))),
     Resource(
         "storages", "Every Proxmox storage of the fleet, inactive and disabled ones too.", STORAGE_COLUMNS,
-        of_host=lambda fleet, state, now: storage_rows(state, now),
+        of_host=lambda fleet, state, now: storage_rows(state, now), reads=("storages",),
         words={"name": ("storage",), "used": ("used_ratio",)},
         labels={"host": "host", "storage": "storage"},
         metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),
@@ -10234,7 +10251,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Content", "content", "clip opt-3"), ("As of", "-as_of", "c-num opt-3"))),
     Resource(
         "disks", "Every disk of the fleet, with its place in a pool and what SMART says of it.", DISK_COLUMNS,
-        of_host=lambda fleet, state, now: disk_rows(state, now),
+        of_host=lambda fleet, state, now: disk_rows(state, now), reads=("disks",),
         words={"wear": ("wear_ratio",), "temp": ("temperature_celsius",), "hours": ("power_on_hours",)},
         labels={"host": "host", "disk": "name"},
         metrics=(Metric("temperature_celsius", "Temperature."), Metric("wear_ratio", "Worn, 0-1."),
@@ -10246,7 +10263,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Worn", "-wear_ratio", "c-num"), ("Power-on hours", "-power_on_hours", "c-num opt-3"))),
     Resource(
         "backups", "The backup of every guest of the fleet: the newest good and failed run, and how late it is.",
-        BACKUP_COLUMNS, of_host=lambda fleet, state, now: backup_rows(state, fleet, now),
+        BACKUP_COLUMNS, of_host=lambda fleet, state, now: backup_rows(state, fleet, now), reads=("backups",),
         words={"late": ("late_seconds",), "backup": ("state", "newest_ok_at"), "job": ("covered",)},
         labels={"host": "host", "vmid": "vmid"},
         metrics=(Metric("late_seconds", "Seconds since the run that was missed; below 0: until the next."),
@@ -10259,7 +10276,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Last failed", "-newest_failed_at", "c-num opt-3"))),
     Resource(
         "volumes", "What the disks of every guest lie on.", VOLUME_COLUMNS,
-        of_host=lambda fleet, state, now: volume_rows(state, now),
+        of_host=lambda fleet, state, now: volume_rows(state, now), reads=("guests",),
         heads=(("Guest", "name", "c-name"), ("VMID", "vmid", "c-num"), ("Host", "host", "c-host"),
                ("Storage", "storage", "c-text"), ("Dataset", "dataset", "c-text"), ("Pool", "pool", "c-text"),
                ("Size", "-size_bytes", "c-num"))),
@@ -10391,14 +10408,61 @@ RESOURCES = {resource.name: resource for resource in (
         of_fleet=lambda call: list_users(call.db, call.monitor.config.password_hash), auth="admin", queries=()),
 )}
 
+
+def host_rows(resource: Resource, fleet: Fleet, state: HostState, now: float) -> Rows:
+    """A host's rows of a list. They are made anew only if something that they are made of is another, or if time
+    changes them: a fleet's lists are asked for more often than its hosts report."""
+    assert resource.of_host is not None
+    covers = known_coverage(state, fleet, now) if "backups" in resource.reads else None
+    read, kept = what_is_read(resource, fleet, state, covers), state.rows.get(resource.name)
+    if kept is not None and kept.since <= now < kept.until and kept.read == read:
+        return marshal.loads(kept.packed)
+    rows = list(resource.of_host(fleet, state, now))
+    if what_is_read(resource, fleet, state, covers) == read:  # it was the same all the while
+        until = min((at for at in changes_by_time(resource, fleet, state, covers, now) if at > now), default=math.inf)
+        state.rows[resource.name] = KeptRows(read, now, until, marshal.dumps(rows))
+    return rows
+
+
+def what_is_read(resource: Resource, fleet: Fleet, state: HostState, covers: list[Coverage] | None) -> tuple[Any, ...]:
+    """All that a host's rows are made of beside the time. A section is known by its report."""
+    sections = state.sections
+    read = (state.name, [*state.alerts.values()], state.margins, state.forecasts, covers, state.no_backup,
+            *[sections.get(name, NOTHING).stamp for name in resource.reads])
+    if resource.name != "hosts":
+        return read
+    return (*read, state.site, state.tags, state.note, state.maintenance_until, state.last_seen_at, state.agent,
+            state.clock_ahead, state.guest_counts, fleet.concerned.get(state.id), fleet.layers, fleet.serving_since)
+
+
+def changes_by_time(resource: Resource, fleet: Fleet, state: HostState, covers: list[Coverage] | None,
+                    now: float) -> Iterator[float]:
+    """When a host's rows say something else though nothing has come: a value is old, an age in a sentence goes on."""
+    for name in resource.reads:
+        time_of_value = state.sections.get(name, NOTHING).time
+        yield math.inf if time_of_value is None else time_of_value + SECTION_TICKS.get(name, 2 * HOUR)
+    for cover in covers or ():
+        if cover.covered is False and cover.newest_ok_at is not None:
+            yield next_age(cover.newest_ok_at, now)
+    if resource.name != "hosts":
+        return
+    yield state.maintenance_until or 0.0
+    for alert in state.alerts.values():
+        if alert.state == "pending":
+            yield next_age(alert.since, now, unit=MINUTE)
+    silent = fleet.silent_seconds(state, now)
+    if silent is not None:
+        yield from (now - silent + limit for limit in (STALE_SECONDS, fleet.offline_after(state)))
+        yield next_age(now - silent, now) if silent >= STALE_SECONDS else math.inf
+
+
 def rows_of_hosts(resource: Resource, fleet: Fleet, states: Iterable[HostState], now: float) -> tuple[Rows, list[str]]:
     """The rows of these hosts, and the names of the hosts whose rows could not be made."""
-    assert resource.of_host is not None
     rows: Rows = []
     failed: list[str] = []
     for state in states:
         try:
-            rows += resource.of_host(fleet, state, now)
+            rows += host_rows(resource, fleet, state, now)
         except ODD as error:
             failed.append(state.name)
             log_once(f"server: {resource.name} of {state.name} left out: {type(error).__name__}: {error}")
@@ -11276,8 +11340,7 @@ def number_holds(term: Term, row: Row, columns: list[str], now: float) -> bool:
 
 def matches(row: Row, word: str) -> bool:
     """Whether a word occurs in one of the row's texts or in its vmid."""
-    texts = [value for value in row.values() if type(value) is str]
-    texts += [to_cell(value) for value in row.values() if type(value) is list]
+    texts = [value if type(value) is str else to_cell(value) for value in row.values() if type(value) in (str, list)]
     return word in " ".join([*texts, to_cell(row.get("vmid"))]).lower()
 
 
@@ -11353,17 +11416,14 @@ def render_metrics(monitor: Monitor, now: float) -> Iterator[str]:
     yield from object_metrics("proxmon_shared", count_alerts([fleet.shared]), {
         "object": "place", "severity": "severity"}, (Metric("alerts", "Alerts of clusters and sites that fire."),))
     measured = [resource for resource in RESOURCES.values() if resource.metrics]
-    samples: dict[str, Samples] = {resource.name: {} for resource in measured}
-    up: Samples = {}
-    for state in fleet.sorted(now):  # host by host: what it sent is read again once
+    families: Families = {}
+    for states in ([], *([state] for state in fleet.sorted(now))):  # by host: what it sent is read again once
         for resource in measured:
-            rows, _ = rows_of_hosts(resource, fleet, [state], now)
-            add_samples(samples[resource.name], rows, resource.labels, resource.metrics)
+            rows, _ = rows_of_hosts(resource, fleet, states, now)
             if resource.name == "hosts":
-                add_samples(up, rows, {"host": "name", "site": "site"}, (IS_UP,))
-    yield from write_samples("proxmon_host", up, (IS_UP,))
-    for resource in measured:
-        yield from write_samples(f"proxmon_{resource.one}", samples.pop(resource.name), resource.metrics)
+                add_samples(families, "proxmon_host", rows, {"host": "name", "site": "site"}, (IS_UP,))
+            add_samples(families, f"proxmon_{resource.one}", rows, resource.labels, resource.metrics)
+    yield from write_families(families)
     yield from object_metrics("proxmon", [{"reports_total": monitor.reports_accepted}], {}, (
         Metric("reports_total", "Reports taken since the server started."),), kind="counter")
 
@@ -11382,34 +11442,43 @@ def count_alerts(owners: Iterable[Any]) -> Iterator[Row]:
 def object_metrics(prefix: str, rows: Iterable[Fields], labels: dict[str, str],
                    metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
     """Metric families."""
-    samples: Samples = {}
-    add_samples(samples, rows, labels, metrics)
-    yield from write_samples(prefix, samples, metrics, kind=kind)
+    families: Families = {}
+    add_samples(families, prefix, rows, labels, metrics)
+    yield from write_families(families, kind=kind)
 
 
-Samples = dict[str, tuple[Any, ...]]  # by labels: the value of each metric
+Families = dict[tuple[str, str], list[str]]  # by name and help: the lines, some at a time
 
 
-def add_samples(samples: Samples, rows: Iterable[Fields], labels: dict[str, str], metrics: tuple[Metric, ...]) -> None:
-    """Of rows with the same labels the first counts, as Prometheus wants it."""
+def add_samples(families: Families, prefix: str, rows: Iterable[Fields], labels: dict[str, str],
+                metrics: tuple[Metric, ...]) -> None:
+    """Of rows with the same labels the first counts, as Prometheus wants it; the rows of a label are given at once."""
+    by_labels: dict[str, Fields] = {}
     for row in rows:
-        shown = ",".join(f'{label}="{escape_label(to_cell(row.get(key)))}"' for label, key in labels.items())
-        samples.setdefault(f"{{{shown}}}" if shown else "", tuple(metric.of(row) for metric in metrics))
+        shown = ",".join([f'{label}="{escape_label(to_cell(row.get(key)))}"' for label, key in labels.items()])
+        by_labels.setdefault(f"{{{shown}}}" if shown else "", row)
+    for metric in metrics:
+        name, of = f"{prefix}_{metric.name}", metric.value or itemgetter(metric.name)
+        values = [(shown, of(row)) for shown, row in by_labels.items()]
+        families.setdefault((name, metric.help), []).append("".join([
+            f"{name}{shown} {float(value)!r}\n" for shown, value in values
+            if value is not None and (isinstance(value, bool) or is_number(value))]))
 
 
-def write_samples(prefix: str, samples: Samples, metrics: tuple[Metric, ...], *, kind: str = "gauge") -> Iterator[str]:
-    for place, metric in enumerate(metrics):
-        name = f"{prefix}_{metric.name}"
-        yield f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
-        for shown, values in samples.items():
-            value = values[place]
-            if isinstance(value, bool) or is_number(value):
-                yield f"{name}{shown} {float(value)!r}\n"
+def write_families(families: Families, *, kind: str = "gauge") -> Iterator[str]:
+    for name, help in list(families):
+        yield f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+        yield from families.pop((name, help))
 
 
 def escape_label(text: str) -> str:
+    if text.isascii() and not LABEL_SIGNS.search(text):
+        return text
     clean = text.encode("utf-8", "replace").decode()
     return clean.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+LABEL_SIGNS = re.compile(r'[\\\n"]')
 
 
 def build_openapi(public_url: str) -> Fields:
