@@ -62,8 +62,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from itertools import accumulate, chain, compress, islice
-from operator import eq, itemgetter, lt, mul, sub
+from itertools import accumulate, chain, compress, groupby, islice
+from operator import attrgetter, eq, itemgetter, lt, mul, sub
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import IO, Any, NamedTuple
 
@@ -3982,6 +3982,9 @@ Changes = list[tuple[Alert | None, Alert | None]]  # old and new alert; None = n
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 
+LOOKS_AT = attrgetter("on", "always", "each")  # rules that are alike in these look at the same things
+
+
 def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes:
     """Run rules over a state; gives back what changed. `host.alerts` is replaced rule by rule: a later rule may look
     at the alerts of an earlier one."""
@@ -3989,32 +3992,41 @@ def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes
     open_alerts: dict[str, dict[str, Alert]] = {}
     for (name, object), alert in host.alerts.items():
         open_alerts.setdefault(name, {})[object] = alert
-    for rule in rules:
-        found = judge_rule(host, rule, open_alerts.get(rule.name, {}), fleet, now)
-        if found:
-            alerts = dict(host.alerts)
-            for old, new in found:
-                if old is not None:
-                    alerts.pop((rule.name, old.object), None)
-                if new is not None and new.state != "resolved":
-                    alerts[rule.name, new.object] = new
-            host.alerts = alerts
-            changes += found
+    for _, alike in groupby(rules, LOOKS_AT):
+        first = next(alike)
+        known = knows(host, first, now)
+        objects = objects_of(host, first) if known in ("whole", "partly") else []
+        for rule in map(partial(fleet.layers.limits, host), chain((first,), alike)):
+            found: Changes = []
+            if not rule.enabled:  # of a rule that is switched off nothing is left
+                found = judge_rule(host, rule, "absent", [], open_alerts.get(rule.name, {}), fleet, now)
+            elif known is not None:
+                found = judge_rule(host, rule, known, objects, open_alerts.get(rule.name, {}), fleet, now)
+            if found:
+                changes += found
+                host.alerts = with_changes(rule, host.alerts, found)
     return changes
 
 
-def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Fleet, now: float) -> Changes:
-    """One rule over all it looks at; gives back the alerts that changed. What was looked at and gave no reading is
-    well; what is not there any more is over, if the section is whole."""
-    limits = fleet.layers.limits(host, rule)
-    known = knows(host, rule, now) if limits.enabled else "absent"  # of a rule that is switched off nothing is left
-    if known is None:
-        return []
-    objects = objects_of(host, rule) if known != "absent" else []
+def with_changes(rule: Rule, alerts: dict[tuple[str, str], Alert], changes: Changes) -> dict[tuple[str, str], Alert]:
+    """A copy of the alerts with what changed."""
+    alerts = dict(alerts)
+    for old, new in changes:
+        if old is not None:
+            alerts.pop((rule.name, old.object), None)
+        if new is not None and new.state != "resolved":
+            alerts[rule.name, new.object] = new
+    return alerts
+
+
+def judge_rule(host: Any, rule: Rule, known: str, objects: list[tuple[str, Any]], open_alerts: dict[str, Alert],
+               fleet: Fleet, now: float) -> Changes:
+    """One rule, as it holds on this host, over all it looks at; gives back the alerts that changed. What was looked at
+    and gave no reading is well; what is not there any more is over, if the section is whole."""
     layered = fleet.layers.has_objects
     if rule.field and not open_alerts and not layered:  # most are fine: nothing is made of them
         objects = [(object, item) for object, item in objects
-                   if (value := number(item, rule.field)) is not None and limits.level(value, None)]
+                   if (value := number(item, rule.field)) is not None and rule.level(value, None)]
     changes: dict[str, tuple[Alert | None, Alert | None]] = {}  # a report may name an object twice: the first counts
     said: set[str] = set()
     more = tuple(compress((host, fleet, now), rule.wants))
@@ -4026,7 +4038,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
             for reading in (found,) if isinstance(found, Reading) else list(found):
                 about = object if reading.object is None else reading.object
                 said.add(about)
-                own, old = fleet.layers.limits(host, limits, about) if layered else limits, open_alerts.get(about)
+                own, old = fleet.layers.limits(host, rule, about) if layered else rule, open_alerts.get(about)
                 if about in changes:
                     continue
                 new = evaluate(own, old, about, reading if own.enabled else None, now)
@@ -4038,7 +4050,7 @@ def judge_rule(host: Any, rule: Rule, open_alerts: dict[str, Alert], fleet: Flee
     ended: Changes = []
     if open_alerts or rule.tidy:
         looked_at = {object for object, _ in objects}
-        ended = [(old, evaluate(limits, old, object, None, now)) for object, old in open_alerts.items()
+        ended = [(old, evaluate(rule, old, object, None, now)) for object, old in open_alerts.items()
                  if not covers(said, object) and (known != "partly" or covers(looked_at, object))]
         if rule.tidy and known == "whole":
             forget_gone(host, rule, looked_at)
@@ -4916,26 +4928,6 @@ row("memory", on="node", reads="memory_free_ratio", says="{value:.0%} of memory 
     warn=0.10, crit=0.05, clear_by=0.03, hold=10 * MINUTE, hold_crit=5 * MINUTE, low=True,
     why="The kernel will kill processes, guests among them.",
     todo="Shrink or move guests, or limit the ARC.")
-
-
-@rule("oom", on="node", accept=accepts("oom", counter=True),
-      why="The kernel killed processes to get memory.",
-      todo="journalctl -k -g 'Killed process' shows which.")
-def oom(node: Fields, host: HostState, now: float) -> Found:
-    """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
-    kills = number(node, "oom_kills_total")
-    if kills is None:
-        return UNKNOWN
-    steps = [step for step in host.memory.grown("oom", "", kills, now).steps if step[0] > now - HOUR]
-    if not steps:
-        return None
-    at, count = steps[-1]
-    hit = [alert.object for (name, _), alert in host.alerts.items()
-           if name == "guest-down" and abs(alert.since - at) <= 2 * MINUTE]
-    more = f"; {', '.join(hit)} went down" if hit else ""
-    return (critical if hit else warning)(f"{int(count)} process(es) were killed because memory ran out{more}.", count)
-
-
 row("io-pressure", on="node", reads="pressure_io_full_avg300_ratio",
     says="All tasks wait for I/O {value:.0%} of the time.", warn=0.20, crit=0.40, clear_part=0.5, hold=15 * MINUTE,
     why="Storage cannot keep up: guests stall.",
@@ -5089,6 +5081,24 @@ def guest_down(guest: Fields, host: HostState, now: float) -> Found:
         return UNKNOWN
     left = f"; its lock '{guest['lock']}' was left behind: qm unlock {vmid}" if guest.get("lock") else ""
     return severe(f"Guest {called(guest)} {words}; no task, backup, migration or HA explains it{left}.")
+
+
+@rule("oom", on="node", accept=accepts("oom", counter=True),
+      why="The kernel killed processes to get memory.",
+      todo="journalctl -k -g 'Killed process' shows which.")
+def oom(node: Fields, host: HostState, now: float) -> Found:
+    """Processes killed for want of memory: told for an hour; critical when a guest went down with it."""
+    kills = number(node, "oom_kills_total")
+    if kills is None:
+        return UNKNOWN
+    steps = [step for step in host.memory.grown("oom", "", kills, now).steps if step[0] > now - HOUR]
+    if not steps:
+        return None
+    at, count = steps[-1]
+    hit = [alert.object for (name, _), alert in host.alerts.items()
+           if name == "guest-down" and abs(alert.since - at) <= 2 * MINUTE]
+    more = f"; {', '.join(hit)} went down" if hit else ""
+    return (critical if hit else warning)(f"{int(count)} process(es) were killed because memory ran out{more}.", count)
 
 
 def severe_for(guest: Fields) -> Callable[..., Reading]:
@@ -5998,11 +6008,14 @@ def log_ins_fail(shared: Shared, fleet: Fleet, now: float) -> Found:
 
 
 RULES = tuple(RULE.values())
-RULES_ON: dict[str, list[Rule]] = {}
-for known_rule in RULES:
-    for section_name in known_rule.on:
-        RULES_ON.setdefault(section_name, []).append(known_rule)
-SHARED_RULES = RULES_ON.pop(SHARED)  # a report may hold a section of any name
+SHARED_RULES = tuple(rule for rule in RULES if SHARED in rule.on)
+JUDGED = frozenset(chain.from_iterable(rule.on for rule in RULES)) - {SHARED}  # a report may hold any other section
+
+
+@lru_cache(1000)
+def rules_on(sections: frozenset[str]) -> tuple[Rule, ...]:
+    """The rules that look at one of these, in the order of the file."""
+    return tuple(rule for rule in RULES if not sections.isdisjoint(rule.on))
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -6023,14 +6036,14 @@ class Layers:
 
     def limits(self, state: Any, rule: Rule, object: str = "") -> Rule:
         """A rule as it holds on a host (or for the fleet's own alerts, which have no host), or for an object of it."""
-        name = (state.name or "").lower()
-        if object and (object in self.objects or object in self.hosts.get(name, {}).get("objects", {})):
-            return self._resolve(state, rule, object)
         kept = state.limits
         if kept is None or kept[0] is not self:
-            tags = {tag.lower() for tag in state.tags}
+            name, tags = (state.name or "").lower(), {tag.lower() for tag in state.tags}
             look = name if name in self.hosts else "", *(tag for tag in self.tags if tag in tags)
             kept = state.limits = self, self._tables.setdefault(look, {})
+        if object and self.has_objects and (object in self.objects or object in self.hosts.get(
+                (state.name or "").lower(), {}).get("objects", {})):
+            return self._resolve(state, rule, object)
         found = kept[1].get(rule.name)
         if found is None:
             found = kept[1][rule.name] = self._resolve(state, RULE[rule.name], "")
@@ -6094,14 +6107,13 @@ def check_rules(rules: Any) -> None:
 
 
 def judge_host(db: Database, fleet: Fleet, state: HostState, now: float,
-               changed: Iterable[str] | None = None) -> list[Alert]:
+               changed: Iterable[str] | None = None) -> None:
     """Run the rules of the sections that came (None: only those of the clock) over a host's latest state, and write
-    what changed; gives back the alerts that did."""
-    names = (CLOCK,) if changed is None else (*changed, AGENT, CLOCK)
-    follow_names(db, state, names, now)
-    changes = judge(state, {rule.name: rule for name in names for rule in RULES_ON.get(name, ())}.values(), fleet, now)
-    write_changes(db, state, changes, now)
-    return [new for _, new in changes if new is not None]
+    what changed."""
+    if changed is not None:
+        follow_names(db, state, changed, now)
+    rules = rules_on(JUDGED.intersection((CLOCK,) if changed is None else (CLOCK, AGENT, *changed)))
+    write_changes(db, state, judge(state, rules, fleet, now), now)
 
 
 IDENTITY = {"guests": "created_at", "pools": "guid"}  # what another one of the same name would have another of
@@ -6345,9 +6357,9 @@ def judge_past(past: HostState, fleet: Fleet, report: Fields, stamp: Stamp, *, w
     """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
     changed = past.apply(report, stamp)
     absorb_tasks(past, report.get("tasks"), stamp.time)
-    rules = {rule.name: rule for section in changed for rule in RULES_ON.get(section, ()) if whole or rule.by_number}
+    rules = [rule for rule in rules_on(JUDGED.intersection(changed)) if whole or rule.by_number]
     found = []
-    for old, new in judge(past, rules.values(), fleet, stamp.time):
+    for old, new in judge(past, rules, fleet, stamp.time):
         if new is None or new.severity == "info" or new.state == "pending":
             continue
         if old is None or old.state != new.state:
@@ -8503,17 +8515,20 @@ class Keeper:
         self._layouts: dict[int, set[int]] = {}  # host -> numbers of layouts in its chunks
         self._looked_at: set[int] = set()  # hosts, since unused layouts were deleted
 
-    def turn(self, now: float, seconds: float = 0.5) -> None:
-        """Work for about so long; the next turn goes on with the next host."""
-        end = time.monotonic() + seconds
+    def turn(self, now: float, seconds: float = 0.5) -> bool:
+        """Work for about so long, the next turn goes on with the next host; whether there was anything to do."""
+        end, worked = time.monotonic() + seconds, False
         self.history.forget_hosts(but=set(self.fleet.hosts))
         for host_id in self.in_turn():
-            while self._attempt(host_id, now) and time.monotonic() <= end:
-                pass
+            while self._attempt(host_id, now):
+                worked = True
+                if time.monotonic() > end:
+                    break
             if time.monotonic() > end:
                 self._after = host_id
-                return
+                return True
         self._after = 0
+        return worked
 
     def _attempt(self, host_id: int, now: float) -> bool:
         """A step; one host's trouble must not keep the others from their turn."""
@@ -9066,14 +9081,16 @@ class RemoteKeeper(Keeper):
         self._lines_until = 0.0
         self._loop: Loop | None = None
 
-    def turn(self, now: float, seconds: float = 0.5) -> None:
+    def turn(self, now: float, seconds: float = 0.5) -> bool:
         """Have the thread that pushes: a store that hangs holds up nobody else. What was packed here before this
         store was named gets old as ever."""
         self.history.forget_hosts(but=set(self.fleet.hosts))
-        for host_id in list(self.fleet.hosts):
-            self.step_day(self.store.reader(), host_id, now)
         if self._loop is None:
             self._loop = every(PUSH_SECONDS, "history", self.push_all, self.stop)
+        worked = False
+        for host_id in list(self.fleet.hosts):
+            worked |= self.step_day(self.store.reader(), host_id, now)
+        return worked
 
     def settle(self, now: float) -> None:
         """Push all there is."""
@@ -9402,7 +9419,7 @@ def check_secret(db: Database, secret: bytes) -> None:
 class Job(NamedTuple):
     name: str
     seconds: float  # from one run to the next
-    work: Callable[[Monitor, float, Database], None]
+    work: Callable[[Monitor, float, Database], float | None]  # may give back another pause for this once
     beside: bool = False  # takes long, or must not wait for a write: works with a reader, and writes in small pieces
     first_after: float = 5
 
@@ -9432,10 +9449,10 @@ def sign_of_life(monitor: Monitor, now: float, db: Database) -> None:
     set_meta(db, "alive_at", now)
 
 
-def keep_history(monitor: Monitor, now: float, db: Database) -> None:
-    """Hours into chunks, days into points; or all of it to another store."""
+def keep_history(monitor: Monitor, now: float, db: Database) -> float | None:
+    """Hours into chunks, days into points; or all of it to another store. Where there was work there may be more."""
     monitor.keeper.keeps_all = monitor.doubts_clock(now)
-    monitor.keeper.turn(now)
+    return 5 if monitor.keeper.turn(now) else None
 
 
 def expire_history(monitor: Monitor, now: float, db: Database) -> None:
@@ -9515,7 +9532,9 @@ def forecast_fleet(monitor: Monitor, now: float, db: Database, seconds: float = 
 def forecast_host(keeper: Keeper, db: Database, host: HostState, now: float) -> dict[str, Filling]:
     """When each space of a host is full; of pools that fill up also what grew in the last 7 days."""
     spaces = list(spaces_of(host))
-    past = keeper.past_values(db, host.id, [space.series for space in spaces], now) if spaces else []
+    past: list[list[tuple[float, float]]] = [[] for _ in spaces]
+    if spaces and now - (keeper.begin(db, host.id) or now) > 2 * DAY:  # of less nothing can be told: likely_growth()
+        past = keeper.past_values(db, host.id, [space.series for space in spaces], now)
     found: dict[str, Filling] = {}
     for space, points in zip(spaces, past):
         filling = Filling(space, fill_forecast([*points, (now, space.used)], space.used + space.free, now), now)
@@ -9547,7 +9566,7 @@ JOBS = (
     Job("watchdog", 30, tell_systemd, beside=True, first_after=0),
     Job("digest", 5 * MINUTE, run_digest, first_after=5 * MINUTE),
     Job("prune", HOUR, prune, first_after=HOUR),
-    Job("history", 5, keep_history, beside=True),
+    Job("history", 30, keep_history, beside=True),
     Job("copies", 10 * MINUTE, index_copies, beside=True, first_after=MINUTE),
     Job("expire", 10 * MINUTE, expire_history, beside=True, first_after=10 * MINUTE),
 )
@@ -9563,31 +9582,29 @@ class Scheduler:
 
     def start(self) -> None:
         monitor = self.monitor
-        every(1, "jobs", self.turn, monitor.stop)
+        every(1, "jobs", self.turn, monitor.stop)  # a second where a job fails; else when the next is due
         every(5, "forecasts", lambda: forecast_fleet(monitor, monitor.clock(), monitor.store.reader()), monitor.stop,
               vital=False)
 
-    def turn(self) -> None:
-        """Run what is due; `Failure` while there is a job whose last run failed."""
+    def turn(self) -> float:
+        """Run what is due, and give back the seconds until the next is; `Failure` while there is a job whose last run
+        failed."""
         for job in JOBS:
             if self._due[job.name] <= time.monotonic():
                 self._errors.pop(job.name, None)
-                pause = job.seconds
                 try:
-                    self._run(job)
+                    pause = self._run(job)
                 except Exception as error:  # one job's fault must not end the others
                     self._errors[job.name] = f"{job.name}: {type(error).__name__}: {error}"
-                    pause = min(pause, MINUTE)
-                self._due[job.name] = time.monotonic() + pause
+                    pause = min(job.seconds, MINUTE)
+                self._due[job.name] = time.monotonic() + (job.seconds if pause is None else pause)
         if self._errors:
             raise Failure("; ".join(self._errors.values()))
+        return max(0.0, min(self._due.values()) - time.monotonic())
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job) -> float | None:
         work = partial(job.work, self.monitor, self.monitor.clock())
-        if job.beside:
-            work(self.monitor.store.reader())
-        else:
-            self.monitor.store.write(work)
+        return work(self.monitor.store.reader()) if job.beside else self.monitor.store.write(work)
 
 
 # --- resources: every list of the fleet: rows, columns, search words, metrics, and its place on the page ---
