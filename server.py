@@ -2199,6 +2199,11 @@ def dicts(value: Any) -> list[Fields]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
+def first_of(rows: Iterable[Fields], **wanted: Any) -> Fields | None:
+    """The first row that has these values."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
 def number(fields: Any, key: str) -> float | None:
     """A field if it is a number: what an agent sends is not to be trusted."""
     value = fields.get(key) if type(fields) is dict else None
@@ -2673,8 +2678,9 @@ def blast_radius(host: HostState, object: str) -> Fields | None:
     kind, _, name = object.partition("/")
     if kind in ("pools", "disks"):
         pool_name, _, member = name.partition("/") if kind == "pools" else (None, "", name)
-        in_pool, vdev = find_top(host, member, pool_name) if member else (pool_name, None)
-        return describe_blast(host, in_pool or pool_name or "", vdev)
+        place = place_of(host, member, pool=pool_name) if member else None
+        return (describe_blast(host, place.pool, str(place.vdev.get("name"))) if place
+                else describe_blast(host, pool_name or "", None))
     if kind == "storages":
         guests = [guest for guest in host.items("guests")
                   if any(volume.get("storage") == name for volume in dicts(guest.get("volumes")))]
@@ -2682,14 +2688,23 @@ def blast_radius(host: HostState, object: str) -> Fields | None:
     return None
 
 
-def find_top(host: HostState, member: str, of_pool: str | None) -> tuple[str | None, str | None]:
-    """The pool and the top-level vdev that a disk or a vdev is part of."""
-    for pool in host.items("pools"):
-        for vdev in dicts(pool.get("vdevs")):
-            if of_pool in (None, pool.get("name")) and any(
-                    member in (leaf.get("disk"), leaf.get("name")) for leaf in walk_vdevs([vdev])):
-                return str(pool.get("name")), str(vdev.get("name"))
-    return None, None
+class Place(NamedTuple):
+    """Where a disk or a vdev is in a pool: the top-level vdev it is part of, and its own row there."""
+
+    pool: str
+    vdev: Fields
+    member: Fields
+
+
+def place_of(host: HostState, *names: Any, pool: str | None = None) -> Place | None:
+    """The first member of a pool that goes by one of these names: of a disk, of a vdev, or a path."""
+    wanted = {str(name) for name in names if name}
+    for found in host.items("pools"):
+        for vdev in dicts(found.get("vdevs")) if pool in (None, found.get("name")) else ():
+            for member in walk_vdevs([vdev]):
+                if wanted & {str(member.get(field)) for field in ("disk", "name", "path") if member.get(field)}:
+                    return Place(str(found.get("name")), vdev, member)
+    return None
 
 
 def at_stake(host: Any, object: str | None) -> str | None:
@@ -2702,7 +2717,7 @@ def at_stake(host: Any, object: str | None) -> str | None:
 
 
 def describe_blast(host: HostState, name: str, vdev: str | None) -> Fields | None:
-    pool = next((pool for pool in host.items("pools") if pool.get("name") == name), None)
+    pool = first_of(host.items("pools"), name=name)
     if pool is None:
         return None
     margins = [margin for margin in pool_margins(host, pool) if vdev in (None, margin.vdev)]
@@ -5334,7 +5349,7 @@ def backup_failed(guest: Fields, host: HostState) -> Found:
 
 def runs_of(host: HostState, vmid: Any) -> Fields:
     """The newest good and the newest failed backup of a guest."""
-    return next((runs for runs in host.items("backups.guests") if runs.get("vmid") == vmid), {})
+    return first_of(host.items("backups.guests"), vmid=vmid) or {}
 
 
 @rule("backup-job", each="backups.jobs", on="backups", data_risk=True, always=True, tidy=True,
@@ -11749,31 +11764,40 @@ def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
     guest = next((guest for guest in state.items("guests") if str(guest.get("vmid")) == vmid), None)
     if guest is None:
         return None
-    object = f"guests/{vmid}"
-    row = next(row for row in card_rows(call, state, "guests") if str(row["vmid"]) == vmid)
+    row = first_of(card_rows(call, state, "guests"), vmid=guest["vmid"]) or {}
     index = call.fleet.copies or SnapshotIndex(call.fleet.hosts.values())
     copy = None if guest.get("template") else guest_copy(CopySources(state, index), guest, call.now)
     datasets = set(volumes_of(guest))
     return {
-        "kind": "guest", "title": row["name"] or vmid, "verdict": row["verdict"], "row": row, "guest": guest,
-        "sentences": [row["reason"] or "No problem found.",
+        **object_card(call, state, "guest", f"guests/{vmid}", row,
                       *(f"It {ground}." for ground in lives_on(guest, grounds(state))),
-                      *([f"If {state.name} burned now: {copy['reason']}."] if copy else [])],
-        "alerts": card_alerts(call, state, object), "watching": watched(state, object),
+                      *([f"If {state.name} burned now: {copy['reason']}."] if copy else []),
+                      title=row["name"] or vmid),
+        "guest": guest,
         "volumes": [guest_volume(state, volume) for volume in dicts(guest.get("volumes"))],
         "unused": [{"name": text(volume, "name"), **guest_volume(state, volume)}
                    for volume in dicts(guest.get("unused"))],
-        "backup": next((found for found in card_rows(call, state, "backups") if str(found["vmid"]) == vmid), None),
+        "backup": first_of(card_rows(call, state, "backups"), vmid=guest["vmid"]),
         "jobs": [job for job in state.items("backups.jobs") if names_guest(job, guest)],
         "snapshots": [series for series in series_rows(state, call.now) if series["dataset"] in datasets],
         "replication": [job for job in state.items("replication") if str(job.get("vmid")) == vmid],
-        "tasks": newest_tasks(task for task in state.items("tasks") if str(task.get("vmid")) == vmid),
-        "events": card_events(call, state.name, object)}
+        "tasks": newest_tasks(task for task in state.items("tasks") if str(task.get("vmid")) == vmid)}
 
 
-def watched(owner: AlertOwner, object: str) -> Rows:
-    """What of an object is not well, but not for long enough to fire."""
-    return [row for row in open_alerts([owner], "pending") if is_of_object(row["object"] or "", [object])]
+def object_card(call: Call, owner: AlertOwner, kind: str, object: str, row: Row, *sentences: str, title: str) -> Row:
+    """What the card of any object shows. `watching`: what is not well, but not for long enough to fire."""
+    return {
+        "kind": kind, "title": title, "verdict": row["verdict"], "row": row,
+        "sentences": [row["reason"] or "No problem found.", *sentences], "alerts": card_alerts(call, owner, object),
+        "watching": [alert for alert in open_alerts([owner], "pending")
+                     if is_of_object(alert["object"] or "", [object])],
+        "events": card_events(call, owner.name if isinstance(owner, HostState) else None, object)}
+
+
+def guests_in(call: Call, state: HostState, pool: str) -> Rows:
+    """The rows of the guests that lie in a pool."""
+    here = {guest.get("vmid") for guest in guests_on(state, pool)}
+    return [row for row in card_rows(call, state, "guests") if row["vmid"] in here]
 
 
 def names_guest(job: Row, guest: Row) -> bool:
@@ -11791,9 +11815,9 @@ def newest_tasks(tasks: Iterable[Row]) -> Rows:
 def guest_volume(state: HostState, volume: Row) -> Row:
     """A guest's volume, with what its dataset takes and the disks that it lies on in the end."""
     name = text(volume, "dataset")
-    dataset = next((found for found in state.items("datasets") if found.get("name") == name), {})
+    dataset = first_of(state.items("datasets"), name=name) or {}
     pool = name.partition("/")[0] if name else None
-    body = next((found for found in state.items("pools") if found.get("name") == pool), {})
+    body = first_of(state.items("pools"), name=pool) or {}
     leaves = [leaf for leaf in walk_vdevs(dicts(body.get("vdevs"))) if not dicts(leaf.get("children"))]
     return {**pick(volume, ("storage", "dataset", "size_bytes")), "pool": pool,
             "used_bytes": number(dataset, "used_bytes"),
@@ -11805,29 +11829,24 @@ def guest_volume(state: HostState, volume: Row) -> Row:
 
 
 def pool_card(call: Call, state: HostState, name: str) -> Row | None:
-    row = next((row for row in card_rows(call, state, "pools") if row["name"] == name), None)
+    row = first_of(card_rows(call, state, "pools"), name=name)
     if row is None:
         return None
     object = f"pools/{name}"
-    body = next((pool for pool in state.items("pools") if pool.get("name") == name), {})
-    here = {guest.get("vmid") for guest in guests_on(state, name)}
+    body = first_of(state.items("pools"), name=name) or {}
     radius = blast_radius(state, object)
-    filling = next((found for found in forecast_rows(state) if found["object"] == object), None)
+    card = object_card(call, state, "pool", object, row, *([f"{capital(radius['sentence'])}."] if radius else []),
+                       title=name)
     return {
-        "kind": "pool", "title": name, "verdict": row["verdict"], "row": row, "body": body,
-        "sentences": [row["reason"] or "No problem found.", *([f"{capital(radius['sentence'])}."] if radius else [])],
-        "alerts": card_alerts(call, state, object), "watching": watched(state, object), "filling": filling,
-        "wins": winnings(state, name, call.now),
-        "scrub": next((found for found in scrub_rows(state) if found["pool"] == name), None),
-        "margins": pool_margins(state, body), "guests": [
-            guest for guest in card_rows(call, state, "guests") if guest["vmid"] in here],
+        **card, "body": body, "filling": first_of(forecast_rows(state), object=object),
+        "wins": winnings(state, name, call.now), "scrub": first_of(scrub_rows(state), pool=name),
+        "margins": pool_margins(state, body), "guests": guests_in(call, state, name),
         "datasets": sorted((dataset for dataset in state.items("datasets")
                             if str(dataset.get("name")).partition("/")[0] == name),
                            key=lambda dataset: -(number(dataset, "used_bytes") or 0)),
         "storages": [storage for storage in card_rows(call, state, "storages")
                      if str(storage["dataset"]).partition("/")[0] == name],
-        "scrubs": [event for event in card_events(call, state.name, object) if event["kind"] == "scrub"],
-        "events": card_events(call, state.name, object)}
+        "scrubs": [event for event in card["events"] if event["kind"] == "scrub"]}
 
 
 def capital(sentence: str) -> str:
@@ -11837,57 +11856,35 @@ def capital(sentence: str) -> str:
 # The disk: which one to pull, and what happens if it is the wrong one.
 
 
-class Place(NamedTuple):
-    """Where a disk is in a pool."""
-
-    pool: str
-    vdev: Row
-    leaf: Row
-
-
-def disk_place(state: HostState, names: Iterable[Any]) -> Place | None:
-    """The vdev whose member goes by one of these names."""
-    wanted = {str(name) for name in names if name}
-    for pool in state.items("pools"):
-        for vdev in dicts(pool.get("vdevs")):
-            for leaf in walk_vdevs([vdev]):
-                own = {str(leaf.get(field)) for field in ("disk", "name", "path") if leaf.get(field)}
-                if not dicts(leaf.get("children")) and own & wanted:
-                    return Place(str(pool.get("name")), vdev, leaf)
-    return None
-
-
 def disk_card(call: Call, state: HostState, name: str) -> Row | None:
     """A disk by serial, by-id, wwn or kernel name; or what is left of it in a pool by the name it has there."""
     disk = next((disk for field in ("serial", "by_id", "wwn", "name") for disk in state.items("disks")
                  if disk.get(field) and str(disk[field]) == name), None)
-    place = disk_place(state, [disk.get("name")] if disk else [name])
+    own, place = disk or {}, place_of(state, disk.get("name") if disk else name)
+    if place and dicts(place.member.get("children")):
+        place = None  # a group of disks is none
     if disk is None and place is None:
         return None
-    own = disk or {}
-    row = next((row for row in card_rows(call, state, "disks") if disk and row["name"] == own.get("name")), {})
-    object = f"disks/{own.get('name') or (place and (place.leaf.get('disk') or place.leaf.get('name')))}"
+    row = first_of(card_rows(call, state, "disks"), name=own.get("name")) or {}
+    leaf = place.member if place else {}
     margin = vdev_margin(state, place)
-    verdict = row.get("verdict") or ("ok" if place and text(place.leaf, "state") == "ONLINE" else "critical")
-    why = suspicions(own, place.leaf if place else {})
-    sentences = [row.get("reason") or ("; ".join(why) if why else "No problem found.") if disk else
-                 "The host does not see this disk: it is missing, or its connection is."]
-    return {
-        "kind": "disk", "title": own.get("name") or name, "verdict": verdict, "row": row, "disk": own,
-        "place": place, "margin": margin, "sentences": sentences, "pulls": pull_sentences(state, place, margin, own),
-        "suspicions": why, "alerts": card_alerts(call, state, object), "watching": watched(state, object),
-        "guests": [guest for guest in card_rows(call, state, "guests") if place and guest["vmid"] in {
-            on.get("vmid") for on in guests_on(state, place.pool)}],
-        "events": card_events(call, state.name, object)}
+    verdict = row.get("verdict") or ("ok" if text(leaf, "state") == "ONLINE" else "critical")
+    why = suspicions(own, leaf)
+    reason = row.get("reason") or "; ".join(why) if disk else (
+        "The host does not see this disk: it is missing, or its connection is.")
+    card = object_card(call, state, "disk", f"disks/{own.get('name') or leaf.get('disk') or leaf.get('name')}",
+                       {**row, "verdict": verdict, "reason": reason}, title=own.get("name") or name)
+    return {**card, "row": row, "disk": own, "place": place, "margin": margin, "suspicions": why,
+            "pulls": pull_sentences(place, margin), "guests": guests_in(call, state, place.pool) if place else []}
 
 
 def vdev_margin(state: HostState, place: Place | None) -> VdevMargin | None:
-    pools = [pool for pool in state.items("pools") if place and pool.get("name") == place.pool]
-    return next((margin for pool in pools for margin in pool_margins(state, pool)
+    pool = first_of(state.items("pools"), name=place.pool) if place else None
+    return next((margin for margin in (pool_margins(state, pool) if pool else ())
                  if place and margin.vdev == str(place.vdev.get("name"))), None)
 
 
-def pull_sentences(state: HostState, place: Place | None, margin: VdevMargin | None, disk: Row) -> Rows:
+def pull_sentences(place: Place | None, margin: VdevMargin | None) -> Rows:
     """What pulling this disk, and what pulling a wrong one, would do: {verdict, text}."""
     if place is None:
         return [{"verdict": "unknown",
@@ -11897,13 +11894,13 @@ def pull_sentences(state: HostState, place: Place | None, margin: VdevMargin | N
         return [{"verdict": "info" if kind in ("log", "cache", "spare") else "unknown", "text":
                  f"It is a {kind} device: no data are lost without it." if kind in ("log", "cache", "spare")
                  else "How many disks the vdev may lose is not known."}]
-    counts = text(place.leaf, "state") == "ONLINE"
+    counts = text(place.member, "state") == "ONLINE"
     own = margin.margin - counts
     told = [{"verdict": "critical" if own < 0 else "ok", "text":
              f"Pulling this one{'' if counts else ' changes nothing, it no longer counts'}: {may_fail(own)}."}]
     told.append({"verdict": "critical" if margin.margin < 1 else "warning", "text":
                  f"Pulling another disk of {margin.vdev} by mistake: {may_fail(margin.margin - 1)}."})
-    others = [str(leaf.get("disk") or leaf.get("name")) for leaf, _, _ in margin.suspects if leaf is not place.leaf]
+    others = [str(leaf.get("disk") or leaf.get("name")) for leaf, _, _ in margin.suspects if leaf is not place.member]
     if others:
         told.append({"verdict": "warning", "text": f"{', '.join(others)} in the same vdev may fail next."})
     return told
@@ -11913,28 +11910,24 @@ def pull_sentences(state: HostState, place: Place | None, margin: VdevMargin | N
 
 
 def storage_card(call: Call, state: HostState, name: str) -> Row | None:
-    row = next((row for row in card_rows(call, state, "storages") if row["storage"] == name), None)
+    row = first_of(card_rows(call, state, "storages"), storage=name)
     if row is None:
         return None
     object = f"storages/{name}"
-    radius = blast_radius(state, object)
+    radius = blast_radius(state, object) or {}
     others = [call.fleet.hosts[id] for _, ids in list_clusters(call.fleet, call.now) if state.id in ids
               for id in ids if row["shared"] and id != state.id]
+    stored = {guest.get("vmid") for guest in state.items("guests")
+              if first_of(dicts(guest.get("volumes")), storage=name)}
     return {
-        "kind": "storage", "title": name, "verdict": row["verdict"], "row": row,
-        "sentences": [row["reason"] or "No problem found.",
-                      *([f"{capital(radius['sentence'])}."] if radius and radius["sentence"] else [])],
-        "alerts": card_alerts(call, state, object), "watching": watched(state, object),
-        "filling": next((found for found in forecast_rows(state) if found["object"] == object), None),
-        "pool": next((pool for pool in card_rows(call, state, "pools")
-                      if pool["name"] == str(row["dataset"] or "").partition("/")[0]), None),
-        "guests": [guest for guest in card_rows(call, state, "guests") if guest["vmid"] in {
-            found.get("vmid") for found in state.items("guests")
-            if any(volume.get("storage") == name for volume in dicts(found.get("volumes")))}],
+        **object_card(call, state, "storage", object, row,
+                      *([f"{capital(radius['sentence'])}."] if radius.get("sentence") else []), title=name),
+        "filling": first_of(forecast_rows(state), object=object),
+        "pool": first_of(card_rows(call, state, "pools"), name=str(row["dataset"] or "").partition("/")[0]),
+        "guests": [guest for guest in card_rows(call, state, "guests") if guest["vmid"] in stored],
         "backups": [backup for backup in card_rows(call, state, "backups") if backup["storage"] == name],
         "jobs": [job for job in state.items("backups.jobs") if job.get("storage") == name],
-        "elsewhere": [other for host in others for other in storage_rows(host, call.now) if other["storage"] == name],
-        "events": card_events(call, state.name, object)}
+        "elsewhere": [other for host in others for other in storage_rows(host, call.now) if other["storage"] == name]}
 
 
 # The cluster: quorum as each node sees it, HA, replication, Ceph.
@@ -11949,22 +11942,21 @@ def cluster_card(call: Call, name: str) -> Row:
     states = [call.fleet.hosts[id] for id in ids]
     object = f"clusters/{cluster.name}"
     rows = [host_row(call.fleet, state, call.now) for state in states]
-    alerts = card_alerts(call, call.fleet.shared, object)
     views = {view.host.name: view for view in cluster.views}
     quorate = [view.quorate for view in cluster.views]
-    worst = min([alert["severity"] for alert in alerts], key=verdict_rank, default="ok" if quorate else "unknown")
+    card = object_card(call, call.fleet.shared, "cluster", object, {"verdict": "ok", "reason": ""}, title=cluster.name)
+    worst = min([alert["severity"] for alert in card["alerts"]], key=verdict_rank,
+                default="ok" if quorate else "unknown")
     with_quorum = sum(word is True for word in quorate)
     return {
-        "kind": "cluster", "key": object, "title": cluster.name, "verdict": worst, "host": None, "nodes": rows,
-        "sentences": [*[alert["message"] for alert in alerts[:1]],
+        **card, "key": object, "verdict": worst, "host": None, "nodes": rows, "views": views,
+        "sentences": [*[alert["message"] for alert in card["alerts"][:1]],
                       f"{with_quorum} of {len(states)} monitored nodes say that the cluster is quorate."],
-        "alerts": alerts, "watching": watched(call.fleet.shared, object), "views": views,
         "services": [(state.name, service) for state in states
                      for service in state.items("ha.services")
                      if service.get("node") in (text(state.body("node"), "name") or state.name, None)],
         "replication": [{"host": state.name, **job} for state in states for job in state.items("replication")],
-        "ceph": [(state.name, state.body("ceph")) for state in states if isinstance(state.body("ceph"), dict)],
-        "events": card_events(call, None, object)}
+        "ceph": [(state.name, state.body("ceph")) for state in states if isinstance(state.body("ceph"), dict)]}
 
 
 # --- problems: one cause is one line, the worst consequence first, with the next step ---
@@ -12014,7 +12006,7 @@ def thing_of(problem: Row, state: HostState | None) -> tuple[Any, ...]:
     for pool in state.items("pools"):
         if any(text(leaf, "disk") == name for leaf in walk_vdevs(pool.get("vdevs"))):
             return host, "pools", pool.get("name")
-    disk = next((disk for disk in state.items("disks") if disk.get("name") == name), {})
+    disk = first_of(state.items("disks"), name=name) or {}
     return host, kind, text(disk, "serial") or name
 
 
