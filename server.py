@@ -4111,14 +4111,13 @@ def knows(host: Any, rule: Rule, now: float) -> str | None:
         section = host.sections.get(name, NOTHING)
         if section.absent:
             continue
-        if section.stamp is None or (not rule.always and now - section.time > JUDGED_WITHIN):
-            best = None if best == "absent" else best
-        elif section.error is None:
+        fresh = section.stamp is not None and (rule.always or now - section.time <= JUDGED_WITHIN)
+        if fresh and section.error is None:
             return "whole"
-        elif section.stamp == section.status:
+        if fresh and section.stamp == section.status:
             best = "partly"
-        else:
-            best = None if best == "absent" else best
+        elif best == "absent":
+            best = None
     return best
 
 

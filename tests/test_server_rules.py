@@ -57,6 +57,15 @@ def test_what_is_known_of_one_section_in_part_stays_so_beside_one_of_which_nothi
     sim.send("pve1", disks=disk(), errors={"disks": {"code": "failed", "message": "one of 18"}})
     assert server.knows(host, rule, sim.now) == "partly"
     assert server.knows(host, dataclasses.replace(rule, on=("datasets",)), sim.now) is None
+    sim.send("pve1", errors={"pools": {"code": "timeout"}})
+    assert server.knows(host, dataclasses.replace(rule, on=("pools",)), sim.now) is None
+    assert server.knows(host, dataclasses.replace(rule, on=("disks", "pools")), sim.now) == "partly"
+    assert server.knows(host, dataclasses.replace(rule, on=("pools", "disks")), sim.now) == "partly"
+    for seconds, always, known in ((600, False, "partly"), (601, False, None), (601, True, "partly")):
+        assert server.knows(host, dataclasses.replace(rule, on=("disks",), always=always), sim.now + seconds) == known
+    sim.send("pve1", absent=["disks"])
+    assert server.knows(host, dataclasses.replace(rule, on=("disks",)), sim.now) == "absent"
+    assert server.knows(host, dataclasses.replace(rule, on=("disks", "datasets")), sim.now) is None
 
 
 def limits(**fields):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from simulation import START, Simulation
@@ -173,6 +174,37 @@ def test_a_rule_switched_off_for_one_object_ends_its_alert_with_an_event(tmp_pat
     assert over["message"].startswith("Over: Pool tank")
     assert [row["state"] for row in sim.alerts("pool-state", "all")] == ["resolved"]
     sim.close()
+
+
+@pytest.mark.parametrize("next_report", [{"pools": pool(capacity_ratio=0.95)}, {"errors": {"pools": {"code": "timeout"}}}, {"pools": []}])
+def test_a_rule_switched_off_ends_its_alerts_whatever_is_known(tmp_path, next_report):
+    sim = settings(tmp_path, "[rules.pool-capacity]\nhold_seconds = 0\n")  # noqa: F811
+    sim.send("pve1", pools=pool(capacity_ratio=0.95))
+    assert fires(sim, "pool-capacity")
+    sim.settings_path.write_text("[rules.pool-capacity]\nenabled = false\n")
+    assert sim.monitor.reload_settings()
+    sim.now += 30
+    sim.send("pve1", **next_report)
+    assert not fires(sim, "pool-capacity")
+    sim.close()
+
+
+def test_an_object_may_have_a_lower_threshold_than_its_host(tmp_path):
+    sim = settings(tmp_path, '[rules.pool-capacity]\nhold_seconds = 0\n[objects."pools/tank".rules.pool-capacity]\nwarn = 0.5\n')  # noqa: F811
+    sim.send("pve1", pools=[*pool(capacity_ratio=0.6), *pool(name="data", capacity_ratio=0.6)])
+    assert fires(sim, "pool-capacity") == {("pve1", "pools/tank")}
+    sim.close()
+
+
+def test_each_host_has_its_own_thresholds_and_the_others_the_fleets():
+    layers = server.Layers({"rules": {"pool-capacity": {"warn": 0.7}}, "tags": {"Big": {"rules": {"pool-capacity": {"warn": 0.75}}}},
+                            "hosts": {"A": {"rules": {"pool-capacity": {"warn": 0.5}}}, "b": {"rules": {"pool-capacity": {"warn": 0.6}}}}})
+    hosts = [SimpleNamespace(name=name, tags=tags, limits=None) for name, tags in (
+        ("a", []), ("B", ["big"]), ("c", []), ("d", ["big", "x"]), (None, []))]
+    for _ in range(2):
+        assert [layers.named("pool-capacity", host).warn for host in hosts] == [0.5, 0.6, 0.7, 0.75, 0.7]
+    other = server.Layers()
+    assert [other.named("pool-capacity", host).warn for host in hosts] == [0.8] * 5
 
 
 def test_another_limit_for_silence_moves_the_verdict_the_overview_and_the_site(tmp_path):
