@@ -11320,12 +11320,17 @@ def parse_term(word: str) -> Term:
 
 def find_rows(call: Call, resource: Resource, rows: Iterable[Row], terms: list[Term]) -> Iterator[Row]:
     """The rows for which every term holds."""
-    return (row for row in rows if all(term_holds(call, resource, term, row) == term.wanted for term in terms))
+    words = [term for term in terms if term.operator == ""]
+    fields = [term for term in terms if term.operator]
+    for row in rows:
+        texts = row_text(row) if words else ""
+        if all((term.value in texts) == term.wanted for term in words) and all(
+                term_holds(call, resource, term, row) == term.wanted for term in fields):
+            yield row
 
 
 def term_holds(call: Call, resource: Resource, term: Term, row: Row) -> bool:
-    if term.operator == "":
-        return matches(row, term.value)
+    """Whether a term with a field holds; words that may stand anywhere find_rows looks for."""
     host = call.fleet.names.get((row.get("host") or row.get("name") or "").lower())
     if term.field in OF_HOSTS:
         place, _, name = (row.get("object") or "").lower().partition("/")  # of what a cluster or a site shares
@@ -11369,10 +11374,15 @@ def number_holds(term: Term, row: Row, columns: list[str], now: float) -> bool:
     return value > limit if term.operator == ">" else value < limit
 
 
-def matches(row: Row, word: str) -> bool:
-    """Whether a word occurs in one of the row's texts or in its vmid."""
-    texts = [value if type(value) is str else to_cell(value) for value in row.values() if type(value) in (str, list)]
-    return word in " ".join([*texts, to_cell(row.get("vmid"))]).lower()
+def row_text(row: Row) -> str:
+    """A row's texts and its vmid, in which a word may stand anywhere."""
+    texts = [value if type(value) is str else to_cell(value) for value in row.values() if type(value) in TEXTS]
+    if "vmid" in row:
+        texts.append(to_cell(row["vmid"]))
+    return " ".join(texts).lower()
+
+
+TEXTS = {str, list}
 
 
 def sort_rows(rows: Rows, by: str) -> Rows:
@@ -12158,15 +12168,18 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
     """All that the templates are given."""
     query, terms = call.query, parse_terms(call.query.get("q", ""))
     view = "problems" if query.get("tab") == "problems" else "list"
-    counts, found = count_tabs(call, terms)
+    hits = find_all(call, terms) if terms else {}
+    counts, found = count_tabs(call, terms, hits)
     resource = TABS.get(query.get("tab", ""), TABS[found if view == "list" else "hosts"])
     tab = resource.name
     if not terms and "tab" not in query:
         view = "kiosk" if "kiosk" in query else "home"
     everything, failed = tab_rows(call, resource)
-    rows = order_rows(resource, list(find_rows(call, resource, everything, terms)), query.get("sort", ""))
+    matching = hits[tab] if tab in hits else list(find_rows(call, resource, everything, terms))
+    rows = order_rows(resource, matching, query.get("sort", ""))
     chip = "kind" if tab == "events" else "state"
     of_any_state = [term for term in terms if term.field != chip]
+    in_any_state = rows if of_any_state == terms else find_rows(call, resource, everything, of_any_state)
     offset = page_offset(query.get("offset", ""), len(rows))
     overview, alerts = build_overview(call.fleet, call.now), open_alerts(call.fleet.everything())
     posture, sentence = describe_posture(overview, alerts)
@@ -12185,7 +12198,7 @@ def build_page(call: Call, *, managing: bool, fragment: bool) -> Fields:
         "heads": heads, "every": resource.every(), "cols": ",".join(resource.chosen(query.get("cols", ""))),
         "q": query.get("q", "").strip(), "sort": query.get("sort", ""),
         "offset": offset, "limit": PAGE_LIMIT, "total": len(rows), "rows": shown,
-        "chip": chip, "states": count_states(chip, find_rows(call, resource, everything, of_any_state)),
+        "chip": chip, "states": count_states(chip, in_any_state),
         "counts": {**counts, tab: len(rows)}, "csv": csv_url(resource, query),
         "overview": overview, "posture": posture, "sentence": sentence,
         "problems": group_problems(call, find_rows(call, TABS["alerts"], problems, terms), PROBLEMS_SHOWN),
@@ -12481,11 +12494,10 @@ def count_states(chip: str, rows: Iterable[Row]) -> list[tuple[str, int]]:
     return sorted(((word, count) for word, count in counts.items() if word), key=lambda pair: verdict_rank(pair[0]))
 
 
-def count_tabs(call: Call, terms: list[Term]) -> tuple[dict[str, int], str]:
+def count_tabs(call: Call, terms: list[Term], hits: dict[str, Rows]) -> tuple[dict[str, int], str]:
     """How many rows each tab would show, without a search only what is cheap to count; and the tab to open: that in
     which something is called as what is searched, else the first with hits."""
     if terms:
-        hits = find_all(call, terms)
         called = [name for name, rows in hits.items() for row in rows if is_called(TABS[name], row, terms[0].value)]
         return ({name: len(rows) for name, rows in hits.items()},
                 next(chain(called, (name for name, rows in hits.items() if rows)), "hosts"))

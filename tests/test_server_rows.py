@@ -168,3 +168,52 @@ def test_rows_of_a_host_of_which_nothing_is_new_are_not_made_again(sim):
     assert set(ask()) == {"hosts", "guests", "volumes"}
     sim.now += server.STALE_SECONDS
     assert {"hosts", "guests", "storages"} <= set(ask()) and "disks" not in made
+
+
+def well(name: str, now: float) -> dict[str, Any]:
+    """A host of which nothing is to be said but that no job holds its guests: that is said with the age of a backup."""
+    return {**draw_sections(random.Random(1), now, name), "guests": [build_guest(100), build_guest(101)],
+            "storages": [build_storage("store")], "pools": [build_pool()], "pool_states": [{"name": "tank", "state": "ONLINE"}],
+            "disks": [{"name": "sda", "passed": True}], "cluster": {"name": "east"},
+            "backups": {"jobs": [], "guests": [{"vmid": 100, "newest_ok": {"ended_at": now - 3000.5, "storage": "x"}}]}}  # fmt: skip
+
+
+@pytest.mark.parametrize("offline_after", [90, 350])
+def test_kept_rows_change_with_the_time_alone(sim, offline_after):
+    sim.fleet.layers = server.Layers({"rules": {"host-offline": {"crit": offline_after}}})
+    sim.send("a", **well("a", sim.now))
+    sim.fleet.find("a").alerts = {}
+    sim.fleet.serving_since = START + 33  # silence counts from here
+    dice = random.Random(1)
+    while sim.now < START + 7500:
+        compare(sim, f"{sim.now - START} s")
+        sim.now += dice.choice([1, 20, 59, 60, 61]) if sim.now > START + 800 else dice.choice([1, 7.5])
+
+
+SUSPECT = [server.VdevMargin("tank", "mirror-0", 1, (({"name": "sda"}, None, ["old"]),))]
+CLUSTER = server.Alert(
+    "cluster-quorum", "clusters/east", "critical", "No quorum.", None, START, "firing", fired_at=START
+)
+OWN = {"agent": {"version": "9"}, "clock_ahead": 7.0, "guest_counts": (7, 8, 9), "no_backup": frozenset(["100", "101"]),
+       "margins": {"tank": SUSPECT}, "note": "n", "site": "t", "tags": ["x"], "last_seen_at": START - 9,
+       "maintenance_until": START + 9, "alerts": {("x", ""): CLUSTER}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_kept_rows_change_with_each_thing_known_of_a_host(sim, name):
+    sim.send("a", **well("a", sim.now))
+    state = sim.fleet.find("a")
+    state.alerts = {}
+    compare(sim, "a report")
+    setattr(state, name, OWN[name])
+    compare(sim, name)
+
+
+def test_kept_rows_change_with_what_a_host_shares(sim):
+    compare(sim, "nothing")
+    state = sim.fleet.find("a")
+    sim.send("a", **well("a", sim.now))
+    state.alerts = {}
+    compare(sim, "a report")
+    sim.fleet.concerned = {state.id: [CLUSTER]}
+    compare(sim, "a cluster's alert")
