@@ -116,6 +116,7 @@ JUDGED: dict[tuple[str, str], str] = {
     ("ingest", "20: one more in: reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))"): "what a refused request costs, by estimate",
     ("Rule.level", "value < bound - 1e-09: LtE"): "no number is exactly a billionth off",
     ("is_worse", "(alert.value - alert.acknowledged_value) * rule.worse: FloorDiv"): "1 and -1 divide as they multiply",
+    ("judge_rule", "return []: None"): "of none nothing is made either",
     ("judge", "if found:: always True"): "a short cut: of no changes nothing is made",
     ("judge_rule", "if rule.field and (not open_alerts) and (not layered):: always False"): "a short cut: evaluate() opens nothing for what is well",
     ("judge_rule", "if open_alerts or rule.tidy:: always True"): "a short cut: nothing is open, and nothing to be forgotten",
