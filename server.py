@@ -3305,10 +3305,12 @@ def describe_forecast(forecast: Forecast | None) -> str:
     if not forecast.soonest:
         return "full"
     soonest = math.floor(forecast.soonest)
+    if soonest >= 730:
+        return f"over {soonest // 365} years"
     if forecast.latest is None:
         return f"{soonest} d or later"
     latest = math.ceil(forecast.latest)
-    return f"{soonest}–{latest} d" if soonest < latest else f"{soonest} d"
+    return f"{soonest}–{latest} d" if latest - soonest > soonest / 50 else f"{soonest} d"
 
 
 class GrownSpace(NamedTuple):
@@ -4139,6 +4141,25 @@ def some_of(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+# Why a section could not be had, by the code that the agent gives, in words that need no command line.
+FAILURES = {"timeout": "no answer in time", "denied": "permission denied", "missing": "a tool that it needs is missing",
+            "failed": "a command fails", "garbage": "an answer that it does not understand",
+            "stuck": "an earlier command still hangs", "too_large": "too much to take in",
+            "unavailable": "it cannot be asked now"}
+
+
+def failure_words(error: Fields) -> str:
+    code = str(error.get("code") or "unknown")
+    return FAILURES.get(code, code.replace("_", " ")[:40])
+
+
+def without_command(told: str) -> str:
+    """'timeout: smartctl -j -H /dev/sda: no answer in 30 s' -> 'no answer in 30 s': who reads it typed no command."""
+    parts = told.split(": ")
+    kept = [part for place, part in enumerate(parts) if " -" not in part and (place or part not in FAILURES)]
+    return ": ".join(kept) or parts[-1]
+
+
 def called(guest: Fields) -> str:
     """'104 (web)'"""
     return f"{guest['vmid']} ({text(guest, 'name') or guest['vmid']})"
@@ -4848,7 +4869,8 @@ def smart_unknown(disk: Fields) -> Found:
     if disk.get("passed") is not None or disk.get("standby"):
         return None
     reason = text(disk, "unknown_reason")
-    return info(f"{disk_called(disk)} tells nothing about its health{f': {reason[:200]}' if reason else ''}.")
+    why = f": {without_command(reason)[:200]}" if reason else ""
+    return info(f"{disk_called(disk)} tells nothing about its health{why}.")
 
 
 def accept_gone(host: HostState, object: str) -> bool:
@@ -5541,7 +5563,7 @@ def replication(job: Fields, host: HostState, now: float) -> Found:
     late = len(missed) >= 3
     if not fails and not late and not (missed and now - missed[0] > BACKUP_GRACE):
         return UNKNOWN if fails is None else None
-    why, shown = text(job, "error"), f"{format_duration(now - last)} ago" if last else "never"
+    why, shown = without_command(text(job, "error") or ""), f"{format_duration(now - last)} ago" if last else "never"
     return (critical if late or (fails or 0) >= 3 else warning)(
         f"{said}: {count_of(fails or 0, 'failure')} in a row, last good sync {shown}{f': {why[:200]}' if why else ''}.",
         fails)
@@ -5642,18 +5664,6 @@ def section_failing(failure: Fields) -> Found:
         return UNKNOWN
     name = failure["name"].replace("_", " ")
     return warning(f"The agent cannot collect the {name}: {failure_words(failure)}.", failure["count"])
-
-
-# Why a section could not be had, by the code that the agent gives, in words that need no command line.
-FAILURES = {"timeout": "no answer in time", "denied": "permission denied", "missing": "a tool that it needs is missing",
-            "failed": "a command fails", "garbage": "an answer that it does not understand",
-            "stuck": "an earlier command still hangs", "too_large": "too much to take in",
-            "unavailable": "it cannot be asked now"}
-
-
-def failure_words(error: Fields) -> str:
-    code = str(error.get("code") or "unknown")
-    return FAILURES.get(code, code.replace("_", " ")[:40])
 
 
 def todo_of(state: Any, rule: str, object: str | None) -> str:
@@ -9961,7 +9971,9 @@ def disk_rows(state: HostState, now: float) -> Iterator[Row]:
     """A host's disks, with their place in a pool and what SMART says of them."""
     for disk in state.body("disks", ()):
         verdict, reason = object_verdict(state, "disks", disk["name"], now)
-        if verdict == "ok" and disk.get("passed") is None:
+        if verdict == "ok" and (why := suspicions(disk, {})):
+            verdict, reason = "info", f"It may fail next: {'; '.join(why)}."
+        elif verdict == "ok" and disk.get("passed") is None:
             verdict, reason = "unknown", "The disk tells nothing about its health."
         yield {**pick(disk, DISK_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
                "as_of": state.sections["disks"].time}
@@ -11879,6 +11891,7 @@ def disk_card(call: Call, state: HostState, name: str) -> Row | None:
     margin = vdev_margin(state, place)
     verdict = row.get("verdict") or ("ok" if text(leaf, "state") == "ONLINE" else "critical")
     why = suspicions(own, leaf)
+    verdict = "info" if verdict == "ok" and why else verdict
     reason = row.get("reason") or "; ".join(why) if disk else (
         "The host does not see this disk: it is missing, or its connection is.")
     card = object_card(call, state, "disk", f"disks/{own.get('name') or leaf.get('disk') or leaf.get('name')}",
@@ -12563,6 +12576,8 @@ def show_cell(column: str, value: Any) -> str:
         return f"in {show_duration(-value)}" if is_number(value) and value < 0 else show_duration(value)
     if column.endswith("_celsius"):
         return f"{show_number(value)} °C" if is_number(value) else "–"
+    if column.startswith("margin") and is_number(value) and value < 0:
+        return "data lost"
     if column != "vmid" and is_number(value):
         return show_number(value)
     return to_cell(value) or "–"

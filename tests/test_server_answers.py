@@ -687,6 +687,14 @@ def test_two_days_are_too_few_to_say_when_it_is_full(sim: Simulation) -> None:
     assert (row["verdict"], row["reason"], row["days_until_full"], row["grew"]) == ("unknown", "unknown", None, None)
 
 
+def test_a_suspect_disk_is_not_well_though_nothing_fires(sim: Simulation) -> None:
+    suspect = {"name": "sda", "passed": True, "pending_sectors": 24, "serial": "S1"}
+    host = state(sim, disks=[suspect, {"name": "sdb", "passed": True, "pending_sectors": 0}])
+    host.alerts.clear()
+    rows = {row["name"]: (row["verdict"], row["reason"]) for row in server.disk_rows(host, sim.now)}
+    assert rows == {"sda": ("info", "It may fail next: 24 pending sectors."), "sdb": ("ok", None)}
+
+
 def test_a_host_is_looked_at_again_soon_after_the_first_time(sim: Simulation) -> None:
     """A backlog that came with its first report is not in the history yet when it is looked at."""
     state(sim, pools=[{**pool(vdev("mirror", leaf("a"), leaf("b"))), "usable_used_bytes": GIB,

@@ -110,6 +110,8 @@ def test_less_than_three_days_are_too_little():
     assert server.fill_forecast(play(2.5, 500 * GB, 10 * GB), 600 * GB, NOW) is None
     assert server.fill_forecast([], 600 * GB, NOW) is None
     assert server.fill_forecast([(NOW - 6 * DAY, 1.0), (NOW, 2.0)], 600 * GB, NOW) is None
+    said = {(5.2, 5.9): "5–6 d", (107.2, 107.8): "107 d", (100, 130): "100–130 d", (1030, 1031): "over 2 years"}
+    assert {days: server.describe_forecast(server.Forecast(*days, 1.0, 7.0)) for days in said} == said
     assert server.describe_forecast(None) == "unknown"
 
 

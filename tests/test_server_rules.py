@@ -1178,6 +1178,16 @@ def test_a_site_that_falls_silent_is_one_alert(sim):
 # --- the agent and its reports ---
 
 
+@pytest.mark.parametrize("told, words", [
+    ("timeout: smartctl -j -i -H -A -n standby,3 /dev/sdc: no answer in 30 s", "no answer in 30 s"),
+    ("command 'zfs send -Rpv -I a -- b@c' failed: exit code 1", "exit code 1"),
+    ("smartctl: Unknown USB bridge [0x152d:0x0578 (0x508)]", "smartctl: Unknown USB bridge [0x152d:0x0578 (0x508)]"),
+    ("ssh: connect to host pve-away: No route to host", "ssh: connect to host pve-away: No route to host"),
+    ("zfs list -H", "zfs list -H"), ("", "")])
+def test_an_alert_repeats_no_command_line(told, words):
+    assert server.without_command(told) == words
+
+
 def test_a_section_that_fails_in_three_of_its_ticks(sim):
     for _ in range(3):
         assert not sim.alerts("section-failing")
