@@ -117,6 +117,7 @@ JUDGED: dict[tuple[str, str], str] = {
     ("Rule.level", "value < bound - 1e-09: LtE"): "no number is exactly a billionth off",
     ("is_worse", "(alert.value - alert.acknowledged_value) * rule.worse: FloorDiv"): "1 and -1 divide as they multiply",
     ("judge_rule", "return []: None"): "of none nothing is made either",
+    ("Layers.limits", "0: one more in: if kept is None or kept[0] is not self:"): "found again in a table instead of beside the host",
     ("judge", "if found:: always True"): "a short cut: of no changes nothing is made",
     ("judge_rule", "if rule.field and (not open_alerts) and (not layered):: always False"): "a short cut: evaluate() opens nothing for what is well",
     ("judge_rule", "if open_alerts or rule.tidy:: always True"): "a short cut: nothing is open, and nothing to be forgotten",

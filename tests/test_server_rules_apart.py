@@ -189,8 +189,9 @@ def test_a_rule_switched_off_ends_its_alerts_whatever_is_known(tmp_path, pools, 
     sim.close()
 
 
-def test_an_object_may_have_a_lower_threshold_than_its_host(tmp_path):
-    sim = settings(tmp_path, '[rules.pool-capacity]\nhold_seconds = 0\n[objects."pools/tank".rules.pool-capacity]\nwarn = 0.5\n')  # noqa: F811
+@pytest.mark.parametrize("table", ['objects."pools/tank"', 'hosts.PVE1.objects."pools/tank"'])
+def test_an_object_may_have_a_lower_threshold_than_its_host(tmp_path, table):
+    sim = settings(tmp_path, f"[rules.pool-capacity]\nhold_seconds = 0\n[{table}.rules.pool-capacity]\nwarn = 0.5\n")  # noqa: F811
     sim.send("pve1", pools=[*pool(capacity_ratio=0.6), *pool(name="data", capacity_ratio=0.6)])
     assert fires(sim, "pool-capacity") == {("pve1", "pools/tank")}
     sim.close()
