@@ -5666,10 +5666,16 @@ def section_failing(failure: Fields) -> Found:
     return warning(f"The agent cannot collect the {name}: {failure_words(failure)}.", failure["count"])
 
 
+# What a rule's `todo` calls the object, and its alert by name: not with a name that a shell or a reader could mistake.
+PLACEHOLDERS = {"pools": "POOL", "services": "UNIT", "units": "UNIT", "guests": "VMID"}
+
+
 def todo_of(state: Any, rule: str, object: str | None) -> str:
     """What to do about an alert; of a section that could not be had also what the agent was told."""
     told = RULE[rule].todo if rule in RULE else ""
     kind, _, name = (object or "").partition("/")
+    if kind in PLACEHOLDERS and name.isascii() and name.isprintable():
+        told = re.sub(rf"\b{PLACEHOLDERS[kind]}\b", lambda _: shlex.quote(name.partition("/")[0]), told)
     error = state.sections.get(name, NOTHING).error if kind == "sections" and isinstance(state, HostState) else None
     return f"{told} It was told: {str(error['detail'])[:300]}" if error and error.get("detail") else told
 

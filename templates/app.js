@@ -829,7 +829,7 @@
     const names = [...new Set(["node.uptime_seconds", ...table.flatMap(([, , fields]) => namesOf(frame, subject, fields))])];
     const query = new URLSearchParams([...names.map((series) => ["series", series]), ["from", span.from], ["to", to], ...(range === 604800 ? [["step", 900]] : [])]);
     const past = (host) => getJson(apiOf(host, `/history?${query}`));
-    const [history, alerts, host, gaps, other] = await Promise.all([past(name), getJson(`/api/v1/alerts?state=all&host=${encodeURIComponent(name)}`), getJson(apiOf(name)), getJson(apiOf(name, "/gaps")), beside ? past(beside) : null]);
+    const [history, alerts, host, gaps, other] = await Promise.all([past(name), getJson(`/api/v1/alerts?state=all&host=${encodeURIComponent(name)}`), getJson(apiOf(name)), getJson(apiOf(name, `/gaps?from=${Math.floor(now()) - 172800}`)), beside ? past(beside) : null]);
     if (ticket !== chartsAsked || !frame.isConnected) return;
     chartsTimer = setTimeout(() => showCharts({ again: true }), range <= 21600 ? 30000 : 300000);
     const body = $("[data-charts-body]", frame);

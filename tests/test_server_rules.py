@@ -1178,6 +1178,15 @@ def test_a_site_that_falls_silent_is_one_alert(sim):
 # --- the agent and its reports ---
 
 
+@pytest.mark.parametrize("rule, object, words", [
+    ("pool-state", "pools/tank", "zpool status -v tank;"), ("pool-state", "pools/a b/mirror-0", "zpool status -v 'a b';"),
+    ("pool-state", "pools/t\u00e4nk", "zpool status -v POOL;"), ("pool-state", None, "zpool status -v POOL;"),
+    ("unit-failed", "services/zfs-mount", "systemctl status zfs-mount; journalctl -u zfs-mount;")])
+def test_what_to_do_names_the_object(sim, rule, object, words):
+    sim.send("pve1", node=node())
+    assert words in server.todo_of(sim.fleet.find("pve1"), rule, object)
+
+
 @pytest.mark.parametrize("told, words", [
     ("timeout: smartctl -j -i -H -A -n standby,3 /dev/sdc: no answer in 30 s", "no answer in 30 s"),
     ("command 'zfs send -Rpv -I a -- b@c' failed: exit code 1", "exit code 1"),
