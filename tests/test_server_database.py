@@ -168,6 +168,20 @@ def test_a_rush_of_urgent_writes_leaves_no_debt_for_reports(config, monitor, mon
     store.close()
 
 
+def test_reports_share_a_flush_where_flushes_are_few(monitor, monkeypatch):
+    monkeypatch.setattr(server, "FLUSHES_SAVED", 0)
+    monkeypatch.setattr(server, "FLUSHES_PER_SECOND", 0.01)
+    monkeypatch.setattr(server, "COMPANY", 3)
+    store, sizes = server.Store(monitor.config.database_path), []
+    commit = store._commit
+    monkeypatch.setattr(store, "_commit", lambda group: (sizes.append(len(group)), commit(group)))
+    with ThreadPoolExecutor(3) as senders:
+        for done in [senders.submit(store.write, lambda db: None, urgent=False) for _ in range(3)]:
+            done.result(timeout=20)
+    assert sizes == [3]
+    store.close()
+
+
 def test_who_is_done_does_not_wait_for_the_company_of_the_next(monitor, monkeypatch):
     monkeypatch.setattr(server, "FLUSHES_SAVED", 0)
     monkeypatch.setattr(server, "FLUSHES_PER_SECOND", 0.01)
