@@ -113,6 +113,7 @@ JUDGED: dict[tuple[str, str], str] = {
     ("insert_reports", "sum((len(run.ranges) for run in monitor.runs.values())) > SPANS_AT_HAND: GtE"): "what is not at hand is read again",
     ("unpack", "most + 1 - len(text): Add"): "what is too much is seen all the same, after at most twice as much",
     ("unpack", "1: one more in: text += unpacker.decompress(rest, most + 1 - len(text))"): "two bytes too many tell what one does",
+    ("read_request_body", "16: one more in: if weight > min(16 * most, PARSED_LIMIT):"): "a bound of memory by estimate",
     ("keep", "if strange:: always True"): "of no new runs none are counted",
     ("ingest", "20: one more in: reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))"): "what a refused request costs, by estimate",
     ("Rule.level", "value < bound - 1e-09: LtE"): "no number is exactly a billionth off",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_one_host_has_so_many_requests_under_way_and_others_theirs(monitor, regi
     for thread in (holder, *threads):
         thread.join(10)
     assert sorted(codes) == [("pve1", 200)] * server.UNDER_WAY + [("pve1", 429), ("pve2", 200)]
+
+
+def test_requests_that_are_over_are_under_way_no_more():
+    room = server.Room()
+    for _ in range(3):
+        with pytest.raises(KeyError), room.of_host(1):
+            raise KeyError  # however it ends
+        with ExitStack() as stack:
+            for _ in range(server.UNDER_WAY):
+                stack.enter_context(room.of_host(1))
+            with pytest.raises(server.Problem) as refused, room.of_host(1):
+                raise AssertionError("one too many")
+            assert (refused.value.code, refused.value.headers) == ("rate_limited", {"Retry-After": "2"})
+            stack.enter_context(room.of_host(2))
 
 
 def test_a_large_request_has_its_turn_or_comes_again(register, post, monitor, monkeypatch, store):
