@@ -74,6 +74,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import Error
 
 # --- constants: version, limits, exit codes ---
 
@@ -114,6 +115,10 @@ THREADS = 32  # a report keeps one until it is on the disk
 # history store that hangs takes those of the rest. A page only computes: more at once are not ready sooner, and reports
 # wait for each of them at every step.
 AT_ONCE = {"health": 2, "page": 3, "reports": 16, "other": 11}
+READ_AT_ONCE = 2  # of the requests with reports: a page waits for each of them at every step, the disk for none
+SWITCH_SECONDS = 0.001  # that a thread computes while others want to; Python's own 5 ms add up with each that waits
+WAITING_MOST = 512  # requests with reports; who comes then is told to come again, or all would wait until they give up
+AGAIN_FIRST, AGAIN_LAST, AGAIN_PER_SECOND = 5, 55, 25  # seconds after which, and so many of them a second
 STREAMS_AT_ONCE, STREAMS_OF_ONE = 8, 3  # answers that are made while they are read: of all, and of one who asks
 FLUSHES_SAVED, FLUSHES_PER_SECOND = 1000, 20  # of the disk, by reports: see Store
 COMPANY = AT_ONCE["reports"] * 3 // 4  # so many wait for no more
@@ -3604,6 +3609,7 @@ class Room:
     def __init__(self) -> None:
         self.reports = RateLimiter(REPORTS_BURST, REPORTS_PER_SECOND)
         self.runs = RateLimiter(RUNS_BURST, RUNS_PER_SECOND)
+        self.reading = threading.Semaphore(READ_AT_ONCE)
         self._large, self._lock = threading.Lock(), threading.Lock()
         self._under_way: Counter[int] = Counter()
 
@@ -3661,7 +3667,9 @@ def ingest(monitor: Monitor, host_name: str, header: Callable[[str], str], body:
         reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))  # what is refused has cost so much: it may unpack to much
         room.take(room.reports, host, reserved, now, ask=BATCH_LIMIT)
         try:
-            return keep(monitor, host, nonce, read_request_body(body, encoding, host.name, LARGE), now, reserved)
+            with room.reading:
+                request = read_request_body(body, encoding, host.name, LARGE)
+            return keep(monitor, host, nonce, request, now, reserved)
         except Problem as problem:
             if problem.code != "too_large":
                 raise
@@ -12978,15 +12986,29 @@ class RefusedTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        code = {413: "too_large", 431: "too_large", 501: "unsupported_media_type"}.get(error.code, "invalid_request")
+        code = {413: "too_large", 431: "too_large", 501: "unsupported_media_type", 503: "busy"}.get(
+            error.code, "invalid_request")
         problem = Problem(code, str(error.body).strip() or error.reason)
         problem.status = 415 if error.code == 501 else error.code  # a strange Transfer-Encoding is the sender's fault
         body = problem.body()
         self.status = STATUS_LINES[problem.status]
         self.response_headers.extend([("Content-Type", "application/problem+json"), *SECURITY_HEADERS.items()])
+        if isinstance(error, Crowded):
+            self.response_headers.append(("Retry-After", str(error.again)))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
+
+
+class Crowded(Error):
+    """More reports wait than are taken in the time that their senders have."""
+
+    code, reason = 503, "Service Unavailable"
+
+    def __init__(self, refused: int):
+        super().__init__("many reports wait to be taken")
+        spread = min(AGAIN_LAST - AGAIN_FIRST, 10 + refused // AGAIN_PER_SECOND)
+        self.again = AGAIN_FIRST + secrets.randbelow(spread)
 
 
 class AnswerTask(WSGITask):
@@ -13018,6 +13040,7 @@ class Lane:
         self.most = most
         self.waiting: deque[HttpChannel] = deque()
         self.under_way: set[HttpChannel] = set()
+        self.refused = 0  # since nobody waited
 
     def ready(self) -> int:
         return len(self.waiting) if len(self.under_way) < self.most else 0
@@ -13040,8 +13063,14 @@ class WaitingRequests:
         self.turns = deque(self.lanes.values())
 
     def append(self, channel: HttpChannel) -> None:
-        path = getattr(channel.requests[0], "path", "") if channel.requests else ""
-        self.lanes[lane_of(path)].waiting.append(channel)
+        request = channel.requests[0] if channel.requests else None
+        name = lane_of(getattr(request, "path", ""))
+        lane = self.lanes[name]
+        if request and name == "reports" and len(lane.waiting) >= WAITING_MOST:
+            request.error = Crowded(lane.refused)
+            lane.refused += 1
+            lane = self.lanes["health"]  # as quick to answer
+        lane.waiting.append(channel)
 
     def __len__(self) -> int:
         """How many a thread may take. Each that ends one looks again, so none waits for ever."""
@@ -13053,6 +13082,7 @@ class WaitingRequests:
         lane = self.turns[0]
         self.turns.rotate(-1)
         channel = lane.waiting.popleft()
+        lane.refused = lane.refused if lane.waiting else 0
         lane.under_way.add(channel)
         return channel
 
@@ -13089,8 +13119,19 @@ class HttpChannel(HTTPChannel):
             return time.monotonic() - self.request.began > (REQUEST_SECONDS if self.request.headers_finished else head)
         return crowded and not self.total_outbufs_len and time.time() - self.last_activity > CROWDED_SECONDS
 
+    def has_left(self) -> bool:
+        """Whether who asked has hung up meanwhile; waitress does not read on while a request waits."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def service(self) -> None:
         try:
+            if self.has_left():
+                self.connected = False  # nobody reads the answer, and a sender keeps what was not acknowledged
             super().service()
         finally:
             self.server.task_dispatcher.queue.done(self)
@@ -13120,6 +13161,7 @@ def run_server(monitor: Monitor) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop_serving)
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=monitor.reload_settings, daemon=True).start())
+    sys.setswitchinterval(SWITCH_SECONDS)
     Scheduler(monitor).start()
     start_watches(monitor)
     monitor.notifier.start()
@@ -13155,7 +13197,7 @@ def open_sockets(monitor: Monitor) -> Any:
     sockets: dict[int, Any] = {}
     server = waitress.create_server(
         build_app(monitor), sockets, host=config.listen, port=config.port, threads=THREADS, ident="",
-        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=room_for_connections(), backlog=1024,
+        expose_tracebacks=False, asyncore_use_poll=True, connection_limit=room_for_connections(), backlog=4096,
         channel_timeout=120, cleanup_interval=10, max_request_header_size=1 << 15, max_request_body_size=TAKEN_LIMIT,
         inbuf_overflow=1 << 16, outbuf_high_watermark=UNREAD_LIMIT, clear_untrusted_proxy_headers=False)
     for one in sockets.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import build_report
+from conftest import ROOT, build_report
 
+import agent
 import server
 
 
 class Channel:
     def __init__(self, path: str):
-        self.requests = [SimpleNamespace(path=path)]
+        self.requests = [SimpleNamespace(path=path, error=None)]
 
 
 @pytest.fixture
@@ -51,6 +54,43 @@ def test_nothing_that_is_asked_for_takes_all_threads(queue, lane, path):
     queue.done(crowd[0])
     assert len(queue) == 3 and queue.popleft() is crowd[most]
     assert sum(server.AT_ONCE.values()) <= server.THREADS
+
+
+def test_who_would_wait_too_long_is_told_at_once_to_come_again(queue):
+    """With a time for each that grows with their number, so that they do not all come back together."""
+    crowd, late = reports(server.WAITING_MOST), reports(2000)
+    for channel in (*crowd, *late):
+        queue.append(channel)
+    assert queue.popleft() is late[0] and queue.popleft() is crowd[0]  # a refusal takes no report's turn
+    again = [channel.requests[0].error.again for channel in late]
+    assert min(again) >= server.AGAIN_FIRST and max(again[:25]) <= server.AGAIN_FIRST + 10
+    assert server.AGAIN_LAST / 2 < max(again) <= server.AGAIN_LAST <= agent.RETRY_AFTER_LIMIT
+    assert all(channel.requests[0].error is None for channel in crowd)
+
+
+def test_a_refusal_says_why_and_when_to_come_again(live_server):
+    """As it goes out: seen by a sender that comes while no more may wait."""
+    program = "import sys, server; server.WAITING_MOST = 0; sys.exit(server.main(sys.argv[1:]))"
+    live_server.stop()
+    live_server.argv = [sys.executable, "-c", program]
+    live_server.env["PYTHONPATH"] = str(ROOT)
+    live_server.start()
+    told = live_server.post(live_server.register("pve1"), build_report())
+    assert (told.status, told.json()["code"], told.headers["content-type"]) == (503, "busy", "application/problem+json")
+    assert server.AGAIN_FIRST <= int(told.headers["retry-after"]) <= server.AGAIN_LAST
+    assert live_server.request("GET", "/healthz").status == 200
+
+
+def test_who_has_hung_up_while_he_waited_is_seen():
+    ours, theirs = socket.socketpair()
+    channel: Any = SimpleNamespace(socket=ours)
+    assert not server.HttpChannel.has_left(channel)
+    theirs.send(b"GET")
+    assert not server.HttpChannel.has_left(channel) and ours.recv(9) == b"GET"
+    theirs.close()
+    assert server.HttpChannel.has_left(channel)
+    ours.close()
+    assert server.HttpChannel.has_left(channel)
 
 
 def test_a_report_is_taken_however_many_wait_and_health_does_not(live_server):
