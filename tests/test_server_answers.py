@@ -576,6 +576,9 @@ TOLD = {  # what stood there, what comes 60 s before it is taken, and each chang
         [(-60, "guest", "guests/104", "Guest 104 vm104: running → stopped"), (-60, "guest", "guests/108", "Guest 108 vm108 appeared"),
          (-60, "guest", "guests/106", "Guest 106 is gone from this host")]),
     "guests that are all as they were": ({"guests": [guest()]}, {"guests": [guest(cpu_ratio=0.5)]}, []),
+    "settings that are no list of names": (
+        {"guests": [guest()]}, {"guests": [guest(config_changed=7, config_changed_at=START)]},
+        [(-60, "config", "guests/104", "Configuration of guest 104 vm104 changed: ")]),
     "settings, in the future, and those of a guest that was not there": (
         {"guests": [guest()]}, {"guests": [guest(config_changed=["cores"], config_changed_at=START + 9999), guest(105, config_changed_at=START)]},
         [(-60, "guest", "guests/105", "Guest 105 vm105 appeared"), (0, "config", "guests/104", "Configuration of guest 104 vm104 changed: cores")]),

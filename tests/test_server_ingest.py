@@ -49,6 +49,22 @@ def test_a_batch_counts_what_is_new_and_what_is_known(register, post, store, mon
     assert stored_reports(store) == monitor.reports_accepted == 5
 
 
+def test_what_is_taken_is_judged_told_and_remembered(register, post, admin, clock, monitor):
+    token = register("pve1")
+    task = {"upid": "U", "type": "qmstop", "vmid": 100, "ended_at": clock(), "status": "OK"}
+    for seq in (1, 2, 2):
+        clock.advance(30)
+        report = build_report(seq=seq, at=clock(), pools=[build_pool(data_errors=2)], tasks=[task] if seq == 1 else [])
+        assert post(token, report).status == 200
+    assert [alert["rule"] for alert in admin.get("/api/v1/alerts").json()["items"]] == ["pool-data-errors"]
+    assert [event["kind"] for event in admin.get("/api/v1/events").json()["items"] if event["kind"] == "task"] == ["task"]
+    state = monitor.fleet.find("pve1")
+    assert state.heard == 2 and [kept[0] for kept in state.memory.tasks] == ["qmstop"]
+    query = f"series=node.cpu_ratio&from={int(clock() - 300)}&to={int(clock() + 1)}"
+    (series,) = admin.get(f"/api/v1/hosts/pve1/history?{query}").json()["series"]
+    assert series["points"]
+
+
 def test_what_is_known_already_writes_nothing(register, post, store, admin):
     token = register("pve1")
     batch = [build_report(seq=1), build_report(seq=2)]
