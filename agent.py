@@ -2050,8 +2050,8 @@ def parse_ceph_status(text: str) -> Fields:
     if not isinstance(health.get("status"), str):
         raise SourceError("garbage", "ceph -s: no health in the answer")
     checks = [
-        known(name=name, severity=dig(check, "severity"), message=dig(check, "summary", "message"),
-              muted=dig(check, "muted"))
+        known(name=name, severity=to_word(dig(check, "severity")), message=to_word(dig(check, "summary", "message")),
+              muted=to_bool(dig(check, "muted")))
         for name, check in as_dict(health.get("checks")).items()
     ]  # fmt: skip
     return {"health": health["status"], "checks": checks}

@@ -634,6 +634,13 @@ def test_words_of_the_cluster_that_are_none_are_unknown(odd: Any) -> None:
     assert not [member for member in agent.collect_cluster(probe, {})["members"] if "address" in member]
 
 
+@pytest.mark.parametrize("odd", [7, [], {"a": 1}, ["x"]])
+def test_words_of_ceph_that_are_none_are_unknown(odd: Any) -> None:
+    checks = {"OSD_DOWN": {"severity": odd, "summary": {"message": odd}, "muted": odd}, "MON_DOWN": odd}
+    told = agent.parse_ceph_status(json.dumps({"health": {"status": "HEALTH_WARN", "checks": checks}}))
+    assert told["checks"] == [{"name": "OSD_DOWN"}, {"name": "MON_DOWN"}]
+
+
 def test_mail_that_waits_is_as_old_as_its_arrival_not_as_its_next_try() -> None:
     assert section("pve8-mirror", "mail_queue") == {
         "active": 1, "deferred": 2, "hold": 0, "incoming": 0, "oldest_at": 1795398000}  # fmt: skip
