@@ -88,6 +88,7 @@ SENT_LIMIT = 2 << 20  # bytes of one request as sent
 TAKEN_LIMIT = 4 << 20  # up to here a body is read, to be refused with a word; beyond it the connection is closed
 HEAD_SECONDS, REQUEST_SECONDS = 20, 60  # that a request's head and all of it may take to come in
 CROWDED_SECONDS = 2  # that a connection may stand open without a request while places run short
+PATIENCE_SECONDS = 5  # that a request waits before we look whether its sender has hung up
 UNREAD_SECONDS = 60  # that an answer may wait to be read on
 UNREAD_LIMIT = 4 << 20  # bytes of an answer that are made before they are read
 UNPACKED_LIMIT = 32 << 20  # bytes of one request unpacked: a gzip bomb ends here
@@ -13120,7 +13121,10 @@ class HttpChannel(HTTPChannel):
         return crowded and not self.total_outbufs_len and time.time() - self.last_activity > CROWDED_SECONDS
 
     def has_left(self) -> bool:
-        """Whether who asked has hung up meanwhile; waitress does not read on while a request waits."""
+        """Whether who asked has hung up after a long wait; waitress does not read on while a request waits. Sooner it
+        may be one who has only ended his side, as HTTP lets him, and still reads."""
+        if time.monotonic() - self.requests[0].began < PATIENCE_SECONDS:
+            return False
         try:
             return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
