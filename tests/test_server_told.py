@@ -440,3 +440,16 @@ def test_random_sequences_keep_the_promises(database):
         counts += play(database, seed)
     print(f"{count} sequences in {time.monotonic() - began:.1f} s, told: {dict(counts)}")
     assert all(counts[kind] > count / 50 for kind in ("firing", "worse", "resolved")), counts
+
+
+@pytest.mark.parametrize(("severity", "told", "news"), [
+    ("warning", None, "firing"), ("critical", ("warning", 5), "worse"), ("warning", ("", 5), "worse"), ("info", ("", 9 * HOUR), "worse"),
+    ("warning", ("critical", HOUR), None), ("warning", ("critical", HOUR + 1), "less"), ("info", ("warning", 2 * HOUR), "less"),
+    ("warning", ("warning", 2 * HOUR), None), ("warning", ("warning", DAY - 1), None),
+    ("warning", ("warning", DAY), "reminder")])
+def test_what_is_news_to_somebody_who_was_told(severity, told, news):
+    now = 1_800_000_000.0
+    told = told and (told[0], now - told[1])  # as how severe, and how long ago
+    for rule, reminds in (("pool-state", True), ("pool-capacity", False), ("of a later version", False)):
+        alert = server.Alert(rule, "pools/tank", severity, "", None, now - 99 * HOUR, "firing")
+        assert server.news_of(alert, told, now) == (None if news == "reminder" and not reminds else news)
