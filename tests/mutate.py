@@ -122,7 +122,6 @@ JUDGED: dict[tuple[str, str], str] = {
     ("ingest", "20: one more in: reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))"): "what a refused request costs, by estimate",
     ("Rule.level", "value < bound - 1e-09: LtE"): "no number is exactly a billionth off",
     ("is_worse", "(alert.value - alert.acknowledged_value) * rule.worse: FloorDiv"): "1 and -1 divide as they multiply",
-    ("judge_rule", "return []: None"): "of none nothing is made either",
     ("Layers.limits", "0: one more in: if kept is None or kept[0] is not self:"): "found again in a table instead of beside the host",
     ("judge", "if found:: always True"): "a short cut: of no changes nothing is made",
     ("judge_rule", "if rule.field and (not open_alerts) and (not layered):: always False"): "a short cut: evaluate() opens nothing for what is well",
@@ -130,7 +129,6 @@ JUDGED: dict[tuple[str, str], str] = {
     ("Layers.limits", "if kept is None or kept[0] is not self:: always True"): "found again in a table instead of beside the host",
     ("Layers.limits", "name if name in self.hosts else '': always True"): "a table for each host instead of one for all that have nothing of their own",
     ("Layers.limits", "if found is None:: always True"): "made again instead of kept",
-    ("Spool._remove", "if not os.path.lexists(os.path.join(self.folder, name)):: always False"): "what is gone cannot be removed again either",
 }
 
 
