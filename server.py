@@ -2538,12 +2538,16 @@ def sum_up_copies(rows: Sequence[Fields]) -> str:
 # Margins: how many more disks each top-level vdev survives.
 
 
-def suspicions(disk: Fields | None, leaf: Fields) -> list[str]:
-    """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev."""
+MANY_ERRORS = 10  # of ZFS on a disk; one or two are often the cable's, or a bit that flipped
+
+
+def suspicions(disk: Fields | None, leaf: Fields, accepted: float = 0) -> list[str]:
+    """Why a member may be the next to fail: what SMART says of the disk and what ZFS counted on the vdev beyond the
+    errors that are accepted as normal."""
     disk = disk or {}
     warning, pending = number(disk, "critical_warning"), number(disk, "pending_sectors")
     wear, failing = number(disk, "wear_ratio"), disk.get("failing_attributes")
-    errors = sum_known(number(leaf, key) for key in VDEV_COUNTERS)
+    errors = (sum_known(number(leaf, key) for key in VDEV_COUNTERS) or 0) - accepted
     test = disk.get("selftest")
     reasons = [
         (is_failing(disk), "SMART: failing"),
@@ -2553,7 +2557,7 @@ def suspicions(disk: Fields | None, leaf: Fields) -> list[str]:
         (wear is not None and wear >= 1, f"{wear or 0:.0%} worn"),
         (bool(pending), f"{int(pending or 0)} pending sectors"),
         (isinstance(test, dict) and test.get("passed") is False, "self-test failed"),
-        (bool(errors), f"{int(errors or 0)} I/O errors in ZFS"),
+        (errors >= MANY_ERRORS, f"{int(errors)} I/O errors in ZFS"),
     ]
     return [reason for holds, reason in reasons if holds]
 
@@ -2626,12 +2630,18 @@ def make_margins(host: HostState, pool: Fields) -> list[VdevMargin]:
         margin = tolerance(vdev) - missing
         suspects = tuple((leaf, disks.get(str(leaf.get("disk"))), why) for leaf in walk_vdevs([vdev])
                          if not leaf.get("children") and text(leaf, "state") == "ONLINE"
-                         and (why := suspicions(disks.get(str(leaf.get("disk"))), leaf)))
+                         and (why := suspicions(disks.get(str(leaf.get("disk"))), leaf,
+                                                accepted_errors(host, pool, leaf))))
         found.append(VdevMargin(str(pool.get("name")), str(vdev.get("name")), margin, suspects))
     least = min((vdev.margin for vdev in found), default=None)
     if told is not None and least is not None and told < least:  # the worst one is worse than its words
         found = [vdev._replace(margin=int(told)) if vdev.margin == least else vdev for vdev in found]
     return found
+
+
+def accepted_errors(host: HostState, pool: Fields, leaf: Fields) -> float:
+    kept = host.memory.get("vdev-errors", f"pools/{pool.get('name')}/{leaf.get('name')}")
+    return kept[0] if kept else 0
 
 
 REPLACE_COLUMNS = ("host", "disk", "verdict", "reason", "serial", "model", "size_bytes", "by_id", "bay", "pool", "vdev",
@@ -2816,7 +2826,8 @@ BLIND_SPOTS: tuple[tuple[str, Callable[[HostState], Any], str, str], ...] = (
      "automatic spares do not work", "systemctl enable --now zfs-zed"),
     ("zed-mail", lambda host: has_zfs(host) and says_no(host, "zed_mail"), "zed has no mail address (ZED_EMAIL_ADDR)",
      "set ZED_EMAIL_ADDR in /etc/zfs/zed.d/zed.rc; systemctl restart zfs-zed"),
-    ("smartd", lambda host: is_off(host, "smartmontools.service"), "smartd does not run: no self-tests, no mails",
+    ("smartd", lambda host: host.body("disks") != [] and is_off(host, "smartmontools.service"),
+     "smartd does not run: no self-tests, no mails",
      "systemctl enable --now smartmontools"),
     ("mail-queue", lambda host: f"{waiting:.0f}" if (waiting := number(host.body("mail_queue"), "deferred")) else None,
      "mails of this host could not be delivered", "mailq"),
@@ -4344,6 +4355,15 @@ def leaves_with_parent(pool: Fields) -> Iterator[tuple[Fields, str]]:
                 yield vdev, str(top.get("name"))
 
 
+def groups_to_blame(pool: Fields) -> Iterator[tuple[Fields, str]]:
+    """Top-level groups with errors of which none is counted on their disks: ZFS could not tell which one was wrong
+    (openzfs/zfs issue 5018)."""
+    for top in dicts(pool.get("vdevs")):
+        members = [number(vdev, key) for vdev in walk_vdevs(top.get("children")) for key in VDEV_COUNTERS]
+        if members and not any(members) and any(number(top, key) for key in VDEV_COUNTERS):
+            yield top, str(top.get("name"))
+
+
 @rule("vdev-errors", each="pools", of="vdev", data_risk=True, tidy=True, accept=accepts("vdev-errors", counter=True),
       why="A disk, cable or controller gives errors; ZFS has covered for them so far.",
       todo="Look at the disk's SMART values and cable; then zpool clear, or accept as normal.")
@@ -4352,7 +4372,7 @@ def vdev_errors_grown(pool: Fields, host: HostState, now: float) -> Iterator[Rea
     if pool.get("vdevs") is None:
         yield UNKNOWN
     found: list[tuple[str, Fields, str, Growth]] = []
-    for vdev, top in leaves_with_parent(pool):
+    for vdev, top in [*leaves_with_parent(pool), *groups_to_blame(pool)]:
         object = f"pools/{pool['name']}/{vdev.get('name')}"
         total = sum_known(number(vdev, key) for key in VDEV_COUNTERS)
         if total is None:
@@ -4367,7 +4387,7 @@ def vdev_errors_grown(pool: Fields, host: HostState, now: float) -> Iterator[Rea
                            if (count := number(vdev, key)))
         several = tops.count(top) > 1
         reason = "; another disk of the same vdev has some too" if several else ""
-        severe = critical if several or growth.lately(now - DAY) >= 10 else warning
+        severe = critical if several or growth.lately(now - DAY) >= MANY_ERRORS else warning
         yield severe(f"{vdev.get('name')} in pool {pool['name']} has errors: {counts} ({int(growth.above)} new)"
                      f"{reason}.", growth.above, object)
 
@@ -4384,10 +4404,18 @@ def pool_data_errors(pool: Fields) -> Found:
     return critical(f"Pool {pool['name']} has {found}{': ' + files if files else ''}.", errors)
 
 
-row("pool-capacity", each="pools", reads="capacity_ratio", says="Pool {name} is {value:.0%} full.",
-    warn=0.80, crit=0.90, clear_by=0.03, hold=15 * MINUTE,
-    why="ZFS slows down when little is free, and a full pool stops its guests.",
-    todo="Delete old snapshots, move guests, or add a vdev.")
+@rule("pool-capacity", each="pools", warn=0.80, crit=0.90, clear_by=0.03, hold=15 * MINUTE, by_number=True,
+      why="ZFS slows down when little is free, and a full pool stops its guests.",
+      todo="Delete old snapshots, move guests, or add a vdev.")
+def pool_capacity(pool: Fields) -> Found:
+    """How full it is; also full when nothing is left for its datasets, as reservations may have it (openzfs/zfs issue
+    7321)."""
+    full, used, left = (number(pool, key) for key in ("capacity_ratio", "usable_used_bytes", "usable_available_bytes"))
+    share = None if used is None or left is None else ratio(used, used + left)
+    if full is not None and share is not None and share > max(full, 0.98):
+        return critical(f"Pool {pool['name']} is {full:.0%} full, but only {format_bytes(left or 0)} are left for its "
+                        "datasets: the rest is reserved.", share)
+    return measured(full, lambda: f"Pool {pool['name']} is {full:.0%} full.")
 
 
 FORECAST_RULE: Fields = {"warn": 14, "crit": 3, "clear_by": 1, "low": True, "hold": HOUR}
@@ -4608,6 +4636,9 @@ SANOID_AGES = {"hourly": (90 * MINUTE, 360 * MINUTE), "daily": (28 * HOUR, 32 * 
                "monthly": (32 * DAY, 40 * DAY)}  # sanoid.defaults.conf: *_warn, *_crit
 
 
+PAUSES_SEEN = 15 * DAY  # two weekends
+
+
 def accept_missing(host: HostState, object: str) -> bool:
     missing = missing_snapshots(host).get(object.partition("/")[2])
     if missing:
@@ -4634,14 +4665,17 @@ def snapshot_age(snapshots: Fields, host: HostState, now: float) -> Found:
         return None
     object, age = f"snapshots/{snapshots['dataset']}@{name}", now - newest
     given, here = snapshots.get("newest_guid"), host.memory.get("snapshot-age", object)
-    guid, seen_at, gaps, judged = here or (given, newest if age < 2 * DAY else None, [], age <= 10 * limits[1])
+    guid, seen_at, gaps, judged, *pauses = here or (given, newest if age < 2 * DAY else None, [], age <= 10 * limits[1])
     if guid != given:  # a new one has come
-        gaps, guid, seen_at = gaps if seen_at is None else [*gaps, now - seen_at][-6:], given, now
+        gap = now - seen_at if seen_at is not None else 0.0
+        gaps, guid, seen_at = [*gaps, gap][-6:] if gap else gaps, given, now
+        pauses = [pause for pause in pauses if pause[0] > now - PAUSES_SEEN] + ([[now, gap]] if gap > limits[0] else [])
         judged = judged or age <= 10 * limits[1]
-    host.memory.keep("snapshot-age", object, [guid, seen_at, gaps, judged])
+    host.memory.keep("snapshot-age", object, [guid, seen_at, gaps, judged, *pauses[-20:]])
     if not judged:
         return None
-    gap = max([*gaps, number(snapshots, "arrival_interval_seconds") or 0.0])
+    twice = sorted(length for _, length in pauses)[-2:-1]  # nights, weekends: what comes again is their rhythm
+    gap = max([*gaps, *twice, number(snapshots, "arrival_interval_seconds") or 0.0])
     if gap > limits[0]:  # as seldom as they come, they are not expected more often
         limits = 1.25 * gap + HOUR, 2.5 * gap + HOUR
     return measured(age, lambda: f"The newest {name} snapshot of {snapshots['dataset']} is {format_duration(age)} old; "
@@ -5024,16 +5058,26 @@ def storage_reading(storage: Fields, object: str | None = None) -> Reading:
       why="Guests and backups on it fail when it is full.",
       todo="Delete old backups or images, or move some.")
 def storage_full(storage: Fields, host: HostState, fleet: Fleet) -> Found:
-    """Use of each storage of this host alone; one on a pool that is told of as full as this is told by the pool."""
+    """Use of each storage of this host alone; one on a pool or root disk that is told as full as this is told by it."""
     elsewhere = host.body("cluster") is not None and storage.get("shared") in (True, 1)
     if storage.get("enabled") in (False, 0) or elsewhere:
         return None
-    pool_alert = host.alerts.get(("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}"))
-    if pool_alert is not None:
+    below = alert_below(storage, host)
+    if below is not None:
         level = fleet.layers.named("storage-full", host).level(storage_used_ratio(storage) or 0.0, None)
-        if level is None or not is_milder(pool_alert.severity, level):
+        if level is None or not is_milder(below.severity, level):
             return None
     return storage_reading(storage)
+
+
+def alert_below(storage: Fields, host: HostState) -> Alert | None:
+    """The alert about what a storage lies on being full: its pool, or the root file system. A directory lies on that
+    when it is as large and as full."""
+    size, used = number(storage, "total_bytes"), number(storage, "used_bytes")
+    total, of_root = number(host.body("node"), "root_total_bytes"), number(host.body("node"), "root_used_bytes")
+    if storage.get("type") == "dir" and size and size == total and abs((used or 0) - (of_root or 0)) < 0.01 * size:
+        return host.alerts.get(("root-full", ""))
+    return host.alerts.get(("pool-capacity", f"pools/{pool_of(storage.get('dataset'))}"))
 
 
 row("storage-metadata", each="storages", reads="metadata_used_ratio",
@@ -5068,7 +5112,7 @@ STOPPING = frozenset((
     "qmrollback", "vzrollback", "qmrestore", "vzrestore"))
 STOPPING_ALL = frozenset(("stopall", "suspendall", "migrateall"))
 RESTARTING = frozenset(("vzdump", "qmreboot", "vzreboot", "qmreset"))  # explain a stop only while they run
-BROKEN = frozenset(("io-error", "internal-error", "guest-panicked"))
+BROKEN = frozenset(("io-error", "internal-error", "guest-panicked", "watchdog"))  # it stands still [QEMU, RunState]
 HA_STOPPED = frozenset(("stopped", "disabled", "request_stop", "ignored", "deleting", "disarm"))
 BOOT_SECONDS = 10 * MINUTE
 
@@ -5276,6 +5320,8 @@ def lateness(state: HostState, guest: Fields, holding: list[Fields], ok_at: floa
     for job in holding:
         start = max(ok_at or number(guest, "created_at") or 0, since.get(job_key(job), 0 if not since else now))
         due = missed_times(job, start, was_good=ok_at == start)
+        if is_at_work(job, now):
+            due = due[:-1]  # what was due last is being made
         first = due[0] if due else number(job, "next_run_at")
         if first is not None and (worst[0] is None or now - first > worst[0]):
             worst = now - first, len(due) > 1 and now - due[1] > BACKUP_GRACE
@@ -5283,6 +5329,14 @@ def lateness(state: HostState, guest: Fields, holding: list[Fields], ok_at: floa
         late = now - ok_at - 20 * HOUR  # no schedule known: a day, then 26 h with the grace, 50 h
         worst = late, now - ok_at > 50 * HOUR
     return worst
+
+
+def is_at_work(job: Fields, now: float) -> bool:
+    """Whether the run that was due last is under way: a job may take all night. No excuse for the run after it, nor for
+    more than a day."""
+    began, times = number(job, "last_run_at"), job.get("due_times")
+    return (text(job, "last_state") in ("starting", "started") and began is not None and now - began < DAY
+            and isinstance(times, list) and all(not is_number(time) or time <= began + MINUTE for time in times))
 
 
 def job_key(job: Fields) -> str:
@@ -5393,6 +5447,10 @@ def backup_job(job: Fields, host: HostState) -> Found:
     if told in (None, "", "created", "starting", "started"):
         return UNKNOWN
     if told == "OK" or told.startswith("WARNINGS"):
+        told = None
+    elif told == "job errors" and began is not None:
+        told = why_all_failed(job, host, began)
+    if told is None:
         host.memory.drop("backup-job", object)
         return None
     runs = [run for run in host.memory.get("backup-job", object, []) if run != began] + [began]
@@ -5400,6 +5458,17 @@ def backup_job(job: Fields, host: HostState) -> Found:
     again = f", {len(runs)} times in a row" if len(runs) > 1 else ""
     return (critical if len(runs) > 1 else warning)(f"Backup job {job.get('id')} failed{again}: {told[:200]}",
                                                     len(runs))
+
+
+def why_all_failed(job: Fields, host: HostState, began: float) -> str | None:
+    """Proxmox says "job errors" as soon as one guest has failed, which is told by that guest; None where any guest of
+    the job was backed up since."""
+    runs = [run for run in host.items("backups.guests") if job_holds(job, run["vmid"], host) is not False]
+    if any((number(run.get("newest_ok"), "ended_at") or 0) >= began for run in runs):
+        return None
+    why = [text(run["newest_failed"], "error") for run in runs
+           if (number(run.get("newest_failed"), "ended_at") or 0) >= began]
+    return "; ".join(["job errors", *dict.fromkeys(filter(None, why))])
 
 
 @rule("backup-excludes", each="guests", on="backups", always=True,
@@ -5627,6 +5696,8 @@ def needs(host: HostState, service: str) -> bool:
     if service in TIME_SERVICES:  # one that keeps the time is enough
         return not any(service_name(unit) in TIME_SERVICES and text(unit, "active") == "active"
                        for unit in host.items("services"))
+    if service in ("smartmontools", "smartd"):  # does not start in a virtual machine, which has no real disks
+        return host.body("disks") != []
     if service in ("zfs-zed", "zed"):
         return bool(host.body("pool_states") or host.body("pools"))
     return service not in ("pve-ha-crm", "pve-ha-lrm", "watchdog-mux", "pve-firewall")
@@ -5858,7 +5929,8 @@ def cluster_member(cluster: Cluster, host: Shared, fleet: Fleet) -> Found:
       todo="Add a node or a QDevice.")
 def cluster_margin(cluster: Cluster) -> Found:
     view = cluster.views[0]
-    if view.quorate and view.votes_present is not None and view.votes_present == view.votes_needed:
+    if len(view.members) > 1 and view.quorate and view.votes_present is not None \
+            and view.votes_present == view.votes_needed:
         return info(f"Cluster {cluster.name} loses quorum with the next vote it loses.", 0)
     return None
 
@@ -9918,8 +9990,11 @@ def storage_rows(state: HostState, now: float) -> Iterator[Row]:
         verdict, reason = object_verdict(state, "storages", storage["storage"], now)
         if verdict == "ok" and storage.get("active") is None:
             verdict, reason = "unknown", "Proxmox does not say whether it is active."
+        used, below = storage_used_ratio(storage), alert_below(storage, state)
+        if verdict == "ok" and below and below.state == "firing" and RULE["storage-full"].level(used or 0.0, None):
+            verdict, reason = below.severity, below.message
         yield {**pick(storage, STORAGE_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
-               "used_ratio": storage_used_ratio(storage), "as_of": as_of}
+               "used_ratio": used, "as_of": as_of}
 
 
 BACKUP_COLUMNS = tuple("""

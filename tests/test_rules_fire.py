@@ -251,6 +251,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("scrub-age", {"bend": scan("scrub repaired 0B in 00:24:43 with 0 errors on Sun Aug  2 10:40:00 2026")}),
     ("scrub-result", {"bend": scan("scrub repaired 0B in 00:24:43 with 3 errors on Sun Nov 22 10:40:00 2026")}),
     ("scrub-stuck", {"bend": scan("scrub in progress since Sun Nov 22 10:40:00 2026\n\t1G / 2G scanned, 1G / 2G issued\n\t0B repaired, 46.00% done, 01:00:00 to go"), "times": 30, "every": HOUR}),
+    ("backup-job", {"bend": text("/var/lib/pve-manager/jobs/vzdump-backup-7c1f1d2e-3b55.json",
+                                 '{"state": "stopped", "time": 1795401760, "msg": "could not activate storage: it is not online"}')}),
     ("snapshot-gone", {"bend": fewer_snapshots}),
     ("storage-full", {"bend": storage_use("local", 0.96)}),
     ("updates-security", {"bend": once(nothing), "times": 20, "every": DAY}),
@@ -293,7 +295,7 @@ def test_rules_fire_from_hosts_as_they_were_recorded(tmp_path: Path) -> None:
 
 
 AS_RECORDED = set((
-    "backup-excludes backup-failed backup-job backup-missing backup-overdue blind-spot certificate clock-unsynced "
+    "backup-excludes backup-failed backup-missing backup-overdue blind-spot certificate clock-unsynced "
     "cluster-ceph cluster-member cluster-quorum disk-wear guest-down guest-snapshot-age ha-disarmed ha-node ha-stale "
     "host-offline io-pressure mail-queue pool-data-errors pool-state pool-unanswered replication section-failing "
     "selftest-failed service-failed smart-failed smart-unknown snapshot-age storage-inactive storage-metadata unit-failed "

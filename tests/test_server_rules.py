@@ -189,6 +189,11 @@ def mirror(*leaves):
     return pool(vdevs=[{"name": "mirror-0", "type": "mirror", "state": "ONLINE", "children": list(leaves)}])
 
 
+def grouped(of_disk, of_group):
+    return pool(vdevs=[{"name": "raidz1-0", "type": "raidz1", "state": "ONLINE", "checksum_errors": of_group,
+                        "children": [leaf(checksum_errors=of_disk), leaf("sdb")]}])
+
+
 def node(**fields):
     return {"name": "pve1", "boot_id": "b1", "uptime_seconds": 10 * DAY, **fields}
 
@@ -251,6 +256,14 @@ def job(last_state, began=None, **fields):
             "guests": []}
 
 
+def run(vmid, good, failed=None):
+    return {"vmid": vmid, "newest_ok": {"ended_at": good}, "newest_failed": {"ended_at": failed, "error": "no space left"} if failed else None}
+
+
+def reserved(left):
+    return pool(capacity_ratio=.6, usable_used_bytes=1000, usable_available_bytes=left)
+
+
 def ceph(severity, **fields):
     return {"health": severity, "checks": [{"name": "OSD_FULL", "severity": severity, "message": "1 full osd(s)", **fields}]}
 
@@ -307,6 +320,10 @@ LIVES = [
                                 (15, pool(capacity_ratio=.84), P)]),  # the hold starts anew
     ("pool-capacity", "pools", [(0, pool(capacity_ratio=.91), P), (15, pool(capacity_ratio=.91), C),
                                 (20, pool(capacity_ratio=.88), C), (25, pool(capacity_ratio=.86), W)]),
+    ("pool-capacity", "pools", [(0, reserved(0), P), (15, reserved(0), C), (20, reserved(100), N)]),
+    ("vdev-errors", "pools", [(0, grouped(0, 4), W)]),  # of no disk in it: https://github.com/openzfs/zfs/issues/5018
+    ("vdev-errors", "pools", [(0, grouped(1, 12), W), (5, grouped(1, 13), W)]),
+    ("suspects-hold-pool", "pools", [(0, pool(vdevs=[leaf(checksum_errors=1)]), N), (5, pool(vdevs=[leaf(checksum_errors=12)]), C)]),
     ("pool-fragmentation", "pools", [(0, pool(capacity_ratio=.5, fragmentation_ratio=.9), N),
                                      (60, pool(capacity_ratio=.85, fragmentation_ratio=.75), P),
                                      (60 + 1440, pool(capacity_ratio=.85, fragmentation_ratio=.75), W),
@@ -410,7 +427,8 @@ LIVES = [
     ("guest-down", "guests", [(0, guest(tags="prod;critical"), N), (1, guest(status="stopped", tags="prod;critical"),
                                                                     P),
                               (3, guest(status="stopped", tags="prod;critical"), C)]),
-    ("guest-down", "guests", [(0, guest(), N), (1, guest(status="io-error"), P), (3, guest(status="io-error"), W)]),
+    *(("guest-down", "guests", [(0, guest(), N), (1, guest(status=state), P), (3, guest(status=state), W)])
+      for state in ("io-error", "watchdog")),
     ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped"), P), (2, [], N), (9, guest(status="stopped"),
                                                                                              N)]),
     ("guest-down", "guests", [(0, guest(), N), (1, guest(status="stopped", lock="backup", lock_held=True), N),
@@ -431,6 +449,8 @@ LIVES = [
                                    (17, guest(type="lxc", disk_used_bytes=86, disk_max_bytes=100), N)]),
     ("backup-job", "backups", [(0, job(None), N), (5, job("could not activate storage 'nas'", 1), W), (10, job("started", 2), W),
                                (15, job("could not activate storage 'nas'", 2), C), (20, job("OK", 3), N)]),
+    ("backup-job", "backups", [(0, {**job("job errors", 900), "guests": [run(100, 950), run(101, 100, 960)]}, N),  # 101 tells it
+                               (5, {**job("job errors", 1900), "guests": [run(100, 950, 1950), run(101, 100, 1960)]}, W)]),
     ("backup-job", "backups", [(0, job("WARNINGS: 1", 1), N), (5, job("job errors", 2, enabled=False), N)]),
     ("ceph", "ceph", [(0, {"health": "HEALTH_OK", "checks": []}, N), (5, ceph("HEALTH_WARN"), P), (10, ceph("HEALTH_WARN"), W),
                       (15, ceph("HEALTH_ERR"), C), (20, {}, C), (25, ceph("HEALTH_ERR", muted=True), N)]),
@@ -472,6 +492,8 @@ LIVES = [
     ("service-failed", "services", [(0, service(unit="chrony.service", active="inactive", enabled="disabled")
                                      + service(unit="ntpsec.service"), N)]),  # another one keeps the time
     ("service-failed", "services", [(0, service(unit="zfs-zed.service", active="failed", load="not-found"), N)]),
+    ("service-failed", "services", [(0, service(unit="smartmontools.service", active="inactive"), P),
+                                    (10, service(unit="smartmontools.service", active="inactive"), W)]),
     ("mail-queue", "mail_queue", [(0, {"deferred": 20, "active": 1}, P), (10, {"deferred": 20, "active": 1}, W),
                                   (12, {}, W), (15, lambda now: {"deferred": 2, "oldest_at": now - 60}, N)]),
     ("mail-queue", "mail_queue", [(0, lambda now: {"deferred": 1, "oldest_at": now - 7 * HOUR}, P),
@@ -660,6 +682,35 @@ def test_a_disk_that_does_not_answer_is_not_gone(sim):
     sim.now += 1800
     sim.send("pve1", disks=disk(pool="tank"), pools=mirror(leaf("sda", disk="sda"), leaf("sdb", state="REMOVED")))
     assert [row["object"] for row in sim.alerts("disk-gone")] == ["disks/sdb"]
+
+
+def test_smartd_is_not_missed_where_there_are_no_disks(sim):  # https://github.com/smartmontools/smartmontools/issues/62
+    sim.send("pve1", disks=[], services=service(unit="smartmontools.service", active="inactive"))
+    assert sim.alerts("service-failed") == [] and list(sim.monitor.fleet.find("pve1").alerts) == []
+
+
+def test_snapshots_of_office_hours_are_not_missed_at_night(sim):
+    """Each night is a pause; the first ones are told, and once is no rhythm."""
+    told, last = [], sim.now
+    for hour in range(24 * 5):
+        sim.wait(HOUR, step=HOUR)
+        last = sim.now if 8 <= hour % 24 <= 18 else last
+        newest = [{"dataset": "tank/a", "class": "autosnap_hourly", "count": 40, "newest_at": last, "newest_guid": str(last),
+                   "oldest_at": last - DAY, "interval_seconds": HOUR}]
+        sim.send("pve1", snapshots=newest)
+        told += [hour // 24] if sim.alerts("snapshot-age") else []
+    assert set(told) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size, told", [(100, "root-full"), (400, "storage-full")])
+def test_a_full_directory_on_the_root_disk_is_told_once(sim, size, told):
+    root = node(root_used_bytes=96, root_available_bytes=4, root_total_bytes=100)
+    full = storage(storage="local", type="dir", total_bytes=size, used_bytes=size * .96, available_bytes=size * .04)
+    for _ in range(20):
+        sim.send("pve1", node=root, storages=full)
+        sim.wait(MINUTE)
+    assert {row["rule"] for row in sim.alerts()} - {"root-full"} == {told} - {"root-full"}
+    assert next(server.storage_rows(sim.fleet.find("pve1"), sim.now))["verdict"] == "critical"
 
 
 def test_snapshots_that_arrive_once_a_day_are_expected_once_a_day(sim):
@@ -883,6 +934,16 @@ def test_a_backup_is_due_by_its_jobs_schedule(sim, hours, expected):
     assert judge_backups(sim, hours) == expected
     late = server.host_row(sim.fleet, sim.fleet.find("pve1"), sim.now)["backups_worst"]
     assert (late > 0) is bool(expected)
+
+
+@pytest.mark.parametrize("state, began, hours, late", [
+    ("started", 0, 9, False), ("OK", 0, 9, True), ("started", -24, 9, True), ("started", 0, 25, True)])
+def test_a_job_that_takes_all_night_is_not_late_while_it_runs(sim, state, began, hours, late):
+    """Until its next run is due, and for a day at most: https://github.com/bit-team/backintime/issues/450."""
+    sim.now = at_hour(21, day=1) + hours * HOUR
+    job = {**daily(sim.now), "last_state": state, "last_run_at": at_hour(21, day=1) + began * HOUR + 2}
+    sim.send("pve1", guests=guest(), backups=backups([job], good(104, at_hour(21) + 9 * HOUR)))
+    assert bool(sim.alerts("backup-overdue")) is late
 
 
 def test_templates_need_no_backup(sim):
