@@ -1933,6 +1933,9 @@ SNAPSHOT_TOOLS = (  # names by tool, and the class that its series get
     (r"2\d{3}-\d\d-\d\d-\d{6}Z?", "znapzend"),
     (r"2\d{3}-\d\d-\d\d_\d\d\.\d\d\.\d\d--(\w+)", r"zfsnap_\1"),
     (r"(.*?)[-_]?2\d{3}-\d\d-\d\d([-_T ]\d\d[-:.]\d\d([-:.]\d\d)?)?([-_]\d+[a-z])?", r"\1"),  # TrueNAS and others
+    # zrepl under another prefix (daily_20261123_100000_000), FreeNAS (auto-20261123.1000-2w), Samba (GMT-2026.11.23-…)
+    (r"(.*?)[-_]?2\d{3}[01]\d[0-3]\d[-_.T]?\d{4}(\d\d)?Z?([-_.]\d+[a-z]?)?", r"\1"),
+    (r"GMT-2\d{3}\.\d\d\.\d\d-\d\d\.\d\d\.\d\d", "GMT"),
 )
 
 

@@ -676,6 +676,11 @@ def test_due_times_are_the_last_ones_over_pauses_and_clock_changes() -> None:
         ("auto-2026-11-23_10-00", "auto"),  # TrueNAS
         ("daily-2026-11-23", "daily"),
         ("2026-11-23", "dated"),
+        ("daily_20261123_100000_000", "daily"),  # zrepl with another prefix: https://zrepl.github.io/configuration/snapshotting.html
+        ("20261123-100000", "dated"),
+        ("auto-20261123.1000-2w", "auto"),  # FreeNAS
+        ("GMT-2026.11.23-10.00.00", "GMT"),  # Samba's shadow_copy2
+        ("before_20261123", "pve"),
         ("before-upgrade", "pve"),
         ("automatic", "pve"),
         ("with blank", "other"),
