@@ -1882,7 +1882,8 @@ class HostState(AlertOwner):
             guests = self.body("guests")
             self.guest_counts, self.guest_words = count_guests(guests), guest_words(guests)
             self.settings_changed.update(settings_changed(guests))
-            self.no_backup = frozenset(str(guest["vmid"]) for guest in dicts(guests) if wants_no_backup(guest))
+            self.no_backup = frozenset(str(guest["vmid"]) for guest in dicts(guests)
+                                       if guest.get("tags") and wants_no_backup(guest))
         if stamp.newer_than(self.stamp):
             self.stamp, self.agent = stamp, report.get("agent") or {}
             ahead = report["time"] - stamp.received_at
@@ -3949,7 +3950,7 @@ def rule(name: str, **fields: Any) -> Callable[[Judge], Judge]:
         wants = tuple(word in wanted for word in GIVEN)
         if tuple(compress(GIVEN, wants)) != wanted:
             raise TypeError(f"rule {name}: its function may want {', '.join(GIVEN)}, in this order")
-        add_rule(name, function, wants=wants, **fields)
+        add_rule(name, function, wants=wants if any(wants) else (), **fields)
         return function
 
     return register
@@ -4016,25 +4017,27 @@ def is_worse(alert: Alert, rule: Rule) -> bool:
 
 
 Changes = list[tuple[Alert | None, Alert | None]]  # old and new alert; None = not there
+NO_CHANGES: Changes = []
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 
-LOOKS_AT = attrgetter("on", "always", "each")  # rules that are alike in these look at the same things
+def alike(rules: Iterable[Rule]) -> tuple[tuple[Rule, ...], ...]:
+    """Rules, in their order, and those in a row together that look at the same things."""
+    return tuple(tuple(group) for _, group in groupby(rules, attrgetter("on", "always", "each")))
 
 
-def judge(host: Any, rules: Iterable[Rule], fleet: Fleet, now: float) -> Changes:
+def judge(host: Any, groups: Iterable[tuple[Rule, ...]], fleet: Fleet, now: float) -> Changes:
     """Run rules over a state; gives back what changed. `host.alerts` is replaced rule by rule: a later rule may look
     at the alerts of an earlier one."""
     changes: Changes = []
     open_alerts: dict[str, dict[str, Alert]] = {}
     for (name, object), alert in host.alerts.items():
         open_alerts.setdefault(name, {})[object] = alert
-    for _, alike in groupby(rules, LOOKS_AT):
-        first = next(alike)
-        known = knows(host, first, now)
-        objects = objects_of(host, first) if known in ("whole", "partly") else []
-        for rule in map(partial(fleet.layers.limits, host), chain((first,), alike)):
-            found: Changes = []
+    for group in groups:
+        known = knows(host, group[0], now)
+        objects = objects_of(host, group[0]) if known in ("whole", "partly") else []
+        for shipped in group:
+            rule, found = fleet.layers.limits(host, shipped), NO_CHANGES
             if not rule.enabled:  # of a rule that is switched off nothing is left
                 found = judge_rule(host, rule, "absent", [], open_alerts.get(rule.name, {}), fleet, now)
             elif known is not None:
@@ -4066,7 +4069,7 @@ def judge_rule(host: Any, rule: Rule, known: str, objects: list[tuple[str, Any]]
                    if (value := number(item, rule.field)) is not None and rule.level(value, None)]
     changes: dict[str, tuple[Alert | None, Alert | None]] = {}  # a report may name an object twice: the first counts
     said: set[str] = set()
-    more = tuple(compress((host, fleet, now), rule.wants))
+    more = tuple(compress((host, fleet, now), rule.wants)) if rule.wants else ()
     for object, item in objects:
         try:
             found = UNKNOWN if item is None else rule.judge(item, *more)
@@ -4084,13 +4087,13 @@ def judge_rule(host: Any, rule: Rule, known: str, objects: list[tuple[str, Any]]
         except ODD as error:  # a report can hold anything: it costs this object, and no other
             said.add(object)
             tell_stumble(host, rule, object, error, now)
-    ended: Changes = []
-    if open_alerts or rule.tidy:
-        looked_at = {object for object, _ in objects}
-        ended = [(old, evaluate(rule, old, object, None, now)) for object, old in open_alerts.items()
-                 if not covers(said, object) and (known != "partly" or covers(looked_at, object))]
-        if rule.tidy and known == "whole":
-            forget_gone(host, rule, looked_at)
+    if not open_alerts and not rule.tidy:
+        return list(changes.values())
+    looked_at = {object for object, _ in objects}
+    ended = [(old, evaluate(rule, old, object, None, now)) for object, old in open_alerts.items()
+             if not covers(said, object) and (known != "partly" or covers(looked_at, object))]
+    if rule.tidy and known == "whole":
+        forget_gone(host, rule, looked_at)
     return [*changes.values(), *ended]
 
 
@@ -4456,14 +4459,12 @@ def forecast_reading(host: HostState, object: str) -> Reading | None:
       why="Writes fail when the quota is used up.",
       todo="Raise the quota or delete something.")
 def dataset_quota(dataset: Fields, host: HostState) -> Found:
-    if any(guest["vmid"] == dataset.get("vmid") and number(guest, "disk_used_bytes") is not None
-           for guest in host.items("guests") if dataset.get("vmid") is not None):
-        return None  # a container's own disk: see guest-disk-full
     full = [part / whole for part, whole in (
         (number(dataset, "used_bytes"), number(dataset, "quota_bytes")),
         (number(dataset, "referenced_bytes"), number(dataset, "refquota_bytes"))) if part is not None and whole]
-    if not full:
-        return None
+    if not full or any(guest["vmid"] == dataset.get("vmid") and number(guest, "disk_used_bytes") is not None
+                       for guest in host.items("guests") if dataset.get("vmid") is not None):
+        return None  # it has none, or is a container's own disk: see guest-disk-full
     return measured(max(full), f"Dataset {dataset['name']} has used {percent(max(full))} of its quota.")
 
 
@@ -5059,7 +5060,7 @@ def storage_reading(storage: Fields, object: str | None = None) -> Reading:
       todo="Delete old backups or images, or move some.")
 def storage_full(storage: Fields, host: HostState, fleet: Fleet) -> Found:
     """Use of each storage of this host alone; one on a pool or root disk that is told as full as this is told by it."""
-    elsewhere = host.body("cluster") is not None and storage.get("shared") in (True, 1)
+    elsewhere = storage.get("shared") in (True, 1) and host.body("cluster") is not None
     if storage.get("enabled") in (False, 0) or elsewhere:
         return None
     below = alert_below(storage, host)
@@ -5142,11 +5143,12 @@ def guest_down(guest: Fields, host: HostState, now: float) -> Found:
     """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
     status, vmid = guest.get("status"), str(guest["vmid"])
     object = "guests/" + vmid
-    words, since, known_boot, *_ = host.memory.get("guest-down", object, ("", 0, None))
+    known = host.memory.get("guest-down", object, ("", 0, None))
     if status == RUNNING:
-        if words != RUNNING:
+        if known[0] != RUNNING:
             host.memory.keep("guest-down", object, [RUNNING, 0, None])
         return None
+    words, since, known_boot, *_ = known
     boot, uptime = text(host.body("node"), "boot_id"), number(host.body("node"), "uptime_seconds")
     if status in (None, "unknown") or (uptime is not None and uptime < BOOT_SECONDS and status not in BROKEN):
         return UNKNOWN
@@ -5260,12 +5262,13 @@ class Coverage(NamedTuple):
 BACKUP_GRACE = 6 * HOUR
 
 
-def backup_coverage(state: HostState, fleet: Fleet, now: float) -> list[Coverage]:
+def backup_coverage(state: HostState, fleet: Fleet, now: float,
+                    newest: dict[int, float] | None = None) -> list[Coverage]:
     """Every real guest of a host, with the lateness of its backup by the due times of the jobs that hold it."""
     body = state.body("backups", {})
     jobs = dicts(body.get("jobs"))
     enabled = [job for job in jobs if job.get("enabled") not in (False, 0)]
-    newest = newest_backups(state, fleet)
+    newest = newest_backups(state, fleet) if newest is None else newest
     found = []
     for guest in state.items("guests"):
         if guest.get("template"):
@@ -5375,8 +5378,7 @@ def keep_coverage(host: HostState, fleet: Fleet, now: float) -> list[Coverage]:
         known, new = host.memory.get("backup-overdue", object, {}), host.memory.known_from(now) if dated else now
         holding = [job_key(job) for job in jobs if job_holds(job, guest["vmid"], host)]
         host.memory.keep("backup-overdue", object, {key: known.get(key, new) for key in holding})
-    host.coverage = None
-    found = coverage(host, fleet, now)
+    found = backup_coverage(host, fleet, now, backed_up)
     host.coverage = (host.sections.get("backups", NOTHING).stamp, host.guest_counts[2]), now, found
     return found
 
@@ -6119,14 +6121,14 @@ def log_ins_fail(shared: Shared, fleet: Fleet, now: float) -> Found:
 
 
 RULES = tuple(RULE.values())
-SHARED_RULES = tuple(rule for rule in RULES if SHARED in rule.on)
+SHARED_RULES = alike(rule for rule in RULES if SHARED in rule.on)
 JUDGED = frozenset(chain.from_iterable(rule.on for rule in RULES)) - {SHARED}  # a report may hold any other section
 
 
 @lru_cache(1000)
-def rules_on(sections: frozenset[str]) -> tuple[Rule, ...]:
-    """The rules that look at one of these, in the order of the file."""
-    return tuple(rule for rule in RULES if not sections.isdisjoint(rule.on))
+def rules_on(sections: frozenset[str], *, numbers: bool = False) -> tuple[tuple[Rule, ...], ...]:
+    """The rules that look at one of these, in the order of the file; or only those that say nothing but numbers."""
+    return alike(rule for rule in RULES if not sections.isdisjoint(rule.on) and (rule.by_number or not numbers))
 
 
 # Thresholds from server.toml: fleet -> tag -> host -> object
@@ -6434,7 +6436,7 @@ def accept_as_normal(db: Database, fleet: Fleet, alert_id: int, now: float, *, b
     if not rule.accept(state, alert.object):
         raise Problem("conflict", "what this alert is about is not there any more")
     tell_done(db, now, state, alert, "alert-accepted", f"{by} accepted as normal")
-    changes = judge(state, [dataclasses.replace(rule, always=True)], fleet, now)
+    changes = judge(state, [(dataclasses.replace(rule, always=True),)], fleet, now)
     if state.alerts.get((alert.rule, alert.object)) is alert:  # not known any more: it was accepted all the same
         changes.append((alert, alert.changed(state="resolved", resolved_at=now)))
         state.alerts = {key: other for key, other in state.alerts.items() if other is not alert}
@@ -6468,9 +6470,8 @@ def judge_past(past: HostState, fleet: Fleet, report: Fields, stamp: Stamp, *, w
     """Take one old report in; gives back what fired and what ended with it. Not `whole`: only numbers are known."""
     changed = past.apply(report, stamp)
     absorb_tasks(past, report.get("tasks"), stamp.time)
-    rules = [rule for rule in rules_on(JUDGED.intersection(changed)) if whole or rule.by_number]
     found = []
-    for old, new in judge(past, rules, fleet, stamp.time):
+    for old, new in judge(past, rules_on(JUDGED.intersection(changed), numbers=not whole), fleet, stamp.time):
         if new is None or new.severity == "info" or new.state == "pending":
             continue
         if old is None or old.state != new.state:

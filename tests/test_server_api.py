@@ -690,6 +690,25 @@ def test_health_is_503_when_a_job_fails_or_a_loop_has_ended(client, admin, monit
     assert admin.get("/healthz").json()["troubles"] == {"jobs": "has ended"}
 
 
+def test_jobs_sleep_until_the_next_is_due_and_one_may_ask_to_come_again_sooner(monitor, monkeypatch):
+    ran = []
+    monkeypatch.setattr(server, "JOBS", (server.Job("seldom", 3600, lambda *_: ran.append("seldom"), first_after=0),
+                                         server.Job("busy", 600, lambda *_: ran.append("busy") or 7, True, 0)))
+    scheduler = server.Scheduler(monitor)
+    assert 6 < scheduler.turn() <= 7 and ran == ["seldom", "busy"]
+    assert 6 < scheduler.turn() <= 7 and len(ran) == 2  # woken for nothing
+    assert scheduler._due["seldom"] - scheduler._due["busy"] > 3590
+
+
+def test_the_history_is_looked_at_again_soon_only_where_there_was_something_to_pack(monitor, monkeypatch):
+    left = [True, True, False]
+    monkeypatch.setattr(server.Keeper, "in_turn", lambda keeper: iter([1]))
+    monkeypatch.setattr(server.Keeper, "step", lambda keeper, host_id, now: left.pop(0))
+    assert server.keep_history(monitor, monitor.clock(), monitor.store.reader()) == 5 and not left
+    left.append(False)
+    assert server.keep_history(monitor, monitor.clock(), monitor.store.reader()) is None
+
+
 def test_health_is_degraded_and_200_while_reports_are_taken_judged_and_told_of(client, admin, monitor):
     monitor.store.write(lambda db: None)
     monitor.fleet.public_url, monitor.config.heartbeat_url = "https://127.0.0.1:9", "http://127.0.0.1:9/beat"
