@@ -4017,7 +4017,6 @@ def is_worse(alert: Alert, rule: Rule) -> bool:
 
 
 Changes = list[tuple[Alert | None, Alert | None]]  # old and new alert; None = not there
-NO_CHANGES: Changes = []
 JUDGED_WITHIN = 10 * MINUTE  # older values are history, not news
 
 
@@ -4037,11 +4036,9 @@ def judge(host: Any, groups: Iterable[tuple[Rule, ...]], fleet: Fleet, now: floa
         known = knows(host, group[0], now)
         objects = objects_of(host, group[0]) if known in ("whole", "partly") else []
         for shipped in group:
-            rule, found = fleet.layers.limits(host, shipped), NO_CHANGES
-            if not rule.enabled:  # of a rule that is switched off nothing is left
-                found = judge_rule(host, rule, "absent", [], open_alerts.get(rule.name, {}), fleet, now)
-            elif known is not None:
-                found = judge_rule(host, rule, known, objects, open_alerts.get(rule.name, {}), fleet, now)
+            rule = fleet.layers.limits(host, shipped)
+            seen = (known, objects) if rule.enabled else ("absent", [])  # of one that is switched off nothing is left
+            found = judge_rule(host, rule, *seen, open_alerts.get(rule.name, {}), fleet, now)
             if found:
                 changes += found
                 host.alerts = with_changes(rule, host.alerts, found)
@@ -4059,10 +4056,12 @@ def with_changes(rule: Rule, alerts: dict[tuple[str, str], Alert], changes: Chan
     return alerts
 
 
-def judge_rule(host: Any, rule: Rule, known: str, objects: list[tuple[str, Any]], open_alerts: dict[str, Alert],
+def judge_rule(host: Any, rule: Rule, known: str | None, objects: list[tuple[str, Any]], open_alerts: dict[str, Alert],
                fleet: Fleet, now: float) -> Changes:
     """One rule, as it holds on this host, over all it looks at; gives back the alerts that changed. What was looked at
     and gave no reading is well; what is not there any more is over, if the section is whole."""
+    if known is None:
+        return []
     layered = fleet.layers.has_objects
     if rule.field and not open_alerts and not layered:  # most are fine: nothing is made of them
         objects = [(object, item) for object, item in objects
@@ -13090,6 +13089,16 @@ class Crowded(Error):
 
 class AnswerTask(WSGITask):
     """An answer as it goes out."""
+
+    wrote_header: bool
+
+    def write(self, data: bytes) -> None:
+        """A short answer goes out in one piece with its head: a system call less here, and a wake-up less there."""
+        if self.wrote_header or not self.complete or not 0 < len(data) == self.content_length < 1 << 16 \
+                or not self.has_body:
+            return super().write(data)
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(self.build_response_header() + data)
 
     def execute(self) -> None:
         super().execute()
