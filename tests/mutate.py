@@ -117,6 +117,7 @@ JUDGED: dict[tuple[str, str], str] = {
     ("find_sender", "False: the other in: for looked_up in (False, True):"): "looks for changed hosts each time",
     ("insert_reports", "if packed is None:: always True"): "packed anew instead of kept as it came",
     ("has_token", "0.0: one more in: empty_until = 0.0"): "a second after 1970 is long past too",
+    ("make_message", "12: one more in: message_id = 'msg_' + secrets.token_hex(12)"): "13 bytes by chance are as good as 12",
     ("is_silenced", "0: one more in: if hosts and all(((host.maintenance_until or 0) > now for host in hosts)):"): "a second after 1970 is long past too",
     ("keep", "if strange:: always True"): "of no new runs none are counted",
     ("ingest", "20: one more in: reserved = max(20, min(BATCH_LIMIT, len(body) >> 6))"): "what a refused request costs, by estimate",
