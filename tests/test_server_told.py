@@ -453,3 +453,10 @@ def test_what_is_news_to_somebody_who_was_told(severity, told, news):
     for rule, reminds in (("pool-state", True), ("pool-capacity", False), ("of a later version", False)):
         alert = server.Alert(rule, "pools/tank", severity, "", None, now - 99 * HOUR, "firing")
         assert server.news_of(alert, told, now) == (None if news == "reminder" and not reminds else news)
+
+
+@pytest.mark.parametrize(("made", "later", "may"), [
+    (19, 0, True), (20, 0, False), (20, 179, False), (20, 180, True), (20, HOUR, True), (99, 179, False), (99, 180, True)])
+def test_a_channel_makes_20_messages_at_once_and_then_one_each_3_minutes(made, later, may):
+    now = 1_800_000_000.0
+    assert server.has_token([now] * made, now + later) is may
