@@ -4913,7 +4913,7 @@ def smart_unknown(disk: Fields) -> Found:
         return None
     reason = text(disk, "unknown_reason")
     why = f": {without_command(reason)[:200]}" if reason else ""
-    return info(f"{disk_called(disk)} tells nothing about its health{why}.")
+    return info(f"{disk_called(disk)} reports nothing about its health{why}.")
 
 
 def accept_gone(host: HostState, object: str) -> bool:
@@ -10064,7 +10064,7 @@ def disk_rows(state: HostState, now: float) -> Iterator[Row]:
         if verdict == "ok" and (why := suspicions(disk, {})):
             verdict, reason = "info", f"It may fail next: {'; '.join(why)}."
         elif verdict == "ok" and disk.get("passed") is None:
-            verdict, reason = "unknown", "The disk tells nothing about its health."
+            verdict, reason = "unknown", "The disk reports nothing about its health."
         yield {**pick(disk, DISK_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
                "as_of": state.sections["disks"].time}
 
@@ -11776,6 +11776,17 @@ def root_cause(problem: Fields, shown: dict[Any, Fields]) -> Fields:
     return top
 
 
+def proxmox_url(address: str | None, guest: Row | None = None) -> str | None:
+    """Proxmox's own page of a host, or of a guest there (as its address bar has it: #v1:0:=qemu%2F100); None without an
+    address that can be one."""
+    try:
+        found = ipaddress.ip_address(address or "")
+    except ValueError:
+        return None
+    place = f"#v1:0:={guest['type']}%2F{guest['vmid']}" if guest and guest["type"] in ("qemu", "lxc") else ""
+    return f"https://{f'[{found}]' if found.version == 6 else found}:8006/{place}"
+
+
 def alert_url(alert: Fields, url: Callable[..., str]) -> str:
     """The link to what an alert is about: the card of its guest, pool, disk or cluster, else its section of the
     host's card."""
@@ -12751,8 +12762,8 @@ def can_accept(rule: str) -> bool:
 
 PARTS = ("mark", "badge", "age", "bar", "dash", "cell", "table", "reason")  # what parts.html defines
 PAGE_FUNCTIONS: dict[str, Any] = {"PARTS": PARTS} | {one.__name__: one for one in (
-    can_accept, failure_words, known, dicts, fields, object_url, to_json, show_bytes, show_ratio, show_number,
-    show_duration, show_age, show_time, count_of, show_cell, some_heads, is_time, is_numeric, look, anchor,
+    can_accept, proxmox_url, failure_words, known, dicts, fields, object_url, to_json, show_bytes, show_ratio,
+    show_number, show_duration, show_age, show_time, count_of, show_cell, some_heads, is_time, is_numeric, look, anchor,
     spark_points, why_unknown)}
 
 

@@ -10,7 +10,7 @@
 
   // --- theme: set before the first paint; this script stands in the head for that ---
   const THEMES = ["", "light", "dark"];
-  const NAMES = { "": "as the system", light: "light", dark: "dark" };
+  const NAMES = { "": "follow the system", light: "light", dark: "dark" };
   const kept = (name) => { try { return localStorage.getItem(name) || ""; } catch { return ""; } };
   const keep = (name, value) => { try { localStorage.setItem(name, value); } catch { /* private window: for this page only */ } };
 
@@ -846,9 +846,9 @@
     });
     const focused = [...body.children].indexOf(document.activeElement && document.activeElement.closest(".chart-figure"));
     body.replaceChildren(...figures);
-    if (!figures.length) body.textContent = "Nothing was recorded in this time.";
+    if (!figures.length) body.textContent = "Nothing was recorded in this period.";
     if (focused >= 0 && figures[focused]) $("svg", figures[focused]).focus({ preventScroll: true });
-    $("[data-charts-note]", frame).textContent = (beside && !other ? `There is no history of ${beside}. ` : "") + gapsText(gaps);
+    $("[data-charts-note]", frame).textContent = (beside && !other ? `There is no history for ${beside}. ` : "") + gapsText(gaps);
   }
 
   function gapsText(gaps) {
@@ -912,13 +912,13 @@
         return ["Acknowledged.", () => unacknowledge(data.acknowledge)];
       } },
     mute: { title: "Mute", yes: "Mute", until: TIMES, scopes: muteScopes,
-      says: ({ until, scope }) => `No notification for ${scope[1]} until ${clock(until)}. The page goes on showing it.`,
+      says: ({ until, scope }) => `No notifications for ${scope[1]} until ${clock(until)}. It stays visible on this page.`,
       async run({ scope, until, note }) {
         const made = await write("POST", "/api/v1/silences", { ...scope[0], until, ...(note && { note }) });
         return [`Muted until ${clock(until)}.`, () => write("DELETE", silenceApi(made.id))];
       } },
     maintenance: { title: "Maintenance", yes: "Begin maintenance", until: TIMES, scopes: restScopes, noNote: true,
-      says: ({ until, scope }) => `Nothing of ${scope[1]} is told until ${clock(until)}. What still fires then is told.`,
+      says: ({ until, scope }) => `No notifications from ${scope[1]} until ${clock(until)}. Whatever still fires then is sent.`,
       run: beginMaintenance },
     accept: { title: "Accept as normal", yes: "Accept as normal", noNote: true,
       says: () => "The present value becomes the baseline: this alert ends, and the next one comes when it gets worse than now. There is no way back to the old baseline.",

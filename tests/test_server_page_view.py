@@ -66,6 +66,20 @@ def shown(browser, query: str) -> list[str]:
     return re.findall(r'<a class="row-link"[^>]*>([^<]*)</a>', page.text)
 
 
+# --- the way into Proxmox ---
+
+
+@pytest.mark.parametrize("address, there", [
+    ("192.0.2.11", "https://192.0.2.11:8006/"), ("2001:db8::1", "https://[2001:db8::1]:8006/"), (None, None),
+    ("evil.example/", None), ("javascript:alert(1)", None)])
+def test_a_card_leads_to_proxmox_where_its_address_is_known(browser, register, post, address, there):
+    cluster = {"name": "lab", "quorate": True, "members": [{"name": "pve1", "online": True, "address": address}]}
+    post(register("pve1"), build_report("pve1", cluster=cluster, guests=[build_guest(100)]))
+    links = [re.findall(r'<a href="([^"]*)" target="_blank" rel="noreferrer">open in Proxmox', browser.get(f"/?{query}").text)
+             for query in ("host=pve1", "host=pve1&guest=100", "host=pve1&storage=local")]
+    assert links == [[there] if there else [], [f"{there}#v1:0:=qemu%2F100"] if there else [], []]
+
+
 # --- what is new to whom ---
 
 
@@ -492,5 +506,5 @@ def test_the_picture_of_the_fleet_has_every_host_with_its_word(browser, register
 
 def test_what_is_only_worth_knowing_is_no_problem(browser, register, post):
     post(register("pve1"), build_report("pve1", disks=[{"name": "sda", "model": "X", "serial": "1", "kind": "hdd"}]))
-    assert "tells nothing about its health" in browser.get("/?tab=alerts").text
+    assert "reports nothing about its health" in browser.get("/?tab=alerts").text
     assert "Nothing needs you" in browser.get("/").text
