@@ -45,6 +45,7 @@ BATCH = 250  # reports in one request
 
 FAST_SECTIONS = ("node", "cluster", "guests", "storages", "pool_states")
 MEDIUM_EVERY = 10  # fast ticks between two full reports
+SICK_AT_FIRST = 6  # of the sick hosts the first so many are full: what takes several to see is seen in minutes
 
 SITES = ("fra1", "ams2", "muc1", "zrh1")
 TAGS = (["prod"], ["prod", "critical"], ["test"], ["edge"], ["backup"])
@@ -563,7 +564,7 @@ class PlayedHost:
         for trouble in self.troubles:
             trouble.lay(shown, self.started, now)
         phase = "" if progress is None else str(int(progress * 20))
-        full = self.ticks % MEDIUM_EVERY == 0 or phase != self.phase
+        full = self.ticks % MEDIUM_EVERY == 0 or phase != self.phase or bool(self.troubles and self.ticks < SICK_AT_FIRST)
         self.ticks, self.phase = self.ticks + 1, phase
         self.sections.pop("tasks", None)  # events, not a state: told once
         names = shown.keys() if full else [name for name in FAST_SECTIONS if name in shown]
@@ -600,6 +601,7 @@ class PlayedHost:
             known: dict[str, Any] = copy.deepcopy({name: self.sections[name] for name in names})
             known["storages"] = [storage for storage in known.get("storages") or () if storage.get("active")]
             heal_pools(known)
+            rewind_counters(known, until - at)
             fill_up(known, -self.growth * (until - at) / DAY)
             for trouble in self.troubles:
                 if trouble.rule == "pool-forecast":
@@ -608,16 +610,26 @@ class PlayedHost:
         return reports
 
     def curves(self, now: float) -> list[dict[str, Any]]:
-        """Two days of the node."""
-        reports, node = [], copy.deepcopy(self.sections["node"])
+        """Two days of the node, from the run of the agent before this one: within a run a later number is newer."""
+        reports, node, run = [], copy.deepcopy(self.sections["node"]), (self.run_id, self.seq)
+        self.run_id, self.seq = f"{self.run_id}0", 0
         for at in range(int(now - 2 * DAY), int(now - BACKFILL_HOURS * HOUR), CURVES_STEP):
             self._move_node(CURVES_STEP / 60)
             shown = copy.deepcopy(self.sections["node"])
             if is_number(shown.get("uptime_seconds")):
                 shown["uptime_seconds"] = max(60, node["uptime_seconds"] - (now - at))
+            rewind_counters(shown, now - at)
             reports.append(self.wrap({"node": shown}, at, tick="fast", full=False))
-        self.sections["node"] = node
+        self.sections["node"], (self.run_id, self.seq) = node, run
         return reports
+
+
+def rewind_counters(sections: dict[str, Any], seconds: float) -> None:
+    """What advance_counters() will have made of them after so long, taken back."""
+    for fields in walk(sections):
+        for key, value in fields.items():
+            if key.endswith("_total") and is_number(value):
+                fields[key] = type(value)(value * (1 - seconds / (20 * DAY)))
 
 
 def fill_up(sections: dict[str, Any], share: float) -> None:
@@ -760,6 +772,7 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    troubles.SCRUBS_EACH = options.interval
     usual, troubled = load_recordings()
     tokens, new = register(options)
     hosts = [

@@ -65,7 +65,7 @@ def test_mute_and_maintenance_ask_first_say_the_scope_and_can_be_undone(page, fl
     assert api(fleet.server, "/api/v1/silences")["items"] == []  # nothing acts on an arrow key
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog", name="Mute")
-    expect(dialog).to_contain_text("No notification for pool-state of pools/tank on pve1 until")
+    expect(dialog).to_contain_text("No notifications for pool-state of pools/tank on pve1 until")
     dialog.locator("[name=scope]").select_option(label="pool-state on pve1")
     dialog.locator("[name=until]").select_option("own")
     dialog.locator("[name=time]").fill("2020-01-01T00:00")

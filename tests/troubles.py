@@ -77,7 +77,7 @@ def lay_growth(sections: Sections, began: float, now: float) -> None:
                       used_by_snapshots_bytes=(volume.get("used_by_snapshots_bytes") or 0) + held)
 
 
-SCRUBS_EACH = 5 * MINUTE  # of the play a scrub ends, which takes a week
+SCRUBS_EACH: float = 5 * MINUTE  # of the play a scrub ends, which takes a week
 
 
 def lay_slow_scrubs(sections: Sections, began: float, now: float) -> None:
