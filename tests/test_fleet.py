@@ -75,16 +75,18 @@ def test_times_are_of_now_and_counters_only_grow():
 
 def test_what_a_new_host_brings_along_is_past_and_has_no_gap(tmp_path):
     usual, ill = fleet.load_recordings()
-    host, sim = fleet.PlayedHost(14, fleet.recording_of(14, usual, ill), "whsec_", NOW, 1), Simulation(tmp_path)
+    sim = Simulation(tmp_path)
+    now = sim.now
+    host = fleet.PlayedHost(14, fleet.recording_of(14, usual, ill), "whsec_", now, 1)
     sim.host(host.name)
-    sim.post(host.name, *host.backfill(NOW)[:33], host.report(NOW))
-    curves = host.curves(NOW)
+    sim.post(host.name, *host.backfill(now)[:33], host.report(now))
+    curves = host.curves(now)
     sim.post(host.name, *curves[:20], *curves[-3:])
     state = sim.fleet.find(host.name)
-    assert state.sections["node"].time == NOW and state.body("node")["kernel"] == "6.2.16-3-pve"
+    assert state.sections["node"].time == now and state.body("node")["kernel"] == "6.2.16-3-pve"
     times = [report["time"] for report in curves]
     assert len({report["seq"] for report in curves}) == len(curves) and max(b - a for a, b in zip(times, times[1:])) < 300
-    server.forecast_fleet(sim.monitor, NOW, sim.monitor.store.reader(), 9)
+    server.forecast_fleet(sim.monitor, now, sim.monitor.store.reader(), 9)
     assert 3 < server.worst_days_until_full(state) < 9
     sim.close()
 
