@@ -5210,7 +5210,7 @@ class Agent:
         waiting = self.sender.keep()
         self.root_mail.turn(now)
         self._beat(now)
-        due = min(*self.next_at.values(), self.next_look)  # a beat has time until then
+        due = min(*self.next_at.values(), self.next_look, self.next_beat)
         due = min(due, now + KEEP_SECONDS) if waiting else due
         due = min(due, self.held_until) if self.held else due
         return max(0.0, due - self.probe.monotonic())

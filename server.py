@@ -7121,13 +7121,14 @@ def item_text(item: Fields, escape: Callable[[str], str]) -> str:
         lines.append(f"At stake: {one_line(item['at_stake'])}")
     if item["kind"] != "resolved":
         limit = f" (rule {item['rule']}{', ' + item['threshold'] if item['threshold'] else ''})"
-        lines += [f"Why: {item['why']}{limit}", f"Do: {item['todo']}"]
+        lines += [f"Why: {item['why']}{limit}", f"Do: {one_line(item['todo'])}"]
     return "\n".join([*map(escape, lines), item["link"]])
 
 
 def safe_message(body: Fields) -> Fields:
     """The same message without any text that an agent sent: rule, severity, host and link."""
     items = [{**item, "object": None, "value": None, "site": None, "at_stake": None,
+              "todo": RULE[item["rule"]].todo if item["rule"] in RULE else "",
               "message": f"{item['rule'] or item['kind']} ({item['severity']}); its text was not taken, see the page"}
              for item in body["items"]]
     return {**build_message(items, whole=True), "left_out": body["left_out"], "safe": True}
@@ -11260,10 +11261,22 @@ def get_health(call: Call) -> Any:
 @route("GET", "/metrics", auth="read")
 def get_metrics(call: Call) -> Any:
     """The fleet for Prometheus."""
-    lines = render_metrics(call.monitor, call.now)
-    batches = iter(lambda: "".join(islice(lines, 2000)).encode(), b"")
+    pieces = in_pieces(render_metrics(call.monitor, call.now))
     return Answer(200, b"", {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
-                  stream=streamed(call, batches))
+                  stream=streamed(call, pieces))
+
+
+def in_pieces(texts: Iterable[str], size: int = 1 << 17) -> Iterator[bytes]:
+    """Texts put together until they are so long: an answer is not made much before it is read."""
+    held: list[str] = []
+    length = 0
+    for text in texts:
+        held.append(text)
+        length += len(text)
+        if length >= size:
+            yield "".join(held).encode()
+            held, length = [], 0
+    yield "".join(held).encode()
 
 
 def host_tags(given: Any) -> list[str]:
