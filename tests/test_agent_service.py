@@ -234,12 +234,12 @@ def test_second_change_while_the_first_is_collected_is_not_lost(tmp_path):
             tmp_path, {POOL: "ONLINE"}, "[intervals]\nfast_seconds = 3600\nmedium_seconds = 3600\nslow_seconds = 3600"
         )
         service.settle(0.0)
-        for now, state in ((4.0, "DEGRADED"), (8.0, "FAULTED")):
+        for now, state in ((agent.LOOK_SECONDS, "DEGRADED"), (2 * agent.LOOK_SECONDS, "FAULTED")):
             service.probe.files[POOL] = state
             service.turn(now)
         for gate in gates:
             gate.set()
-        service.until(10.0, lambda reports: any(report.get("pools") == ["FAULTED"] for report in reports))
+        service.until(3 * agent.LOOK_SECONDS, lambda reports: any(report.get("pools") == ["FAULTED"] for report in reports))
 
 
 @pytest.mark.parametrize("before, after", [({}, {POOL: "ONLINE"}), ({POOL: "ONLINE"}, {})])
