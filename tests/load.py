@@ -78,8 +78,9 @@ def behind_caddy(folder: Path, count: int, **env: str) -> Iterator[tuple[LiveSer
     """Server, Caddy with TLS as agents meet it, the way to it, hosts."""
     server = LiveServer(folder, TRUSTED_PROXY="127.0.0.1", **env)
     hosts = register(server, count)
-    server.start()
     caddy = Caddy(folder, server.port)
+    server.env["PUBLIC_URL"] = caddy.url
+    server.start()
     try:
         caddy.wait()
         yield server, caddy, Doorway(caddy), hosts
@@ -194,7 +195,9 @@ class Watcher(threading.Thread):
                     continue
                 began = time.monotonic()
                 try:
-                    self.caddy.get(path, Cookie=self.cookie)
+                    _, body = self.caddy.get(path, Cookie=self.cookie)
+                    if b'type="password"' in body:
+                        self.failed.append(f"{name}: led to the log-in")
                 except OSError as error:
                     if getattr(error, "code", 0) != 503:
                         self.failed.append(f"{name}: {error}")

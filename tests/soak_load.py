@@ -39,7 +39,7 @@ def run(seconds: float) -> bool:
     counts = [int(count) for count in os.environ.get("SCALE", "20,200,1000,5000").split(",") if int(count)]
     if counts:
         print("| hosts | reports/s | server | Caddy | players | server MiB | disk/day as received | ingest | page | search | /metrics |"
-              " healthz | lost | tried again | Caddy said | load |\n" + "|---" * 16 + "|", flush=True)  # fmt: skip
+              " healthz | lost | tried again | Caddy said | pages that failed | load |\n" + "|---" * 17 + "|", flush=True)  # fmt: skip
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="proxmon-load-") as folder:
             told = pace(Path(folder), count, max(60.0, seconds / 4))
@@ -162,7 +162,7 @@ def pace(folder: Path, count: int, seconds: float, every: float = 30.0) -> dict[
                 "players": f"{theirs / (wall + every):.0%}", "rss": round(max(watcher.rss, rss(server.process.pid))),
                 "disk": f"{size / max(1, len(found)) * count * 86400 / every / 2**30:.1f} GiB", "ingest": in_ms(took),
                 **{name: told[name] for name in ("page", "search", "metrics", "healthz")},
-                "lost": max(0, statuses.pop(200, 0) - len(set(found))), "tries": dict(statuses) or 0, "caddy said": refusals(caddy) or "-", "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+                "lost": max(0, statuses.pop(200, 0) - len(set(found))), "tries": dict(statuses) or 0, "caddy said": refusals(caddy) or "-", "failed": watcher.failed[:2] or "-", "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
 async def report_each(host: Any, door: Doorway, first: float, every: float, end: float) -> list[tuple[int, float, float]]:
