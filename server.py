@@ -5137,7 +5137,7 @@ WAS_RUNNING, NOT_STARTED = "was running and stopped", "should start with the hos
 
 @rule("guest-down", each="guests", hold=2 * MINUTE, tidy=True,
       why="It was running, and nobody stopped it through Proxmox.",
-      todo="Look at its task log and console; start it.")
+      todo="Look at its task log and console; start it. A lock that was left behind: qm unlock VMID, pct unlock VMID.")
 def guest_down(guest: Fields, host: HostState, now: float) -> Found:
     """A guest that was running and is not, with nothing to explain it, or that did not start with the host."""
     status, vmid = guest.get("status"), str(guest["vmid"])
@@ -5169,7 +5169,7 @@ def guest_down(guest: Fields, host: HostState, now: float) -> Found:
         return None
     if is_restarting(host, vmid, now) or (guest.get("lock") and lock_explains(guest, since, now)):
         return UNKNOWN
-    left = f"; its lock '{guest['lock']}' was left behind: qm unlock {vmid}" if guest.get("lock") else ""
+    left = f"; its lock '{guest['lock']}' was left behind" if guest.get("lock") else ""
     return severe(f"Guest {called(guest)} {words}; no task, backup, migration or HA explains it{left}.")
 
 
@@ -5218,6 +5218,22 @@ def is_restarting(host: HostState, vmid: str, now: float) -> bool:
     """A backup in mode stop, or a restart, that has only just ended: the guest is given 2 minutes to be back."""
     return any(kind in RESTARTING and task_vmid in (vmid, None) and started <= now <= ended + 2 * MINUTE
                for kind, task_vmid, started, ended in host.memory.tasks)
+
+
+NORMAL_LOCKS = ("suspended", "mounted")  # `qm suspend --todisk` and `pct mount` leave them until they are undone
+
+
+@rule("guest-locked", each="guests", hold=HOUR,
+      why="What no task holds any more keeps backups, snapshots and migration from the guest.",
+      todo="Look at its last tasks; when none is at work: qm unlock VMID, or for a container: pct unlock VMID.")
+def guest_locked(guest: Fields) -> Found:
+    """A lock that was left on a guest that runs; of one that is down `guest-down` tells."""
+    lock = text(guest, "lock")
+    if not lock or lock in NORMAL_LOCKS or guest.get("status") != RUNNING or guest.get("lock_held") is True:
+        return None
+    if guest.get("lock_held") is None:
+        return UNKNOWN
+    return warning(f"Guest {called(guest)} has the lock '{lock}', which no task holds.")
 
 
 @rule("guest-hangs", each="guests", hold=5 * MINUTE,
@@ -10373,7 +10389,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Last scrub", "last_scrub_at", "c-num opt-3"))),
     Resource(
         "storages", "Every Proxmox storage of the fleet, inactive and disabled ones too.", STORAGE_COLUMNS,
-        of_host=lambda fleet, state, now: storage_rows(state, now), reads=("storages",),
+        of_host=lambda fleet, state, now: storage_rows(state, now), reads=("storages", "node"),
         words={"name": ("storage",), "used": ("used_ratio",)},
         labels={"host": "host", "storage": "storage"},
         metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),

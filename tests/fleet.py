@@ -159,7 +159,7 @@ def heal(sections: dict[str, Any], now: float) -> None:
     heal_services(sections)
     heal_copies(sections)
     for guest in sections.get("guests") or ():
-        for told in ("config_changed", "config_changed_at"):
+        for told in ("config_changed", "config_changed_at", "lock", "lock_held"):  # tasks end
             guest.pop(told, None)
         if guest.get("status") not in ("running", "stopped"):
             guest["status"] = "running"

@@ -265,6 +265,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dataset-unmounted", {"bend": once(lambda probe: probe.alter(
         "zfs list -Hp -r -t filesystem,volume", r"\tyes\t", "\tno\t"))}),
     ("smart-warning", {"bend": once(worn_spare), "of": "pve9-raidz2-draid"}),
+    ("guest-locked", {"bend": metrics("qemu", "101", lambda guest: guest.update(lock="snapshot-delete"))}),
     ("guest-hangs", {"bend": metrics("qemu", "101", silent_qemu), "every": 120}),
     ("guest-disk-full", {"bend": metrics("lxc", "201", lambda guest: guest.update(disk=guest["maxdisk"]))}),
     ("ceph", {"bend": once(ceph_of_one_node)}),

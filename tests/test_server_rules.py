@@ -443,6 +443,11 @@ LIVES = [
     ("guest-hangs", "guests", [(0, guest(responds=True), N), (1, guest(responds=False), P), (6, guest(responds=False), W),
                                (7, guest(), W), (8, guest(responds=True), N)]),
     ("guest-hangs", "guests", [(0, guest(responds=False, lock="backup", lock_held=True), N)]),
+    # https://github.com/prometheus-pve/prometheus-pve-exporter/issues/303
+    ("guest-locked", "guests", [(0, guest(lock="snapshot", lock_held=False), P), (61, guest(lock="snapshot", lock_held=False), W),
+                                (62, guest(lock="snapshot"), W), (63, guest(lock="snapshot", lock_held=True), N)]),
+    ("guest-locked", "guests", [(0, guest(lock="mounted", lock_held=False), N)]),
+    ("guest-locked", "guests", [(0, guest(status="stopped", lock="backup", lock_held=False), N)]),
     ("guest-disk-full", "guests", [(0, guest(type="lxc", disk_used_bytes=91, disk_max_bytes=100), P),
                                    (15, guest(type="lxc", disk_used_bytes=91, disk_max_bytes=100), W),
                                    (16, guest(type="lxc"), W),

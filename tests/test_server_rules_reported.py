@@ -128,6 +128,7 @@ FIRES: dict[str, tuple[str, list[tuple[float, Bend]]]] = {
     "storage-metadata": (PVE8, held({"storages": first(type="lvmthin", metadata_used_ratio=.9)}, 11, 5)),
     "storage-inactive": (PVE8, held({"storages": first(active=False, enabled=True)}, 11, 5)),
     "guest-down": (PVE8, [(0, {"guests.0.status": "running"}), (5, {"guests.0.status": "stopped"}), (8, {"guests.0.status": "stopped"})]),
+    "guest-locked": (PVE8, held({"guests.0.status": "running", "guests.0.lock": "snapshot", "guests.0.lock_held": False}, 62)),
     "guest-hangs": (PVE8, held({"guests.0.status": "running", "guests.0.responds": False}, 6)),
     "guest-disk-full": (PVE8, held({"guests": lambda old, now: [
         {**row, "status": "running", "disk_used_bytes": 97, "disk_max_bytes": 100} if row["type"] == "lxc" else row
