@@ -5008,7 +5008,7 @@ def look(probe: ProbeLike, seen: Fields) -> Fields:
         for pool in attempt(lambda: read_pool_states(probe, memory, guids=False), default=())
     }
     inside = read_word(probe, f"{GUEST_GROUPS[1]}/cgroup.stat")  # counts the groups below: some go with a container
-    groups = seen["groups"] if seen.get("inside") == inside else {}
+    groups = seen["groups"] if inside and seen.get("inside") == inside else {}
     guests = find_running(probe, groups)
     stat = attempt(probe.stat, TASKS_PATH)
     tasks = (stat.st_ino, stat.st_size) if stat else seen.get("tasks")  # it is replaced as a whole

@@ -2552,7 +2552,7 @@ def suspicions(disk: Fields | None, leaf: Fields, accepted: float = 0) -> list[s
     test = disk.get("selftest")
     reasons = [
         (is_failing(disk), "SMART: failing"),
-        (bool(failing), f"SMART: {failing} at the threshold"),
+        (bool(failing), f"SMART: {', '.join(map(str, failing or ()))} at the threshold"),
         (bool(warning) and warning != HOT_ONLY, f"critical warning 0x{int(warning or 0):02x}"),
         (lacks_spare(disk), "spare blocks used up"),
         (wear is not None and wear >= 1, f"{wear or 0:.0%} worn"),
@@ -2566,12 +2566,12 @@ def suspicions(disk: Fields | None, leaf: Fields, accepted: float = 0) -> list[s
 HOT_ONLY = 0x02  # of critical_warning: the temperature, and nothing else
 
 
-def is_failing(disk: dict[str, Any]) -> bool:
+def is_failing(disk: Fields) -> bool:
     """What SMART says of the whole. smartctl calls an NVMe failed for any bit of critical_warning, heat too."""
     return disk.get("passed") is False and number(disk, "critical_warning") != HOT_ONLY
 
 
-def lacks_spare(disk: dict[str, Any]) -> bool:
+def lacks_spare(disk: Fields) -> bool:
     """Whether its spare is down to its own limit; a limit of 0 says that it does not tell."""
     spare, least = number(disk, "spare_ratio"), number(disk, "spare_threshold_ratio")
     return spare is not None and bool(least) and spare <= (least or 0)
@@ -10000,15 +10000,16 @@ STORAGE_COLUMNS = tuple("""
     dataset as_of""".split())
 
 
-def storage_rows(state: HostState, now: float) -> Iterator[Row]:
-    """A host's storages, inactive and disabled ones too."""
+def storage_rows(state: HostState, now: float, fleet: Fleet | None = None) -> Iterator[Row]:
+    """A host's storages, inactive and disabled ones too. How full is too full: as `fleet` has set, else as shipped."""
     as_of = state.sections.get("storages", NOTHING).time
+    limits = fleet.layers.named("storage-full", state) if fleet else RULE["storage-full"]
     for storage in state.body("storages", ()):
         verdict, reason = object_verdict(state, "storages", storage["storage"], now)
         if verdict == "ok" and storage.get("active") is None:
             verdict, reason = "unknown", "Proxmox does not say whether it is active."
         used, below = storage_used_ratio(storage), alert_below(storage, state)
-        if verdict == "ok" and below and below.state == "firing" and RULE["storage-full"].level(used or 0.0, None):
+        if verdict == "ok" and below and below.state == "firing" and limits.level(used or 0.0, None):
             verdict, reason = below.severity, below.message
         yield {**pick(storage, STORAGE_COLUMNS), "host": state.name, "verdict": verdict, "reason": reason,
                "used_ratio": used, "as_of": as_of}
@@ -10322,7 +10323,7 @@ RESOURCES = {resource.name: resource for resource in (
     Resource(
         "hosts", "Every host, worst first.", HOST_COLUMNS,
         of_host=lambda fleet, state, now: [host_row(fleet, state, now)],
-        reads=("node", "cluster", "updates", "storages", "pools", "pool_states", "disks", "backups"),
+        reads=("node", "cluster", "updates", "versions", "storages", "pools", "pool_states", "disks", "backups"),
         words={"host": ("name",), "version": ("pve_version",), "pool": ("pools_max_capacity_ratio",),
                "cpu": ("cpu_ratio",), "ram": ("memory_free_ratio",), "io": ("io_pressure_ratio",),
                "root": ("root_used_ratio",), "full": ("days_until_full",), "updates": ("updates_pending",),
@@ -10389,7 +10390,7 @@ RESOURCES = {resource.name: resource for resource in (
                ("Last scrub", "last_scrub_at", "c-num opt-3"))),
     Resource(
         "storages", "Every Proxmox storage of the fleet, inactive and disabled ones too.", STORAGE_COLUMNS,
-        of_host=lambda fleet, state, now: storage_rows(state, now), reads=("storages", "node"),
+        of_host=lambda fleet, state, now: storage_rows(state, now, fleet), reads=("storages", "node"),
         words={"name": ("storage",), "used": ("used_ratio",)},
         labels={"host": "host", "storage": "storage"},
         metrics=(Metric("total_bytes", "Size."), Metric("used_bytes", "In use."),
@@ -10577,12 +10578,12 @@ def host_rows(resource: Resource, fleet: Fleet, state: HostState, now: float) ->
 def what_is_read(resource: Resource, fleet: Fleet, state: HostState, covers: list[Coverage] | None) -> tuple[Any, ...]:
     """All that a host's rows are made of beside the time. A section is known by its report."""
     sections = state.sections
-    read = (state.name, [*state.alerts.values()], state.margins, state.forecasts, covers, state.no_backup,
+    read = (state.name, [*state.alerts.values()], state.margins, state.forecasts, covers, state.no_backup, fleet.layers,
             *[sections.get(name, NOTHING).stamp for name in resource.reads])
     if resource.name != "hosts":
         return read
     return (*read, state.site, state.tags, state.note, state.maintenance_until, state.last_seen_at, state.agent,
-            state.clock_ahead, state.guest_counts, fleet.concerned.get(state.id), fleet.layers, fleet.serving_since)
+            state.clock_ahead, state.guest_counts, fleet.concerned.get(state.id), fleet.serving_since)
 
 
 def changes_by_time(resource: Resource, fleet: Fleet, state: HostState, covers: list[Coverage] | None,
@@ -11292,7 +11293,8 @@ def in_pieces(texts: Iterable[str], size: int = 1 << 17) -> Iterator[bytes]:
         if length >= size:
             yield "".join(held).encode()
             held, length = [], 0
-    yield "".join(held).encode()
+    if held:
+        yield "".join(held).encode()
 
 
 def host_tags(given: Any) -> list[str]:
@@ -11913,9 +11915,9 @@ def belongs_to(alert: Row, id: str, parts: tuple[str, ...]) -> bool:
 
 def guest_card(call: Call, state: HostState, vmid: str) -> Row | None:
     guest = next((guest for guest in state.items("guests") if str(guest.get("vmid")) == vmid), None)
-    if guest is None:
+    row = first_of(card_rows(call, state, "guests"), vmid=guest["vmid"]) if guest else None
+    if guest is None or row is None:
         return None
-    row = first_of(card_rows(call, state, "guests"), vmid=guest["vmid"]) or {}
     index = call.fleet.copies or SnapshotIndex(call.fleet.hosts.values())
     copy = None if guest.get("template") else guest_copy(CopySources(state, index), guest, call.now)
     datasets = set(volumes_of(guest))
@@ -12079,7 +12081,8 @@ def storage_card(call: Call, state: HostState, name: str) -> Row | None:
         "guests": [guest for guest in card_rows(call, state, "guests") if guest["vmid"] in stored],
         "backups": [backup for backup in card_rows(call, state, "backups") if backup["storage"] == name],
         "jobs": [job for job in state.items("backups.jobs") if job.get("storage") == name],
-        "elsewhere": [other for host in others for other in storage_rows(host, call.now) if other["storage"] == name]}
+        "elsewhere": [other for host in others for other in storage_rows(host, call.now, call.fleet)
+                      if other["storage"] == name]}
 
 
 # The cluster: quorum as each node sees it, HA, replication, Ceph.
@@ -12155,9 +12158,8 @@ def thing_of(problem: Row, state: HostState | None) -> tuple[Any, ...]:
         return host, kind, name.partition("/")[0]
     if kind != "disks":
         return host, kind, name
-    for pool in state.items("pools"):
-        if any(text(leaf, "disk") == name for leaf in walk_vdevs(pool.get("vdevs"))):
-            return host, "pools", pool.get("name")
+    if place := place_of(state, name):
+        return host, "pools", place.pool
     disk = first_of(state.items("disks"), name=name) or {}
     return host, kind, text(disk, "serial") or name
 

@@ -715,7 +715,15 @@ def test_a_full_directory_on_the_root_disk_is_told_once(sim, size, told):
         sim.send("pve1", node=root, storages=full)
         sim.wait(MINUTE)
     assert {row["rule"] for row in sim.alerts()} - {"root-full"} == {told} - {"root-full"}
-    assert next(server.storage_rows(sim.fleet.find("pve1"), sim.now))["verdict"] == "critical"
+    host = sim.fleet.find("pve1")
+    assert next(server.storage_rows(host, sim.now))["verdict"] == "critical"
+    sim.fleet.layers = server.Layers({"rules": {"storage-full": {"warn": 0.97, "crit": 0.99}}})
+    (row,), _ = server.rows_of_hosts(server.RESOURCES["storages"], sim.fleet, [host], sim.now)
+    assert (row["verdict"] == "ok") is (told == "root-full")  # the row of what is told by itself is its alert's
+
+
+def test_an_attribute_at_its_threshold_is_named(sim):
+    assert server.suspicions({"failing_attributes": ["Spin_Retry_Count"]}, {}) == ["SMART: Spin_Retry_Count at the threshold"]
 
 
 def test_snapshots_that_arrive_once_a_day_are_expected_once_a_day(sim):
